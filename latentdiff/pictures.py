@@ -1,0 +1,351 @@
+"""The one door through which any picture enters or leaves.
+
+What comes in is not trusted: its format is decided by its content, bytes and pixels are capped before
+anything is decoded, and whatever a decoder may raise becomes one `UserError`. What goes out is staged
+beside its target, flushed to disk and renamed, and never replaces a file that is already there.
+
+Colour profiles are ignored: the numbers are taken to be sRGB, as everywhere in this field.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.WebPImagePlugin import WebPImageFile
+from torch import Tensor
+
+from latentdiff.errors import UserError
+
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000
+
+_log = logging.getLogger(__name__)
+
+_ORIENTATION = 0x0112  # EXIF 2.3, tag 274
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr".split())
+_NUMBERED = re.compile(r"\.?(\d+)(?:-.*\.png|\.part)")
+
+
+def open_picture(
+    source: str | Path | bytes | Image.Image,
+    *,
+    background: str = "white",
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Decodes a PNG, JPEG or WebP picture, whatever its mode, to upright 8-bit RGB.
+
+    Of an animation the first frame is taken, and that is logged. Transparent parts show `background` (any
+    colour name or #rrggbb). 16-bit grey is scaled, not clipped; EXIF orientation is applied.
+
+    Args:
+        source: a path, the bytes of a file, or an already opened Pillow image.
+
+    Raises:
+        UserError: not such a picture, cut short, damaged, or larger than the caps.
+    """
+    colour = _colour(background)
+    if isinstance(source, Image.Image):
+        name, image = "the picture", source
+    else:
+        name, data = _read(source, max_bytes)
+        image = _identify(data, name, max_pixels)
+    _check_pixels(image.size, name, max_pixels)
+    try:
+        image.load()
+        upright = _upright(image)
+    except Exception as error:  # decoders raise nearly anything on hostile input
+        raise _damaged(name, error) from error
+    if getattr(image, "is_animated", False):
+        _log.warning("%s is animated: only its first frame is used", name)
+    return _to_rgb(upright, colour, name)
+
+
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """Crops the middle square of an RGB picture and resizes it to `size` pixels a side (Lanczos, antialiased)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 tensor [3, H, W] in 0..255."""
+    if image.mode != "RGB":
+        raise UserError(f"an RGB picture is needed, not mode {image.mode}: use open_picture")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> float32 tensor [3, H, W] in [-1, 1]."""
+    return to_uint8(image).float() / 127.5 - 1.0
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """Tensor [3, H, W] in [-1, 1] (values beyond are clamped) -> RGB picture; the inverse of `to_tensor`.
+
+    Raises:
+        UserError: the tensor holds NaN or infinity.
+    """
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise UserError(f"a picture tensor is [3, H, W], not {list(picture.shape)}")
+    values = picture.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise UserError("the picture holds NaN or infinity: try dtype float32")
+    pixels = ((values.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Puts RGB pictures row by row into one, each in a cell as large as the largest; empty cells are white."""
+    if not images or columns < 1:
+        raise UserError("a grid needs at least one picture and one column")
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def save_png(
+    image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes an RGB picture as PNG; `metadata` becomes text chunks, without it only pixels are written.
+
+    Raises:
+        UserError: the file is already there (it is left alone), or cannot be written.
+    """
+    target = Path(path)
+    data = _encode_png(image, metadata)
+    staged = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
+    with _writing(target, staged):
+        _write_synced(staged, data)
+        _publish(staged, target)
+    return target
+
+
+def save_numbered_png(
+    image: Image.Image, folder: str | Path, seed: int, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes `00012-7.png` (the folder's next running number, then the seed) and returns its path.
+
+    The number is this picture's alone, also among processes that write to the folder at the same time:
+    the staged file is named by the number only and so reserves it.
+
+    Raises:
+        UserError: the folder or the file cannot be written.
+    """
+    folder = Path(folder)
+    data = _encode_png(image, metadata)
+    staged = folder
+    with _writing(folder, None):
+        folder.mkdir(parents=True, exist_ok=True)
+        number, staged = _reserve(folder)
+    target = folder / f"{number:05d}-{seed}.png"
+    with _writing(target, staged):
+        _write_synced(staged, data)
+        _publish(staged, target)
+    return target
+
+
+def _colour(background: str) -> tuple[int, int, int]:
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(f"unknown colour {background!r}: use a name or #rrggbb") from error
+
+
+def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
+    """A name for messages, and at most `max_bytes` of content."""
+    if isinstance(source, bytes):
+        name, data = "the picture", source
+    else:
+        name = str(source)
+        try:
+            if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device could block for ever
+                raise UserError(f"{name} is not a file")
+            with open(source, "rb") as file:
+                data = file.read(max_bytes + 1)
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot open picture {name}: {reason}") from error
+    if len(data) > max_bytes:
+        raise UserError(f"{name} is larger than {max_bytes / 2**20:.0f} MiB")
+    if not data:
+        raise UserError(f"{name} is empty")
+    return name, data
+
+
+def _identify(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
+    """Opens by content, without decoding: the plugin classes are called directly because `Image.open`
+    asks every installed plugin and only warns of large sizes."""
+    try:
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return PngImageFile(BytesIO(data))
+        if data.startswith(b"\xff\xd8\xff"):
+            return JpegImageFile(BytesIO(data))
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            _check_pixels(_webp_size(data), name, max_pixels)  # its plugin allocates when opened
+            return WebPImageFile(BytesIO(data))
+    except UserError:
+        raise
+    except Exception as error:
+        raise _damaged(name, error) from error
+    raise UserError(f"{name} is not a PNG, JPEG or WebP picture")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
+    kind, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        raise EOFError("the header is cut short")
+    if kind == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(
+        body[8:10], "little"
+    ) & 0x3FFF
+
+
+def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        limit = f"{max_pixels / 1e6:g} million pixels"
+        raise UserError(f"{name} has {size[0]} x {size[1]} pixels; at most {limit} are taken")
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{name} is damaged or cut short ({reason})")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing about the pixels
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, colour: tuple[int, int, int], name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = _from_16_bit(image)
+    if image.mode not in _MODES:
+        raise UserError(f"{name} has mode {image.mode}: convert it to 8-bit RGB first")
+    if not image.has_transparency_data:
+        rgb = image.convert("RGB")
+    else:
+        rgba = image.convert("RGBA")
+        rgb = Image.new("RGB", rgba.size, colour)
+        rgb.paste(rgba, mask=rgba.getchannel("A"))
+    rgb.info = {}  # a profile or comment kept here would leak into the files written from it
+    return rgb
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey -> 8-bit grey (v / 257, rounded), with alpha where the PNG names a transparent value."""
+    wide = np.asarray(image, dtype=np.uint16)
+    grey = Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
+        grey.putalpha(Image.fromarray(alpha))
+    return grey
+
+
+def _encode_png(image: Image.Image, metadata: Mapping[str, str] | None) -> bytes:
+    if image.mode != "RGB":
+        raise UserError(f"an RGB picture is needed, not mode {image.mode}: use open_picture")
+    bare = image.copy()
+    bare.info = {}  # Pillow would write a kept colour profile
+    chunks = PngInfo()
+    for key, text in (metadata or {}).items():
+        try:
+            chunks.add_text(key, text)
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text of {key!r} cannot be stored: it is not Unicode") from error
+    buffer = BytesIO()
+    bare.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def _reserve(folder: Path) -> tuple[int, Path]:
+    """A running number that no other writer has or will get, and the staged file that holds it."""
+    number = max(_numbers(folder), default=-1) + 1
+    while True:
+        staged = folder / f".{number:05d}.part"
+        try:
+            os.close(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            number += 1
+            continue
+        # whoever held this number between our listing and our reservation has published it by now
+        if not any(folder.glob(f"{number:05d}-*.png")):
+            return number, staged
+        staged.unlink()
+        number += 1
+
+
+def _numbers(folder: Path) -> Iterator[int]:
+    for entry in os.scandir(folder):
+        if match := _NUMBERED.fullmatch(entry.name):
+            yield int(match[1])
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Gives the staged file its name, atomically; fails if the name is taken (a rename would replace)."""
+    try:
+        os.link(staged, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: reserve the name, then rename over it
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.replace(staged, target)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, staged: Path | None) -> Iterator[None]:
+    """Says what went wrong in one line, and leaves no staged file behind."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise UserError(f"{target} already exists: choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if staged is not None:
+            staged.unlink(missing_ok=True)
