@@ -1,0 +1,96 @@
+"""Typed run configurations: a YAML file, `key=value` overrides, and no unknown key."""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from latentdiff.errors import UserError
+
+
+class Strict(BaseModel):
+    """A configuration section; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Strict):
+    """Which pictures of a folder take part, and how often."""
+
+    root: Path
+    size: PositiveInt = 64
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    held_out: dict[str, list[str]] = Field(default_factory=dict)
+    held_out_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
+    balance: list[str] = Field(default_factory=list)
+
+
+class OptimConfig(Strict):
+    """AdamW and its learning-rate curve; `batch_size` is the global one."""
+
+    lr: PositiveFloat = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    steps: PositiveInt = 10_000
+    warmup: int = Field(default=100, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    batch_size: PositiveInt = 16
+    accumulation: PositiveInt = 1
+    clip: PositiveFloat = 1.0
+    ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
+
+
+class RunConfig(Strict):
+    """What every stage has: where it writes, how often, and from which seed."""
+
+    out: Path
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    evaluate_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: int = Field(default=2, ge=2)
+    max_bad_steps: PositiveInt = 10
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], path: Path, overrides: list[str]) -> Config:
+    """Read a YAML file into `kind`, with `section.key=value` overrides (values are YAML too).
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"an override reads key=value, not {override!r}")
+        *sections, last = key.split(".")
+        at = values
+        for section in sections:
+            at = at.setdefault(section, {})
+            if not isinstance(at, dict):
+                raise UserError(f"{key}: {section!r} is a value, not a section")
+        at[last] = yaml.safe_load(text)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {where}: {first['msg']}") from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML, for the run's folder."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

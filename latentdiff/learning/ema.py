@@ -1,0 +1,54 @@
+"""Exponential moving average of weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """A float32 average of a module's parameters.
+
+    The decay warms up as (1 + n) / (10 + n) so that early averages are not the initial weights.
+    Call `update` once per optimizer step, when gradients were synchronised.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.names = [name for name, _ in module.named_parameters()]
+        self.shadow = [p.detach().float().clone() for p in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """shadow <- decay * shadow + (1 - decay) * parameter."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        live = [p.detach().float() for p in module.parameters()]
+        torch._foreach_lerp_(self.shadow, live, 1.0 - decay)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Inside the context the module holds the averaged weights."""
+        live = [p.detach().clone() for p in module.parameters()]
+        self._copy(self.shadow, module)
+        try:
+            yield
+        finally:
+            self._copy(live, module)
+
+    @torch.no_grad()
+    def _copy(self, source: list[Tensor], module: nn.Module) -> None:
+        for parameter, value in zip(module.parameters(), source, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> averaged parameter."""
+        return dict(zip(self.names, self.shadow, strict=True))
+
+    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
+        """Put a saved average back."""
+        for name, shadow in zip(self.names, self.shadow, strict=True):
+            shadow.copy_(state[name])
+        self.updates = updates

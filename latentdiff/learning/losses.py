@@ -1,0 +1,55 @@
+"""Losses of both stages."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of the discriminator (Lim & Ye 2017, eq. 3): logits of any shape -> scalar."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """lambda = |grad rec| / (|grad adv| + delta) at the decoder's last layer.
+
+    Esser et al. 2021 (VQGAN), eq. 7, with delta = 1e-4 and the clamp to [0, 1e4] of their code.
+
+    Args:
+        reconstruction, adversarial: the two loss terms, scalars with a graph.
+        last_layer: the weight of the decoder's last convolution.
+    """
+    (of_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (of_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+def min_snr_weight(log_snr: Tensor, prediction: str, gamma: float = 5.0) -> Tensor:
+    """Min-SNR weights for a loss on the network's own output (Hang et al. 2023, sec. 3.4).
+
+    The weight on x0 is min(SNR, gamma); an eps loss is SNR times an x0 loss, a v loss SNR + 1 times.
+
+    Args:
+        log_snr: [B], of the drawn times.
+        prediction: "eps", "x0" or "v".
+
+    Returns:
+        Weights [B].
+
+    Raises:
+        ValueError: the weighting is not defined for this prediction.
+    """
+    snr = log_snr.double().exp()
+    on_x0 = snr.clamp(max=gamma)
+    if prediction == "x0":
+        return on_x0.float()
+    if prediction == "eps":
+        return torch.where(snr > 0, on_x0 / snr.clamp(min=1e-12), torch.ones_like(snr)).float()
+    if prediction == "v":
+        return (on_x0 / (snr + 1.0)).float()
+    raise ValueError(f"min-SNR weighting is for eps, x0 or v, not for {prediction!r}")
+
+
+def weighted_mse(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean of per-picture squared errors times weights: [B, ...], [B, ...], [B] -> scalar."""
+    return ((output.float() - target.float()).square().flatten(1).mean(1) * weights).mean()

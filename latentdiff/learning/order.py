@@ -1,0 +1,103 @@
+"""Which samples make up step k: a pure function of (seed, step), so that a resumed run is exact."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A generator that depends on nothing but `key`."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+class SampleOrder:
+    """An endless shuffled stream of sample numbers, addressed by position.
+
+    An epoch is `len(weights)` draws. Within it sample i stands floor or ceil of its expected
+    number of times (systematic resampling), in an order that is a function of (seed, epoch).
+
+    Args:
+        weights: probabilities [N], or None for all alike.
+    """
+
+    def __init__(self, count: int, seed: int, weights: np.ndarray | None = None) -> None:
+        if count < 1:
+            raise ValueError("an order needs at least one sample")
+        self.count = count
+        self.seed = seed
+        self.weights = np.full(count, 1.0 / count) if weights is None else weights / weights.sum()
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, number: int) -> np.ndarray:
+        random = generator(self.seed, 1, number)
+        edges = np.floor(np.cumsum(self.weights) * self.count + random.random())
+        edges[-1] = self.count
+        repeats = np.diff(np.minimum(edges, self.count), prepend=0.0).astype(np.int64)
+        return random.permutation(np.repeat(np.arange(self.count), repeats))
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """The `size` sample numbers of optimizer step `step` (counted from 0)."""
+        first = step * size
+        return [
+            int(self.epoch((first + k) // self.count)[(first + k) % self.count])
+            for k in range(size)
+        ]
+
+
+class MicroBatches:
+    """A batch sampler for a DataLoader: this process's share of each step, in micro-batches.
+
+    Yields lists of (step, place in the global batch, sample number).
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        steps: range,
+        batch_size: int,
+        accumulation: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % (accumulation * world):
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of accumulation {accumulation} "
+                f"x processes {world}"
+            )
+        self.order = order
+        self.steps = steps
+        self.batch_size = batch_size
+        self.micro = batch_size // (accumulation * world)
+        self.rank, self.world = rank, world
+        self.accumulation = accumulation
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for step in self.steps:
+            samples = self.order.batch(step, self.batch_size)
+            for part in range(self.accumulation):
+                start = (part * self.world + self.rank) * self.micro
+                places = range(start, start + self.micro)
+                yield [(step, place, samples[place]) for place in places]
+
+
+def sample_noise(
+    seed: int, step: int, places: list[int], shape: tuple[int, ...], draws: int = 1
+) -> Tensor:
+    """Standard normal noise [draws, B, *shape], float32: picture by picture f(seed, step, place)."""
+    rows = [
+        generator(seed, 2, step, place).standard_normal((draws, *shape), dtype=np.float32)
+        for place in places
+    ]
+    return torch.from_numpy(np.stack(rows, axis=1))
+
+
+def sample_uniform(seed: int, step: int, places: list[int], draws: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [draws, B]: f(seed, step, place)."""
+    rows = [generator(seed, 3, step, place).random(draws) for place in places]
+    return torch.from_numpy(np.stack(rows, axis=1))

@@ -1,0 +1,297 @@
+"""Stage 1: train the autoencoder.
+
+    accelerate launch training/autoencoder.py --config training/configs/emoji64-autoencoder.yaml
+
+L1 + perceptual + KL or VQ, and from `loss.adversarial_start` on a hinge patch-adversarial term with
+adaptive weight (Esser et al. 2021, eq. 6-7; Rombach et al. 2022, appendix G). Ends by measuring the
+latents and writing `OUT/vae` in the diffusers layout. Run the same command again to resume.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import typer
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.learning.batches import (
+    PictureSet,
+    loader,
+    sample_order,
+    split_examples,
+    to_range,
+)
+from latentdiff.learning.config import RunConfig, Strict, load_config
+from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.ema import EMA
+from latentdiff.learning.losses import adaptive_weight, discriminator_hinge
+from latentdiff.learning.order import MicroBatches, sample_noise
+from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.metrics.psnr import psnr
+from latentdiff.models.discriminator import PatchDiscriminator
+from latentdiff.models.perceptual import create as perceptual_distance
+from latentdiff.models.vae import (
+    VAE,
+    AutoencoderKL,
+    Autoencoding,
+    build_vae,
+    encode_moments,
+    standardise_latents,
+)
+from latentdiff.pictures import grid, to_pil
+
+
+class ModelConfig(Strict):
+    kind: Literal["kl", "vq"] = "kl"
+    channels: tuple[PositiveInt, ...] = (32, 64, 96, 128)
+    layers: PositiveInt = 1
+    latent_channels: PositiveInt = 16
+    norm_groups: PositiveInt = 8
+    codes: PositiveInt = 1024
+
+
+class LossConfig(Strict):
+    l1: float = 1.0
+    perceptual: float = 0.1
+    perceptual_features: str = "random"
+    regulariser: float = 1e-6
+    adversarial: float = 0.0
+    adversarial_start: float = Field(default=0.75, ge=0.0, le=1.0)
+
+
+class AutoencoderConfig(RunConfig):
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+
+
+class Terms:
+    """The generator's loss and its terms, computed in one place."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
+        self.weights = config.loss
+        self.start = int(config.loss.adversarial_start * config.optim.steps)
+        self.distance = perceptual_distance(config.loss.perceptual_features).to(device)
+
+    def adversarial_on(self, step: int) -> bool:
+        """Whether the discriminator takes part at this step."""
+        return self.weights.adversarial > 0.0 and step >= self.start
+
+    def __call__(
+        self, real: Tensor, fake: Tensor, regulariser: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Everything but the adversarial term: the sum with its graph, and each term's value."""
+        l1 = F.l1_loss(fake, real)
+        perceptual = self.distance(fake, real).mean()
+        weights = self.weights
+        rec = weights.l1 * l1 + weights.perceptual * perceptual
+        loss = rec + weights.regulariser * regulariser
+        return loss, {
+            "l1": l1.item(),
+            "perceptual": perceptual.item(),
+            "regulariser": regulariser.item(),
+        }
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file, see training/configs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value changes, as optim.steps=2000.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read all data, one step, one save, then stop.")
+    ] = False,
+) -> None:
+    """Train an autoencoder on a folder of pictures; re-run the same command to resume."""
+    try:
+        train(load_config(AutoencoderConfig, config, overrides or []), dry_run)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def train(config: AutoencoderConfig, dry: bool) -> None:
+    """Parse -> build -> prepare -> loop -> save."""
+    run = Run(config, dry)
+    optim = config.optim
+    examples, held_out = split_examples(config.data)
+    run.say(f"{len(examples)} pictures for training, {len(held_out)} held out")
+    if dry:
+        check_all(examples, config.data.size, run)
+
+    torch.manual_seed(config.seed)  # the initial weights
+    vae = build_vae(
+        config.model.kind,
+        config.model.channels,
+        config.model.layers,
+        config.model.latent_channels,
+        config.model.norm_groups,
+        config.data.size,
+        config.model.codes,
+    )
+    critic = PatchDiscriminator()
+    terms = Terms(config, run.device)
+
+    module = Autoencoding(vae)
+    ema = EMA(vae, optim.ema_decay)
+    start = 0
+    optimizer = adamw(vae.parameters(), optim)
+    critic_optimizer = adamw(critic.parameters(), optim)
+    if found := run.resume():
+        tensors, state = found
+        vae.load_state_dict(tensors["vae"])
+        critic.load_state_dict(tensors["critic"])
+        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
+        unpack_optimizer(optimizer, tensors["optimizer"])
+        unpack_optimizer(critic_optimizer, tensors["critic_optimizer"])
+        start = int(str(state["step"]))
+    module, critic, optimizer, critic_optimizer = run.accelerator.prepare(
+        module, critic, optimizer, critic_optimizer
+    )
+    ema.shadow = [value.to(run.device) for value in ema.shadow]
+    parameters = list(module.parameters())
+
+    def save(step: int) -> None:
+        run.save(
+            step,
+            {
+                "vae": vae.state_dict(),
+                "ema": ema.state_dict(),
+                "critic": run.accelerator.unwrap_model(critic).state_dict(),
+                "optimizer": pack_optimizer(optimizer),
+                "critic_optimizer": pack_optimizer(critic_optimizer),
+            },
+            {"ema_updates": ema.updates},
+        )
+
+    stop = min(start + 1, optim.steps) if dry else optim.steps
+    order = sample_order(examples, config.data, config.seed)
+    batches = MicroBatches(
+        order,
+        range(start, stop),
+        optim.batch_size,
+        optim.accumulation,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+    )
+    latent_size = config.data.size // 2 ** (len(config.model.channels) - 1)
+    shape = (config.model.latent_channels, latent_size, latent_size)
+    last_layer = vae.decoder.conv_out.weight
+    values: dict[str, float] = {}
+
+    with run.signals(), run.bar(start, stop) as bar:
+        for pictures, keys in loader(PictureSet(examples, config.data.size), batches):
+            step = keys[0][0]
+            real = to_range(pictures).to(run.device)
+            noise = sample_noise(config.seed, step, [place for _, place, _ in keys], shape)[0]
+
+            with run.accelerator.accumulate(module, critic):
+                fake, regulariser = module(real, noise.to(run.device))
+                fake = fake.float()
+                loss, values = terms(real, fake, regulariser)
+                if terms.adversarial_on(step):
+                    critic.requires_grad_(False)
+                    adversarial = -critic(fake).mean()
+                    critic.requires_grad_(True)
+                    weight = adaptive_weight(loss, adversarial, last_layer)
+                    loss = loss + config.loss.adversarial * weight * adversarial
+                    values |= {"adversarial": adversarial.item(), "weight": weight.item()}
+                run.accelerator.backward(loss)
+                if terms.adversarial_on(step):
+                    critic_loss = discriminator_hinge(critic(real), critic(fake.detach()))
+                    run.accelerator.backward(critic_loss)
+                    values["critic"] = critic_loss.item()
+                if not run.accelerator.sync_gradients:
+                    continue
+                rate = learning_rate(optim, step)
+                if run.optimize(optimizer, parameters, rate):
+                    ema.update(vae)
+                if terms.adversarial_on(step):
+                    run.optimize(critic_optimizer, list(critic.parameters()), rate)
+
+            bar.update()
+            done = step + 1
+            if done % 20 == 0 or done == stop:
+                run.record(done, {"loss": loss.item(), "lr": rate, **values})
+                bar.set_postfix({"l1": f"{values['l1']:.4f}", "bad": run.bad_steps})
+            if done % config.evaluate_every == 0 or done == stop:
+                with ema.applied(vae):
+                    evaluate(run, vae, held_out, config.data.size, done)
+            if done % config.checkpoint_every == 0 or done == stop or run.signal:
+                save(done)
+            if run.signal:
+                raise SystemExit(128 + run.signal)
+
+    if dry:
+        run.say("dry run: data, one step and one save are fine")
+        return
+    with ema.applied(vae):
+        finish(run, vae, examples, config.data.size)
+
+
+def check_all(examples: list, size: int, run: Run) -> None:
+    """Decode every picture once, so that a broken one is named before the run starts."""
+    pictures = PictureSet(examples, size)
+    for number in range(len(examples)):
+        pictures[(0, 0, number)]
+    run.say(f"all {len(examples)} pictures can be read")
+
+
+@torch.no_grad()
+def evaluate(run: Run, vae: VAE, held_out: list, size: int, step: int) -> None:
+    """PSNR over the held-out pictures and a grid of the first eight with their reconstructions."""
+    if not run.main or not held_out:
+        return
+    pictures = PictureSet(held_out, size)
+    scores: list[float] = []
+    shown: list[Tensor] = []
+    for first in range(0, len(held_out), 32):
+        numbers = range(first, min(first + 32, len(held_out)))
+        real = to_range(torch.stack([pictures[(0, 0, n)][0] for n in numbers])).to(run.device)
+        mean = encode_moments(vae, real).chunk(2, 1)[0]
+        fake = vae.decode(mean).sample.float().clamp(-1, 1)  # pyright: ignore
+        scores += psnr(real, fake).tolist()
+        if first == 0:
+            shown = [*real[:8], *fake[:8]]
+    mean_psnr = sum(scores) / len(scores)
+    run.record(step, {"psnr": mean_psnr})
+    run.say(f"step {step}: PSNR {mean_psnr:.2f} dB on {len(scores)} held-out pictures")
+    run.picture(step, "reconstructions", grid([to_pil(picture) for picture in shown], 8))
+
+
+@torch.no_grad()
+def finish(run: Run, vae: VAE, examples: list, size: int) -> None:
+    """Measure the latents of the training pictures, write scale into the config, save the VAE."""
+    if not run.main:
+        return
+    if isinstance(vae, AutoencoderKL):
+        mean, std = latent_statistics(run, vae, examples, size)
+        standardise_latents(vae, mean, std)
+    mean, std = latent_statistics(run, vae, examples, size)
+    scale = 1.0 / float((std.square() + mean.square()).mean().sqrt())
+    vae.register_to_config(scaling_factor=scale)
+    vae.save_pretrained(run.out / "vae", safe_serialization=True)
+    run.say(f"wrote {run.out / 'vae'}; scaling factor {scale:.4f}")
+
+
+def latent_statistics(run: Run, vae: VAE, examples: list, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and std [C] of every latent channel over pictures and places, posterior spread included."""
+    pictures = PictureSet(examples, size)
+    first = second = torch.zeros(())
+    count = 0
+    for start in range(0, len(examples), 64):
+        numbers = range(start, min(start + 64, len(examples)))
+        real = to_range(torch.stack([pictures[(0, 0, n)][0] for n in numbers])).to(run.device)
+        mean, std = encode_moments(vae, real).double().chunk(2, 1)
+        first = first + mean.sum((0, 2, 3)).cpu()
+        second = second + (mean.square() + std.square()).sum((0, 2, 3)).cpu()
+        count += mean.numel() // mean.shape[1]
+    mean = first / count
+    std = (second / count - mean.square()).sqrt()
+    return mean.float().to(run.device), std.float().to(run.device)
+
+
+if __name__ == "__main__":
+    typer.run(main)
