@@ -1,8 +1,8 @@
 """The one door through which any picture enters or leaves.
 
-What comes in is not trusted: its format is decided by its content, bytes and pixels are capped before
-anything is decoded, and whatever a decoder may raise becomes one `UserError`. What goes out is staged
-beside its target, flushed to disk and renamed, and never replaces a file that is already there.
+What comes in is not trusted: its format is decided by its content, bytes and pixels are capped
+before anything is decoded, and whatever a decoder may raise becomes one `UserError`. What goes out
+is staged beside its target, flushed to disk and renamed, and never replaces a file already there.
 
 Colour profiles are ignored: the numbers are taken to be sRGB, as everywhere in this field.
 """
@@ -42,7 +42,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr".split())
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _NUMBERED = re.compile(r"\.?(\d+)(?:-.*\.png|\.part)")
 
 
@@ -55,8 +55,9 @@ def open_picture(
 ) -> Image.Image:
     """Decodes a PNG, JPEG or WebP picture, whatever its mode, to upright 8-bit RGB.
 
-    Of an animation the first frame is taken, and that is logged. Transparent parts show `background` (any
-    colour name or #rrggbb). 16-bit grey is scaled, not clipped; EXIF orientation is applied.
+    Of an animation the first frame is taken, and that is logged. Transparent parts show
+    `background` (a colour name or #rrggbb). 16-bit grey is scaled, not clipped; EXIF orientation
+    is applied.
 
     Args:
         source: a path, the bytes of a file, or an already opened Pillow image.
@@ -82,11 +83,11 @@ def open_picture(
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """Crops the middle square of an RGB picture and resizes it to `size` pixels a side (Lanczos, antialiased)."""
+    """The middle square of an RGB picture, resized to `size` pixels a side (Lanczos)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def to_uint8(image: Image.Image) -> Tensor:
@@ -102,7 +103,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_pil(picture: Tensor) -> Image.Image:
-    """Tensor [3, H, W] in [-1, 1] (values beyond are clamped) -> RGB picture; the inverse of `to_tensor`.
+    """Tensor [3, H, W] in [-1, 1], clamped -> RGB picture; the inverse of `to_tensor`.
 
     Raises:
         UserError: the tensor holds NaN or infinity.
@@ -117,7 +118,7 @@ def to_pil(picture: Tensor) -> Image.Image:
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Puts RGB pictures row by row into one, each in a cell as large as the largest; empty cells are white."""
+    """RGB pictures row by row in one, in cells as large as the largest; the rest is white."""
     if not images or columns < 1:
         raise UserError("a grid needs at least one picture and one column")
     width = max(image.width for image in images)
@@ -130,16 +131,33 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The PNG file of an RGB picture, with `metadata` as text chunks."""
+    if image.mode != "RGB":
+        raise UserError(f"an RGB picture is needed, not mode {image.mode}: use open_picture")
+    bare = image.copy()
+    bare.info = {}  # Pillow would write a kept colour profile
+    chunks = PngInfo()
+    for key, text in (metadata or {}).items():
+        try:
+            chunks.add_text(key, text)
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text of {key!r} cannot be stored: it is not Unicode") from error
+    buffer = BytesIO()
+    bare.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
 def save_png(
     image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes an RGB picture as PNG; `metadata` becomes text chunks, without it only pixels are written.
+    """Writes an RGB picture as PNG with `metadata` as text chunks; without it, pixels only.
 
     Raises:
         UserError: the file is already there (it is left alone), or cannot be written.
     """
     target = Path(path)
-    data = _encode_png(image, metadata)
+    data = encode_png(image, metadata)
     staged = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
     with _writing(target, staged):
         _write_synced(staged, data)
@@ -152,14 +170,14 @@ def save_numbered_png(
 ) -> Path:
     """Writes `00012-7.png` (the folder's next running number, then the seed) and returns its path.
 
-    The number is this picture's alone, also among processes that write to the folder at the same time:
-    the staged file is named by the number only and so reserves it.
+    The number is this picture's alone, also among processes that write to the folder at the same
+    time: the staged file is named by the number only and so reserves it.
 
     Raises:
         UserError: the folder or the file cannot be written.
     """
     folder = Path(folder)
-    data = _encode_png(image, metadata)
+    data = encode_png(image, metadata)
     staged = folder
     with _writing(folder, None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,21 +197,11 @@ def _colour(background: str) -> tuple[int, int, int]:
 
 
 def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
-    """A name for messages, and at most `max_bytes` of content."""
+    """A name for messages, and the content."""
     if isinstance(source, bytes):
         name, data = "the picture", source
     else:
-        name = str(source)
-        try:
-            if not stat.S_ISREG(os.stat(source).st_mode):  # a pipe or device could block for ever
-                raise UserError(f"{name} is not a file")
-            with open(source, "rb") as file:
-                data = file.read(max_bytes + 1)
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot open picture {name}: {reason}") from error
+        name, data = str(source), _read_file(Path(source), max_bytes)
     if len(data) > max_bytes:
         raise UserError(f"{name} is larger than {max_bytes / 2**20:.0f} MiB")
     if not data:
@@ -201,9 +209,21 @@ def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
     return name, data
 
 
+def _read_file(path: Path, max_bytes: int) -> bytes:
+    """At most one byte more than `max_bytes`."""
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+        if regular:  # a pipe or device could block for ever
+            with path.open("rb") as file:
+                return file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot open picture {path}: {reason}") from error
+    raise UserError(f"{path} is not a file")
+
+
 def _identify(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
-    """Opens by content, without decoding: the plugin classes are called directly because `Image.open`
-    asks every installed plugin and only warns of large sizes."""
+    """Opens by content, without decoding. Not `Image.open`, which only warns of large sizes."""
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             return PngImageFile(BytesIO(data))
@@ -229,9 +249,10 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if kind == b"VP8L":
         bits = int.from_bytes(body[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(
-        body[8:10], "little"
-    ) & 0x3FFF
+    if kind == b"VP8 ":
+        width, height = int.from_bytes(body[6:8], "little"), int.from_bytes(body[8:10], "little")
+        return width & 0x3FFF, height & 0x3FFF
+    raise ValueError(f"unknown first chunk {kind!r}")
 
 
 def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -270,7 +291,7 @@ def _to_rgb(image: Image.Image, colour: tuple[int, int, int], name: str) -> Imag
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey -> 8-bit grey (v / 257, rounded), with alpha where the PNG names a transparent value."""
+    """16-bit grey -> 8-bit (v / 257, rounded), with alpha if the PNG names a transparent value."""
     wide = np.asarray(image, dtype=np.uint16)
     grey = Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -278,22 +299,6 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
         alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
         grey.putalpha(Image.fromarray(alpha))
     return grey
-
-
-def _encode_png(image: Image.Image, metadata: Mapping[str, str] | None) -> bytes:
-    if image.mode != "RGB":
-        raise UserError(f"an RGB picture is needed, not mode {image.mode}: use open_picture")
-    bare = image.copy()
-    bare.info = {}  # Pillow would write a kept colour profile
-    chunks = PngInfo()
-    for key, text in (metadata or {}).items():
-        try:
-            chunks.add_text(key, text)
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text of {key!r} cannot be stored: it is not Unicode") from error
-    buffer = BytesIO()
-    bare.save(buffer, format="PNG", pnginfo=chunks)
-    return buffer.getvalue()
 
 
 def _reserve(folder: Path) -> tuple[int, Path]:
@@ -314,27 +319,27 @@ def _reserve(folder: Path) -> tuple[int, Path]:
 
 
 def _numbers(folder: Path) -> Iterator[int]:
-    for entry in os.scandir(folder):
+    for entry in folder.iterdir():
         if match := _NUMBERED.fullmatch(entry.name):
             yield int(match[1])
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _publish(staged: Path, target: Path) -> None:
-    """Gives the staged file its name, atomically; fails if the name is taken (a rename would replace)."""
+    """Gives the staged file its name, atomically; a taken name is an error (`rename` replaces)."""
     try:
         os.link(staged, target)
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links: reserve the name, then rename over it
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        os.replace(staged, target)
+        staged.replace(target)
 
 
 @contextlib.contextmanager

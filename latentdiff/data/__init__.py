@@ -1,1 +1,1 @@
-"""Pictures with captions: reading folders of them, building one, caching what a model makes of them."""
+"""Pictures with captions: folders of them, the emoji builder, cached latents."""

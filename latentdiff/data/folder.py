@@ -1,8 +1,8 @@
 """A folder of pictures with captions, in the layout of Hugging Face `imagefolder`.
 
-Either one `metadata.jsonl`, `metadata.csv` or `metadata.parquet` at the top, with `file_name` (relative to the
-folder) and `text`, and optionally `captions` (a list of further captions) and any other fields; or no
-metadata and beside each picture a `.txt` of the same name, one caption a line.
+Either one `metadata.jsonl`, `metadata.csv` or `metadata.parquet` at the top, with `file_name`
+(relative to the folder) and `text`, and optionally `captions` (a list of further ones) and any
+other fields; or no metadata and beside each picture a `.txt` of the same name, one caption a line.
 """
 
 import csv
@@ -29,7 +29,7 @@ _SHOWN = 3  # names quoted in a message before "..."
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One picture, its captions (the plainest first, at least one), and every field of its metadata."""
+    """One picture, its captions (at least one, `text` first) and every field of its metadata."""
 
     path: Path
     captions: tuple[str, ...]
@@ -46,8 +46,8 @@ def read_folder(
             `{"style": ("noto",), "split": ("train",)}`.
 
     Raises:
-        UserError: no folder, no pictures, missing or repeated files, a picture without caption, malformed
-            metadata, or a `where` that keeps nothing.
+        UserError: no folder, no pictures, missing or repeated files, a picture without caption,
+            malformed metadata, or a `where` that keeps nothing.
     """
     root = Path(root)
     if not root.is_dir():
@@ -62,15 +62,13 @@ def read_folder(
     rows = _filter(rows, where or {}, root)
     examples = [_example(root, row) for row in rows]
     inside = os.path.realpath(root)
-    escaping = [
-        e for e in examples if os.path.commonpath((inside, os.path.realpath(e.path))) != inside
-    ]
-    _refuse([str(e.fields["file_name"]) for e in escaping], "lie outside the folder", root)
-    missing = [e for e in examples if not e.path.is_file()]
-    _refuse([str(e.fields["file_name"]) for e in missing], "are missing", root)
-    _refuse(
-        [str(e.fields["file_name"]) for e in examples if not e.captions], "have no caption", root
-    )
+    complaints: dict[str, Callable[[Example], bool]] = {
+        "lie outside the folder": lambda example: not _is_inside(example.path, inside),
+        "are missing": lambda example: not example.path.is_file(),
+        "have no caption": lambda example: not example.captions,
+    }
+    for complaint, applies in complaints.items():
+        _refuse([str(e.fields["file_name"]) for e in examples if applies(e)], complaint, root)
     return examples
 
 
@@ -80,10 +78,10 @@ def load_picture(example: Example, size: int) -> Tensor:
 
 
 def load_pictures(examples: Sequence[Example], size: int, *, progress: bool = True) -> Tensor:
-    """All pictures, as `load_picture` gives them, decoded by several threads: uint8 tensor [N, 3, size, size].
+    """All pictures, decoded by several threads: uint8 tensor [N, 3, size, size].
 
     Raises:
-        UserError: some cannot be read; the message says how many and why the first of them.
+        UserError: some cannot be read; the message says how many, and why the first.
     """
     pictures = torch.empty((len(examples), 3, size, size), dtype=torch.uint8)
 
@@ -99,10 +97,8 @@ def load_pictures(examples: Sequence[Example], size: int, *, progress: bool = Tr
         bar = tqdm(done, total=len(examples), desc="pictures", disable=not progress)
         errors = [error for error in bar if error is not None]
     if errors:
-        message = (
-            f"{len(errors)} of {len(examples)} pictures cannot be used; the first: {errors[0]}"
-        )
-        raise UserError(message)
+        count = f"{len(errors)} of {len(examples)}"
+        raise UserError(f"{count} pictures cannot be used; the first: {errors[0]}")
     return pictures
 
 
@@ -111,7 +107,7 @@ def balanced_weights(
 ) -> np.ndarray:
     """Sampling probabilities, float64 [N], that give each group of equal `keys` the same total.
 
-    A picture that lacks one of the fields is a group of its own; so without the fields all are equally likely.
+    A picture that lacks one of the fields is a group of its own: without them all are alike.
     """
     groups = [
         tuple(str(example.fields[key]) for key in keys)
@@ -125,7 +121,7 @@ def balanced_weights(
 
 def _rows_from_jsonl(path: Path) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -142,7 +138,7 @@ def _rows_from_jsonl(path: Path) -> list[dict[str, object]]:
 def _rows_from_csv(path: Path) -> list[dict[str, object]]:
     """`captions`, where there is such a column, holds a JSON list."""
     rows: list[dict[str, object]] = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, restkey="", strict=True):
             fields: dict[str, object] = dict(row)
             if "" in fields:
@@ -185,9 +181,13 @@ _READERS: dict[str, Callable[[Path], list[dict[str, object]]]] = {
 
 
 def _duplicates(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    return [
-        name for name, count in Counter(str(r.get("file_name")) for r in rows).items() if count > 1
-    ]
+    counts = Counter(str(row.get("file_name")) for row in rows)
+    return [name for name, count in counts.items() if count > 1]
+
+
+def _is_inside(path: Path, folder: str) -> bool:
+    """With links followed: a downloaded folder must not reach what else is on this machine."""
+    return os.path.commonpath((folder, os.path.realpath(path))) == folder
 
 
 def _refuse(names: Sequence[str], complaint: str, root: Path) -> None:
