@@ -1,0 +1,75 @@
+"""Classifier-free guidance: towards one condition and away from another."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser, bind
+from latentdiff.errors import UserError
+from latentdiff.guidance.batch import together
+from latentdiff.process import NoiseLevel
+
+
+def classifier_free(
+    denoise: ConditionedDenoiser,
+    positive: Condition,
+    negative: Condition | None,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> Denoiser:
+    """Guide a denoiser: x_0 = negative + scale (positive - negative).
+
+    Ho & Salimans 2022 (Classifier-Free Diffusion Guidance), eq. 6, with their 1 + w called scale:
+    1 is off, and then (as outside the interval) only the positive condition is evaluated. Guiding
+    x_0 is guiding eps, v or flow, for all are affine in each other at one level.
+
+    Args:
+        denoise: the denoiser to guide.
+        positive: what the pictures shall show, for B pictures.
+        negative: what they shall not, or the empty condition, for B pictures.
+        scale: strength.
+        rescale: phi of Lin et al. 2024, eq. 15-16, in 0..1: how much of the contrast that guidance
+            adds to a picture's x_0 is taken back. (There and in diffusers it acts on the
+            network's own output; x_0 is where over-exposure shows, whatever the network predicts.)
+        interval: guide only where low < sigma / alpha <= high: Kynkäänniemi et al. 2024, eq. 6,
+            whose sigma is sigma / alpha on any process.
+
+    Raises:
+        UserError: no negative condition though scale is not 1; rescale or interval out of range;
+            conditions of different shapes.
+    """
+    low, high = interval
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale must lie between 0 and 1, not {rescale}.")
+    if not 0 <= low <= high:
+        raise UserError(
+            f"a guidance interval runs from a small sigma to a large one, not {interval}."
+        )
+    if not math.isfinite(scale):
+        raise UserError(f"guidance scale must be a finite number, not {scale}.")
+    unguided = bind(denoise, positive)
+    if scale == 1:
+        return unguided
+    if negative is None:
+        raise UserError(f"guidance at scale {scale} needs a negative (or empty) condition.")
+    both = together(denoise, [negative, positive])
+
+    def guided(x: Tensor, level: NoiseLevel) -> Tensor:
+        if not low < level.ratio <= high:
+            return unguided(x, level)
+        x0_negative, x0_positive = both(x, level)
+        x0 = x0_negative + scale * (x0_positive - x0_negative)
+        return _restore_contrast(x0, x0_positive, rescale) if rescale else x0
+
+    return guided
+
+
+def _restore_contrast(x0: Tensor, like: Tensor, rescale: float) -> Tensor:
+    """Lin et al. 2024, eq. 15-16: each picture's standard deviation back to that of `like`."""
+    axes = tuple(range(1, x0.ndim))
+    std = x0.std(axes, correction=0, keepdim=True).clamp(min=torch.finfo(x0.dtype).tiny)
+    factor = like.std(axes, correction=0, keepdim=True) / std
+    return x0 * (1 + rescale * (factor - 1))

@@ -1,0 +1,104 @@
+"""THE loop: the only place where a run steps through a timetable."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel, transition
+from latentdiff.solvers.base import Solver
+from latentdiff.timetable import Timetable
+
+
+@runtime_checkable
+class EditsTimetable(Protocol):
+    """An edit that changes which levels are visited (SDEdit drops the first, RePaint jumps)."""
+
+    def timetable(self, timetable: Timetable) -> Timetable: ...
+
+
+@runtime_checkable
+class EditsBegin(Protocol):
+    """An edit that changes where the run begins: x [B, C, H, W] at timetable[0]."""
+
+    def begin(self, x: Tensor, timetable: Timetable, noise: NoiseStreams) -> Tensor: ...
+
+
+@runtime_checkable
+class EditsAfter(Protocol):
+    """An edit that corrects x [B, C, H, W] after each step towards the data, at its new level."""
+
+    def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor: ...
+
+
+Edit = EditsTimetable | EditsBegin | EditsAfter
+"""Any object with at least one of the three touch points."""
+
+Callback = Callable[[int, NoiseLevel, Tensor], Tensor | None]
+"""(index of the move, level reached, x [B, C, H, W]) -> another x, or None to keep it."""
+
+
+def sample(
+    denoise: Denoiser,
+    solver: Solver,
+    timetable: Timetable,
+    x: Tensor,
+    *,
+    edits: Sequence[Edit] = (),
+    noise: NoiseStreams,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Run a solver through a timetable.
+
+    The edits change the timetable, in their order; then the beginning, in their order; then x
+    after each step, in their order. A level noisier than the one before it is reached by the
+    forward kernel, and the solver starts anew there: a multistep solver whose history is reset at
+    each step is its own one-step form. Two equal levels in a row are one.
+
+    Gradients are the caller's affair: wrap the call in `torch.no_grad()` where none is wanted.
+
+    Args:
+        denoise: (x_t, level) -> x_0.
+        solver: how a step towards the data is made.
+        timetable: the levels to visit, from noise to data.
+        x: [B, C, H, W] at timetable[0]; of pure noise, `process.prior_scale(timetable[0])` times
+            standard noise.
+        edits: constraints on the run.
+        noise: streams of B pictures, for the steps and edits that draw.
+        callback: told after every move.
+
+    Returns:
+        [B, C, H, W] at the last level.
+
+    Raises:
+        UserError: an edit has none of the three touch points.
+    """
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise UserError(f"{edit!r} is no edit: it has none of `timetable`, `begin`, `after`.")
+    for edit in edits:
+        if isinstance(edit, EditsTimetable):
+            timetable = edit.timetable(timetable)
+    for edit in edits:
+        if isinstance(edit, EditsBegin):
+            x = edit.begin(x, timetable, noise)
+    constraints = [edit for edit in edits if isinstance(edit, EditsAfter)]
+
+    state = solver.init()
+    for index, (here, there) in enumerate(pairwise(timetable)):
+        if there.log_snr < here.log_snr:
+            scale, std = transition(here, there)
+            x = scale * x + std * noise.like(x)
+            state = solver.init()
+        elif there.log_snr > here.log_snr:
+            x, state = solver.step(denoise, x, here, there, state, noise)
+            for edit in constraints:
+                x = edit.after(x, there, noise)
+        if callback is not None:
+            replaced = callback(index, there, x)
+            x = x if replaced is None else replaced
+    return x

@@ -1,0 +1,95 @@
+"""One-step solvers that draw fresh noise: DDIM(eta), DDPM, Euler ancestral.
+
+Euler ancestral (k-diffusion) is DDIM with eta = 1: written in x / alpha, its sigma_up is the
+posterior's standard deviation and its Euler step down to sigma_down is eq. 12 of DDIM.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel, transition
+from latentdiff.registry import check_name
+from latentdiff.solvers.base import ddim_move, posterior_std
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """Song et al. 2021 (DDIM), eq. 12 and 16.
+
+    Args:
+        eta: share of the posterior's standard deviation that is drawn anew at each step; 0 is
+            deterministic, 1 is ancestral sampling.
+
+    Raises:
+        UserError: eta outside 0..1.
+    """
+
+    eta: float = 0.0
+    order: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta must lie between 0 and 1, not {self.eta}.")
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        std = self.eta * posterior_std(here, there)
+        x_next = ddim_move(x, denoise(x, here), here, there, std)
+        return (x_next + std * noise.like(x) if std else x_next), None
+
+
+Variance = Literal["fixed-small", "fixed-large"]
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Ho et al. 2020 (DDPM), eq. 6-7: the mean of q(x_there | x_here, x_0), plus noise.
+
+    Args:
+        variance: of the noise: "fixed-small", the posterior's, or "fixed-large", that of the
+            forward kernel. The last step, to clean data, draws none.
+
+    Raises:
+        UserError: unknown variance.
+    """
+
+    variance: Variance = "fixed-small"
+    order: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        check_name("variance", self.variance, get_args(Variance))
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        std = posterior_std(here, there)
+        mean = ddim_move(x, denoise(x, here), here, there, std)
+        if there.sigma == 0:
+            return mean, None
+        if self.variance == "fixed-large":
+            std = transition(there, here)[1]
+        return mean + std * noise.like(x), None

@@ -1,0 +1,78 @@
+"""Euler's and Heun's methods on EDM's ODE in sigma / alpha, with or without churn."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel
+from latentdiff.solvers.base import ddim_move
+from latentdiff.solvers.churn import Churn
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Euler's method: Karras et al. 2022 (EDM), algorithm 2 without lines 9-11.
+
+    Args:
+        churn: the noise to add before each step, if any.
+    """
+
+    churn: Churn | None = None
+    order: int = field(default=1, init=False)
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        if self.churn is not None:
+            x, here = self.churn.raise_level(x, here, noise)
+        return ddim_move(x, denoise(x, here), here, there), None
+
+
+@dataclass(frozen=True)
+class Heun:
+    """Heun's method: Karras et al. 2022 (EDM), algorithm 2. Two evaluations a step.
+
+    The step to clean data, and a step from pure noise (where sigma / alpha is infinite), are
+    Euler steps. From a level with hardly any signal (the cosine schedule's first sigma / alpha
+    is 20,000) the correction extrapolates far: there take a solver in log-SNR.
+
+    Args:
+        churn: the noise to add before each step, if any.
+    """
+
+    churn: Churn | None = None
+    order: int = field(default=2, init=False)
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        if self.churn is not None:
+            x, here = self.churn.raise_level(x, here, noise)
+        x0 = denoise(x, here)
+        euler = ddim_move(x, x0, here, there)
+        if there.sigma == 0 or here.alpha == 0:
+            return euler, None
+        # The trapezoidal rule on (x / alpha - x_0) / s over s = sigma / alpha, rearranged so that
+        # only the change of x_0 is corrected.
+        weight = 0.5 * there.alpha * (here.ratio / there.ratio - 1)
+        return euler + weight * (denoise(euler, there) - x0), None
