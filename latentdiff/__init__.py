@@ -1,0 +1,30 @@
+"""A latent diffusion toolkit in which everything composes.
+
+    from latentdiff import LatentDiffusionPipeline
+
+    pipe = LatentDiffusionPipeline.from_pretrained()
+    image = pipe("a red heart", seed=0).images[0]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from latentdiff.errors import UserError
+from latentdiff.version import __version__
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
+
+__all__ = ["LatentDiffusionPipeline", "PipelineOutput", "UserError", "__version__"]
+
+# Imported when first asked for: `latentdiff --help` shall not wait for torch.
+_ON_DEMAND = {
+    "LatentDiffusionPipeline": "latentdiff.pipeline",
+    "PipelineOutput": "latentdiff.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _ON_DEMAND:
+        return getattr(import_module(_ON_DEMAND[name]), name)
+    raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")

@@ -1,0 +1,9 @@
+"""What every test shares: no network, and as many threads as tiny tensors can use."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # handing tiny tensors to a pool costs more than it saves
