@@ -150,7 +150,7 @@ def train(config: AutoencoderConfig, dry: bool) -> None:
     module, critic, optimizer, critic_optimizer = run.accelerator.prepare(
         module, critic, optimizer, critic_optimizer
     )
-    ema.shadow = [value.to(run.device) for value in ema.shadow]
+    ema.to(run.device)
     parameters = list(module.parameters())
 
     def save(step: int) -> None:

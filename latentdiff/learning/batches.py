@@ -5,11 +5,19 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from latentdiff.data.folder import Example, balanced_weights, load_picture, read_folder
+from latentdiff.data.folder import (
+    Example,
+    balanced_weights,
+    load_picture,
+    load_pictures,
+    read_folder,
+)
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
 from latentdiff.learning.order import MicroBatches, SampleOrder, generator
+from latentdiff.models.vae import VAE, encode_moments
 
 Key = tuple[int, int, int]
 
@@ -63,3 +71,13 @@ def collate(items: list[tuple[Tensor, Key]]) -> tuple[Tensor, list[Key]]:
 def loader(dataset: PictureSet, batches: MicroBatches) -> DataLoader[tuple[Tensor, Key]]:
     """A loader that follows `batches`."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+
+
+def encode_pictures(vae: VAE, examples: list[Example], size: int, device: torch.device) -> Tensor:
+    """Mean and std of every picture's raw latents, [N, 2C, h, w] float32 on the CPU."""
+    pictures = load_pictures(examples, size)
+    parts = [
+        encode_moments(vae, to_range(part).to(device)).cpu()
+        for part in tqdm(pictures.split(64), desc="latents")
+    ]
+    return torch.cat(parts)

@@ -43,6 +43,10 @@ class EMA:
         for parameter, value in zip(module.parameters(), source, strict=True):
             parameter.copy_(value)
 
+    def to(self, device: torch.device) -> None:
+        """Move the averages to a device."""
+        self.shadow = [value.to(device) for value in self.shadow]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> averaged parameter."""
         return dict(zip(self.names, self.shadow, strict=True))

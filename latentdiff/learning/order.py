@@ -97,7 +97,11 @@ def sample_noise(
     return torch.from_numpy(np.stack(rows, axis=1))
 
 
-def sample_uniform(seed: int, step: int, places: list[int], draws: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 [draws, B]: f(seed, step, place)."""
-    rows = [generator(seed, 3, step, place).random(draws) for place in places]
-    return torch.from_numpy(np.stack(rows, axis=1))
+def spread_uniform(seed: int, step: int, places: list[int], batch_size: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [B], spread evenly over the global batch.
+
+    (u + place / batch_size) mod 1 with one u = f(seed, step): the low-discrepancy times of
+    Kingma et al. 2021 (Variational Diffusion Models), appendix I.1.
+    """
+    first = generator(seed, 3, step).random()
+    return (first + torch.tensor(places, dtype=torch.float64) / batch_size) % 1.0

@@ -180,4 +180,6 @@ class Run:
 
     def bar(self, start: int, stop: int) -> tqdm:
         """The progress bar of the loop, on the main process."""
-        return tqdm(initial=start, total=stop, unit="step", disable=not self.main, dynamic_ncols=True)
+        return tqdm(
+            initial=start, total=stop, unit="step", disable=not self.main, dynamic_ncols=True
+        )

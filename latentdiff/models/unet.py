@@ -1,0 +1,37 @@
+"""The latent U-Net out of diffusers."""
+
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+
+def build_unet(
+    latent_channels: int,
+    latent_size: int,
+    channels: tuple[int, ...],
+    layers: int,
+    attention: tuple[bool, ...],
+    head_dim: int,
+    text_width: int,
+) -> UNet2DConditionModel:
+    """A fresh `UNet2DConditionModel` with cross-attention where `attention` says so, level by level.
+
+    Args:
+        latent_size: side of the latent grid that it is trained on.
+        head_dim: width of one attention head.
+        text_width: D of the text states [B, L, D].
+    """
+    if len(channels) != len(attention):
+        raise ValueError(f"{len(channels)} levels of channels but {len(attention)} of attention")
+    heads = tuple(max(1, width // head_dim) for width in channels)
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
+        attention_head_dim=heads,
+        cross_attention_dim=text_width,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
+        norm_num_groups=32,
+    )

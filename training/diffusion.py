@@ -1,0 +1,257 @@
+"""Stage 2: train the latent denoiser, conditioned on captions by cross-attention.
+
+    accelerate launch training/diffusion.py --config training/configs/emoji64-diffusion.yaml
+
+Reads the autoencoder of stage 1, encodes the pictures once (cached), trains a U-Net and, unless one
+is given, a small CLIP text tower of its own along with it (as Rombach et al. 2022, sec. 4.3, do with
+theirs). Ends by writing `OUT/model` in the diffusers layout. Run the same command again to resume.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from latentdiff import process as processes
+from latentdiff.bundle import Bundle
+from latentdiff.data.folder import Example
+from latentdiff.errors import UserError
+from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
+from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.config import RunConfig, Strict, load_config
+from latentdiff.learning.denoising import Conditioned, draw_times, noised_batch
+from latentdiff.learning.ema import EMA
+from latentdiff.learning.losses import weighted_mse
+from latentdiff.learning.order import MicroBatches, generator, sample_noise, spread_uniform
+from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.models.attention import set_attention
+from latentdiff.models.text import build_text_encoder, train_tokenizer
+from latentdiff.models.unet import build_unet
+from latentdiff.models.vae import VAE, load_vae
+from latentdiff.pictures import grid
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.prediction import Prediction
+from latentdiff.text import ClipTower, TextTower, Tokens
+
+
+class UNetConfig(Strict):
+    channels: tuple[PositiveInt, ...] = (128, 256)
+    layers: PositiveInt = 1
+    attention: tuple[bool, ...] = (True, True)
+    head_dim: PositiveInt = 64
+    backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
+
+
+class TextConfig(Strict):
+    """A fresh tower's shape; or `pretrained`, the folder of a model whose tower is used."""
+
+    pretrained: Path | None = None
+    train: bool = True
+    vocabulary: PositiveInt = 3072
+    window: PositiveInt = 24
+    width: PositiveInt = 192
+    layers: PositiveInt = 3
+    heads: PositiveInt = 3
+
+
+class ObjectiveConfig(Strict):
+    process: str = "vp-scaled-linear"
+    prediction: Prediction = "v"
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    min_snr_gamma: PositiveFloat | None = 5.0
+    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+
+
+class DiffusionConfig(RunConfig):
+    vae: Path
+    unet: UNetConfig = UNetConfig()
+    text: TextConfig = TextConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    save_dtype: Literal["float32", "float16"] = "float16"
+    sample_prompts: list[str] = Field(default_factory=list)
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file, see training/configs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value changes, as optim.steps=2000.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read all data, one step, one save, then stop.")
+    ] = False,
+) -> None:
+    """Train a latent diffusion model on captioned pictures; re-run the same command to resume."""
+    try:
+        train(load_config(DiffusionConfig, config, overrides or []), dry_run)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def train(config: DiffusionConfig, dry: bool) -> None:
+    """Parse -> build -> prepare -> loop -> save."""
+    run = Run(config, dry)
+    optim, objective = config.optim, config.objective
+    examples, _ = split_examples(config.data)
+    run.say(f"{len(examples)} pictures for training")
+
+    torch.manual_seed(config.seed)  # the initial weights
+    vae = load_vae(config.vae).to(run.device).eval().requires_grad_(False)
+    moments = encode_pictures(vae, examples, config.data.size, run.device)
+    scale = float(vae.config["scaling_factor"])
+    shift = float(vae.config.get("shift_factor") or 0.0)
+    bundle = build(config, vae, examples)
+    process = bundle.process
+    captions = Captions(bundle.text, examples, objective.caption_dropout, config.seed)
+
+    module = Conditioned(bundle.unet, bundle.text, config.text.train)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    ema = EMA(module, optim.ema_decay)
+    optimizer = adamw(iter(trained), optim)
+    start = 0
+    if found := run.resume():
+        tensors, state = found
+        module.load_state_dict(tensors["model"])
+        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
+        unpack_optimizer(optimizer, tensors["optimizer"])
+        start = int(str(state["step"]))
+    set_attention(bundle.unet, config.unet.backend)
+    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
+    ema.to(run.device)
+
+    def save(step: int) -> None:
+        tensors = {
+            "model": module.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": pack_optimizer(optimizer),
+        }
+        run.save(step, tensors, {"ema_updates": ema.updates})
+
+    stop = min(start + 1, optim.steps) if dry else optim.steps
+    batches = MicroBatches(
+        sample_order(examples, config.data, config.seed),
+        range(start, stop),
+        optim.batch_size,
+        optim.accumulation,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+    )
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    with run.signals(), run.bar(start, stop) as bar:
+        for keys in batches:
+            step = keys[0][0]
+            places = [place for _, place, _ in keys]
+            samples = [sample for _, _, sample in keys]
+
+            mean, std = moments[samples].to(run.device).chunk(2, 1)
+            posterior, noise = sample_noise(config.seed, step, places, shape, 2).to(run.device)
+            latents = (mean + std * posterior - shift) * scale
+            uniform = spread_uniform(config.seed, step, places, optim.batch_size).to(run.device)
+            t = draw_times(process, uniform, objective.times)
+            batch = noised_batch(
+                process, objective.prediction, latents, noise, t, objective.min_snr_gamma
+            )
+            with run.accelerator.accumulate(wrapped):
+                output = wrapped(batch.x, batch.t, captions.tokens(step, places, samples))
+                loss = weighted_mse(output, batch.target, batch.weights)
+                run.accelerator.backward(loss)
+                if not run.accelerator.sync_gradients:
+                    continue
+                rate = learning_rate(optim, step)
+                if run.optimize(optimizer, trained, rate):
+                    ema.update(module)
+
+            bar.update()
+            done = step + 1
+            if done % 20 == 0 or done == stop:
+                value = loss.item()
+                run.record(done, {"loss": value, "lr": rate})
+                bar.set_postfix({"loss": f"{value:.4f}", "bad": run.bad_steps})
+            if done % config.evaluate_every == 0 or done == stop:
+                with ema.applied(module):
+                    draw_samples(run, bundle, config, examples, done)
+            if done % config.checkpoint_every == 0 or done == stop or run.signal:
+                save(done)
+            if run.signal:
+                raise SystemExit(128 + run.signal)
+
+    if dry:
+        run.say("dry run: data, one step and one save are fine")
+    elif run.main:
+        with ema.applied(module):
+            bundle.save(config.out / "model", dtype=getattr(torch, config.save_dtype))
+        run.say(f"wrote {config.out / 'model'}")
+
+
+def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:
+    """The parts of a new model around a trained autoencoder."""
+    if config.text.pretrained is None:
+        words = sorted({caption for example in examples for caption in example.captions})
+        tokenizer = train_tokenizer(words, config.text.vocabulary, config.text.window)
+        encoder = build_text_encoder(
+            tokenizer, config.text.width, config.text.layers, config.text.heads
+        )
+        tower: TextTower = ClipTower(encoder, tokenizer)
+    else:
+        tower = Bundle.load(config.text.pretrained).text
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    unet = build_unet(
+        vae.config["latent_channels"],
+        config.data.size // factor,
+        config.unet.channels,
+        config.unet.layers,
+        config.unet.attention,
+        config.unet.head_dim,
+        tower.width,
+    )
+    return Bundle(
+        vae=vae,
+        unet=unet,
+        text=tower,
+        process=processes.create(config.objective.process),
+        prediction=config.objective.prediction,
+    )
+
+
+class Captions:
+    """Tokens of every caption, made once, and the choice among them: f(seed, step, place)."""
+
+    def __init__(
+        self, tower: TextTower, examples: list[Example], dropout: float, seed: int
+    ) -> None:
+        unique = {"": 0}
+        for example in examples:
+            for caption in example.captions:
+                unique.setdefault(caption, len(unique))
+        self.rows = [[unique[caption] for caption in e.captions] or [0] for e in examples]
+        self.all = tower.tokenize(list(unique))
+        self.dropout = dropout
+        self.seed = seed
+
+    def tokens(self, step: int, places: list[int], samples: list[int]) -> Tokens:
+        """One caption per sample, dropped with probability `dropout`."""
+        rows: list[int] = []
+        for place, sample in zip(places, samples, strict=True):
+            random = generator(self.seed, 4, step, place)
+            dropped = random.random() < self.dropout
+            row = self.rows[sample][random.integers(len(self.rows[sample]))]
+            rows.append(0 if dropped else row)
+        return Tokens(self.all.ids[rows], self.all.mask[rows], [""] * len(rows))
+
+
+def draw_samples(
+    run: Run, bundle: Bundle, config: DiffusionConfig, examples: list[Example], step: int
+) -> None:
+    """A grid of pictures at a fixed seed, for the configured prompts or the first captions."""
+    if not run.main:
+        return
+    prompts = config.sample_prompts or [example.captions[0] for example in examples[:16]]
+    pipe = LatentDiffusionPipeline(bundle)
+    images = pipe(prompts, seed=config.seed, progress=False).images
+    run.picture(step, "samples", grid(images, 8))
+
+
+if __name__ == "__main__":
+    typer.run(main)
