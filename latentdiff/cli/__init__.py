@@ -1,0 +1,77 @@
+"""`latentdiff generate | info | data`: the pipeline from a shell.
+
+Nothing heavy is imported before a command needs it, so `--help` answers at once. A user's mistake
+is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from latentdiff.cli.data import emoji
+from latentdiff.cli.generate import generate
+from latentdiff.cli.info import info
+from latentdiff.errors import UserError
+from latentdiff.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(info)
+data = typer.Typer(help="Build folders of captioned pictures to train on.")
+data.command()(emoji)
+data.callback()(lambda: None)  # keeps `emoji` a word to type while it is the only one
+app.add_typer(data, name="data")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = app(args=arguments, prog_name="latentdiff", standalone_mode=False)
+        except typer.TyperException as error:
+            return _refuse(error.format_message())
+        except UserError as error:
+            return _refuse(str(error))
+        except (KeyboardInterrupt, typer.Abort):
+            return 130
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print("warning:", message, file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"latentdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def latentdiff(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """Latent diffusion from a shell: pictures out of words."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())

@@ -1,0 +1,36 @@
+"""`latentdiff data`: folders of captioned pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def emoji(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new folder.")],
+    size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 128,
+    font: Annotated[
+        Path | None, typer.Option(help="Noto Color Emoji. Default: the installed one.")
+    ] = None,
+    emoji_test: Annotated[
+        Path | None, typer.Option(help="Unicode's emoji-test.txt. Default: the installed one.")
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="CLDR's common folder. Default: the installed one."),
+    ] = None,
+) -> None:
+    """Draw the Noto emoji, with captions, out of installed system files.
+
+    They come with: apt install fonts-noto-color-emoji unicode-data unicode-cldr-core
+    """
+    from latentdiff.data import emoji as noto
+
+    count = noto.build_emoji_folder(
+        out,
+        size,
+        font=font or noto.FONT,
+        emoji_test=emoji_test or noto.EMOJI_TEST,
+        annotations=annotations or noto.ANNOTATIONS,
+    )
+    print(f"{count} pictures in {out}")

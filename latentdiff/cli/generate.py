@@ -1,0 +1,191 @@
+"""`latentdiff generate`: pictures out of words."""
+
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+
+import typer
+
+from latentdiff.errors import UserError
+from latentdiff.version import __version__
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+# Pixels drawn at once: enough to keep a processor busy, few enough for its memory.
+_DRAWN_AT_ONCE = 2**20
+
+
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw.")],
+    number: Annotated[
+        int, typer.Option("-n", "--number", min=1, max=10_000, help="Pictures of each prompt.")
+    ] = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the noise. Default: random, and printed.")
+    ] = None,
+    first: Annotated[
+        int,
+        typer.Option(min=0, help="Begin with this picture of the seed: the index in a PNG's text."),
+    ] = 0,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")
+    ] = Path("outputs"),
+    grid: Annotated[bool, typer.Option("--grid", help="Also all of them in one picture.")] = False,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 4.0,
+    rescale: Annotated[
+        float, typer.Option(min=0, max=1, help="How much of guidance's contrast to take back.")
+    ] = 0.0,
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
+    ] = None,
+    solver: Annotated[
+        str, typer.Option(help="ddpm, ddim, euler, euler-a, heun or dpmpp-2m.")
+    ] = "dpmpp-2m",
+    timetable: Annotated[
+        str | None,
+        typer.Option(
+            help="leading, trailing, linspace, karras or exponential. Default: the model's own."
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width in pixels. Default: the model's own."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the networks.")
+    ] = "auto",
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Write nothing but pixels into the PNG files.")
+    ] = False,
+) -> None:
+    """Draw pictures of what each PROMPT says.
+
+    They are written as NUMBER-SEED.png, never over another file, and their paths printed. The text
+    inside each tells all that is needed to draw it again.
+    """
+    _check_writable(out)
+    from latentdiff.pipeline import LatentDiffusionPipeline, check_prompts
+
+    check_prompts(prompts, "prompt")
+    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
+    own_height, own_width = pipe.bundle.size
+    settings: _Settings = {
+        "negative_prompt": negative,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "guidance_rescale": rescale,
+        "solver": solver,
+        "timetable": pipe.bundle.steps.spacing if timetable is None else timetable,
+        "height": height or size or own_height,
+        "width": width or size or own_width,
+    }
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    wanted = [prompt for prompt in prompts for _ in range(number)]
+    record: dict[str, object] | None = None
+    if not no_metadata:
+        precision = str(pipe.bundle.dtype).removeprefix("torch.")
+        record = {"version": __version__, "model": pipe.bundle.name, "dtype": precision, **settings}
+    columns = number if len(prompts) > 1 else math.ceil(math.sqrt(number))
+    drawn = _draw(pipe, wanted, seed, first, settings)
+    _write(drawn, seed, out, record, columns if grid else None)
+
+
+class _Settings(TypedDict):
+    """What is the same for all pictures of a command, by the pipeline's own names."""
+
+    negative_prompt: str | None
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    solver: str
+    timetable: str
+    height: int
+    width: int
+
+
+def _draw(
+    pipe: "LatentDiffusionPipeline", prompts: list[str], seed: int, first: int, settings: _Settings
+) -> Iterator["tuple[str, int, Image]"]:
+    """A prompt, its picture's index within the seed, and the picture, for each of the prompts."""
+    import torch
+
+    at_once = max(1, _DRAWN_AT_ONCE // (settings["height"] * settings["width"]))
+    for start in range(0, len(prompts), at_once):
+        chunk = prompts[start : start + at_once]
+        try:
+            output = pipe(
+                chunk, seed=seed, first=first + start, progress=sys.stderr.isatty(), **settings
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError("the device has too little memory for pictures of this size") from error
+        yield from zip(chunk, output.indices, output.images, strict=True)
+
+
+def _write(
+    drawn: Iterable["tuple[str, int, Image]"],
+    seed: int,
+    out: Path,
+    record: dict[str, object] | None,
+    columns: int | None,
+) -> None:
+    """Save each picture as soon as it is there, and at last the grid, and print the paths."""
+    from latentdiff.pictures import grid, save_numbered_png, save_png
+
+    paths: list[Path] = []
+    kept: list[tuple[str, int, Image]] = []
+    for prompt, index, image in drawn:
+        text = _text(record, prompt=prompt, seed=seed, index=index)
+        paths.append(save_numbered_png(image, out, seed, text))
+        if len(paths) == 1:  # not sooner: a refusal shall be the only line
+            print(f"seed {seed}", file=sys.stderr)
+        print(paths[-1], flush=True)
+        kept += [(prompt, index, image)] if columns else []
+    if columns:
+        prompts, indices, images = zip(*kept, strict=True)
+        text = _text(record, prompt=prompts, seed=seed, index=indices)
+        path = paths[0].with_name(f"{paths[0].stem}-grid.png")
+        print(save_png(grid(images, columns), path, text))
+
+
+def _text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
+    """The text chunk of a PNG: one JSON object."""
+    if record is None:
+        return None
+    return {"latentdiff": json.dumps({**picture, **record}, ensure_ascii=False)}
+
+
+def _check_writable(folder: Path) -> None:
+    """Whether pictures can be put there, before time is spent on them; nothing is made yet.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    if not nearest.is_dir():
+        raise UserError(f"cannot write to {folder}: {nearest} is a file; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: permission denied; choose another --out")

@@ -1,0 +1,72 @@
+"""`latentdiff info`: what is in a model."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from latentdiff.bundle import Bundle
+    from latentdiff.process import Process
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
+        ),
+    ] = None,
+) -> None:
+    """Check a model and say what is in it."""
+    from latentdiff.bundle import Bundle
+    from latentdiff.bundle.find import find
+
+    bundle = Bundle.load(model, device="cpu")
+    folder = find(model)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    rows = [("folder", f"{folder} ({size / 1e6:.1f} MB)"), *_describe(bundle)]
+    for name, text in rows:
+        print(f"{name:<11}{text}")
+
+
+def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
+    height, width = bundle.size
+    latent = f"{bundle.latent_channels} x {height // bundle.factor} x {width // bundle.factor}"
+    return [
+        ("vae", _part(bundle.vae)),
+        ("unet", _part(bundle.unet)),
+        ("text", _part(bundle.text.model)),
+        ("window", f"{bundle.text.window} tokens"),
+        ("size", f"{height} x {width} pixels, latents {latent}"),
+        ("process", _process(bundle)),
+        ("prediction", bundle.prediction),
+        ("timetable", bundle.steps.spacing),
+    ]
+
+
+def _part(network: "nn.Module") -> str:
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return f"{type(network).__name__}, {count / 1e6:.2f} M parameters"
+
+
+def _process(bundle: "Bundle") -> str:
+    """Its name where it is one of ours, else its kind; and how far it reaches."""
+    from latentdiff import process as processes
+
+    own = bundle.process
+    names = (name for name in processes.names() if _same(processes.create(name), own))
+    name = next(names, type(own).__name__)
+    ends = [f"{own.log_snr(t):.2f}" for t in (own.t_min, own.t_max)]
+    return f"{name}, t {own.t_min:g} .. {own.t_max:g}, log-SNR {ends[0]} .. {ends[1]}"
+
+
+def _same(one: "Process", other: "Process") -> bool:
+    """Whether two processes agree at both ends and in the middle."""
+    if (one.t_min, one.t_max) != (other.t_min, other.t_max):
+        return False
+    times = (one.t_min, (one.t_min + one.t_max) / 2, one.t_max)
+    return all(math.isclose(one.log_snr(t), other.log_snr(t), rel_tol=1e-9) for t in times)

@@ -1,0 +1,297 @@
+"""The command line, on a real tiny model: what it writes, says and refuses."""
+
+import inspect
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_bundle
+
+from latentdiff import LatentDiffusionPipeline, pipeline, solvers, timetable
+from latentdiff.cli import main
+from latentdiff.cli.generate import generate
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle().save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "pictures"
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def record(path: Path) -> dict[str, object]:
+    return json.loads(Image.open(path).info["latentdiff"])
+
+
+def chunks(path: Path) -> set[bytes]:
+    data, kinds, at = path.read_bytes(), set[bytes](), 8
+    while at < len(data):
+        kinds.add(data[at + 4 : at + 8])
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return kinds
+
+
+def draw(model: Path, out: Path, *arguments: str) -> list[Path]:
+    """Run `generate` with few steps, and return its new pictures in their order."""
+    before = set(out.glob("*.png")) if out.exists() else set[Path]()
+    given = ["generate", *arguments, "--model", str(model), "--out", str(out)]
+    if "--steps" not in arguments:
+        given += ["--steps", "2"]
+    assert main(given) == 0
+    return sorted(set(out.glob("*.png")) - before)
+
+
+def test_numbered_pictures_a_grid_and_nothing_overwritten(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = draw(model, out, "a red heart", "a cat", "-n", "2", "--seed", "7", "--grid")
+    names = ["00000-7-grid", "00000-7", "00001-7", "00002-7", "00003-7"]
+    assert [path.stem for path in drawn] == names
+    said = capsys.readouterr()
+    assert sorted(said.out.split()) == sorted(map(str, drawn))
+    assert said.err == "seed 7\n"
+
+    grid, *pictures = drawn
+    rows = [np.concatenate([pixels(p) for p in pictures[i : i + 2]], axis=1) for i in (0, 2)]
+    assert (pixels(grid) == np.concatenate(rows)).all()
+
+    kept = {path: path.read_bytes() for path in drawn}
+    again = draw(model, out, "a red heart", "--seed", "7")
+    assert [path.name for path in again] == ["00004-7.png"]
+    assert {path: path.read_bytes() for path in drawn} == kept
+
+
+def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out: Path) -> None:
+    # fmt: off
+    drawn = draw(
+        model, out, "a red heart", "ein Herz ♥", "-n", "2", "--seed", "7", "--steps", "3",
+        "--guidance-scale", "2.5", "--rescale", "0.5", "--negative", "blue", "--solver", "euler-a",
+        "--timetable", "karras",
+    )
+    # fmt: on
+    last = record(drawn[3])
+    assert (last["prompt"], last["seed"], last["index"]) == ("ein Herz ♥", 7, 3)
+
+    pipe = LatentDiffusionPipeline.from_pretrained(str(last.pop("model")))
+    del last["version"], last["dtype"]
+    arguments = {key: value for key, value in last.items() if key != "index"}
+    same = pipe(**arguments, first=last["index"], progress=False).images[0]  # pyright: ignore[reportArgumentType]
+    assert abs(np.asarray(same).astype(int) - pixels(drawn[3])).max() <= 1
+
+    (again,) = draw(model, out, "a red heart", "--seed", "7", "--first", "1")
+    (other,) = draw(model, out, "a red heart", "--seed", "7")
+    _, plain = draw(model, out, "a red heart", "--seed", "7", "-n", "2")
+    assert abs(pixels(again) - pixels(plain)).max() <= 1
+    assert (pixels(other) != pixels(plain)).any()
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("--steps 3", "num_inference_steps", 3),
+        ("--guidance-scale 9", "guidance_scale", 9.0),
+        ("--rescale 1", "guidance_rescale", 1.0),
+        ("--negative blue", "negative_prompt", "blue"),
+        ("--solver ddpm", "solver", "ddpm"),
+        ("--timetable exponential", "timetable", "exponential"),
+        ("--dtype bfloat16", "dtype", "bfloat16"),
+        ("--seed 8", "seed", 8),
+        ("--first 1", "index", 1),
+    ],
+)
+def test_every_option_reaches_the_run(
+    model: Path, out: Path, option: str, key: str, value: object
+) -> None:
+    (plain,) = draw(model, out, "a red heart", "--seed", "7")
+    (changed,) = draw(model, out, "a red heart", *["--seed", "7"], *option.split())
+    assert record(changed)[key] == value != record(plain)[key]
+    assert (pixels(changed) != pixels(plain)).any()
+
+
+def test_sizes(model: Path, out: Path) -> None:
+    (tall,) = draw(model, out, "a cat", "--size", "32", "--height", "48")
+    assert Image.open(tall).size == (32, 48)
+    assert (record(tall)["width"], record(tall)["height"]) == (32, 48)
+
+
+def test_no_metadata_leaves_pixels_only(model: Path, out: Path) -> None:
+    arguments = ["a cat", "--seed", "7", "--grid"]
+    assert all(b"tEXt" in chunks(path) for path in draw(model, out, *arguments))
+    for path in draw(model, out, *arguments, "--no-metadata"):
+        assert chunks(path) == {b"IHDR", b"IDAT", b"IEND"}
+
+
+def test_a_random_seed_is_printed(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[str] = []
+    for _ in range(2):
+        (path,) = draw(model, out, "a cat")
+        seeds.append(path.stem.split("-")[1])
+        assert capsys.readouterr().err == f"seed {seeds[-1]}\n"
+    assert seeds[0] != seeds[1]
+
+
+def test_a_prompt_beyond_the_window_is_reported_in_a_line(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(model, out, "a red heart " * 200, "-n", "2", "--seed", "7")
+    warning, seed = sorted(capsys.readouterr().err.splitlines(), reverse=True)
+    assert warning.startswith("warning: the prompt")
+    assert "window" in warning
+    assert seed == "seed 7"
+
+
+REFUSED = {
+    "empty prompt": (["  "], "empty"),
+    "one empty prompt of two": (["a cat", ""], "empty"),
+    "no prompt": ([], "PROMPT"),
+    "huge prompt": (["cat " * 10_000], "10,000"),
+    "no steps": (["a cat", "--steps", "0"], "--steps"),
+    "too many steps": (["a cat", "--steps", "10000"], "--steps"),
+    "no pictures": (["a cat", "-n", "0"], "--number"),
+    "negative seed": (["a cat", "--seed", "-1"], "--seed"),
+    "size off the grid": (["a cat", "--size", "33"], "multiple of"),
+    "huge size": (["a cat", "--size", "1000000"], "4096"),
+    "infinite guidance": (["a cat", "--guidance-scale", "inf"], "finite"),
+    "unknown solver": (["a cat", "--solver", "eulr"], "did you mean 'euler'"),
+    "unknown timetable": (["a cat", "--timetable", "zzz"], "karras"),
+    "unknown dtype": (["a cat", "--dtype", "int8"], "bfloat16"),
+    "unknown device": (["a cat", "--device", "quantum"], "quantum"),
+    "unknown option": (["a cat", "--colour", "red"], "--colour"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    case: str, model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, named = REFUSED[case]
+    refused(["generate", *arguments, "--model", str(model), "--out", str(out)], named, capsys)
+    assert not out.parent.exists()
+
+
+def test_bad_models(
+    model: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickle = tmp_path / "model.ckpt"
+    pickle.write_bytes(b"\x80\x04N.")
+    (tmp_path / "empty").mkdir()
+    cut = Path(shutil.copytree(model, tmp_path / "cut"))
+    (weights,) = (cut / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    legacy = Path(shutil.copytree(model, tmp_path / "legacy"))
+    (weights,) = (legacy / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+
+    cases = {
+        tmp_path / "nowhere": "nowhere",
+        tmp_path / "empty": "model_index.json",
+        cut: "damaged",
+        pickle: "pickle",
+        legacy: "pickle",
+    }
+    for path, named in cases.items():
+        arguments = ["generate", "a cat", "--model", str(path), "--out", str(out)]
+        refused(arguments, named, capsys)
+        refused(["info", str(path)], named, capsys)
+    assert not out.parent.exists()
+
+
+def test_unwritable_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below", Path("/proc/latentdiff"), tmp_path / ("x" * 300)):
+        arguments = ["generate", "a cat", "--steps", "1", "--model", str(model), "--out", str(out)]
+        refused(arguments, "cannot write", capsys)
+    assert file.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert said.out == ""
+
+
+def test_info_counts_what_is_there(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model)]) == 0
+    bundle = LatentDiffusionPipeline.from_pretrained(model).bundle
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    for part in (bundle.vae, bundle.unet, bundle.text.model):
+        count = sum(p.numel() for p in part.parameters())
+        assert f"{type(part).__name__}, {count / 1e6:.2f} M parameters" in said.values()
+    assert said["prediction"] == bundle.prediction
+    assert said["window"] == f"{bundle.text.window} tokens"
+    assert said["size"].startswith("{} x {} pixels".format(*bundle.size))
+    assert said["process"].startswith("vp-scaled-linear")
+
+
+def test_defaults_and_help_are_the_pipelines() -> None:
+    ours = inspect.signature(generate).parameters
+    theirs = inspect.signature(LatentDiffusionPipeline.__call__).parameters
+    pairs = {
+        "steps": "num_inference_steps",
+        "rescale": "guidance_rescale",
+        "number": "num_images_per_prompt",
+        "negative": "negative_prompt",
+    }
+    for name in ("guidance_scale", "solver", "timetable", "height", "width", "seed", "first"):
+        assert ours[name].default == theirs[name].default
+    for name, its in pairs.items():
+        assert ours[name].default == theirs[its].default
+
+    def options(name: str) -> str:
+        return str(ours[name].annotation)
+
+    assert all(name in options("solver") for name in solvers.names())
+    assert all(name in options("timetable") for name in timetable.names())
+    assert f"max={pipeline.MAX_STEPS}" in options("steps")
+
+
+def test_emoji_without_the_packages_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing.ttf")
+    arguments = ["data", "emoji", "--out", str(tmp_path / "emoji"), "--font", missing]
+    refused(arguments, "fonts-noto-color-emoji", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupting_a_real_process_is_quiet(model: Path, out: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from latentdiff.cli import main; sys.exit(main())",
+    ]
+    command += ["generate", "a cat", "--model", str(model), "--out", str(out), "--seed", "7"]
+    process = subprocess.Popen(
+        [*command, "-n", "10000", "--size", "512", "--steps", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline().strip()  # the first picture of thousands is on the disk
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "seed 7\n")
+    assert Path(first).name == "00000-7.png"
+    assert not list(out.glob(".*"))
