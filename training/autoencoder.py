@@ -24,8 +24,8 @@ from latentdiff.learning.batches import (
     split_examples,
     to_range,
 )
-from latentdiff.learning.config import RunConfig, Strict, load_config
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.config import RunConfig, Strict, load_config
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import adaptive_weight, discriminator_hinge
 from latentdiff.learning.order import MicroBatches, sample_noise
@@ -277,7 +277,7 @@ def finish(run: Run, vae: VAE, examples: list, size: int) -> None:
 
 
 def latent_statistics(run: Run, vae: VAE, examples: list, size: int) -> tuple[Tensor, Tensor]:
-    """Mean and std [C] of every latent channel over pictures and places, posterior spread included."""
+    """Mean and std [C] of the latent channels over pictures and places, spread included."""
     pictures = PictureSet(examples, size)
     first = second = torch.zeros(())
     count = 0

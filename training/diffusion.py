@@ -2,8 +2,8 @@
 
     accelerate launch training/diffusion.py --config training/configs/emoji64-diffusion.yaml
 
-Reads the autoencoder of stage 1, encodes the pictures once (cached), trains a U-Net and, unless one
-is given, a small CLIP text tower of its own along with it (as Rombach et al. 2022, sec. 4.3, do with
+Reads the autoencoder of stage 1, encodes the pictures once, trains a U-Net and, unless one is
+given, a small CLIP text tower of its own along with it (as Rombach et al. 2022, sec. 4.3, do with
 theirs). Ends by writing `OUT/model` in the diffusers layout. Run the same command again to resume.
 """
 
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from latentdiff.pipeline import LatentDiffusionPipeline
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from latentdiff import process as processes
@@ -31,7 +32,6 @@ from latentdiff.models.text import build_text_encoder, train_tokenizer
 from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import VAE, load_vae
 from latentdiff.pictures import grid
-from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.prediction import Prediction
 from latentdiff.text import ClipTower, TextTower, Tokens
 
@@ -98,7 +98,8 @@ def train(config: DiffusionConfig, dry: bool) -> None:
     run.say(f"{len(examples)} pictures for training")
 
     torch.manual_seed(config.seed)  # the initial weights
-    vae = load_vae(config.vae).to(run.device).eval().requires_grad_(False)
+    vae = load_vae(config.vae)
+    vae.to(device=run.device)
     moments = encode_pictures(vae, examples, config.data.size, run.device)
     scale = float(vae.config["scaling_factor"])
     shift = float(vae.config.get("shift_factor") or 0.0)

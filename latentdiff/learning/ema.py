@@ -26,7 +26,8 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = [p.detach().float() for p in module.parameters()]
-        torch._foreach_lerp_(self.shadow, live, 1.0 - decay)
+        for shadow, value in zip(self.shadow, live, strict=True):
+            shadow.lerp_(value, 1.0 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

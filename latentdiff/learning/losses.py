@@ -27,7 +27,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
 def min_snr_weight(log_snr: Tensor, prediction: str, gamma: float = 5.0) -> Tensor:
     """Min-SNR weights for a loss on the network's own output (Hang et al. 2023, sec. 3.4).
 
-    The weight on x0 is min(SNR, gamma); an eps loss is SNR times an x0 loss, a v loss SNR + 1 times.
+    The weight on x0 is min(SNR, gamma); an x0 loss is an eps loss / SNR and a v loss / (SNR + 1).
 
     Args:
         log_snr: [B], of the drawn times.

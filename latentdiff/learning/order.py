@@ -89,7 +89,7 @@ class MicroBatches:
 def sample_noise(
     seed: int, step: int, places: list[int], shape: tuple[int, ...], draws: int = 1
 ) -> Tensor:
-    """Standard normal noise [draws, B, *shape], float32: picture by picture f(seed, step, place)."""
+    """Standard normal [draws, B, *shape], float32: picture by picture f(seed, step, place)."""
     rows = [
         generator(seed, 2, step, place).standard_normal((draws, *shape), dtype=np.float32)
         for place in places

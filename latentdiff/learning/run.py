@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -161,7 +160,7 @@ class Run:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are noted, to be honoured at a step's end; a second one acts at once."""
+        """SIGTERM and SIGINT are noted, to be honoured at a step's end; a second acts at once."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal:

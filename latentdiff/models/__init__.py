@@ -1,1 +1,1 @@
-"""Builders of networks out of diffusers and transformers, and the two that exist only for training."""
+"""Builders of networks out of diffusers and transformers, and those that only training needs."""

@@ -1,4 +1,4 @@
-"""Perceptual distances for stage 1: one that needs no download, and LPIPS when its weights are there."""
+"""Perceptual distances: one that needs no download, and LPIPS when its weights are there."""
 
 from pathlib import Path
 
@@ -30,7 +30,9 @@ class FeatureDistance(nn.Module):
         total = torch.zeros(len(a), device=a.device)
         for number, stage in enumerate(self.stages):
             features = stage(features)
-            unit = features.float() * features.float().square().sum(1, keepdim=True).add(1e-8).rsqrt()
+            unit = (
+                features.float() * features.float().square().sum(1, keepdim=True).add(1e-8).rsqrt()
+            )
             gap = (unit[: len(a)] - unit[len(a) :]).square()
             head = self._buffers.get(f"head{number}")
             total = total + (gap if head is None else gap * head).sum(1).mean((1, 2))
@@ -104,4 +106,3 @@ class _LpipsScale(nn.Module):
 def create(name: str) -> FeatureDistance:
     """`random`, or the path of an LPIPS safetensors file."""
     return random_features() if name == "random" else lpips(Path(name))
-

@@ -12,7 +12,7 @@ def build_unet(
     head_dim: int,
     text_width: int,
 ) -> UNet2DConditionModel:
-    """A fresh `UNet2DConditionModel` with cross-attention where `attention` says so, level by level.
+    """A fresh `UNet2DConditionModel`, with cross-attention at the levels that `attention` says.
 
     Args:
         latent_size: side of the latent grid that it is trained on.
@@ -29,7 +29,7 @@ def build_unet(
         block_out_channels=channels,
         layers_per_block=layers,
         # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
-        attention_head_dim=heads,
+        attention_head_dim=heads,  # pyright: ignore[reportArgumentType]
         cross_attention_dim=text_width,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),

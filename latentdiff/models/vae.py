@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -73,7 +73,7 @@ class Autoencoding(nn.Module):
 
 
 def load_vae(folder: Path) -> VAE:
-    """An autoencoder from a diffusers folder (`config.json` and safetensors).
+    """A frozen autoencoder from a diffusers folder (`config.json` and safetensors).
 
     Raises:
         UserError: the folder is missing, damaged or holds something else.
@@ -81,7 +81,8 @@ def load_vae(folder: Path) -> VAE:
     try:
         kind = json.loads((folder / "config.json").read_text())["_class_name"]
         builder = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[kind]
-        return builder.from_pretrained(folder, use_safetensors=True)
+        vae = builder.from_pretrained(folder, use_safetensors=True)
+        return cast(VAE, vae.requires_grad_(False).eval())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load an autoencoder from {folder}: {reason}") from None
@@ -114,7 +115,8 @@ def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     if into is None or out is None:
         raise ValueError("this autoencoder has no quant_conv to fold the statistics into")
     channels = len(mean)
-    assert into.bias is not None and out.bias is not None
+    assert into.bias is not None
+    assert out.bias is not None
     into.weight[:channels] /= std[:, None, None, None]
     into.bias[:channels] = (into.bias[:channels] - mean) / std
     into.bias[channels:] -= 2.0 * std.log()
