@@ -29,7 +29,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # below, never sideways: so no solver knows an edit, and learning knows no pipeline.
 FLOORS: list[set[str]] = [
     {"errors", "version"},
-    {"files", "noise", "pictures", "process"},
+    {"registry"},
+    {"noise", "pictures", "process"},
     {"prediction", "timetable"},
     {"denoiser"},
     {"solvers", "guidance", "editing"},
