@@ -353,4 +353,5 @@ def _writing(target: Path, staged: Path | None) -> Iterator[None]:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         if staged is not None:
-            staged.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                staged.unlink()

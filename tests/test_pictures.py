@@ -90,9 +90,9 @@ def huge_webp(kind: bytes, body: bytes) -> bytes:
 
 
 def text_bomb() -> bytes:
-    """A compressed comment that unfolds to 256 MiB."""
+    """A compressed comment that unfolds to 32 MiB."""
     return raw_png(
-        2, 8, (1, 1), b"\0\1\2\3", chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**28)))
+        2, 8, (1, 1), b"\0\1\2\3", chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**25)))
     )
 
 
@@ -381,6 +381,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
         save_png(rgb(), tmp_path / "missing" / "a.png")
     with pytest.raises(UserError, match="already exists"):
         save_numbered_png(rgb(), path, 0)
+    with pytest.raises(UserError, match="cannot write"):
+        save_png(rgb(), path / "b.png")
     with pytest.raises(UserError, match="not Unicode"):
         save_png(rgb(), tmp_path / "b.png", {"prompt": "\ud800"})
     assert path.read_bytes() == before

@@ -5,6 +5,7 @@ weights and the transform: whatever changes, nothing stale can be read. A shard 
 sha256 of its own bytes, so damage is seen, and what was in it is encoded again.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -113,7 +114,8 @@ class LatentCache:
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror or error}") from error
         finally:
-            staged.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                staged.unlink()
 
 
 def _picture_hash(path: Path) -> str:

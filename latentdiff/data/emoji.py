@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ STYLE = "noto"
 _STRIKE = 109  # the one size at which the font holds its pictures, 136 x 128 pixels each
 _ONE_WIDE = 1.5 * _STRIKE  # a sequence that the font does not join is at least two pictures wide
 
+_LINE = re.compile(r"([0-9A-F ]+?) *; fully-qualified *# \S+ E(\d+\.\d+) (.+)")
 _LEFT_OUT = frozenset({"alphanum", "country-flag", "keycap", "subdivision-flag"})
 _TONES = {
     "\U0001f3fb": "light",
@@ -136,6 +138,8 @@ def build_emoji_folder(
         raise UserError(f"{out} already exists and is not an empty folder: choose another")
     glyphs = _Glyphs(font)
     emoji = list(read_emoji_test(Path(emoji_test)))
+    if not emoji:
+        raise UserError(f"{emoji_test} names no emoji: is it Unicode's emoji-test.txt?")
     keywords = read_keywords(keyword_files)
     source = f"{font.name}, sha256 {_sha256(font)}"
     with _staged_folder(out) as folder:
@@ -184,19 +188,17 @@ def metadata(emoji: Emoji, keywords: tuple[str, ...]) -> dict[str, object]:
 def read_emoji_test(path: Path) -> Iterator[Emoji]:
     """The fully-qualified emoji of Unicode's emoji-test.txt (UTS #51), less those left out here."""
     group = subgroup = ""
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ").strip()
         elif line.startswith("# subgroup: "):
             subgroup = line.removeprefix("# subgroup: ").strip()
-        elif "; fully-qualified" in line and subgroup not in _LEFT_OUT:
-            codes, _, comment = line.partition(";")
+        elif (match := _LINE.fullmatch(line)) and subgroup not in _LEFT_OUT:
+            codes, version, name = match.groups()
             text = "".join(chr(int(code, 16)) for code in codes.split())
-            _, version, name = comment.partition("#")[2].split(maxsplit=2)
             tones = {_TONES[c] for c in text if c in _TONES}
             if len(tones) < 2:
-                tone = "".join(tones)
-                yield Emoji(text, name.strip(), group, subgroup, float(version[1:]), tone)
+                yield Emoji(text, name, group, subgroup, float(version), "".join(tones))
 
 
 def read_keywords(files: list[Path]) -> dict[str, tuple[str, ...]]:

@@ -55,7 +55,10 @@ def read_folder(
     files = [root / name for name in _READERS if (root / name).is_file()]
     if len(files) > 1:
         raise UserError(f"{root} has both {files[0].name} and {files[1].name}: keep one")
-    rows = _READERS[files[0].name](files[0]) if files else _rows_from_texts(root)
+    try:
+        rows = _READERS[files[0].name](files[0]) if files else _rows_from_texts(root)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{files[0] if files else root} cannot be read: {error}") from error
     if not rows:
         raise UserError(f"{root} holds no pictures (PNG, JPEG or WebP)")
     _refuse(_duplicates(rows), "are listed more than once", root)
