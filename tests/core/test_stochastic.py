@@ -1,0 +1,172 @@
+"""Stochastic solvers: the mean and covariance they end with, within their Monte-Carlo error."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from latentdiff import process, sampling, solvers, timetable
+from latentdiff.noise import NoiseStreams
+from latentdiff.oracles import Gaussian
+from latentdiff.process import NoiseLevel, Process
+from latentdiff.solvers import DDIM, DDPM, Churn, Euler, Heun, Solver
+from latentdiff.timetable import Timetable
+
+SIDE = 72  # one picture of 5,184 pixels is as many independent draws
+MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
+COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
+ANISOTROPIC = Gaussian(MEAN, COVARIANCE)
+POINT = Gaussian(MEAN, torch.zeros(2, 2, dtype=torch.float64))
+STANDARD = Gaussian(torch.zeros_like(MEAN), torch.eye(2, dtype=torch.float64))
+
+
+def stochastic(where: Process, steps: int) -> dict[str, Solver]:
+    churn = Churn(where, s_churn=10, steps=steps, s_min=0.05, s_max=20)
+    return {
+        "ddpm": solvers.create("ddpm"),
+        "ddpm-large": DDPM("fixed-large"),
+        "ddim-half": DDIM(eta=0.5),
+        "euler-a": solvers.create("euler-a"),
+        "euler-churn": Euler(churn),
+        "heun-churn": Heun(churn),
+    }
+
+
+NAMES = list(stochastic(process.create("ve"), 1))
+
+
+def run(data: Gaussian, solver: Solver, levels: Timetable) -> Tensor:
+    """The draws [C, N] at the last level, from exact draws at the first."""
+    noise = NoiseStreams(11)
+    start = levels[0]
+    std = (data.variances[0] * start.alpha**2 + start.sigma**2).sqrt()
+    x = torch.einsum("cd,bdhw->bchw", data.axes[0] * std, noise.draw((2, SIDE, SIDE)).double())
+    x = x + start.alpha * data.means[0][:, None, None]
+    return sampling.sample(data, solver, levels, x, noise=noise)[0].flatten(1)
+
+
+def assert_law(draws: Tensor, mean: Tensor, covariance: Tensor) -> None:
+    """Mean and covariance of the draws [C, N] within 4.5 of their standard errors."""
+    count = draws.shape[1]
+    variance = covariance.diagonal()
+    mean_error = (variance / count).sqrt()
+    covariance_error = ((torch.outer(variance, variance) + covariance**2) / count).sqrt()
+    assert ((draws.mean(1) - mean).abs() / mean_error).max() < 4.5
+    assert ((torch.cov(draws) - covariance).abs() / covariance_error).max() < 4.5
+
+
+class Probe(NoiseStreams):
+    """Noise that is known: none for three pixels, then a unit along each channel."""
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        return PROBE[1].float()
+
+
+# Five pixels of two channels: x is 0, e1, e2, 0, 0 and noise is 0, 0, 0, e1, e2. With Gaussian data
+# every step is affine in x and noise, and what it makes of these pixels is all of it.
+PROBE = torch.tensor(
+    [[[[0, 1, 0, 0, 0]], [[0, 0, 1, 0, 0]]], [[[0, 0, 0, 1, 0]], [[0, 0, 0, 0, 1]]]],
+    dtype=torch.float64,
+)[:, None]
+
+
+def exact_law(solver: Solver, levels: Timetable) -> tuple[Tensor, Tensor]:
+    """Mean and covariance at the last level of a run on Gaussian data, without drawing any."""
+    start = levels[0]
+    mean = start.alpha * MEAN
+    covariance = start.alpha**2 * COVARIANCE + start.sigma**2 * torch.eye(2).double()
+    for here, there in pairwise(levels):
+        out, _ = solver.step(ANISOTROPIC, PROBE[0], here, there, solver.init(), Probe(0))
+        shift, *columns = out[0, :, 0].unbind(1)
+        matrix = torch.stack(columns, 1) - shift[:, None]
+        mean = matrix[:, :2] @ mean + shift
+        covariance = matrix[:, :2] @ covariance @ matrix[:, :2].T + matrix[:, 2:] @ matrix[:, 2:].T
+    return mean, covariance
+
+
+@pytest.mark.parametrize("kind", ["vp-continuous", "ve", "flow"])
+@pytest.mark.parametrize("name", NAMES)
+def test_weak_order_is_the_declared_one(name: str, kind: str) -> None:
+    """The exact law that a run ends with comes to that of the data at the declared order."""
+    where = process.create(kind)
+    errors = []
+    for steps in (96, 192):
+        solver = stochastic(where, steps)[name]
+        ratios = np.geomspace(5, 0.1, steps + 1).tolist()
+        levels = [where.level_of_ratio(ratio) for ratio in ratios]
+        end = levels[-1]
+        mean, covariance = exact_law(solver, levels)
+        truth = end.alpha**2 * COVARIANCE + end.sigma**2 * torch.eye(2).double()
+        assert (mean - end.alpha * MEAN).abs().max() < 1e-9
+        errors.append((covariance - truth).abs().max().item())
+    assert abs(math.log2(errors[0] / errors[1]) - solver.order) < 0.15, errors
+
+
+@pytest.mark.parametrize("kind", ["vp-scaled-linear", "edm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_final_law_is_that_of_the_data(name: str, kind: str) -> None:
+    """500 steps down to clean data, where a first-order bias is below the Monte-Carlo error."""
+    where = process.create(kind)
+    levels = timetable.create("karras", where, 500)
+    draws = run(ANISOTROPIC, stochastic(where, 500)[name], levels)
+    assert_law(draws, MEAN, COVARIANCE)
+
+
+@pytest.mark.parametrize("kind", ["vp-linear-zsnr", "ve", "flow"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ddpm-large"])
+def test_few_steps_are_exact_for_one_picture(name: str, kind: str) -> None:
+    """Where x_0 is certain, each step must land on q(x_t | x_0) exactly, however long it is."""
+    where = process.create(kind)
+    levels = [where.level(where.t_max), where.level_of_ratio(3), where.level_of_ratio(0.4)]
+    draws = run(POINT, stochastic(where, 2)[name], levels)
+    end = levels[-1]
+    assert_law(draws, end.alpha * MEAN, end.sigma**2 * torch.eye(2).double())
+
+
+@pytest.mark.parametrize("kind", ["vp-linear-zsnr", "vp-continuous"])
+def test_fixed_large_is_exact_for_standard_noise(kind: str) -> None:
+    """Ho et al. 2020, section 3.2: sigma_t^2 = beta_t is optimal for x_0 of N(0, I)."""
+    where = process.create(kind)
+    levels = [where.level(where.t_max), where.level_of_ratio(3), where.level_of_ratio(0.4)]
+    draws = run(STANDARD, DDPM("fixed-large"), levels)
+    assert_law(draws, torch.zeros(2).double(), torch.eye(2).double())
+
+
+def test_churn_raises_the_level_as_edm_says() -> None:
+    """gamma = min(S_churn / N, sqrt(2) - 1) inside [S_min, S_max], never above the noisiest."""
+    edm = process.create("edm")
+    seen: list[float] = []
+
+    def watch(x: Tensor, level: NoiseLevel) -> Tensor:
+        assert level.t == pytest.approx(math.log(level.sigma) / 4)
+        seen.append(level.sigma)
+        return 0.0 * x
+
+    solver = Euler(Churn(edm, s_churn=3, steps=10, s_min=0.5, s_max=90))
+    levels = [edm.level_of_ratio(sigma) for sigma in (80.0, 70.0, 4.0, 0.6, 0.4)]
+    x = torch.zeros(1, 1, 2, 2)
+    sampling.sample(watch, solver, [*levels, edm.data_level()], x, noise=NoiseStreams(0))
+    assert seen == pytest.approx([80, 80, 5.2, 0.78, 0.4])
+    seen.clear()
+    hot = Euler(Churn(edm, s_churn=30, steps=10))
+    sampling.sample(watch, hot, [levels[2], edm.data_level()], x, noise=NoiseStreams(0))
+    assert seen == pytest.approx([4 * math.sqrt(2)])
+
+
+def test_churn_noise_is_inflated_by_s_noise() -> None:
+    edm, seen = process.create("edm"), []
+
+    def watch(x: Tensor, level: NoiseLevel) -> Tensor:
+        seen.append(x)
+        return 0.0 * x
+
+    here = edm.level_of_ratio(2.0)
+    x = torch.zeros(1, 1, 4, 4)
+    solver = Heun(Churn(edm, s_churn=1, steps=4, s_noise=1.5))
+    sampling.sample(watch, solver, [here, edm.data_level()], x, noise=NoiseStreams(5))
+    added = math.sqrt(2.5**2 - 2.0**2) * NoiseStreams(5).draw((1, 4, 4))
+    torch.testing.assert_close(seen[0], 1.5 * added)
