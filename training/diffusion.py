@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from latentdiff.pipeline import LatentDiffusionPipeline
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from latentdiff import process as processes
@@ -32,6 +31,7 @@ from latentdiff.models.text import build_text_encoder, train_tokenizer
 from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import VAE, load_vae
 from latentdiff.pictures import grid
+from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.prediction import Prediction
 from latentdiff.text import ClipTower, TextTower, Tokens
 
@@ -100,7 +100,7 @@ def train(config: DiffusionConfig, dry: bool) -> None:
     torch.manual_seed(config.seed)  # the initial weights
     vae = load_vae(config.vae)
     vae.to(device=run.device)
-    moments = encode_pictures(vae, examples, config.data.size, run.device)
+    moments = encode_pictures(vae, examples, config.data.size, config.out / "cache", run.device)
     scale = float(vae.config["scaling_factor"])
     shift = float(vae.config.get("shift_factor") or 0.0)
     bundle = build(config, vae, examples)

@@ -1,17 +1,17 @@
 """From a picture folder to the micro-batches of a step."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from latentdiff.data.cache import LatentCache, weights_hash
 from latentdiff.data.folder import (
     Example,
     balanced_weights,
     load_picture,
-    load_pictures,
     read_folder,
 )
 from latentdiff.errors import UserError
@@ -73,11 +73,18 @@ def loader(dataset: PictureSet, batches: MicroBatches) -> DataLoader[tuple[Tenso
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
 
 
-def encode_pictures(vae: VAE, examples: list[Example], size: int, device: torch.device) -> Tensor:
-    """Mean and std of every picture's raw latents, [N, 2C, h, w] float32 on the CPU."""
-    pictures = load_pictures(examples, size)
-    parts = [
-        encode_moments(vae, to_range(part).to(device)).cpu()
-        for part in tqdm(pictures.split(64), desc="latents")
-    ]
-    return torch.cat(parts)
+def encode_pictures(
+    vae: VAE, examples: list[Example], size: int, folder: Path, device: torch.device
+) -> Tensor:
+    """Mean and std of every picture's raw latents, [N, 2C, h, w] float32 on the CPU.
+
+    They are kept under `folder` and read from there the next time.
+    """
+    cache = LatentCache(
+        folder, weights_hash(vae.state_dict()), f"centre square of {size} px; mean and std"
+    )
+    return cache.latents(
+        examples,
+        lambda example: load_picture(example, size),
+        lambda pictures: encode_moments(vae, to_range(pictures).to(device)),
+    )

@@ -1,0 +1,166 @@
+"""Both stages from nothing on a folder of twelve pictures, stopped and resumed, and badly fed."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import ROOT, picture_folder, script
+
+from latentdiff.errors import UserError
+from latentdiff.learning.checkpoint import checkpoints
+from latentdiff.pipeline import LatentDiffusionPipeline
+
+STAGE_1 = {
+    "seed": 0,
+    "data": {"size": 16, "balance": ["base"], "held_out_fraction": 0.2},
+    "model": {"channels": [8, 16], "layers": 1, "latent_channels": 4, "norm_groups": 4},
+    "loss": {"adversarial": 0.1, "adversarial_start": 0.5},
+    "optim": {"lr": 1e-3, "steps": 6, "warmup": 2, "batch_size": 4, "accumulation": 2},
+    "evaluate_every": 3,
+    "checkpoint_every": 1,
+}
+STAGE_2 = {
+    "seed": 0,
+    "data": {"size": 16, "held_out_fraction": 0.0},
+    "unet": {"channels": [32, 32], "attention": [True, False], "head_dim": 16},
+    "text": {"vocabulary": 540, "window": 8, "width": 32, "layers": 1, "heads": 2},
+    "optim": {"lr": 1e-3, "steps": 6, "warmup": 2, "batch_size": 4, "accumulation": 2},
+    "evaluate_every": 6,
+    "checkpoint_every": 1,
+    "save_dtype": "float32",
+}
+
+
+def run_stage(stage: str, config: dict, folder: Path, *overrides: str, dry: bool = False) -> None:
+    """One run of a stage's `main`, as the command line calls it but with errors passed on."""
+    module = script(stage)
+    kind = {"autoencoder": "AutoencoderConfig", "diffusion": "DiffusionConfig"}[stage]
+    path = folder / f"{stage}.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    module.train(module.load_config(getattr(module, kind), path, list(overrides)), dry)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture folder and a stage-1 model trained on it for a few steps."""
+    folder = tmp_path_factory.mktemp("stages")
+    picture_folder(folder / "pictures")
+    run_stage("autoencoder", STAGE_1, folder, f"out={folder}/ae", f"data.root={folder}/pictures")
+    return folder
+
+
+def newest(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    return {
+        f"{path.stem}/{name}": value
+        for path in sorted(checkpoints(run / "checkpoints")[0].glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_a_stopped_run_goes_on_to_the_very_same_weights(work: Path, stage: str) -> None:
+    """A real SIGTERM to the real command after its first save, against one whole run."""
+    config = STAGE_1 if stage == "autoencoder" else {**STAGE_2, "vae": str(work / "ae/vae")}
+    whole, parts = work / f"{stage}-whole", work / f"{stage}-parts"
+    run_stage(stage, config, work, f"out={whole}", f"data.root={work}/pictures")
+    command = [
+        *(sys.executable, str(ROOT / f"training/{stage}.py")),
+        *("--config", str(work / f"{stage}.yaml")),
+        *(f"out={parts}", f"data.root={work}/pictures"),
+    ]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while first.poll() is None and not checkpoints(parts / "checkpoints"):
+        time.sleep(0.005)
+    first.terminate()
+    errors = first.communicate()[1]
+    assert first.returncode == 143, errors
+    assert newest(parts).keys() == newest(whole).keys()
+    assert checkpoints(parts / "checkpoints")[0].name < checkpoints(whole / "checkpoints")[0].name
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "resuming" in second.stdout + second.stderr
+    expected, got = newest(whole), newest(parts)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_stage_1_leaves_standardised_latents_pictures_and_its_config(work: Path) -> None:
+    run = work / "ae"
+    assert (run / "config.yaml").is_file()
+    assert sorted(p.name for p in (run / "pictures").iterdir()) == [
+        "reconstructions-00000003.png",
+        "reconstructions-00000006.png",
+    ]
+    scale = json.loads((run / "vae/config.json").read_text())["scaling_factor"]
+    assert scale == pytest.approx(1.0, abs=1e-3)
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 6
+
+
+def test_stage_2_writes_a_model_that_the_pipeline_opens(work: Path) -> None:
+    out = work / "opens"
+    run_stage(
+        "diffusion",
+        {**STAGE_2, "vae": str(work / "ae/vae")},
+        work,
+        f"out={out}",
+        f"data.root={work}/pictures",
+    )
+    pipe = LatentDiffusionPipeline.from_pretrained(out / "model")
+    made = pipe("a red disc", num_inference_steps=2, seed=0, progress=False)
+    assert made.images[0].size == (16, 16)
+    assert (out / "pictures/samples-00000006.png").is_file()
+
+
+def test_a_dry_run_reads_all_data_steps_once_and_saves_once(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dry"
+    run_stage("autoencoder", STAGE_1, work, f"out={out}", f"data.root={work}/pictures", dry=True)
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-00000001"]
+    assert not (out / "vae").exists()
+    broken = picture_folder(tmp_path / "broken")
+    (broken / "7.png").write_bytes((broken / "7.png").read_bytes()[:60])
+    with pytest.raises(UserError, match=r"7\.png"):
+        run_stage(
+            "autoencoder", STAGE_1, work, f"out={tmp_path}/b", f"data.root={broken}", dry=True
+        )
+
+
+def test_steps_that_are_not_finite_are_skipped_then_end_the_run(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="3 steps in a row"):
+        run_stage(
+            "autoencoder",
+            STAGE_1,
+            work,
+            f"out={tmp_path}/nan",
+            f"data.root={work}/pictures",
+            "optim.lr=1e38",
+            "optim.warmup=0",
+            "optim.steps=50",
+            "max_bad_steps=3",
+        )
+    tensors = newest(tmp_path / "nan")
+    assert tensors
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_a_users_mistake_is_one_line_and_status_2(stage: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"out: {tmp_path}/out\nvae: none\ndata: {{root: {tmp_path}/none}}\n")
+    override = ["vae=x"] if stage == "autoencoder" else []
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"training/{stage}.py"), "--config", str(path), *override],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,256 @@
+"""Measure a model on fixed prompts and seeds, and write the numbers into its card.
+
+    python training/evaluate.py --model assets/emoji64 --data data/emoji128 --styles noto
+
+Per split: of the generated pictures, how many have as their nearest real picture (root mean square
+of 32x32 blurred RGB, over all pictures of the folder) one of the emoji that was asked for; the
+same for the training picture whose caption is nearest to the prompt, which is what copying would
+score. For all: how near the nearest training picture is, so that copying is visible. The
+autoencoder's PSNR is taken over the held-out pictures of the styles.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.data.folder import Example, balanced_weights, load_pictures, read_folder
+from latentdiff.errors import UserError
+from latentdiff.learning.batches import to_range
+from latentdiff.learning.order import generator
+from latentdiff.metrics.nearest import blurred_thumbnails, nearest
+from latentdiff.metrics.psnr import psnr
+from latentdiff.models.vae import encode_moments
+from latentdiff.pictures import grid, save_png, to_pil
+from latentdiff.pipeline import LatentDiffusionPipeline
+
+SPLITS = ("test_style", "test_tone", "test_colour", "test_novel")
+HELD_OUT = ("test_style", "test_novel", "test_colour", "test_struct")
+START, END = "<!-- evaluation: written by training/evaluate.py -->", "<!-- end of evaluation -->"
+
+
+class RealPictures:
+    """Every picture of the folder: what a generated one is compared with."""
+
+    def __init__(self, root: Path, size: int, styles: Sequence[str]) -> None:
+        self.examples = read_folder(root)
+        self.pictures = load_pictures(self.examples, size)
+        self.thumbnails = blurred_thumbnails(self.pictures)
+        self.styles = set(styles)
+
+    def numbers(self, split: str, untoned: bool = False) -> list[int]:
+        """Places of one split's pictures in the evaluated styles."""
+        return [
+            number
+            for number, example in enumerate(self.examples)
+            if example.fields["split"] == split
+            and example.fields["style"] in self.styles
+            and not (untoned and example.fields["skin_tone"])
+        ]
+
+    def shows(self, thumbnails: Tensor, wanted: Sequence[Example]) -> list[bool]:
+        """Whether each thumbnail's nearest real picture is of the wanted emoji, in any style."""
+        _, at = nearest(thumbnails, self.thumbnails)
+        return [
+            self.examples[int(number)].fields["codepoints"] == example.fields["codepoints"]
+            for number, example in zip(at, wanted, strict=True)
+        ]
+
+
+def nearest_caption(prompt: str, captions: Sequence[tuple[int, frozenset[str]]]) -> int:
+    """The picture whose caption shares most words with the prompt (Jaccard index)."""
+    words = frozenset(prompt.lower().replace("-", " ").split())
+    return max(captions, key=lambda item: len(words & item[1]) / len(words | item[1]))[0]
+
+
+def draw(
+    pipe: LatentDiffusionPipeline, prompts: list[str], steps: int, scale: float, seed: int
+) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1], 20 at a time; picture i has stream i of the seed."""
+    parts: list[Tensor] = []
+    for first in tqdm(range(0, len(prompts), 20), desc="drawing", unit="x20"):
+        made = pipe(
+            prompts[first : first + 20],
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            seed=seed,
+            first=first,
+            output_type="pt",
+            progress=False,
+        )
+        parts.append(made.images.cpu().float() * 2 - 1)
+    return torch.cat(parts)
+
+
+def measure_vae(pipe: LatentDiffusionPipeline, pictures: Tensor) -> float:
+    """Mean PSNR in dB of the autoencoder's reconstructions (posterior mean) of uint8 pictures."""
+    vae = pipe.bundle.vae
+    parameter = next(vae.parameters())
+    scores: list[Tensor] = []
+    for part in pictures.split(32):
+        real = to_range(part).to(parameter.device, parameter.dtype)
+        mean = encode_moments(vae, real).chunk(2, 1)[0].to(parameter.dtype)
+        with torch.no_grad():
+            fake = vae.decode(mean).sample.clamp(-1, 1)  # pyright: ignore
+        scores.append(psnr(real, fake).cpu())
+    return float(torch.cat(scores).mean())
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("assets/emoji64"),
+    data: Annotated[Path, typer.Option(help="Picture folder.")] = Path("data/emoji128"),
+    styles: Annotated[
+        str, typer.Option(help="Styles the model was trained on, a comma between.")
+    ] = ("noto"),
+    out: Annotated[Path, typer.Option(help="Where grids and numbers go.")] = Path(
+        "runs/evaluation"
+    ),
+    count: Annotated[int, typer.Option(help="How many training captions.")] = 200,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
+    card: Annotated[bool, typer.Option(help="Write the numbers into MODEL/README.md.")] = True,
+) -> None:
+    """Measure a model on fixed prompts and seeds."""
+    try:
+        evaluate(model, data, styles.split(","), out, count, steps, guidance_scale, seed, card)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    styles: list[str],
+    out: Path,
+    count: int,
+    steps: int,
+    scale: float,
+    seed: int,
+    card: bool,
+) -> None:
+    """Every number, a grid per split, `evaluation.json` and the card's section."""
+    pipe = LatentDiffusionPipeline.from_pretrained(model)
+    real = RealPictures(data, pipe.bundle.size[0], styles)
+    out.mkdir(parents=True, exist_ok=True)
+    seen = real.numbers("train", untoned=True)
+    training = [(n, _words(real.examples[n].captions[0])) for n in seen]
+    held_out = [n for split in HELD_OUT for n in real.numbers(split, untoned=True)]
+    report: dict[str, object] = {
+        "model": str(model),
+        "steps": steps,
+        "guidance_scale": scale,
+        "seed": seed,
+        "styles": styles,
+        "vae_psnr_db": round(measure_vae(pipe, real.pictures[held_out]), 2),
+        "vae_pictures": len(held_out),
+    }
+    splits: dict[str, dict[str, float]] = {}
+    for split in ("train", *SPLITS):
+        numbers = choose(real, seen, count, seed) if split == "train" else real.numbers(split)
+        if not numbers:
+            continue
+        splits[split] = measure(
+            pipe, real, numbers, training, out / f"{split}.png", steps, scale, seed
+        )
+        typer.echo(f"{split}: {splits[split]}")
+    report["splits"] = splits
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    typer.echo(table(report, splits))
+    if card:
+        write_card(model / "README.md", table(report, splits))
+
+
+def choose(real: RealPictures, numbers: list[int], count: int, seed: int) -> list[int]:
+    """Training pictures to ask for: without repeats, balanced over (style, emoji)."""
+    weights = balanced_weights([real.examples[n] for n in numbers], ("style", "base"))
+    picked = generator(seed, 5).choice(
+        len(numbers), min(count, len(numbers)), replace=False, p=weights
+    )
+    return [numbers[int(place)] for place in picked]
+
+
+def measure(
+    pipe: LatentDiffusionPipeline,
+    real: RealPictures,
+    numbers: list[int],
+    training: list[tuple[int, frozenset[str]]],
+    picture: Path,
+    steps: int,
+    scale: float,
+    seed: int,
+) -> dict[str, float]:
+    """One split: draw every first caption, compare, and save the first 40 with the real ones."""
+    wanted = [real.examples[number] for number in numbers]
+    prompts = [example.captions[0] for example in wanted]
+    drawn = draw(pipe, prompts, steps, scale, seed)
+    thumbnails = blurred_thumbnails(drawn)
+    copies = [nearest_caption(prompt, training) for prompt in prompts]
+    far, _ = nearest(thumbnails, real.thumbnails[[number for number, _ in training]])
+    picture.unlink(missing_ok=True)
+    save_png(pairs(drawn[:40], real.pictures[numbers[:40]]), picture)
+    return {
+        "prompts": len(numbers),
+        "shows_asked": _share(real.shows(thumbnails, wanted)),
+        "nearest_caption_shows_asked": _share(real.shows(real.thumbnails[copies], wanted)),
+        "distance_to_training_median": round(float(far.median()), 4),
+        "distance_to_training_least": round(float(far.min()), 4),
+    }
+
+
+def pairs(drawn: Tensor, real: Tensor) -> Image.Image:
+    """Rows of ten drawn pictures, each above a row of the real ones."""
+    tiles: list[Image.Image] = []
+    for above, below in zip(drawn.split(10), to_range(real).split(10), strict=True):
+        for row in (above, below):
+            blank = [torch.ones_like(row[0])] * (10 - len(row))
+            tiles += [to_pil(picture) for picture in (*row, *blank)]
+    return grid(tiles, 10)
+
+
+def table(report: dict[str, object], splits: dict[str, dict[str, float]]) -> str:
+    """The numbers as Markdown."""
+    lines = [
+        f"{report['steps']} steps, guidance {report['guidance_scale']}, seed {report['seed']}. "
+        f"Autoencoder: PSNR {report['vae_psnr_db']} dB over {report['vae_pictures']} held-out "
+        "pictures.",
+        "",
+        "| prompts from | how many | shows the asked emoji | nearest-caption training picture does "
+        "| distance to the nearest training picture: median | least |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['prompts']} | {row['shows_asked']:.1%} | "
+        f"{row['nearest_caption_shows_asked']:.1%} | {row['distance_to_training_median']} | "
+        f"{row['distance_to_training_least']} |"
+        for name, row in splits.items()
+    ]
+    return "\n".join(lines)
+
+
+def write_card(path: Path, text: str) -> None:
+    """Put the table between the card's two marks."""
+    before, start, rest = path.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise UserError(f"{path} lacks the marks between which the numbers go: {START} {END}")
+    path.write_text(f"{before}{START}\n{text}\n{END}{after}")
+
+
+def _words(caption: str) -> frozenset[str]:
+    return frozenset(caption.lower().replace("-", " ").split())
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return round(sum(hits) / len(hits), 4)
+
+
+if __name__ == "__main__":
+    typer.run(main)
