@@ -127,15 +127,18 @@ def test_console_script_starts() -> None:
 
 
 def test_start_up_is_light() -> None:
-    """`import latentdiff` leaves the heavy libraries alone; `--help` does not even load torch."""
+    """Neither `import latentdiff` nor any `--help` waits for torch; the pipeline's import, not for
+    diffusers and transformers."""
     report = "import json, sys; print(json.dumps(sorted(sys.modules)))"
-    done = python("-c", f"import latentdiff; {report}")
-    assert not {"diffusers", "transformers", "accelerate"} & set(json.loads(done.stdout))
-
-    code = f"from latentdiff.cli import main; main(['--help']); {report}"
-    done = python("-c", code)
+    code = "import latentdiff; from latentdiff.cli import main; main(['generate', '--help'])"
+    done = python("-c", f"{code}; {report}")
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert not {"torch", "numpy", "PIL", "diffusers", "transformers"} & loaded
+
+    done = python("-c", f"from latentdiff import LatentDiffusionPipeline; {report}")
+    loaded = set(json.loads(done.stdout))
+    assert "torch" in loaded
+    assert not {"diffusers", "transformers", "accelerate", "scipy"} & loaded
 
 
 def test_nothing_unpickles_and_nothing_runs_remote_code() -> None:

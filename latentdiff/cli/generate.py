@@ -87,7 +87,7 @@ def generate(
     _check_writable(out)
     from latentdiff.pipeline import LatentDiffusionPipeline, check_prompts
 
-    check_prompts(prompts, "prompt")
+    check_prompts(prompts)
     pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
     own_height, own_width = pipe.bundle.size
     settings: _Settings = {
