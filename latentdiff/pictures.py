@@ -46,8 +46,12 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCb
 _NUMBERED = re.compile(r"\.?(\d+)(?:-.*\.png|\.part)")
 
 
+Picture = str | Path | bytes | Image.Image
+"""A path, the bytes of a file, or an already opened Pillow image."""
+
+
 def open_picture(
-    source: str | Path | bytes | Image.Image,
+    source: Picture,
     *,
     background: str = "white",
     max_bytes: int = MAX_BYTES,
@@ -66,20 +70,32 @@ def open_picture(
         UserError: not such a picture, cut short, damaged, or larger than the caps.
     """
     colour = _colour(background)
-    if isinstance(source, Image.Image):
-        name, image = "the picture", source
-    else:
-        name, data = _read(source, max_bytes)
-        image = _identify(data, name, max_pixels)
-    _check_pixels(image.size, name, max_pixels)
-    try:
-        image.load()
-        upright = _upright(image)
-    except Exception as error:  # decoders raise nearly anything on hostile input
-        raise _damaged(name, error) from error
-    if getattr(image, "is_animated", False):
-        _log.warning("%s is animated: only its first frame is used", name)
+    name, upright = _decode(source, max_bytes, max_pixels)
     return _to_rgb(upright, colour, name)
+
+
+def open_alpha(source: Picture) -> Image.Image | None:
+    """The upright alpha channel (mode L) of a picture; None if no part of it is transparent.
+
+    Raises:
+        UserError: see `open_picture`.
+    """
+    _, image = _decode(source, MAX_BYTES, MAX_PIXELS)
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I;16"):
+        image = _from_16_bit(image)
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """A picture whose longer side is at most `size` pixels (Lanczos), its aspect kept."""
+    scale = size / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
@@ -187,6 +203,24 @@ def save_numbered_png(
         _write_synced(staged, data)
         _publish(staged, target)
     return target
+
+
+def _decode(source: Picture, max_bytes: int, max_pixels: int) -> tuple[str, Image.Image]:
+    """A name for messages, and the upright picture in its own mode."""
+    if isinstance(source, Image.Image):
+        name, image = "the picture", source
+    else:
+        name, data = _read(source, max_bytes)
+        image = _identify(data, name, max_pixels)
+    _check_pixels(image.size, name, max_pixels)
+    try:
+        image.load()
+        upright = _upright(image)
+    except Exception as error:  # decoders raise nearly anything on hostile input
+        raise _damaged(name, error) from error
+    if getattr(image, "is_animated", False):
+        _log.warning("%s is animated: only its first frame is used", name)
+    return name, upright
 
 
 def _colour(background: str) -> tuple[int, int, int]:

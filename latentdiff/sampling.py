@@ -35,8 +35,15 @@ class EditsAfter(Protocol):
     def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor: ...
 
 
-Edit = EditsTimetable | EditsBegin | EditsAfter
-"""Any object with at least one of the three touch points."""
+@runtime_checkable
+class EditsDenoiser(Protocol):
+    """An edit that corrects each estimate of x_0, as guidance does (ILVR in pixels)."""
+
+    def denoiser(self, denoise: Denoiser) -> Denoiser: ...
+
+
+Edit = EditsTimetable | EditsBegin | EditsAfter | EditsDenoiser
+"""Any object with at least one of the four touch points."""
 
 Callback = Callable[[int, NoiseLevel, Tensor], Tensor | None]
 """(index of the move, level reached, x [B, C, H, W]) -> another x, or None to keep it."""
@@ -54,8 +61,8 @@ def sample(
 ) -> Tensor:
     """Run a solver through a timetable.
 
-    The edits change the timetable, in their order; then the beginning, in their order; then x
-    after each step, in their order. A level noisier than the one before it is reached by the
+    The edits change, each in their order, the timetable; then the beginning; then every estimate
+    of x_0; then x after every step. A level noisier than the one before it is reached by the
     forward kernel, and the solver starts anew there: a multistep solver whose history is reset at
     each step is its own one-step form. Two equal levels in a row are one.
 
@@ -75,17 +82,22 @@ def sample(
         [B, C, H, W] at the last level.
 
     Raises:
-        UserError: an edit has none of the three touch points.
+        UserError: an edit has none of the touch points.
     """
     for edit in edits:
         if not isinstance(edit, Edit):
-            raise UserError(f"{edit!r} is no edit: it has none of `timetable`, `begin`, `after`.")
+            raise UserError(
+                f"{edit!r} is no edit: it has none of `timetable`, `begin`, `denoiser`, `after`."
+            )
     for edit in edits:
         if isinstance(edit, EditsTimetable):
             timetable = edit.timetable(timetable)
     for edit in edits:
         if isinstance(edit, EditsBegin):
             x = edit.begin(x, timetable, noise)
+    for edit in edits:
+        if isinstance(edit, EditsDenoiser):
+            denoise = edit.denoiser(denoise)
     constraints = [edit for edit in edits if isinstance(edit, EditsAfter)]
 
     state = solver.init()

@@ -1,0 +1,18 @@
+"""Editing: constraints on a run, as small values in a list. No edit knows a solver."""
+
+from latentdiff.editing.canvas import Canvas, Finish, HoldsPicture
+from latentdiff.editing.ilvr import ILVR
+from latentdiff.editing.masks import box_mask
+from latentdiff.editing.repaint import Blend, RePaint
+from latentdiff.editing.sdedit import SDEdit
+
+__all__ = [
+    "ILVR",
+    "Blend",
+    "Canvas",
+    "Finish",
+    "HoldsPicture",
+    "RePaint",
+    "SDEdit",
+    "box_mask",
+]

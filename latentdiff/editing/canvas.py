@@ -1,0 +1,119 @@
+"""Pictures on their way into a run and out of it: what the pipeline lends to an edit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Self, runtime_checkable
+
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from latentdiff.errors import UserError
+from latentdiff.pictures import Picture, open_picture, to_tensor
+
+Finish = Callable[[Tensor], Tensor]
+"""Decoded pictures [B, 3, H, W] about [-1, 1] -> the same, corrected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """The size of the pictures of one run, and the autoencoder to take them in and out with.
+
+    Attributes:
+        height: of the pictures, before they are padded to a multiple of `factor`.
+        width: likewise.
+        factor: pixels per latent, along a side.
+        encode: pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor].
+        decode: the way back.
+    """
+
+    height: int
+    width: int
+    factor: int
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Height and width of the run itself: multiples of `factor`."""
+        height, width = (
+            -(-side // self.factor) * self.factor for side in (self.height, self.width)
+        )
+        return height, width
+
+    def pad(self, picture: Tensor) -> Tensor:
+        """[B, C, height, width] -> [B, C, *padded], the last row and column repeated."""
+        height, width = self.padded
+        extra = (0, width - picture.shape[-1], 0, height - picture.shape[-2])
+        return pad(picture, extra, mode="replicate")
+
+    def crop(self, pictures: Tensor) -> Tensor:
+        """[B, C, *padded] -> [B, C, height, width]."""
+        return pictures[..., : self.height, : self.width]
+
+    def latents(self, picture: Tensor) -> Tensor:
+        """[B, 3, height, width] in [-1, 1] -> latents of the padded picture."""
+        return self.encode(self.pad(picture))
+
+
+@runtime_checkable
+class HoldsPicture(Protocol):
+    """An edit that may hold a picture where a run needs latents."""
+
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width of the picture; None if the edit holds latents already."""
+        ...
+
+    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+        """The same edit on latents, and what is to be done to the decoded pictures at the end."""
+        ...
+
+
+def unchanged(pictures: Tensor) -> Tensor:
+    """The `Finish` that does nothing."""
+    return pictures
+
+
+def opened(image: Picture | Tensor) -> Image.Image | Tensor:
+    """A picture decoded to RGB; latents as they are.
+
+    Raises:
+        UserError: it is no picture, or the latents are not [B, C, h, w].
+    """
+    if not isinstance(image, Tensor):
+        return open_picture(image)
+    if image.ndim != 4:
+        raise UserError(
+            f"a tensor is taken for latents [B, C, h, w], not {list(image.shape)}; give a picture "
+            "as a file or a Pillow image."
+        )
+    return image
+
+
+def pixels(image: Picture | Tensor) -> Tensor:
+    """An opened picture as [1, 3, H, W] in [-1, 1]."""
+    assert isinstance(image, Image.Image)
+    return to_tensor(image)[None]
+
+
+def size_of(image: Picture | Tensor) -> tuple[int, int] | None:
+    """Height and width of an opened picture; None of latents."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else None
+
+
+def latents_like(image: Picture | Tensor, x: Tensor) -> Tensor:
+    """The latents that an edit holds, in the precision and on the device of x [B, C, H, W].
+
+    Raises:
+        UserError: it holds a picture that nobody has encoded, or latents of another shape.
+    """
+    if not isinstance(image, Tensor):
+        raise UserError(
+            "this edit holds a picture: hand it to the pipeline, or give it latents [B, C, h, w]."
+        )
+    if image.shape[1:] != x.shape[1:] or image.shape[0] not in (1, x.shape[0]):
+        raise UserError(
+            f"an edit holds latents {list(image.shape)}, but the run's are {list(x.shape)}."
+        )
+    return image.to(x)

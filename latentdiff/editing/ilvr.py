@@ -1,0 +1,105 @@
+"""ILVR: a run keeps the low frequencies of a reference."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.editing.canvas import (
+    Canvas,
+    Finish,
+    latents_like,
+    opened,
+    pixels,
+    size_of,
+    unchanged,
+)
+from latentdiff.editing.lowpass import low_pass
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.pictures import Picture
+from latentdiff.process import NoiseLevel
+from latentdiff.registry import check_name
+
+Space = Literal["latents", "pixels"]
+
+
+@dataclass(frozen=True, eq=False)
+class ILVR:
+    """Choi et al. 2021 (ILVR), algorithm 1, on latents; or the same on the decoded estimate.
+
+    Args:
+        reference: whose coarse shapes and colours to keep: a picture, opened here, or latents
+            [1 or B, C, h, w]. Bound to a run in "pixels" it is [1, 3, H, W].
+        factor: N, how much smaller the reference is made. In latents, the detail of factor * the
+            autoencoder's factor pixels is free.
+        until: sigma / alpha below which the run is left to itself; 0 holds it to the last step.
+        space: "latents" puts the low frequencies of the noised reference into x after each step;
+            "pixels" those of the reference into each estimate of the picture, through the
+            autoencoder (slower).
+        canvas: the autoencoder, for "pixels"; the pipeline puts it there.
+
+    Raises:
+        UserError: a number out of range, an unknown space, or no picture.
+    """
+
+    reference: Picture | Tensor
+    factor: int = 4
+    until: float = 0.0
+    space: Space = "latents"
+    canvas: Canvas | None = None
+
+    def __post_init__(self) -> None:
+        check_name("space", self.space, get_args(Space))
+        if self.factor < 1:
+            raise UserError(f"factor must be at least 1, not {self.factor}.")
+        if not self.until >= 0:
+            raise UserError(f"until is a sigma / alpha, so at least 0, not {self.until}.")
+        object.__setattr__(self, "reference", opened(self.reference))
+
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """See `HoldsPicture`."""
+        return size_of(self.reference)
+
+    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+        """See `HoldsPicture`."""
+        if self.space == "latents":
+            if isinstance(self.reference, Tensor):
+                return self, unchanged
+            return replace(self, reference=canvas.latents(pixels(self.reference))), unchanged
+        if isinstance(self.reference, Tensor):
+            reference = canvas.decode(self.reference)
+        else:
+            reference = canvas.pad(pixels(self.reference))
+        return replace(self, reference=reference, canvas=canvas), unchanged
+
+    def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:
+        """Eq. 8: x + phi(y - x), with y the reference at the level of x."""
+        if self.space == "pixels" or level.ratio < self.until:
+            return x
+        y = level.alpha * latents_like(self.reference, x)
+        if level.sigma > 0:
+            y = y + level.sigma * noise.like(x)
+        return x + low_pass(y - x, self.factor)
+
+    def denoiser(self, denoise: Denoiser) -> Denoiser:
+        """The denoiser whose estimates have, decoded, the low frequencies of the reference."""
+        if self.space == "latents":
+            return denoise
+        if self.canvas is None:
+            raise UserError("ILVR in pixels needs an autoencoder: run it in the pipeline.")
+        canvas, reference = self.canvas, self.reference
+        assert isinstance(reference, Tensor)
+
+        def corrected(x: Tensor, level: NoiseLevel) -> Tensor:
+            x0 = denoise(x, level)
+            if level.ratio < self.until:
+                return x0
+            seen = canvas.decode(x0)
+            wanted = seen + low_pass(reference.to(seen) - seen, self.factor)
+            # The difference of two encodings: what the autoencoder itself loses cancels.
+            return x0 + (canvas.encode(wanted) - canvas.encode(seen)).to(x0)
+
+        return corrected

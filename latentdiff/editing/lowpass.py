@@ -1,0 +1,53 @@
+"""ILVR's low-pass filter: an antialiased cubic down and up again, as two small matrices."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def low_pass(x: Tensor, factor: int) -> Tensor:
+    """What is left of x after it was made `factor` times smaller and large again.
+
+    phi_N of Choi et al. 2021 (ILVR), section 3.1: both ways with the cubic of Keys 1981, a = -0.5,
+    stretched by the factor on the way down so that nothing aliases, and mirrored at the edges.
+
+    Args:
+        x: [B, C, H, W].
+        factor: N >= 1; a side of n pixels becomes ceil(n / N).
+    """
+    rows, columns = (torch.from_numpy(low_pass_matrix(side, factor)).to(x) for side in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+@cache
+def low_pass_matrix(side: int, factor: int) -> NDArray[np.floating]:
+    """[side, side], down and up along one axis."""
+    small = -(-side // factor)
+    return resize_matrix(small, side) @ resize_matrix(side, small)
+
+
+def resize_matrix(before: int, after: int) -> NDArray[np.floating]:
+    """[after, before]: resampling along one axis; every row sums to 1."""
+    scale = before / after
+    stretch = max(scale, 1.0)
+    centres = (np.arange(after) + 0.5) * scale - 0.5
+    reach = int(np.ceil(2 * stretch)) + 1
+    taps = np.floor(centres)[:, None].astype(int) + np.arange(-reach, reach + 1)
+    weights = keys_cubic((centres[:, None] - taps) / stretch)
+    weights /= weights.sum(1, keepdims=True)
+    period = taps % (2 * before)  # the mirror image follows, edge pixel repeated
+    mirrored = np.minimum(period, 2 * before - 1 - period)
+    matrix = np.zeros((after, before))
+    np.add.at(matrix, (np.arange(after)[:, None], mirrored), weights)
+    return matrix
+
+
+def keys_cubic(distance: NDArray[np.floating], a: float = -0.5) -> NDArray[np.floating]:
+    """Keys 1981 (Cubic Convolution Interpolation), eq. 15 with a = -1/2."""
+    d = np.abs(distance)
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))

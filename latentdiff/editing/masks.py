@@ -1,0 +1,182 @@
+"""Masks: 1 where a picture is painted anew, 0 where it is known and stays as it is."""
+
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.pictures import Picture, open_alpha, open_picture
+from latentdiff.process import NoiseLevel
+
+_BOX = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
+
+
+def box_mask(box: str, size: tuple[int, int]) -> Image.Image:
+    """A mask that is white inside a box.
+
+    Args:
+        box: "x0,y0,x1,y1" in pixels from the top left; x1 and y1 are the first outside.
+        size: width and height of the mask.
+
+    Raises:
+        UserError: it is no such text, or the box holds no pixel of the picture.
+    """
+    numbers = _BOX.fullmatch(box.replace(" ", ""))
+    if numbers is None:
+        raise UserError(f"a box is x0,y0,x1,y1 in whole pixels, not {box!r:.60}.")
+    x0, y0, x1, y1 = map(int, numbers.groups())
+    pixels = np.zeros((size[1], size[0]), dtype=np.uint8)
+    pixels[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = 255
+    if not pixels.any():
+        raise UserError(f"the box {box} holds no pixel of a picture of {size[0]} x {size[1]}.")
+    return Image.fromarray(pixels)
+
+
+def open_mask(source: Picture) -> Image.Image:
+    """Decodes a picture as a mask: 8-bit grey (mode L), what is transparent in it black.
+
+    Raises:
+        UserError: see `open_picture`.
+    """
+    return open_picture(source, background="black").convert("L")
+
+
+def mask_like(mask: Image.Image, image: object) -> Image.Image:
+    """Pass a mask that is as large as the opened picture it is for.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(image, Image.Image) and mask.size != image.size:
+        raise UserError(
+            "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *image.size)
+        )
+    if isinstance(image, Tensor):
+        raise UserError("latents need a mask tensor of their size, [1, 1, h, w], 1 where to paint.")
+    return mask
+
+
+def mask_for(image: Picture, mask: Picture | None) -> Image.Image:
+    """The one mask of a picture, in mode L: the given one, or where the picture is transparent.
+
+    Raises:
+        UserError: there is neither, or both and they differ.
+    """
+    alpha = open_alpha(image)
+    holes = None if alpha is None else alpha.point(lambda value: 255 - value)
+    if mask is None:
+        if holes is None:
+            raise UserError("no part of the picture is transparent: give a mask (white: paint).")
+        return holes
+    given = open_mask(mask)
+    if holes is None:
+        return given
+    if not np.array_equal(np.asarray(given), np.asarray(holes)):
+        raise UserError(
+            "the picture has transparent parts, and the mask is another: remove either of them."
+        )
+    return given
+
+
+def mask_tensor(mask: Picture | Tensor | None) -> Tensor:
+    """An opened mask as [1, 1, H, W] in [0, 1]; black is exactly 0, white exactly 1."""
+    assert isinstance(mask, Image.Image)
+    return torch.from_numpy(np.array(mask)).float()[None, None] / 255
+
+
+def latent_mask(mask: Tensor, factor: int) -> Tensor:
+    """[1, 1, H, W] -> [1, 1, H / factor, W / factor] of 0 and 1.
+
+    A latent is painted anew if any of its pixels is, however little; so the smallest hole is there
+    and no latent that is kept holds a pixel of the hole.
+    """
+    return (max_pool2d(mask, factor) > 0).to(mask.dtype)
+
+
+def composite(
+    x: Tensor, image: Tensor, mask: Tensor, level: NoiseLevel, noise: NoiseStreams
+) -> Tensor:
+    """x with its known region put back at the level of x, under fresh noise.
+
+    Lugmayr et al. 2022 (RePaint), eq. 8a and 8c, for any alpha and sigma.
+
+    Args:
+        x: [B, C, H, W] at `level`.
+        image: clean, [1 or B, C, H, W].
+        mask: [1 or B, 1 or C, H, W] in [0, 1], 1 where x stays.
+        level: of x.
+        noise: streams of B pictures. Where nothing is known, nothing is drawn.
+    """
+    if constrains_nothing(mask):
+        return x
+    mask = mask.to(x)
+    known = level.alpha * image.to(x)
+    if level.sigma > 0:
+        known = known + level.sigma * noise.like(x)
+    return torch.where(mask == 0, known, known + mask * (x - known))
+
+
+def constrains_nothing(mask: Tensor) -> bool:
+    """Whether all is to be painted anew."""
+    return bool((mask == 1).all())
+
+
+def extend(values: Tensor, known: Tensor) -> Tensor:
+    """Known values continued smoothly into the unknown: push-pull.
+
+    Gortler et al. 1996 (The Lumigraph), section 3.4.1, with 2 x 2 means: unknown pixels take the
+    value of the next coarser level that knows one.
+
+    Args:
+        values: [B, C, H, W].
+        known: [1 or B, 1, H, W] of 0 and 1.
+
+    Returns:
+        [B, C, H, W], unchanged where known; 0 if nothing is.
+    """
+    size = values.shape[-2:]
+    if min(known.shape[-2:]) == 1 and max(known.shape[-2:]) == 1:
+        return values * known
+    weight = avg_pool2d(known, 2, ceil_mode=True, count_include_pad=False)
+    mean = avg_pool2d(values * known, 2, ceil_mode=True, count_include_pad=False)
+    mean = torch.where(weight > 0, mean / weight.clamp(min=1e-6), 0.0)
+    coarse = extend(mean, (weight > 0).to(known.dtype))
+    fine = interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+    return torch.where(known > 0, values, fine)
+
+
+def fill(picture: Tensor, mask: Tensor) -> Tensor:
+    """A picture without what is in its hole, so that an encoder does not see it.
+
+    Args:
+        picture: [B, C, H, W].
+        mask: [1, 1, H, W], the hole where it is not 0.
+    """
+    return extend(picture, (mask == 0).to(picture.dtype))
+
+
+def paste(painted: Tensor, picture: Tensor, mask: Tensor, feather: int) -> Tensor:
+    """The known pixels put back exactly, and no edge where they meet the painted ones.
+
+    What the painted picture lacks beside the border is continued into the hole and added, fading
+    out over `feather` pixels. So the seam lies in the hole, and what was in it shows nowhere.
+
+    Args:
+        painted: [B, 3, H, W].
+        picture: [1, 3, H, W]; where mask is 0 the result is this, bit for bit.
+        mask: [1, 1, H, W] in [0, 1].
+        feather: width of the seam in pixels, >= 1.
+    """
+    if constrains_nothing(mask):
+        return painted
+    picture, mask = picture.to(painted), mask.to(painted)
+    known = (mask == 0).to(painted)
+    lacking = extend(picture - painted, known)
+    near = torch.stack([max_pool2d(known, 2 * r + 1, 1, r) for r in range(1, feather + 1)]).mean(0)
+    seamless = painted + near * lacking
+    return torch.where(mask == 0, picture, picture + mask * (seamless - picture))
