@@ -21,16 +21,16 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def picture_folder(root: Path, count: int = 12, side: int = 16) -> Path:
+def picture_folder(root: Path, count: int = 12, side: int = 32) -> Path:
     """Discs of different places and colours, with captions that say which."""
     root.mkdir()
     rows: list[dict[str, object]] = []
     ys, xs = np.mgrid[:side, :side]
     for number in range(count):
         colour = [(255, 0, 0), (0, 160, 0), (0, 0, 255)][number % 3]
-        centre = 4 + (number * 5) % (side - 8), 4 + (number * 3) % (side - 8)
+        centre = 8 + (number * 5) % (side - 16), 8 + (number * 3) % (side - 16)
         pixels = np.full((side, side, 3), 255, dtype=np.uint8)
-        pixels[(xs - centre[0]) ** 2 + (ys - centre[1]) ** 2 < 12] = colour
+        pixels[(xs - centre[0]) ** 2 + (ys - centre[1]) ** 2 < 49] = colour
         Image.fromarray(pixels).save(root / f"{number}.png")
         name = ["red", "green", "blue"][number % 3]
         rows.append({"file_name": f"{number}.png", "text": f"a {name} disc", "base": str(number)})

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 import typer
 from pydantic import Field, PositiveInt
 from torch import Tensor
+from tqdm import tqdm
 
+from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import (
     PictureSet,
@@ -231,7 +233,7 @@ def train(config: AutoencoderConfig, dry: bool) -> None:
         finish(run, vae, examples, config.data.size)
 
 
-def check_all(examples: list, size: int, run: Run) -> None:
+def check_all(examples: list[Example], size: int, run: Run) -> None:
     """Decode every picture once, so that a broken one is named before the run starts."""
     pictures = PictureSet(examples, size)
     for number in range(len(examples)):
@@ -240,7 +242,7 @@ def check_all(examples: list, size: int, run: Run) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, vae: VAE, held_out: list, size: int, step: int) -> None:
+def evaluate(run: Run, vae: VAE, held_out: list[Example], size: int, step: int) -> None:
     """PSNR over the held-out pictures and a grid of the first eight with their reconstructions."""
     if not run.main or not held_out:
         return
@@ -262,35 +264,43 @@ def evaluate(run: Run, vae: VAE, held_out: list, size: int, step: int) -> None:
 
 
 @torch.no_grad()
-def finish(run: Run, vae: VAE, examples: list, size: int) -> None:
-    """Measure the latents of the training pictures, write scale into the config, save the VAE."""
+def finish(run: Run, vae: VAE, examples: list[Example], size: int) -> None:
+    """Measure the latents of the training pictures, write their scale and shift, save the VAE.
+
+    A KL model has them folded into its weights, channel by channel; a VQ model, whose codes are
+    what they are, gets one scaling factor.
+    """
     if not run.main:
         return
-    if isinstance(vae, AutoencoderKL):
-        mean, std = latent_statistics(run, vae, examples, size)
-        standardise_latents(vae, mean, std)
     mean, std = latent_statistics(run, vae, examples, size)
-    scale = 1.0 / float((std.square() + mean.square()).mean().sqrt())
-    vae.register_to_config(scaling_factor=scale)
+    if isinstance(vae, AutoencoderKL):
+        standardise_latents(vae, mean, std)
+    else:
+        scale = float((std.square() + mean.square()).mean().rsqrt())
+        vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(run.out / "vae", safe_serialization=True)
-    run.say(f"wrote {run.out / 'vae'}; scaling factor {scale:.4f}")
+    run.say(f"latents had mean {mean.mean():.3f} and std {std.mean():.3f}; wrote {run.out / 'vae'}")
 
 
-def latent_statistics(run: Run, vae: VAE, examples: list, size: int) -> tuple[Tensor, Tensor]:
-    """Mean and std [C] of the latent channels over pictures and places, spread included."""
-    pictures = PictureSet(examples, size)
-    first = second = torch.zeros(())
-    count = 0
-    for start in range(0, len(examples), 64):
-        numbers = range(start, min(start + 64, len(examples)))
+def latent_statistics(
+    run: Run, vae: VAE, examples: list[Example], size: int, most: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """Mean and std [C] of the latent channels over pictures and places, spread included.
+
+    Of more than `most` pictures every n-th is measured.
+    """
+    chosen = examples[:: -(-len(examples) // most)]
+    pictures = PictureSet(chosen, size)
+    parts: list[Tensor] = []
+    for start in tqdm(range(0, len(chosen), 64), desc="latents", disable=not run.main):
+        numbers = range(start, min(start + 64, len(chosen)))
         real = to_range(torch.stack([pictures[(0, 0, n)][0] for n in numbers])).to(run.device)
-        mean, std = encode_moments(vae, real).double().chunk(2, 1)
-        first = first + mean.sum((0, 2, 3)).cpu()
-        second = second + (mean.square() + std.square()).sum((0, 2, 3)).cpu()
-        count += mean.numel() // mean.shape[1]
-    mean = first / count
-    std = (second / count - mean.square()).sqrt()
-    return mean.float().to(run.device), std.float().to(run.device)
+        with run.accelerator.autocast():
+            parts.append(encode_moments(vae, real))
+    mean, std = torch.cat(parts).double().chunk(2, 1)
+    centre = mean.mean((0, 2, 3))
+    spread = ((mean - centre[:, None, None]).square() + std.square()).mean((0, 2, 3)).sqrt()
+    return centre.float(), spread.float()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,13 @@ class LatentCache:
                 for batch in (part[i : i + batch_size] for i in range(0, len(part), batch_size)):
                     pictures = torch.stack([load_picture(by_key[key]) for key in batch])
                     encoded = encode(pictures).cpu()
-                    shard.update(zip(batch, (one.clone() for one in encoded), strict=True))
+                    shard.update(
+                        zip(
+                            batch,
+                            (one.clone(memory_format=torch.contiguous_format) for one in encoded),
+                            strict=True,
+                        )
+                    )
                     bar.update(len(batch))
                 self._write(shard)
                 known.update(shard)
