@@ -93,10 +93,13 @@ class Run:
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
         """Write a checkpoint from the main process."""
         if self.main:
-            needed = 2 * sum(t.nbytes for group in tensors.values() for t in group.values())
-            self.out.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.out).free < needed:
-                raise UserError(f"{self.out} has less than the {needed >> 20} MiB a save may need")
+            size = sum(t.nbytes for group in tensors.values() for t in group.values())
+            free = shutil.disk_usage(self.out).free
+            if self.dry:
+                most = (self.config.keep_checkpoints + 1) * size
+                self.say(f"checkpoints take up to {most / 2**20:.1f} MiB of {free >> 20} free")
+            if free < 2 * size:
+                raise UserError(f"{self.out}: {free >> 20} MiB free, {size >> 19} needed to save")
             save_checkpoint(
                 self.out / "checkpoints",
                 step,

@@ -80,7 +80,6 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(work: Path, stage: str) 
     first.terminate()
     errors = first.communicate()[1]
     assert first.returncode == 143, errors
-    assert newest(parts).keys() == newest(whole).keys()
     assert checkpoints(parts / "checkpoints")[0].name < checkpoints(whole / "checkpoints")[0].name
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert second.returncode == 0, second.stderr
