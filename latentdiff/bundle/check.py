@@ -1,0 +1,92 @@
+"""Whether the parts of a model fit each other."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.text import TextTower
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+# What a U-Net may be told that no prompt says: sizes, classes, pictures, poses.
+_EXTRA_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+
+
+def check_parts(
+    vae: "AutoencoderKL | VQModel", unet: "UNet2DConditionModel", text: TextTower
+) -> None:
+    """Pass if latents and text states mean the same to all three.
+
+    Raises:
+        UserError: they do not, or the U-Net needs more than latents, time and text.
+    """
+    channels = latent_channels(vae)
+    inside, outside = unet.config["in_channels"], unet.config["out_channels"]
+    if (inside, outside) != (channels, channels):
+        raise UserError(
+            f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
+            f"{channels}; inpainting and depth checkpoints do not work here."
+        )
+    if (vae.config["in_channels"], vae.config["out_channels"]) != (3, 3):
+        raise UserError("vae: it is not for RGB pictures of 3 channels.")
+    for key in _EXTRA_INPUTS:
+        if unet.config[key] is not None:
+            raise UserError(
+                f"unet: its {key} is {unet.config[key]!s:.40}, as in Stable Diffusion XL and "
+                "others that need more than a prompt; they do not work here."
+            )
+    width = _text_width(unet)
+    if width != text.width:
+        raise UserError(
+            f"unet: it attends to text states of width {width}, but the text encoder's have "
+            f"{text.width}."
+        )
+    if not isinstance(unet.config["sample_size"], int | list | tuple):
+        raise UserError("unet: its sample_size is missing, so the size of its pictures is unknown.")
+    latent_affine(vae)
+
+
+def _text_width(unet: "UNet2DConditionModel") -> object:
+    kind = unet.config["encoder_hid_dim_type"]
+    if kind == "text_proj":
+        return unet.config["encoder_hid_dim"]
+    if kind is not None:
+        raise UserError(f"unet: its encoder_hid_dim_type '{kind!s:.40}' does not work here.")
+    widths = unet.config["cross_attention_dim"]
+    widths = set(widths) if isinstance(widths, list | tuple) else {widths}
+    return widths.pop() if len(widths) == 1 else sorted(widths)
+
+
+def latent_channels(vae: "AutoencoderKL | VQModel") -> int:
+    """C of the latents; in a VQ model they are what its codebook is looked up with."""
+    return vae.config.get("vq_embed_dim") or vae.config["latent_channels"]
+
+
+def latent_affine(vae: "AutoencoderKL | VQModel") -> tuple[Tensor, Tensor]:
+    """Gain and offset, each [1, C, 1, 1] or [1, 1, 1, 1], of z = gain * latents + offset.
+
+    The config says latents = (z - shift_factor) * scaling_factor, or with statistics for each
+    channel (z - latents_mean) / latents_std * scaling_factor.
+
+    Raises:
+        UserError: the config's numbers are none, not finite, or a scale is zero.
+    """
+    mean = vae.config.get("latents_mean") or [vae.config.get("shift_factor") or 0.0]
+    std = vae.config.get("latents_std") or [1.0]
+    scale = vae.config["scaling_factor"]
+    channels = latent_channels(vae)
+    numbers = [*mean, *std, scale]
+    sound = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    if not (sound and scale and all(std)) or {len(mean), len(std)} - {1, channels}:
+        raise UserError(
+            "vae: its scaling_factor, shift_factor, latents_mean and latents_std must be finite "
+            f"numbers, scales not zero, and lists {channels} long."
+        )
+    gain, offset = torch.tensor(std) / scale, torch.tensor(mean, dtype=torch.float32)
+    return gain.view(1, -1, 1, 1), offset.view(1, -1, 1, 1)

@@ -1,0 +1,79 @@
+"""Where a model is: bundled, in a folder, or on the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+import latentdiff
+from latentdiff.bundle.weights import first_line, pickle_refusal
+from latentdiff.errors import UserError
+
+BUNDLED = "emoji64"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+
+
+def find(where: str | Path | None) -> Path:
+    """The folder of a model.
+
+    Args:
+        where: None for the bundled model, a folder, or a hub id as "owner/name".
+
+    Raises:
+        UserError: there is no such model, or it is a file.
+    """
+    if where is None:
+        return _bundled()
+    folder = Path(where).expanduser()
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists() or folder.suffix in {*_PICKLES, ".safetensors"}:
+            raise UserError(_refusal(folder))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a name too long for a path, or with a NUL in it
+        raise UserError(f"{where!s:.100}: not a model ({first_line(error)}).") from error
+    if isinstance(where, str) and _HUB_ID.fullmatch(where):
+        return _download(where)
+    raise UserError(f"{where}: no such model folder.")
+
+
+def _refusal(file: Path) -> str:
+    if not file.exists():
+        return f"{file}: no such model file."
+    if file.suffix in _PICKLES:
+        return pickle_refusal(file)
+    return f"{file}: a model is a folder in the diffusers layout, and this is a file."
+
+
+def _bundled() -> Path:
+    package = Path(latentdiff.__file__).parent
+    for assets in (package / "assets", package.parent / "assets"):
+        if (assets / BUNDLED).is_dir():
+            return assets / BUNDLED
+    raise UserError(
+        f"the bundled model '{BUNDLED}' is not in this installation; reinstall latentdiff or "
+        "name a model folder."
+    )
+
+
+def _download(name: str) -> Path:
+    """A snapshot without anything that could run code, out of the local cache where it is there."""
+    from huggingface_hub import snapshot_download
+
+    kinds = ("*.json", "*.txt", "*.safetensors")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["model_index.json", *(f"{p}/{k}" for p in PARTS for k in kinds)],
+                ignore_patterns=["*non_ema*"],
+            )
+        )
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise UserError(
+            f"{name}: no such folder, and not to be had from the Hugging Face Hub "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error

@@ -1,0 +1,235 @@
+"""The parts of one model, checked against each other, and the folder they live in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from latentdiff import timetable as timetables
+from latentdiff.bundle import scheduler
+from latentdiff.bundle.check import check_parts, latent_affine
+from latentdiff.bundle.find import find
+from latentdiff.bundle.scheduler import Steps
+from latentdiff.bundle.weights import fill
+from latentdiff.denoiser import Condition
+from latentdiff.errors import UserError
+from latentdiff.models.attention import Attention, set_attention
+from latentdiff.prediction import Prediction
+from latentdiff.process import Process
+from latentdiff.registry import check_name
+from latentdiff.text import TextTower
+from latentdiff.timetable import Timetable
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Pixels decoded at once: the activations of an autoencoder are hundreds of times its pictures.
+_DECODED_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A model: an autoencoder, a U-Net in its latents, a text tower, and how they were trained.
+
+    Attributes:
+        vae: pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H / factor, W / factor] and back.
+        unet: (x_t, t, text states) -> `prediction`.
+        text: prompts to states.
+        process: the forward process the U-Net was trained on.
+        prediction: what it predicts.
+        steps: the timetable it was meant to be sampled with.
+        name: for people.
+
+    Raises:
+        UserError: the parts do not fit each other.
+    """
+
+    vae: "AutoencoderKL | VQModel"
+    unet: "UNet2DConditionModel"
+    text: TextTower
+    process: Process
+    prediction: Prediction
+    steps: Steps = field(default_factory=Steps)
+    name: str = "model"
+
+    def __post_init__(self) -> None:
+        check_parts(self.vae, self.unet, self.text)
+
+    @classmethod
+    def load(
+        cls,
+        where: str | Path | None = None,
+        *,
+        dtype: Precision | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        attention: Attention = "auto",
+    ) -> Self:
+        """Read a model, after checking all of it: files, configs, names, shapes, finite values.
+
+        Args:
+            where: a folder in the diffusers layout, a hub id as "owner/name", or None for the
+                bundled model.
+            dtype: of the networks. "auto" is bfloat16 (or float16) on CUDA and float32 elsewhere.
+            device: "auto" is CUDA where there is one.
+            attention: see `latentdiff.models.attention.set_attention`.
+
+        Raises:
+            UserError: anything is missing, damaged, hostile or unfit; the message says what.
+        """
+        check_name("attention backend", attention, get_args(Attention))
+        place = _device(device)
+        precision = _dtype(dtype, place)
+        folder = find(where)
+        from latentdiff.bundle import parts
+
+        parts.check_folder(folder)
+        unet, unet_files = parts.unet(folder / "unet")
+        vae, vae_files = parts.vae(folder / "vae")
+        text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
+        schedule = folder / "scheduler" / "scheduler_config.json"
+        described = scheduler.read(parts.read_config(schedule), str(schedule))
+        try:
+            bundle = cls(vae, unet, text, *described, name=str(where or folder.name))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        fill(unet, unet_files, precision, place)
+        fill(vae, vae_files, _steady(precision), place)
+        fill(text.model, text_files, _steady(precision), place)
+        set_attention(unet, attention)
+        set_attention(vae, attention)
+        return bundle
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the U-Net computes in."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        return self.unet.config["in_channels"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures it was trained on."""
+        side = self.unet.config["sample_size"]
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return height * self.factor, width * self.factor
+
+    def network(self) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+        """The U-Net as `latentdiff.denoiser.conditioned_denoiser` takes it.
+
+        The condition holds "states" [B, L, D] and, where the tower has one, "mask" [B, L].
+        """
+        dtype = self.dtype
+
+        def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return self.unet(
+                x.to(dtype),
+                t,
+                encoder_hidden_states=condition["states"].to(dtype),
+                encoder_attention_mask=condition.get("mask"),
+                return_dict=False,
+            )[0]
+
+        return predict
+
+    def timetable(self, name: str | None, steps: int) -> Timetable:
+        """The levels of a run: the named timetable, or with None the model's own.
+
+        Raises:
+            UserError: unknown name, or a number of steps that it does not have.
+        """
+        if name is None or name == self.steps.spacing:
+            return self.steps.timetable(self.process, steps)
+        return timetables.create(name, self.process, steps)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor], float32.
+
+        The mean of the autoencoder's posterior is taken, so the answer is always the same.
+        """
+        parameter = next(self.vae.parameters())
+        encoded: Any = self.vae.encode(pictures.to(parameter.device, parameter.dtype))
+        z: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
+        gain, offset = latent_affine(self.vae)
+        return (z.float() - offset.to(z.device)) / gain.to(z.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> pictures [B, 3, h * factor, w * factor], float32 about [-1, 1].
+
+        Many pictures are decoded a few at a time.
+        """
+        parameter = next(self.vae.parameters())
+        gain, offset = latent_affine(self.vae)
+        z = latents * gain.to(latents.device) + offset.to(latents.device)
+        z = z.to(parameter.device, parameter.dtype)
+        pixels = z.shape[-2] * z.shape[-1] * self.factor**2
+        decode: Any = self.vae.decode
+        chunks = z.split(max(1, _DECODED_AT_ONCE // pixels))
+        return torch.cat([decode(chunk, return_dict=False)[0].float() for chunk in chunks])
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write the diffusers layout, which diffusers' own StableDiffusionPipeline opens, too.
+
+        Everything is written beside the folder and renamed once it is on the disk. A model folder
+        already there is replaced; anything else is left alone. A latent mean that the config of
+        the autoencoder holds is folded into its convolutions, for diffusers does not apply it.
+
+        Args:
+            folder: to be.
+            dtype: of the weights in the files; None keeps what they are.
+
+        Raises:
+            UserError: the folder cannot be written, or holds something else.
+        """
+        from latentdiff.bundle.save import save_folder
+
+        config = scheduler.write(self.process, self.prediction, self.steps)
+        return save_folder(Path(folder), self.vae, self.unet, self.text, config, dtype)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device '{device}' is not available here; try 'auto' or 'cpu'.") from error
+    return place
+
+
+def _dtype(dtype: Precision | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype_name = str(dtype).removeprefix("torch.")
+    else:
+        dtype_name = dtype
+    check_name("dtype", dtype_name, get_args(Precision))
+    if dtype_name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return getattr(torch, dtype_name)
+
+
+def _steady(dtype: torch.dtype) -> torch.dtype:
+    """For autoencoders and T5, whose activations overflow float16: float32 there."""
+    return torch.float32 if dtype == torch.float16 else dtype

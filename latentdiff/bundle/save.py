@@ -1,0 +1,170 @@
+"""Writing a model folder: all of it, or none."""
+
+import contextlib
+import copy
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentdiff.bundle.check import latent_affine, latent_channels
+from latentdiff.errors import UserError
+from latentdiff.text import ClipTower, TextTower
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+
+def save_folder(
+    folder: Path,
+    vae: "AutoencoderKL | VQModel",
+    unet: "UNet2DConditionModel",
+    text: TextTower,
+    schedule: dict[str, object],
+    dtype: torch.dtype | None,
+) -> Path:
+    """Write the parts of a model; see `Bundle.save`.
+
+    Raises:
+        UserError: the folder cannot be written, or holds something that is no model.
+    """
+    replaceable = (folder / "model_index.json").is_file() or not folder.exists()
+    if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: not a model folder, so it is not replaced; name another.")
+    with _staged(folder) as stage:
+        vae = _without_offset(vae)
+        _save_diffusers(vae, stage / "vae", dtype)
+        _save_diffusers(unet, stage / "unet", dtype)
+        _save_text(text, stage, dtype)
+        _write_json(stage / "scheduler" / "scheduler_config.json", schedule)
+        index = _index(vae, unet, text, schedule)
+        _write_json(stage / "model_index.json", index)
+    return folder
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place at the end."""
+    token = secrets.token_hex(8)
+    stage = folder.parent / f".{folder.name}.{token}.part"
+    old = folder.parent / f".{folder.name}.{token}.old"
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        for path in (*stage.rglob("*"), stage):
+            _sync(path)
+        if folder.exists():
+            folder.rename(old)
+        stage.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    converted = {
+        name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+        for name, value in values.items()
+    }
+    for name, value in converted.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path.parent.name}: {name} is not finite as {value.dtype}.")
+    save_file(converted, path, metadata={"format": "pt"})
+
+
+def _save_diffusers(
+    network: "AutoencoderKL | VQModel | UNet2DConditionModel",
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    network.save_config(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    _save_weights(network.state_dict(), path, dtype)
+
+
+def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
+    config = copy.deepcopy(text.model.config)
+    config.architectures = [type(text.model).__name__]
+    config.save_pretrained(stage / "text_encoder")
+    values = dict(text.model.state_dict())
+    if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
+        values = {f"text_model.{name}": value for name, value in values.items()}
+    else:
+        values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
+    _save_weights(values, stage / "text_encoder" / "model.safetensors", dtype)
+    text.tokenizer.save_pretrained(stage / "tokenizer")
+    if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
+        text.tokenizer.backend_tokenizer.model.save(str(stage / "tokenizer"))
+
+
+def _index(
+    vae: "AutoencoderKL | VQModel",
+    unet: "UNet2DConditionModel",
+    text: TextTower,
+    schedule: dict[str, object],
+) -> dict[str, object]:
+    """What each folder holds; it names StableDiffusionPipeline only where that draws the same."""
+    from diffusers import __version__
+
+    known = isinstance(text, ClipTower) and type(vae).__name__ == "AutoencoderKL"
+    known &= not bool(latent_affine(vae)[1].any())
+    known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
+    known &= "beta_schedule" in schedule or "trained_betas" in schedule
+    return {
+        "_class_name": "StableDiffusionPipeline" if known else "LatentDiffusionPipeline",
+        "_diffusers_version": __version__,
+        "vae": ["diffusers", type(vae).__name__],
+        "unet": ["diffusers", type(unet).__name__],
+        "text_encoder": ["transformers", type(text.model).__name__],
+        "tokenizer": ["transformers", type(text.tokenizer).__name__],
+        "scheduler": ["diffusers", str(schedule["_class_name"])],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def _without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":
+    """The same autoencoder, with any latent mean folded into its 1x1 convolutions."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from latentdiff.models.vae import standardise_latents
+
+    if not isinstance(vae, AutoencoderKL) or not (vae.quant_conv and vae.post_quant_conv):
+        return vae
+    if not (vae.config["shift_factor"] or vae.config["latents_mean"]):
+        return vae
+    gain, offset = (part.flatten().expand(latent_channels(vae)) for part in latent_affine(vae))
+    folded: Any = copy.deepcopy(vae).requires_grad_(False)
+    folded.to(torch.float32)
+    std = (gain * vae.config["scaling_factor"]).to(vae.device)
+    standardise_latents(folded, offset.to(vae.device), std)
+    folded.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
+    return folded.to(vae.dtype)

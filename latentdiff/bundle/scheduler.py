@@ -1,0 +1,234 @@
+"""`scheduler_config.json` of diffusers: the process, the prediction and the customary timetable."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff import process as processes
+from latentdiff import timetable as timetables
+from latentdiff.errors import UserError
+from latentdiff.prediction import Prediction
+from latentdiff.process import DiscreteVP, Flow, Process
+from latentdiff.timetable import Timetable
+
+Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential"]
+
+# Where diffusers differs from itself: multistep schedulers space n + 1 times and drop the last,
+# and schedulers in sigma do not round the times of "linspace".
+Family = Literal["ddim", "sigma", "multistep"]
+
+_FAMILIES: dict[str, Family] = {
+    "EulerDiscreteScheduler": "sigma",
+    "EulerAncestralDiscreteScheduler": "sigma",
+    "HeunDiscreteScheduler": "sigma",
+    "KDPM2DiscreteScheduler": "sigma",
+    "KDPM2AncestralDiscreteScheduler": "sigma",
+    "LMSDiscreteScheduler": "sigma",
+    "DPMSolverMultistepScheduler": "multistep",
+    "DPMSolverSinglestepScheduler": "multistep",
+    "DEISMultistepScheduler": "multistep",
+    "UniPCMultistepScheduler": "multistep",
+}
+_PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+    "score": "score",
+}
+_BETAS = {
+    "linear": "linear",
+    "scaled_linear": "scaled-linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+_OURS = "latentdiff_process"
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The timetable that a model's makers meant it to be sampled with.
+
+    Attributes:
+        spacing: of the times.
+        steps_offset: added to the times of "leading".
+        to_clean: whether the last step goes to clean data, or only to the first time's noise.
+        family: whose reading of `spacing`.
+    """
+
+    spacing: Spacing = "trailing"
+    steps_offset: int = 0
+    to_clean: bool = True
+    family: Family = "ddim"
+
+    def timetable(self, process: Process, steps: int) -> Timetable:
+        """The levels of a run of so many steps; see `latentdiff.timetable.create`."""
+        levels = timetables.create(self.spacing, process, steps, steps_offset=self.steps_offset)
+        if not isinstance(process, DiscreteVP):
+            return levels
+        if (times := self._times(process.num_train_timesteps, steps)) is not None:
+            levels = [*(process.level(float(t)) for t in times[::-1]), levels[-1]]
+        return levels if self.to_clean else [*levels[:-1], process.level(0.0)]
+
+    def _times(self, count: int, steps: int) -> NDArray[np.float64] | None:
+        """Increasing times, where the family differs from what DDIM visits."""
+        if self.family == "multistep" and self.spacing == "leading" and steps < count:
+            return np.arange(1.0, steps + 1) * (count // (steps + 1)) + self.steps_offset
+        if self.family == "multistep" and self.spacing == "linspace":
+            return np.round(np.linspace(0, count - 1, steps + 1))[1:]
+        if self.family == "sigma" and self.spacing == "linspace" and steps > 1:
+            return np.linspace(0, count - 1, steps)
+        return None
+
+
+def read(config: Mapping[str, object], name: str) -> tuple[Process, Prediction, Steps]:
+    """What a scheduler's config says of the model.
+
+    Args:
+        config: of any of diffusers' schedulers for Stable Diffusion 1 and 2.
+        name: of its file, for messages.
+
+    Raises:
+        UserError: a process, prediction or spacing that does not exist here.
+    """
+    flow = _is_flow(config)
+    kind = str(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
+    if kind not in _PREDICTIONS:
+        raise UserError(f"{name}: unknown prediction_type '{kind}'.")
+    try:
+        return _read_process(config), _PREDICTIONS[kind], _read_steps(config)
+    except (TypeError, ValueError) as error:  # UserError is a ValueError
+        raise UserError(f"{name}: {error}") from error
+
+
+def _is_flow(config: Mapping[str, object]) -> bool:
+    return str(config.get("_class_name")).startswith("FlowMatch")
+
+
+def _read_process(config: Mapping[str, object]) -> Process:
+    if (ours := config.get(_OURS)) is not None:
+        return processes.create(str(ours))
+    count = _number(config, "num_train_timesteps", 1000)
+    if _is_flow(config):
+        return Flow(t_max=count)
+    trained = config.get("trained_betas")
+    if isinstance(trained, list) and trained:
+        betas = np.asarray(trained, dtype=np.float64)
+    else:
+        betas = _betas(config, int(count))
+    if config.get("rescale_betas_zero_snr") is True:
+        betas = processes.zero_terminal_snr(betas)
+    return DiscreteVP(betas)
+
+
+def _betas(config: Mapping[str, object], count: int) -> NDArray[np.float64]:
+    schedule = str(config.get("beta_schedule") or "linear")
+    if schedule not in _BETAS:
+        raise UserError(f"unknown beta_schedule '{schedule}'.")
+    if schedule == "squaredcos_cap_v2":  # its ends are fixed, whatever beta_start says
+        return processes.beta_schedule("cosine", count)
+    start = _number(config, "beta_start", 1e-4)
+    end = _number(config, "beta_end", 0.02)
+    return processes.beta_schedule(_BETAS[schedule], count, start, end)
+
+
+def _number(config: Mapping[str, object], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{key} must be a number, not {value!s:.40}.")
+    return value
+
+
+def _read_steps(config: Mapping[str, object]) -> Steps:
+    family = _FAMILIES.get(str(config.get("_class_name")), "ddim")
+    customary = "leading" if family == "ddim" else "linspace"
+    wanted = str(config.get("timestep_spacing") or customary)
+    if _is_flow(config):
+        wanted = "trailing"
+    elif config.get("use_karras_sigmas") is True:
+        wanted = "karras"
+    elif config.get("use_exponential_sigmas") is True:
+        wanted = "exponential"
+    # StableDiffusionPipeline, too, takes an offset of 0 for an outdated config that means 1.
+    offset = int(_number(config, "steps_offset", 1)) or 1
+    clean = config.get("set_alpha_to_one", True) is True
+    clean &= config.get("final_sigmas_type", "zero") == "zero"
+    for spacing in get_args(Spacing):
+        if wanted == spacing:
+            return Steps(spacing, offset, clean, family)
+    raise UserError(f"unknown timestep_spacing '{wanted}'.")
+
+
+def write(process: Process, prediction: Prediction, steps: Steps) -> dict[str, object]:
+    """The config that `read` understands, and diffusers too where it has the process.
+
+    Raises:
+        UserError: a process with settings of its own that no config can hold.
+    """
+    kinds = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    config: dict[str, object] = {
+        "_class_name": "DDIMScheduler",
+        "prediction_type": kinds[prediction],
+        "timestep_spacing": steps.spacing,
+        "steps_offset": steps.steps_offset,
+        "set_alpha_to_one": steps.to_clean,
+        "clip_sample": False,
+    }
+    if steps.family != "ddim" or steps.spacing in ("karras", "exponential"):
+        config = _multistep(config, steps)
+    return config | _write_process(process)
+
+
+def _multistep(config: dict[str, object], steps: Steps) -> dict[str, object]:
+    """The same for diffusers' schedulers in sigma, whose keys are others."""
+    kept = {key: config[key] for key in ("prediction_type", "timestep_spacing", "steps_offset")}
+    kind = "EulerDiscrete" if steps.family == "sigma" else "DPMSolverMultistep"
+    if steps.spacing in ("karras", "exponential"):
+        kept[f"use_{steps.spacing}_sigmas"] = True
+        kept["timestep_spacing"] = "linspace"
+    last = "zero" if steps.to_clean else "sigma_min"
+    return {"_class_name": f"{kind}Scheduler", "final_sigmas_type": last, **kept}
+
+
+def _write_process(process: Process) -> dict[str, object]:
+    if isinstance(process, DiscreteVP):
+        return {"num_train_timesteps": process.num_train_timesteps, **_write_betas(process.betas)}
+    if isinstance(process, Flow):
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": process.t_max,
+        }
+    for name in processes.names():
+        known = processes.create(name)
+        if type(known) is type(process) and vars(known) == vars(process):
+            return {"_class_name": "LatentDiffusionProcess", _OURS: name}
+    raise UserError(f"{process} has settings of its own, which a model folder cannot hold.")
+
+
+def _write_betas(betas: NDArray[np.float64]) -> dict[str, object]:
+    """A name of diffusers and two ends where that gives the same betas, else all of them."""
+    ends = {"beta_start": float(f"{betas[0]:.12g}"), "beta_end": float(f"{betas[-1]:.12g}")}
+    for schedule in ("scaled_linear", "linear"):
+        for zero, given in (
+            (False, ends),
+            (True, {"beta_start": 0.00085, "beta_end": 0.012}),
+            (True, {"beta_start": 1e-4, "beta_end": 0.02}),
+        ):
+            config = {"beta_schedule": schedule, **given, "rescale_betas_zero_snr": zero}
+            if _same(config, betas):
+                return config
+    for zero in (False, True):
+        config = {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": zero}
+        if _same(config, betas):
+            return config
+    return {"trained_betas": betas.tolist()}
+
+
+def _same(config: dict[str, object], betas: NDArray[np.float64]) -> bool:
+    made = _betas(config, len(betas))
+    if config["rescale_betas_zero_snr"]:
+        made = processes.zero_terminal_snr(made)
+    return bool(np.allclose(made, betas, rtol=1e-9, atol=0))

@@ -1,0 +1,252 @@
+"""Weights of one network: safetensors in, every tensor checked against the config; safetensors out.
+
+A network is first built without memory, so what a hostile config can ask for costs nothing: only
+what the files really hold is ever allocated.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from latentdiff.errors import UserError
+
+_MAX_JSON_BYTES = 64 * 2**20
+_MAX_NUMBER = 1_000_000
+_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file whose numbers are of a sane size.
+
+    Raises:
+        UserError: no such file, not JSON, not an object, or a number no config would hold.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, so not a config.")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a model folder needs it.") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}.") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({first_line(error)}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed, not {type(value).__name__}.")
+    return value
+
+
+def check_numbers(value: object, name: str) -> None:
+    """Refuse the numbers that make builders allocate or loop without end.
+
+    Raises:
+        UserError: a number is not finite or beyond a million, or a list beyond a million long.
+    """
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_numbers(part, f"{name}: {key}")
+    elif isinstance(value, list):
+        if len(value) > _MAX_NUMBER:
+            raise UserError(f"{name}: a list of {len(value)} is too long.")
+        for part in value:
+            check_numbers(part, name)
+    elif isinstance(value, int | float) and not (
+        math.isfinite(value) and abs(value) <= _MAX_NUMBER
+    ):
+        raise UserError(f"{name}: {value!s:.30} is not a sensible value.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one network.
+
+    One file or a sharded index; of several precisions the full one.
+
+    Args:
+        folder: of the network.
+        stem: "model" for transformers, "diffusion_pytorch_model" for diffusers.
+
+    Raises:
+        UserError: there are none, a shard is missing, or only a pickle is there.
+    """
+    for variant in ("", ".fp16"):
+        single = folder / f"{stem}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        for index in (
+            folder / f"{stem}.safetensors.index{variant}.json",
+            folder / f"{stem}{variant}.safetensors.index.json",
+        ):
+            if index.is_file():
+                return _shards(index)
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise UserError(pickle_refusal(folder / pickles[0]))
+    raise UserError(f"{folder / stem}.safetensors: no such file; a model folder needs it.")
+
+
+def pickle_refusal(path: Path) -> str:
+    """Why a pickle does not load and what to do."""
+    return (
+        f"{path}: a pickle checkpoint can run any code when it is opened, so it is refused; get "
+        "the model's safetensors version, or convert it where that code may run."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise UserError(f"{index}: it has no weight_map.")
+    names = sorted({str(name) for name in mapping.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: {name!r:.80} is not the name of a safetensors file.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: no such file, but {index.name} lists it.")
+    return [index.parent / name for name in names]
+
+
+class WeightFiles:
+    """The opened safetensors of one network: shapes at once, values on demand.
+
+    Args:
+        files: as `weight_files` lists them.
+        rename: maps a stored name to the network's, or to None for what it does not need.
+
+    Raises:
+        UserError: a file is not safetensors, is cut short, or repeats a name.
+    """
+
+    def __init__(
+        self, files: Iterable[Path], rename: Callable[[str], str | None] = lambda name: name
+    ) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._source: dict[str, tuple[Path, str]] = {}
+        self._open = {path: _open(path) for path in files}
+        for path, file in self._open.items():
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                name = rename(stored)
+                if name is None:
+                    continue
+                if name in self.shapes:
+                    raise UserError(f"{path}: tensor {stored} is there twice.")
+                self.shapes[name] = tuple(file.get_slice(stored).get_shape())
+                self._source[name] = (path, stored)
+
+    def share(self, one: str, other: str) -> None:
+        """Let two names of the network mean the one tensor that is stored under either."""
+        for stored, name in ((one, other), (other, one)):
+            if stored in self.shapes and name not in self.shapes:
+                self.shapes[name] = self.shapes[stored]
+                self._source[name] = self._source[stored]
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One tensor, converted.
+
+        Raises:
+            UserError: it is not of floating point, or not finite in that precision.
+        """
+        path, stored = self._source[name]
+        tensor: Tensor = self._open[path].get_tensor(stored)
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating point.")
+        tensor = tensor.to(device=device, dtype=dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: tensor {stored} holds NaN or infinity (as {dtype}).")
+        return tensor
+
+
+def _open(path: Path):  # the handle's type is not exported
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: damaged or cut short ({first_line(error)}); get the file again."
+        ) from error
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """What parameters are made with makes no memory here; computed buffers stay real."""
+
+    _makers = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in self._makers:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build(make: Callable[[], Network], name: str, files: WeightFiles, layers: int) -> Network:
+    """A network without memory, whose tensors are those of the files by name and shape.
+
+    Args:
+        make: builds the network.
+        name: of its config file, for messages.
+        files: its weights.
+        layers: how many layers the config asks for, at least.
+
+    Raises:
+        UserError: the config describes no network, or one that is not in the files.
+    """
+    if layers > len(files.shapes):
+        raise UserError(
+            f"{name}: it asks for {layers} layers, but the weights are only "
+            f"{len(files.shapes)} tensors."
+        )
+    try:
+        with _WithoutMemory():
+            network = make()
+    except Exception as error:  # builders raise nearly anything on a nonsensical config
+        raise UserError(f"{name}: it describes no network ({first_line(error)}).") from error
+    _compare({key: tuple(t.shape) for key, t in network.state_dict().items()}, files.shapes, name)
+    return network
+
+
+def _compare(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], name: str
+) -> None:
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        raise UserError(f"{name}: {_some(missing)} not in the weights.")
+    extra = sorted(found.keys() - wanted.keys())
+    if extra:
+        raise UserError(f"{name}: {_some(extra)} in the weights, but not in this network.")
+    for key, shape in wanted.items():
+        if shape != found[key]:
+            raise UserError(
+                f"{name}: tensor {key} should be {list(shape)}, but is {list(found[key])} in the "
+                "weights."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} other tensors are" if len(names) > 1 else " is")
+
+
+def fill(network: Network, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> Network:
+    """Give a network of `build` its values; it is left frozen, in evaluation mode.
+
+    Raises:
+        UserError: a tensor is not finite.
+    """
+    values = {name: files.read(name, dtype, device) for name in network.state_dict()}
+    network.load_state_dict(values, assign=True)
+    if callable(tie := getattr(network, "tie_weights", None)):
+        tie()  # transformers has networks with one tensor under two names
+    return network.to(device).eval().requires_grad_(False)

@@ -1,0 +1,184 @@
+"""Text towers: prompts in, states for cross-attention out.
+
+A tower joins a text encoder out of transformers with its tokenizer. Nothing in it changes after it
+is built, so threads may share one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+# T5 has no longest text; this is what it was trained on, when its tokenizer does not say.
+_T5_WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A batch of prompts as numbers.
+
+    Attributes:
+        ids: [B, L] int64 on the CPU, padded.
+        mask: [B, L] bool, True where a token is not padding.
+        cut: of each prompt, the part beyond the window; "" if all of it fits.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    cut: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TextStates:
+    """What a denoiser is conditioned on.
+
+    Attributes:
+        states: [B, L, D] on the tower's device.
+        mask: [B, L] bool, True where the denoiser may look, or None: it looks everywhere.
+        cut: of each prompt, the part beyond the window; "" if all of it fits.
+    """
+
+    states: Tensor
+    mask: Tensor | None
+    cut: list[str]
+
+
+class TextTower(Protocol):
+    """Prompts in, `TextStates` out."""
+
+    @property
+    def model(self) -> "CLIPTextModel | T5EncoderModel":
+        """The network, for its weights, its device and training it along."""
+        ...
+
+    @property
+    def tokenizer(self) -> "TokenizersBackend": ...
+
+    @property
+    def width(self) -> int:
+        """D of the states."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """The most tokens of one prompt, start and end included."""
+        ...
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Prompts as ids, each shortened to the window; `Tokens.cut` says what that lost."""
+        ...
+
+    def states(self, tokens: Tokens) -> TextStates:
+        """The network's answer; gradients flow unless the caller forbids it."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """`tokenize`, then `states`."""
+        ...
+
+
+class ClipTower:
+    """Any CLIP text model, used as Stable Diffusion 1 and 2 do.
+
+    The states are the last hidden states after the final layer norm; prompts are padded to the
+    whole window and the denoiser sees the padding too.
+    """
+
+    def __init__(self, model: "CLIPTextModel", tokenizer: "TokenizersBackend") -> None:
+        positions = model.config.max_position_embeddings
+        self.model = model
+        self.tokenizer = tokenizer
+        self.width: int = model.config.hidden_size
+        self.window: int = min(positions, _declared_window(tokenizer, positions))
+        _check_tokenizer(tokenizer, model.config.vocab_size)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        return _tokenize(self.tokenizer, prompts, self.window, self.window)
+
+    def states(self, tokens: Tokens) -> TextStates:
+        states = self.model(input_ids=tokens.ids.to(self.model.device)).last_hidden_state
+        return TextStates(states, None, tokens.cut)
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        return self.states(self.tokenize(prompts))
+
+
+class T5Tower:
+    """Any T5 encoder (T5, T5 1.1, mT5, UMT5).
+
+    Prompts are padded to the longest of the batch; neither the encoder nor the denoiser sees the
+    padding.
+    """
+
+    def __init__(self, model: "T5EncoderModel", tokenizer: "TokenizersBackend") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.width: int = model.config.d_model
+        self.window: int = _declared_window(tokenizer, _T5_WINDOW)
+        _check_tokenizer(tokenizer, model.config.vocab_size)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        return _tokenize(self.tokenizer, prompts, self.window, 1)
+
+    def states(self, tokens: Tokens) -> TextStates:
+        mask = tokens.mask.to(self.model.device)
+        output = self.model(input_ids=tokens.ids.to(self.model.device), attention_mask=mask)
+        return TextStates(output.last_hidden_state, mask, tokens.cut)
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        return self.states(self.tokenize(prompts))
+
+
+def _declared_window(tokenizer: "TokenizersBackend", default: int) -> int:
+    """What the tokenizer says; transformers writes 1e30 where it does not know."""
+    declared = int(tokenizer.model_max_length)
+    return declared if 2 <= declared <= 100_000 else default
+
+
+def _check_tokenizer(tokenizer: "TokenizersBackend", vocab_size: int) -> None:
+    """Prepare the tokenizer for calls that leave it unchanged, and see that its ids have rows."""
+    if tokenizer.pad_token_id is None:
+        raise UserError("tokenizer: it has no padding token; set pad_token in its config.")
+    highest = max(tokenizer.backend_tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
+        raise UserError(
+            f"tokenizer: it gives token ids up to {highest}, but the text encoder knows only "
+            f"{vocab_size} tokens."
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
+def _tokenize(
+    tokenizer: "TokenizersBackend", prompts: Sequence[str], window: int, length: int
+) -> Tokens:
+    """Ids padded to `length` or the longest prompt, whichever is more.
+
+    transformers' own call sets truncation and padding on the shared tokenizer each time, which is
+    not safe between threads; what it computes is done here on the ids.
+    """
+    rows: list[list[int]] = []
+    cut: list[str] = []
+    for prompt in prompts:
+        encoded = tokenizer.backend_tokenizer.encode(prompt)
+        ids = encoded.ids
+        if len(ids) > window:  # the last token, the end mark, stays
+            cut.append(prompt[encoded.offsets[window - 1][0] :])
+            ids = ids[: window - 1] + ids[-1:]
+        else:
+            cut.append("")
+        rows.append(ids)
+    length = max(length, *map(len, rows))
+    pad = tokenizer.pad_token_id
+    padded = [row + [pad] * (length - len(row)) for row in rows]
+    kept = [[True] * len(row) + [False] * (length - len(row)) for row in rows]
+    return Tokens(torch.tensor(padded), torch.tensor(kept), cut)

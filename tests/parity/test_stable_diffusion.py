@@ -1,0 +1,146 @@
+"""Pixels equal to diffusers.StableDiffusionPipeline on shared tiny weights and noise, both ways."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from tiny import tiny_bundle
+from torch import Tensor
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.bundle import Bundle, Steps
+from latentdiff.prediction import Prediction
+
+TOLERANCE = 2e-3  # of pixels in [0, 1]
+STEPS = 8  # divides 1000: otherwise diffusers' DDIM steps past the times it visits
+PROMPTS = ["a red heart", "the flag of a small island"]
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpmpp-2m": DPMSolverMultistepScheduler,
+}
+GUIDANCES: dict[str, dict[str, Any]] = {
+    "off": {"guidance_scale": 1.0},
+    "on": {"guidance_scale": 5.0},
+    "negative": {"guidance_scale": 5.0, "negative_prompt": ["a blue square", "a sad dog"]},
+}
+# DDIM of diffusers steps to t - 1000 / n whatever the spacing, so it has no true "linspace".
+RUNS = [
+    (solver, spacing, guidance)
+    for solver, spacings in {
+        "ddim": ("leading", "trailing", "leading"),
+        "euler": ("trailing", "linspace", "leading"),
+        "dpmpp-2m": ("linspace", "leading", "trailing"),
+    }.items()
+    for spacing, guidance in zip(spacings, GUIDANCES, strict=True)
+]
+
+
+def theirs_of(bundle: Bundle, scheduler: object) -> StableDiffusionPipeline:
+    """diffusers' pipeline around the same networks."""
+    parts: dict[str, Any] = {
+        "vae": bundle.vae,
+        "text_encoder": bundle.text.model,
+        "tokenizer": bundle.text.tokenizer,
+        "unet": bundle.unet,
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def scheduler_of(solver: str, prediction: Prediction, spacing: str) -> Any:
+    """A scheduler as Stable Diffusion's folders configure it."""
+    own = {"set_alpha_to_one": False, "clip_sample": False} if solver == "ddim" else {}
+    return SCHEDULERS[solver](
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing=spacing,
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
+        **own,
+    )
+
+
+def noise() -> Tensor:
+    return torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def draw_theirs(pipe: Any, guidance: str) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    arguments = GUIDANCES[guidance] | {"num_inference_steps": STEPS, "output_type": "np"}
+    return pipe(PROMPTS, latents=noise(), **arguments).images
+
+
+def draw_ours(bundle: Bundle, solver: str, guidance: str, start: float = 1.0) -> np.ndarray:
+    return LatentDiffusionPipeline(bundle)(
+        PROMPTS,
+        latents=noise() * start,
+        solver=solver,
+        num_inference_steps=STEPS,
+        output_type="np",
+        progress=False,
+        **GUIDANCES[guidance],
+    ).images
+
+
+def start_of(solver: str, bundle: Bundle) -> float:
+    """diffusers' Euler begins "linspace" and "trailing" at sigma times noise, not unit variance."""
+    if solver != "euler" or bundle.steps.spacing == "leading":
+        return 1.0
+    return bundle.timetable(None, STEPS)[0].sigma
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.std() > 0.05  # a picture, not a plain
+    assert np.abs(ours[0] - ours[1]).max() > 0.05
+    return float(np.abs(ours - theirs).max())
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize(("solver", "spacing", "guidance"), RUNS)
+def test_what_diffusers_saves_draws_the_same_here(
+    solver: str, spacing: str, guidance: str, prediction: Prediction, tmp_path: Path
+) -> None:
+    scheduler = scheduler_of(solver, prediction, spacing)
+    theirs = theirs_of(tiny_bundle(prediction=prediction), scheduler)
+    theirs.save_pretrained(tmp_path)
+    bundle = Bundle.load(tmp_path)
+    assert bundle.prediction == prediction
+    ours = draw_ours(bundle, solver, guidance, start_of(solver, bundle))
+    assert difference(ours, draw_theirs(theirs, guidance)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_what_is_saved_here_draws_the_same_there(
+    solver: str, prediction: Prediction, tmp_path: Path
+) -> None:
+    process = "vp-scaled-linear-zsnr" if (solver, prediction) == ("ddim", "v") else "vp-linear"
+    bundle = tiny_bundle(prediction=prediction, process=process, steps=Steps("trailing"))
+    folder = bundle.save(tmp_path / "model")
+    theirs: Any = StableDiffusionPipeline.from_pretrained(folder)
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    theirs.scheduler = SCHEDULERS[solver].from_config(theirs.scheduler.config)
+    ours = draw_ours(bundle, solver, "negative", start_of(solver, bundle))
+    assert difference(ours, draw_theirs(theirs, "negative")) <= TOLERANCE
+
+
+def test_a_latent_mean_is_folded_into_what_diffusers_reads(tmp_path: Path) -> None:
+    bundle = tiny_bundle()
+    means, stds = [0.5, -1.0, 0.0, 2.0], [0.5, 1.0, 2.0, 4.0]
+    bundle.vae.register_to_config(latents_mean=means, latents_std=stds)
+    theirs: Any = StableDiffusionPipeline.from_pretrained(bundle.save(tmp_path / "model"))
+    ours = draw_ours(bundle, "ddim", "on")
+    assert difference(ours, draw_theirs(theirs, "on")) <= TOLERANCE
+    again = Bundle.load(tmp_path / "model")
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert (again.encode(pictures) - bundle.encode(pictures)).abs().max() < 1e-4

@@ -1,0 +1,428 @@
+"""Model folders: what is saved comes back; what is damaged, hostile or unfit is one clear line."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import tiny_bundle, tiny_clip
+from torch import Tensor
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.bundle import Bundle, Steps
+from latentdiff.errors import UserError
+from latentdiff.models.attention import set_attention
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle().save(tmp_path_factory.mktemp("bundle") / "model")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def draw(bundle: Bundle) -> Tensor:
+    pipe = LatentDiffusionPipeline(bundle)
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "progress": False}
+    return pipe(["a red heart", "a cat face"], seed=1, **arguments).images
+
+
+def refusal(folder: Path) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(UserError) as caught:
+        Bundle.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    assert str(folder) in message
+    return message
+
+
+def change(path: Path, **changes: object) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("tower", ["clip", "t5"])
+@pytest.mark.parametrize("vae", ["kl", "vq"])
+def test_what_is_saved_comes_back(
+    tower: Literal["clip", "t5"], vae: Literal["kl", "vq"], tmp_path: Path
+) -> None:
+    bundle = tiny_bundle(tower=tower, vae=vae, process="vp-cosine", steps=Steps("karras", 1))
+    random = torch.get_rng_state()
+    again = Bundle.load(bundle.save(tmp_path / "model"))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(draw(again), draw(bundle))
+    assert (again.prediction, again.steps.spacing) == ("v", "karras")
+    for ours, theirs in ((bundle.unet, again.unet), (bundle.vae, again.vae)):
+        assert dict(ours.config) == {**theirs.config, **dict(ours.config)}
+    assert not [p for p in tmp_path.iterdir() if p.name != "model"]
+    assert not any(p.requires_grad for p in again.unet.parameters())
+    again.save(tmp_path / "model")  # replaces a model
+    for part in (UNET, VAE, TEXT):
+        one = load_file(tmp_path / "model" / part)
+        assert all(bool(torch.isfinite(t).all()) for t in one.values())
+
+
+def test_half_precision_files(tmp_path: Path) -> None:
+    bundle = tiny_bundle()
+    folder = bundle.save(tmp_path / "model", dtype=torch.float16)
+    assert {t.dtype for t in load_file(folder / UNET).values()} == {torch.float16}
+    again = Bundle.load(folder)
+    assert (again.dtype, again.device.type) == (torch.float32, "cpu")
+    for name, value in again.unet.state_dict().items():
+        assert torch.equal(value, bundle.unet.state_dict()[name].half().float())
+    low = Bundle.load(folder, dtype="bfloat16")
+    assert low.dtype == torch.bfloat16
+    assert (draw(low) - draw(again)).abs().max() < 0.25
+
+
+def test_shards_and_variants(folder: Path) -> None:
+    whole = draw(Bundle.load(folder))
+    path = folder / UNET
+    values = list(load_file(path).items())
+    names = [f"diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    mapping: dict[str, str] = {}
+    for name, part in zip(names, (values[:40], values[40:]), strict=True):
+        save_file(dict(part), folder / "unet" / name)
+        mapping |= {key: name for key, _ in part}
+    path.unlink()
+    index = path.with_name(f"{path.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": mapping}))
+    variant = folder / VAE
+    variant.rename(variant.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    (folder / TEXT).rename(folder / "text_encoder/model.fp16.safetensors")
+    assert torch.equal(draw(Bundle.load(folder)), whole)
+
+    (folder / "unet" / names[1]).unlink()
+    assert names[1] in refusal(folder)
+    index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd.safetensors"}}))
+    assert "not the name of a safetensors file" in refusal(folder)
+
+
+def test_what_older_libraries_wrote(folder: Path) -> None:
+    """Stable Diffusion 1 as published: no tokenizer.json, position ids, a safety checker."""
+    whole = draw(Bundle.load(folder))
+    (folder / "tokenizer/tokenizer.json").unlink()
+    values = load_file(folder / TEXT)
+    assert all(name.startswith("text_model.") for name in values)
+    values["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    values["text_projection.weight"] = torch.zeros(16, 16)
+    save_file(values, folder / TEXT)
+    change(folder / "model_index.json", safety_checker=["stable_diffusion", "SafetyChecker"])
+    assert torch.equal(draw(Bundle.load(folder)), whole)
+
+
+def test_the_latent_scale_shift_and_statistics() -> None:
+    bundle = tiny_bundle()
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = bundle.vae.encode(pictures).latent_dist.mode()  # pyright: ignore
+    bundle.vae.register_to_config(scaling_factor=0.3, shift_factor=-0.2)
+    assert (bundle.encode(pictures) - (z + 0.2) * 0.3).abs().max() < 1e-6
+    decoded = bundle.vae.decode(z).sample  # pyright: ignore
+    assert (bundle.decode((z + 0.2) * 0.3) - decoded).abs().max() < 1e-5
+
+    mean, std = torch.tensor([0.1, 0.2, -3.0, 0.0]), torch.tensor([1.0, 2.0, 0.5, 4.0])
+    bundle.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    latents = (z - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1) * 0.3
+    assert (bundle.encode(pictures) - latents).abs().max() < 1e-6
+    assert (bundle.decode(latents) - decoded).abs().max() < 1e-5
+    for wrong in ({"scaling_factor": 0}, {"latents_std": [1.0, 2.0]}, {"latents_mean": ["x"] * 4}):
+        broken = tiny_bundle()
+        broken.vae.register_to_config(**wrong)
+        with pytest.raises(UserError, match="must be finite"):
+            Bundle(broken.vae, broken.unet, broken.text, broken.process, broken.prediction)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil(path: Path, name: str, value: float) -> None:
+    values = load_file(path)
+    values[name].view(-1)[3] = value
+    save_file(values, path)
+
+
+def drop(path: Path, name: str) -> None:
+    values = load_file(path)
+    del values[name]
+    save_file(values, path)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json: no such file"),
+    "no unet": (lambda f: shutil.rmtree(f / "unet"), "unet/config.json: no such file"),
+    "no weights": (lambda f: (f / VAE).unlink(), "no such file"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
+    "cut weights": (lambda f: cut_short(f / UNET), "damaged or cut short"),
+    "empty weights": (lambda f: (f / VAE).write_bytes(b""), "damaged or cut short"),
+    "no safetensors": (lambda f: (f / TEXT).write_bytes(b"\x80\x02}q." * 99), "damaged"),
+    "huge header": (lambda f: (f / TEXT).write_bytes(b"\xff" * 64), "damaged"),
+    "cut config": (lambda f: cut_short(f / "unet/config.json"), "not valid JSON"),
+    "config a list": (lambda f: (f / "vae/config.json").write_text("[1]"), "object is needed"),
+    "deep config": (lambda f: (f / "vae/config.json").write_text("[" * 10**5), "not valid JSON"),
+    "binary config": (lambda f: (f / "vae/config.json").write_bytes(b"\xff\xfe"), "not valid JSON"),
+    "broken tokenizer": (
+        lambda f: (f / "tokenizer/tokenizer.json").write_text('{"model": 3}'),
+        "no usable tokenizer",
+    ),
+    "nan": (lambda f: spoil(f / UNET, "conv_in.weight", float("nan")), "NaN or infinity"),
+    "inf": (lambda f: spoil(f / VAE, "decoder.conv_in.bias", float("inf")), "NaN or infinity"),
+    "missing tensor": (lambda f: drop(f / UNET, "conv_in.weight"), "conv_in.weight is not in"),
+    "wrong class": (
+        lambda f: change(f / "unet/config.json", _class_name="UNet3DConditionModel"),
+        "only UNet2DConditionModel",
+    ),
+    "other text model": (
+        lambda f: change(f / "text_encoder/config.json", model_type="llama"),
+        "neither a CLIP text model nor a T5 encoder",
+    ),
+    "two text encoders": (
+        lambda f: change(f / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
+        "text_encoder_2",
+    ),
+    "wider": (
+        lambda f: change(f / "unet/config.json", block_out_channels=[32, 64]),
+        "should be",
+    ),
+    "another width of text": (
+        lambda f: change(f / "unet/config.json", cross_attention_dim=24),
+        "should be",
+    ),
+    "more layers": (lambda f: change(f / "unet/config.json", layers_per_block=2), "not in the"),
+    "fewer layers": (
+        lambda f: change(f / "text_encoder/config.json", num_hidden_layers=1),
+        "but not in this network",
+    ),
+    "nonsense": (lambda f: change(f / "unet/config.json", norm_num_groups=0), "no network"),
+    "wrong type": (lambda f: change(f / "vae/config.json", block_out_channels="x"), "no network"),
+    "unknown activation": (lambda f: change(f / "unet/config.json", act_fn="rm"), "no network"),
+    "small vocabulary": (
+        lambda f: change(f / "text_encoder/config.json", hidden_act="os.system"),
+        "no network",
+    ),
+    "a class unconditional": (
+        lambda f: change(f / "unet/config.json", num_class_embeds=3),
+        "class_embedding.weight",
+    ),
+    "no schedule": (
+        lambda f: change(f / "scheduler/scheduler_config.json", beta_schedule="zigzag"),
+        "beta_schedule",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_clear_line(damage: str, folder: Path) -> None:
+    act, expected = DAMAGES[damage]
+    act(folder)
+    assert expected in refusal(folder)
+
+
+GREEDY: dict[str, dict[str, object]] = {
+    "unet/config.json": {"block_out_channels": [10**6, 10**6], "attention_head_dim": 10**6},
+    "vae/config.json": {"layers_per_block": 10**6},
+    "text_encoder/config.json": {"num_hidden_layers": 10**6},
+    "scheduler/scheduler_config.json": {"num_train_timesteps": 10**12},
+}
+MORE_GREEDY: list[tuple[str, dict[str, object]]] = [
+    *GREEDY.items(),
+    ("unet/config.json", {"layers_per_block": 300, "transformer_layers_per_block": 300}),
+    ("unet/config.json", {"transformer_layers_per_block": [10**6, 1]}),
+    ("unet/config.json", {"cross_attention_dim": 10**9}),
+    ("unet/config.json", {"sample_size": 10**300}),
+    ("vae/config.json", {"up_block_types": ["UpDecoderBlock2D"] * 10**5}),
+    ("vae/config.json", {"latent_channels": 10**6}),
+    ("text_encoder/config.json", {"vocab_size": 10**6, "hidden_size": 10**6}),
+    ("text_encoder/config.json", {"max_position_embeddings": 10**6}),
+]
+
+
+@pytest.mark.parametrize(("file", "changes"), MORE_GREEDY, ids=lambda value: str(value)[:40])
+def test_a_greedy_config_costs_nothing(file: str, changes: dict[str, object], folder: Path) -> None:
+    change(folder / file, **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    refusal(folder)
+    assert time.process_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+CONFIGS = [
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json",
+    "scheduler/scheduler_config.json",
+]
+
+
+@contextlib.contextmanager
+def loads_or_is_refused(folder: Path) -> Iterator[None]:
+    """What the block did to the folder ends in a model or in one line, never in another error."""
+    yield
+    try:
+        Bundle.load(folder)
+    except UserError as error:
+        if "\n" in str(error):
+            raise AssertionError(f"not one line: {error}") from error
+
+
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(CONFIGS), st.data())
+def test_any_config_loads_or_is_refused(folder: Path, file: str, data: st.DataObject) -> None:
+    path = folder / file
+    whole = path.read_text()
+    key = data.draw(st.sampled_from(sorted(json.loads(whole))))
+    with loads_or_is_refused(folder):
+        change(path, **{key: data.draw(JSON)})
+    path.write_text(whole)
+
+
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 3000), st.integers(0, 255))
+def test_any_byte_of_a_header_loads_or_is_refused(folder: Path, place: int, value: int) -> None:
+    path = folder / TEXT
+    whole = path.read_bytes()
+    with loads_or_is_refused(folder):
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+    path.write_bytes(whole)
+
+
+class Exploit:
+    """Its pickle leaves a file where it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, int]]:
+        return os.open, (str(self.mark), os.O_CREAT)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A pickle, and the file that appears if anything opens it."""
+    import pickle  # noqa: TID251
+
+    mark = tmp_path / "opened"
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(pickle.dumps({"state_dict": Exploit(mark)}))
+    yield path, mark
+    assert not mark.exists()
+
+
+def test_pickles_are_refused_unopened(hostile: tuple[Path, Path], folder: Path) -> None:
+    path, _ = hostile
+    with pytest.raises(UserError, match=r"pickle .*refused; get the model's safetensors version"):
+        Bundle.load(path)
+    (folder / UNET).unlink()
+    shutil.copy(path, folder / "unet/diffusion_pytorch_model.bin")
+    assert "refused; get the model's safetensors version" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("no/such/folder", "no such model folder"),
+        ("nobody/nothing", "not to be had from the Hugging Face Hub"),
+        ("missing.ckpt", "no such model file"),
+        ("x" * 5000, "not a model"),
+        ("\0", "not a model"),
+        ("", "no such model"),
+    ],
+)
+def test_no_such_model(where: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        Bundle.load(where)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_options_come_before_any_reading() -> None:
+    for wrong in ({"dtype": "float8"}, {"device": "abacus"}, {"attention": "flash"}):
+        arguments: dict[str, Any] = wrong
+        with pytest.raises(UserError, match="|".join(wrong.values())):
+            Bundle.load("no/such/folder", **arguments)
+
+
+def test_parts_must_fit() -> None:
+    bundle, wide = tiny_bundle(), tiny_clip()
+    wide.model.config.hidden_size = 24
+    wide = type(wide)(wide.model, wide.tokenizer)  # pyright: ignore
+    with pytest.raises(UserError, match="width 16, but the text encoder's have 24"):
+        Bundle(bundle.vae, bundle.unet, wide, bundle.process, "eps")
+    for changes, expected in (
+        ({"in_channels": 9}, "takes 9 and gives 4 channels, but the vae's latents have 4"),
+        ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ({"sample_size": None}, "sample_size is missing"),
+    ):
+        bundle = tiny_bundle()
+        bundle.unet.register_to_config(**changes)
+        with pytest.raises(UserError, match=expected):
+            Bundle(bundle.vae, bundle.unet, bundle.text, bundle.process, "eps")
+
+
+def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    for target in (precious, precious / "thesis.txt"):
+        with pytest.raises(UserError, match="not a model folder"):
+            tiny_bundle().save(target)
+    assert [p.name for p in precious.iterdir()] == ["thesis.txt"]
+
+    whole = draw(Bundle.load(folder))
+    broken = tiny_bundle(seed=1)
+    with torch.no_grad():
+        next(broken.text.model.parameters()).fill_(torch.inf)  # found after the U-Net is written
+    with pytest.raises(UserError, match="not finite"):
+        broken.save(folder)
+    assert torch.equal(draw(Bundle.load(folder)), whole)
+    assert {p.name for p in tmp_path.iterdir()} == {"precious", "model"}
+    tiny_bundle(seed=1).save(folder)
+    assert not torch.equal(draw(Bundle.load(folder)), whole)
+
+
+def test_attention_backends_agree() -> None:
+    bundle = tiny_bundle()
+    assert set_attention(bundle.unet, "eager") == "eager"
+    eager = draw(bundle)
+    assert set_attention(bundle.unet, "sdpa") == "sdpa"
+    assert (draw(bundle) - eager).abs().max() < 1e-4
+    assert set_attention(bundle.unet) == "sdpa"
+    assert set_attention(bundle.unet.bfloat16()) == "eager"
+    kinds = {type(p).__name__ for p in bundle.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor"}
+    if find_spec("xformers") is None:
+        with pytest.raises(UserError, match="not installed"):
+            set_attention(bundle.unet, "xformers")

@@ -1,0 +1,110 @@
+"""`scheduler_config.json`: the same process and the same times as diffusers makes of it."""
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import process as processes
+from latentdiff.bundle import Steps, scheduler
+from latentdiff.errors import UserError
+from latentdiff.process import DiscreteVP, Flow, beta_schedule
+
+BASE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
+CONFIGS: list[dict[str, Any]] = [
+    {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "set_alpha_to_one": False},
+    {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "prediction_type": "v_prediction"},
+    {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+    {"_class_name": "DDIMScheduler", "trained_betas": [0.01, 0.02, 0.3]},
+    {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+        "rescale_betas_zero_snr": True,
+    },
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_process_is_diffusers_own(config: dict[str, Any]) -> None:
+    theirs = getattr(diffusers, config["_class_name"]).from_config(BASE | config)
+    process, prediction, steps = scheduler.read(BASE | config, "scheduler_config.json")
+    assert isinstance(process, DiscreteVP)
+    assert np.abs(process.alphas_cumprod - theirs.alphas_cumprod.double().numpy()).max() < 2e-5
+    assert prediction == {"epsilon": "eps", "v_prediction": "v"}[theirs.config.prediction_type]
+    assert steps.to_clean == theirs.config.set_alpha_to_one
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("kind", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
+def test_the_times_are_diffusers_own(kind: str, spacing: str) -> None:
+    config = BASE | {"_class_name": f"{kind}Scheduler", "timestep_spacing": spacing}
+    theirs = getattr(diffusers, f"{kind}Scheduler").from_config(config)
+    process, _, steps = scheduler.read(config, "scheduler_config.json")
+    for count in (1, 2, 7, 20, 50, 333):
+        theirs.set_timesteps(count)
+        ours = [level.t for level in steps.timetable(process, count)[:-1]]
+        # diffusers sets the one step of these at the data, where there is nothing to do.
+        if spacing == "linspace" and count == 1 and kind in ("DDIM", "EulerDiscrete"):
+            assert ours == [999.0]
+        else:
+            torch.testing.assert_close(torch.tensor(ours), theirs.timesteps.float())
+
+
+@pytest.mark.parametrize("name", processes.names())
+def test_every_process_comes_back_from_its_config(name: str) -> None:
+    process = processes.create(name)
+    for steps in (Steps("trailing", 1), Steps("karras", 1), Steps("leading", 1, to_clean=False)):
+        config = scheduler.write(process, "v", steps)
+        again, prediction, steps_again = scheduler.read(config, "scheduler_config.json")
+        assert type(again) is type(process)
+        assert prediction == "v"
+        if isinstance(process, DiscreteVP):
+            for t in (0.0, 500.5, 999.0):
+                assert again.level(t).sigma == pytest.approx(process.level(t).sigma, rel=1e-9)
+            assert steps_again.timetable(again, 9) == steps.timetable(again, 9)
+        else:
+            assert vars(again) == vars(process)
+
+
+def test_unusual_processes() -> None:
+    config = scheduler.write(Flow(t_max=1000.0), "flow", Steps())
+    process, prediction, _ = scheduler.read(config, "scheduler_config.json")
+    assert isinstance(process, Flow)
+    assert (process.t_max, prediction) == (1000.0, "flow")
+
+    betas = beta_schedule("sigmoid", 50, 0.001, 0.4)
+    again, _, _ = scheduler.read(scheduler.write(DiscreteVP(betas), "eps", Steps()), "s.json")
+    assert isinstance(again, DiscreteVP)
+    assert np.abs(again.betas - betas).max() < 1e-15
+
+    with pytest.raises(UserError, match="settings of its own"):
+        scheduler.write(processes.VE(sigma_max=7.0), "eps", Steps())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction_type": "vibes"},
+        {"beta_schedule": "zigzag"},
+        {"beta_start": "low"},
+        {"beta_end": 3.0},
+        {"num_train_timesteps": -5},
+        {"num_train_timesteps": True},
+        {"trained_betas": [[0.1], [0.2, 0.3]]},
+        {"trained_betas": [0.1, "x"]},
+        {"timestep_spacing": "sideways"},
+        {"steps_offset": None},
+        {"latentdiff_process": "vp-liner"},
+    ],
+)
+def test_nonsense_is_one_clear_line(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^scheduler_config\.json: ") as caught:
+        scheduler.read(BASE | change, "scheduler_config.json")
+    assert "\n" not in str(caught.value)
