@@ -1,9 +1,9 @@
 """A latent diffusion toolkit in which everything composes.
 
-    from latentdiff import LatentDiffusionPipeline
+from latentdiff import LatentDiffusionPipeline
 
-    pipe = LatentDiffusionPipeline.from_pretrained()
-    image = pipe("a red heart", seed=0).images[0]
+pipe = LatentDiffusionPipeline.from_pretrained()
+image = pipe("a red heart", seed=0).images[0]
 """
 
 from importlib import import_module
@@ -13,12 +13,23 @@ from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
 if TYPE_CHECKING:
+    from latentdiff.editing import ILVR, Blend, RePaint, SDEdit
     from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
 
-__all__ = ["LatentDiffusionPipeline", "PipelineOutput", "UserError", "__version__"]
+__all__ = [
+    "ILVR",
+    "Blend",
+    "LatentDiffusionPipeline",
+    "PipelineOutput",
+    "RePaint",
+    "SDEdit",
+    "UserError",
+    "__version__",
+]
 
 # Imported when first asked for: `latentdiff --help` shall not wait for torch.
 _ON_DEMAND = {
+    **dict.fromkeys(("SDEdit", "RePaint", "Blend", "ILVR"), "latentdiff.editing"),
     "LatentDiffusionPipeline": "latentdiff.pipeline",
     "PipelineOutput": "latentdiff.pipeline",
 }

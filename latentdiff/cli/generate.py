@@ -48,12 +48,13 @@ def generate(
         str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
     ] = None,
     solver: Annotated[
-        str, typer.Option(help="ddpm, ddim, euler, euler-a, heun or dpmpp-2m.")
+        str, typer.Option(metavar="NAME", help="Of those that `latentdiff info` lists.")
     ] = "dpmpp-2m",
     timetable: Annotated[
         str | None,
         typer.Option(
-            help="leading, trailing, linspace, karras or exponential. Default: the model's own."
+            metavar="NAME",
+            help="Of those that `latentdiff info` lists. Default: the model's own.",
         ),
     ] = None,
     size: Annotated[

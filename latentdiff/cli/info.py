@@ -21,7 +21,8 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """Check a model and say what is in it."""
+    """Check a model, say what is in it and which solvers and timetables it can be run with."""
+    from latentdiff import solvers, timetable
     from latentdiff.bundle import Bundle
     from latentdiff.bundle.find import find
 
@@ -29,6 +30,7 @@ def info(
     folder = find(model)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     rows = [("folder", f"{folder} ({size / 1e6:.1f} MB)"), *_describe(bundle)]
+    rows += [("solvers", " ".join(solvers.names())), ("timetables", " ".join(timetable.names()))]
     for name, text in rows:
         print(f"{name:<11}{text}")
 
