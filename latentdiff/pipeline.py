@@ -130,9 +130,9 @@ class LatentDiffusionPipeline:
             first: index of the first picture within its seed.
             generator: where the seed is drawn from, instead of `seed`.
             latents: [B, C, height / factor, width / factor] standard noise to begin with.
-            edits: constraints on the run: `latentdiff.editing`, or any that `sample` takes. Pictures
-                in them give the size of the run: height and width are then left out, and sides that
-                are no multiple of the autoencoder's factor are padded and cropped back.
+            edits: constraints on the run: `latentdiff.editing`, or any that `sample` takes. The
+                pictures they hold give the size of the run: height and width are then left out,
+                and sides that are no multiple of the autoencoder's factor are padded and cropped.
             output_type: see `PipelineOutput.images`.
             callback_on_step_end: see `sample`.
             progress: show a bar on standard error.

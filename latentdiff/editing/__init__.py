@@ -1,6 +1,6 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
-from latentdiff.editing.canvas import Canvas, Finish, HoldsPicture
+from latentdiff.editing.canvas import Canvas, Finish, HoldsPicture, bind, padded_size, picture_size
 from latentdiff.editing.ilvr import ILVR
 from latentdiff.editing.masks import box_mask
 from latentdiff.editing.repaint import Blend, RePaint
@@ -14,5 +14,8 @@ __all__ = [
     "HoldsPicture",
     "RePaint",
     "SDEdit",
+    "bind",
     "box_mask",
+    "padded_size",
+    "picture_size",
 ]

@@ -1,8 +1,8 @@
 """Pictures on their way into a run and out of it: what the pipeline lends to an edit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -56,6 +56,11 @@ class Canvas:
         return self.encode(self.pad(picture))
 
 
+def padded_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Height and width, each raised to the next multiple of `factor`."""
+    return -(-size[0] // factor) * factor, -(-size[1] // factor) * factor
+
+
 @runtime_checkable
 class HoldsPicture(Protocol):
     """An edit that may hold a picture where a run needs latents."""
@@ -68,6 +73,51 @@ class HoldsPicture(Protocol):
     def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
         """The same edit on latents, and what is to be done to the decoded pictures at the end."""
         ...
+
+
+Bound = TypeVar("Bound")
+
+
+def bind(edits: Sequence[Bound], canvas: Canvas) -> tuple[list[Bound], Finish]:
+    """Edits on latents, and all that they do to the decoded pictures, in their order."""
+    bound: list[Bound] = []
+    finishes: list[Finish] = []
+    for edit in edits:
+        if isinstance(edit, HoldsPicture):
+            on_latents, finish = edit.bind(canvas)
+            bound.append(on_latents)
+            finishes.append(finish)
+        else:
+            bound.append(edit)
+
+    def finish_all(pictures: Tensor) -> Tensor:
+        for finish in finishes:
+            pictures = finish(pictures)
+        return pictures
+
+    return bound, finish_all
+
+
+def picture_size(
+    edits: Sequence[object], height: int | None, width: int | None
+) -> tuple[int, int] | None:
+    """Height and width of the pictures that edits hold; None if none does.
+
+    Raises:
+        UserError: they differ among each other, or from the height and width that are wanted.
+    """
+    sizes = [edit.picture_size for edit in edits if isinstance(edit, HoldsPicture)]
+    found = sorted({size for size in sizes if size is not None})
+    if not found:
+        return None
+    listed = " and ".join(f"{w} x {h}" for h, w in found)
+    if len(found) > 1:
+        raise UserError(f"the pictures of one run must be of one size, not {listed}; resize them.")
+    if (height or found[0][0], width or found[0][1]) != found[0]:
+        raise UserError(
+            f"the run is as large as its picture, {listed}: leave out height and width."
+        )
+    return found[0]
 
 
 def unchanged(pictures: Tensor) -> Tensor:
