@@ -4,6 +4,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)  # handing tiny tensors to a pool costs more than it saves
