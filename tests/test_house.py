@@ -158,7 +158,7 @@ def test_nothing_unpickles_and_nothing_runs_remote_code() -> None:
     for path in SOURCES:
         roots = {module.split(".")[0] for module in imported(path)}
         banned = roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "torchvision"}
-        if not path.is_relative_to(ROOT / "tests"):  # a test may make the hostile file that must be refused
+        if not path.is_relative_to(ROOT / "tests"):  # tests make files that must be refused
             wrong += [f"{path.name} imports {name}" for name in banned]
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code"}:
