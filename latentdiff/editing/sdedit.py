@@ -58,6 +58,8 @@ class SDEdit:
         if self.repeats < 1:
             raise UserError(f"repeats must be at least 1, not {self.repeats}.")
         object.__setattr__(self, "image", opened(self.image))
+        if isinstance(self.mask, Tensor) and not isinstance(self.image, Tensor):
+            raise UserError("give picture and mask both as pictures, or both as latents.")
         if self.mask is not None and not isinstance(self.mask, Tensor):
             object.__setattr__(self, "mask", mask_like(open_mask(self.mask), self.image))
 
