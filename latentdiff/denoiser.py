@@ -1,7 +1,8 @@
 """A network becomes a denoiser: (x_t, level) -> x_0. Predictions are converted here alone."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,3 +64,44 @@ def conditioned_denoiser(
 def bind(denoise: ConditionedDenoiser, condition: Condition) -> Denoiser:
     """The denoiser with its condition fixed."""
     return lambda x, level: denoise(x, level, condition)
+
+
+@runtime_checkable
+class LearnsVariance(Protocol):
+    """A denoiser whose network also tells the variance of a DDPM step."""
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor: ...
+
+    def with_variance(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """x_0, and v in about [-1, 1]: -1 for the posterior's variance, 1 for the kernel's."""
+        ...
+
+
+@dataclass(frozen=True)
+class LearnedVarianceDenoiser:
+    """A denoiser out of a network of 2C outputs: Nichol & Dhariwal 2021, eq. 15 ("learned range").
+
+    Args:
+        network: (x [B, C, H, W] scaled by `process.input_scale`, t [B]) -> [B, 2C, H, W], of which
+            the second half is v.
+        process: the forward process the network was trained on.
+        prediction: what the first half is.
+    """
+
+    network: Callable[[Tensor, Tensor], Tensor]
+    process: Process
+    prediction: Prediction
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        return self.with_variance(x, level)[0]
+
+    def with_variance(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        variances: list[Tensor] = []
+
+        def mean_half(x: Tensor, t: Tensor) -> Tensor:
+            mean, variance = self.network(x, t).chunk(2, dim=1)
+            variances.append(variance)
+            return mean
+
+        x0 = network_denoiser(mean_half, self.process, self.prediction)(x, level)
+        return x0, variances[0].to(x.dtype)

@@ -44,6 +44,11 @@ class NoiseStreams:
     def __len__(self) -> int:
         return len(self._generators)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generator of each picture, for code that draws by itself."""
+        return self._generators
+
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The next standard normal noise of every picture.
 

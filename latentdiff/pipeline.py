@@ -152,7 +152,7 @@ class LatentDiffusionPipeline:
         steps = _whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, not {guidance_scale}.")
-        stepper = solvers.create(solver) if isinstance(solver, str) else solver
+        stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
         if timetable is None or isinstance(timetable, str):
             timetable = bundle.timetable(timetable, steps)
         seeds, indices = _streams(seed, first, generator, shape[0])

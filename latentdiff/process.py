@@ -203,6 +203,23 @@ class ContinuousVP(Process):
         return self.t_max * twice / (self.beta_min + math.sqrt(self.beta_min**2 + rate * twice))
 
 
+class SubVP(ContinuousVP):
+    """Sub-VP SDE of Song et al. 2021, eq. 29: alpha as in `ContinuousVP`, sigma = 1 - alpha^2.
+
+    Its variance stays below that of the VP process.
+    """
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = super().alpha_sigma(t)
+        return alpha, sigma**2
+
+    def t_of_log_snr(self, log_snr: float) -> float:
+        # (1 - alpha^2) / alpha = 2 sinh(-ln alpha); then the quadratic of `ContinuousVP`.
+        twice = 4 * math.asinh(0.5 * math.exp(-0.5 * log_snr))
+        rate = self.beta_max - self.beta_min
+        return self.t_max * twice / (self.beta_min + math.sqrt(self.beta_min**2 + rate * twice))
+
+
 class VE(Process):
     """Variance-exploding SDE of Song et al. 2021, eq. 30: alpha = 1, sigma geometric in t of 0..1.
 
@@ -356,6 +373,7 @@ def _vp_builders() -> dict[str, Callable[[], Process]]:
 _BUILDERS: dict[str, Callable[[], Process]] = {
     **_vp_builders(),
     "vp-continuous": ContinuousVP,
+    "sub-vp": SubVP,
     "ve": VE,
     "edm": EDM,
     "flow": Flow,

@@ -10,7 +10,7 @@ from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel, transition
-from latentdiff.solvers.base import Solver
+from latentdiff.solvers.base import ChoosesSteps, Solver
 from latentdiff.timetable import Timetable
 
 
@@ -64,7 +64,8 @@ def sample(
     The edits change, each in their order, the timetable; then the beginning; then every estimate
     of x_0; then x after every step. A level noisier than the one before it is reached by the
     forward kernel, and the solver starts anew there: a multistep solver whose history is reset at
-    each step is its own one-step form. Two equal levels in a row are one.
+    each step is its own one-step form. Two equal levels in a row are one. A solver that chooses its
+    own steps makes as many between two levels as it needs, and the edits act after each of them.
 
     Gradients are the caller's affair: wrap the call in `torch.no_grad()` where none is wanted.
 
@@ -107,9 +108,15 @@ def sample(
             x = scale * x + std * noise.like(x)
             state = solver.init()
         elif there.log_snr > here.log_snr:
-            x, state = solver.step(denoise, x, here, there, state, noise)
-            for edit in constraints:
-                x = edit.after(x, there, noise)
+            level = here
+            while level.log_snr < there.log_snr:
+                if isinstance(solver, ChoosesSteps):
+                    x, level, state = solver.advance(denoise, x, level, there, state, noise)
+                else:
+                    x, state = solver.step(denoise, x, level, there, state, noise)
+                    level = there
+                for edit in constraints:
+                    x = edit.after(x, level, noise)
         if callback is not None:
             replaced = callback(index, there, x)
             x = x if replaced is None else replaced

@@ -4,12 +4,13 @@ Euler ancestral (k-diffusion) is DDIM with eta = 1: written in x / alpha, its si
 posterior's standard deviation and its Euler step down to sigma_down is eq. 12 of DDIM.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.denoiser import Denoiser, LearnsVariance
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel, transition
@@ -53,7 +54,7 @@ class DDIM:
         return (x_next + std * noise.like(x) if std else x_next), None
 
 
-Variance = Literal["fixed-small", "fixed-large"]
+Variance = Literal["fixed-small", "fixed-large", "learned-range"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class DDPM:
     """Ho et al. 2020 (DDPM), eq. 6-7: the mean of q(x_there | x_here, x_0), plus noise.
 
     Args:
-        variance: of the noise: "fixed-small", the posterior's, or "fixed-large", that of the
-            forward kernel. The last step, to clean data, draws none.
+        variance: of the noise: "fixed-small", the posterior's, "fixed-large", that of the forward
+            kernel, or "learned-range", between both in the logarithm, as the network says (Nichol
+            & Dhariwal 2021, eq. 15; between the levels visited, so respaced times need nothing
+            else). The last step, to clean data, draws none.
 
     Raises:
-        UserError: unknown variance.
+        UserError: unknown variance; in a step, a denoiser that tells none.
     """
 
     variance: Variance = "fixed-small"
@@ -86,10 +89,20 @@ class DDPM:
         state: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
-        std = posterior_std(here, there)
-        mean = ddim_move(x, denoise(x, here), here, there, std)
+        small, large = posterior_std(here, there), transition(there, here)[1]
+        if self.variance != "learned-range":
+            mean = ddim_move(x, denoise(x, here), here, there, small)
+            std = small if self.variance == "fixed-small" else large
+            return (mean + std * noise.like(x) if there.sigma else mean), None
+        if not isinstance(denoise, LearnsVariance):
+            raise UserError(
+                "the variance 'learned-range' needs a network that tells it, without guidance or "
+                "edits around: a LearnedVarianceDenoiser."
+            )
+        x0, variance = denoise.with_variance(x, here)
+        mean = ddim_move(x, x0, here, there, small)
         if there.sigma == 0:
             return mean, None
-        if self.variance == "fixed-large":
-            std = transition(there, here)[1]
-        return mean + std * noise.like(x), None
+        share = 0.5 * (variance + 1)
+        log_std = share * math.log(large) + (1 - share) * math.log(small)
+        return mean + log_std.exp() * noise.like(x), None

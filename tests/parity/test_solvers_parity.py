@@ -14,7 +14,6 @@ Compared is x_t after every step, relative to its largest value. Where diffusers
   DDIM is compared there.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,97 +26,27 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from schedulers import (
+    CONFIG,
+    SEED,
+    VP,
+    assert_equal_trails,
+    build,
+    initial,
+    network,
+    ours,
+    theirs,
+    visits,
+)
 from torch import Tensor
 
 from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import network_denoiser
+from latentdiff.denoiser import LearnedVarianceDenoiser
+from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.prediction import Prediction
 from latentdiff.process import DiscreteVP, NoiseLevel
-from latentdiff.solvers import DDIM, DDPM, Solver
-from latentdiff.timetable import Timetable
-
-SHAPE = (4, 8, 8)
-SEED = 7
-TOLERANCE = 1e-4
-VP = process.create("vp-scaled-linear")
-CONFIG: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
-PREDICTION_TYPES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-
-
-def network(x: Tensor, t: Tensor) -> Tensor:
-    """Depends on every input pixel and on the time, nonlinearly; of unit size, as eps and v are."""
-    mixed = x + 0.5 * x.roll(1, dims=1) - 0.3 * x.roll(1, dims=3) + x.mean((1, 2, 3), keepdim=True)
-    return torch.tanh(0.8 * mixed + torch.sin(t / 150).view(-1, 1, 1, 1))
-
-
-def initial() -> Tensor:
-    return torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(99))
-
-
-def ours(
-    solver: Solver, levels: Timetable, prediction: Prediction, where: process.Process = VP
-) -> list[Tensor]:
-    """x_t after every step."""
-    trail: list[Tensor] = []
-    sampling.sample(
-        network_denoiser(network, where, prediction),
-        solver,
-        levels,
-        initial(),
-        noise=NoiseStreams(SEED),
-        callback=lambda index, level, x: trail.append(x),
-    )
-    return trail
-
-
-def theirs(scheduler: Any, prepare: Callable[[Any], None], **step: Any) -> list[Tensor]:
-    """x_t after every step: a sigma-space scheduler's sample, divided by sqrt(1 + sigma^2)."""
-    prepare(scheduler)
-    generator = torch.Generator().manual_seed(SEED)
-    scaled = hasattr(scheduler, "sigmas") and not isinstance(scheduler, DPMSolverMultistepScheduler)
-    x = initial()
-    if scaled:
-        x = x * (1 + scheduler.sigmas[0] ** 2) ** 0.5
-    trail: list[Tensor] = []
-    for t in scheduler.timesteps:
-        seen = scheduler.scale_model_input(x, t)
-        output = network(seen, t.float().expand(1))
-        takes_noise = not isinstance(scheduler, HeunDiscreteScheduler)
-        draws = {"generator": generator} if takes_noise else {}
-        x = cast(Any, scheduler.step(output, t, x, **draws, **step)).prev_sample
-        sigma = scheduler.sigmas[scheduler.step_index] if scaled else 0.0
-        if not getattr(scheduler, "state_in_first_order", True) and sigma > 0:
-            continue  # half a step of Heun's method
-        trail.append(x / (1 + sigma**2) ** 0.5)
-    return trail
-
-
-def assert_equal_trails(mine: list[Tensor], other: list[Tensor]) -> None:
-    assert len(mine) == len(other)
-    for index, (a, b) in enumerate(zip(mine, other, strict=True)):
-        error = (a - b).abs().max() / b.abs().max()
-        assert error < TOLERANCE, f"step {index}: {error:.1e}"
-
-
-def build(scheduler: type, prediction: Prediction, spacing: str, **config: Any) -> Any:
-    karras = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
-    return scheduler(
-        **{**CONFIG, "prediction_type": PREDICTION_TYPES[prediction], **karras, **config}
-    )
-
-
-def visits(scheduler: Any, levels: Timetable) -> None:
-    """Both visit the same times."""
-    scheduler.set_timesteps(len(levels) - 1)
-    times = list(dict.fromkeys(scheduler.timesteps.tolist()))  # Heun lists each twice
-    np.testing.assert_allclose([level.t for level in levels[:-1]], times, rtol=2e-4, atol=2e-3)
-
+from latentdiff.solvers import DDIM, DDPM
 
 predictions = pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 
@@ -150,6 +79,31 @@ def test_ddpm(prediction: Prediction, variance: Any) -> None:
     scheduler = build(DDPMScheduler, prediction, "leading", clip_sample=False, variance_type=name)
     other = theirs(scheduler, lambda s: visits(s, levels))
     assert_equal_trails(ours(DDPM(variance), levels, prediction), other)
+
+
+def test_ddpm_with_a_learned_variance() -> None:
+    """One network of 2C outputs; the second half is its own function of x and t."""
+
+    def double(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([network(x, t), network(x.flip(3), t)], 1)
+
+    levels = timetable.create("leading", VP, 20)
+    mine: list[Tensor] = []
+    sampling.sample(
+        LearnedVarianceDenoiser(double, VP, "eps"),
+        DDPM("learned-range"),
+        levels,
+        initial(),
+        noise=NoiseStreams(SEED),
+        callback=lambda index, level, x: mine.append(x),
+    )
+    scheduler = build(
+        DDPMScheduler, "eps", "leading", clip_sample=False, variance_type="learned_range"
+    )
+    other = theirs(scheduler, lambda s: visits(s, levels), model=double)
+    assert_equal_trails(mine, other)
+    with pytest.raises(UserError, match="learned-range"):
+        ours(DDPM("learned-range"), levels, "eps")
 
 
 @predictions
@@ -227,7 +181,7 @@ def test_betas(name: str, schedule: Any, ends: tuple[float, float], zsnr: bool) 
 
 
 def test_a_level_is_what_their_add_noise_makes() -> None:
-    x0, noise = initial(), torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    x0, noise = initial(), torch.randn(initial().shape, generator=torch.Generator().manual_seed(1))
     scheduler = DDPMScheduler(**CONFIG)
     for t in (0, 500, 999):
         level: NoiseLevel = VP.level(t)

@@ -1,0 +1,123 @@
+"""Langevin dynamics at a fixed level: as a corrector after each step, or as the whole method."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel
+from latentdiff.solvers.ancestral import DDIM
+from latentdiff.solvers.base import Solver, State
+
+
+def score_of(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
+    """The gradient of ln p(x) at a noisy level, by Tweedie: (alpha x_0 - x) / sigma^2."""
+    return (level.alpha * x0 - x) / level.sigma**2
+
+
+@dataclass(frozen=True)
+class PredictorCorrector:
+    """Song et al. 2021 (Score-Based Generative Modeling), algorithm 1, Langevin corrector.
+
+    After each step of the predictor, `corrections` times at the level reached (their algorithm 4
+    and 5): x + eps score + sqrt(2 eps) z with eps = 2 (snr |z| / |score|)^2. Each picture has its
+    own eps; theirs is that of the batch. Their factor 1 - beta in eps, close to 1, is left out.
+
+    Args:
+        predictor: any solver.
+        corrections: Langevin steps a level, one evaluation each.
+        snr: their signal-to-noise ratio r.
+
+    Raises:
+        UserError: no correction, or an snr that is not positive.
+    """
+
+    predictor: Solver
+    corrections: int = 1
+    snr: float = 0.16
+
+    def __post_init__(self) -> None:
+        if self.corrections < 1 or not 0 < self.snr < math.inf:
+            raise UserError("a corrector needs at least 1 correction and an snr above 0.")
+
+    @property
+    def order(self) -> int:
+        """Of the predictor; the Langevin steps have a bias of their own, of about snr^2."""
+        return self.predictor.order
+
+    def init(self) -> State:
+        return self.predictor.init()
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: State,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, State]:
+        x, state = self.predictor.step(denoise, x, here, there, state, noise)
+        if there.sigma == 0:
+            return x, state
+        for _ in range(self.corrections):
+            score = score_of(x, denoise(x, there), there)
+            z = noise.like(x)
+            size = 2 * (self.snr * _norm(z) / _norm(score)) ** 2
+            x = x + size * score + (2 * size).sqrt() * z
+        return x, state
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Of each picture [B, C, H, W], as [B, 1, 1, 1], and never 0."""
+    norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    return norm.clamp(min=torch.finfo(x.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin:
+    """Song & Ermon 2019 (Generative Modeling by Estimating Gradients), algorithm 1.
+
+    At each level `repeats` times x + a / 2 score + sqrt(a) z with a = size sigma^2, and then the
+    next level with the same x / alpha, as on their variance-exploding process. The last level ends
+    with x_0 (Jolicoeur-Martineau et al. 2021); pure noise is left by an ancestral step.
+
+    Args:
+        repeats: T, evaluations a level.
+        size: their epsilon / sigma_L^2; 0.2 is their 2e-5 at sigma_L = 0.01.
+
+    Raises:
+        UserError: no repeat, or a size outside 0..2, where the dynamics is not stable.
+    """
+
+    repeats: int = 20
+    size: float = 0.2
+    order: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not 0 < self.size < 2:
+            raise UserError("annealed Langevin needs at least 1 repeat and a size between 0 and 2.")
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        if here.alpha == 0:
+            return DDIM(eta=1.0).step(denoise, x, here, there, None, noise)
+        variance = self.size * here.sigma**2
+        for _ in range(self.repeats):
+            score = score_of(x, denoise(x, here), here)
+            x = x + 0.5 * variance * score + math.sqrt(variance) * noise.like(x)
+        return (denoise(x, here) if there.sigma == 0 else there.alpha / here.alpha * x), None

@@ -1,0 +1,181 @@
+"""Euler-Maruyama on the reverse SDE, and SA-Solver: Adams methods on the SDEs of `sde_std`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel, Process
+from latentdiff.solvers.adams import gauss_legendre, lagrange_weights
+from latentdiff.solvers.base import ddim_move, sde_std
+from latentdiff.solvers.dpmpp import check_eta
+
+
+def log_rates(process: Process, t: float) -> tuple[float, float]:
+    """d ln(alpha) / dt and d ln(sigma) / dt, by automatic differentiation."""
+    with torch.enable_grad():
+        time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        alpha, sigma = process.alpha_sigma(time)
+        rates = [
+            torch.autograd.grad(value.log(), time, retain_graph=True, allow_unused=True)[0]
+            if value.requires_grad
+            else None
+            for value in (alpha, sigma)
+        ]
+    fall, rise = (0.0 if rate is None else rate.item() for rate in rates)
+    return fall, rise
+
+
+def reverse_drift(
+    process: Process, x: Tensor, x0: Tensor, here: NoiseLevel
+) -> tuple[Tensor, float]:
+    """The reverse SDE of Song et al. 2021 (Score-Based Generative Modeling), eq. 6, at a level.
+
+    dx = [f x - g^2 score] dt + g dw with f = d ln(alpha) / dt, score = -(x - alpha x_0) / sigma^2
+    and g^2 = 2 sigma^2 (d ln(sigma) / dt - f).
+
+    Returns:
+        The bracket [B, C, H, W], and g.
+    """
+    fall, rise = log_rates(process, here.t)
+    drift = fall * x + 2 * (rise - fall) * (x - here.alpha * x0)
+    return drift, here.sigma * math.sqrt(2 * (rise - fall))
+
+
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """Euler-Maruyama in t on the reverse SDE, Song et al. 2021, eq. 6. One evaluation a step.
+
+    The step to clean data is x_0 itself; a step from pure noise, where the rates are infinite, is
+    the posterior's.
+
+    Args:
+        process: gives the rates.
+    """
+
+    process: Process
+    order: int = field(default=1, init=False)
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        x0 = denoise(x, here)
+        if there.sigma == 0:
+            return x0, None
+        if here.alpha == 0:
+            std = sde_std(here, there, 1.0)
+            return ddim_move(x, x0, here, there, std) + std * noise.like(x), None
+        drift, size = reverse_drift(self.process, x, x0, here)
+        dt = there.t - here.t
+        return x + dt * drift + math.sqrt(-dt) * size * noise.like(x), None
+
+
+class SAState(NamedTuple):
+    """What the next step needs to correct this one.
+
+    Attributes:
+        history: (half log-SNR, x_0) of the last levels, the newest first.
+        predicted: the mean x_0 that the predictor moved with, or None.
+    """
+
+    history: tuple[tuple[float, Tensor], ...]
+    predicted: Tensor | None
+
+
+@dataclass(frozen=True)
+class SASolver:
+    """SA-Solver: Xue et al. 2023 (SA-Solver), algorithm 1, in x_0. One evaluation a step.
+
+    Its stochastic Adams methods integrate the polynomial through the x_0 of the last levels
+    exactly (their eq. 14, 17) along the SDE with a constant tau. As in UniPC, the correction is
+    added to the x that the loop hands over. The first step and the step to clean data are of first
+    order; the last x is not corrected.
+
+    Args:
+        tau: amount of noise: 0 is the ODE, 1 the reverse SDE.
+        predictor: number of levels that the predictor interpolates, 1 to 4.
+        corrector: number of levels of the corrector, the one just reached included, 1 to 4; or 0
+            for none.
+
+    Raises:
+        UserError: a setting out of range.
+    """
+
+    tau: float = 1.0
+    predictor: int = 2
+    corrector: int = 2
+
+    def __post_init__(self) -> None:
+        check_eta(self.tau)
+        if not 1 <= self.predictor <= 4 or not 0 <= self.corrector <= 4:
+            raise UserError(
+                f"SA-Solver interpolates 1 to 4 levels, not {self.predictor} and {self.corrector}."
+            )
+
+    @property
+    def order(self) -> int:
+        """Of the ODE; with noise the covariance is of order 2 at the most."""
+        best = max(self.predictor, self.corrector)
+        return min(best, 2) if self.tau else best
+
+    def init(self) -> SAState:
+        return SAState((), None)
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: SAState,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, SAState]:
+        x0 = denoise(x, here)
+        now, then = 0.5 * here.log_snr, 0.5 * there.log_snr
+        if state.predicted is not None and self.corrector:
+            known = [(now, x0), *state.history][: self.corrector]
+            start = state.history[0][0]
+            share = -math.expm1(-(1 + self.tau**2) * (now - start))
+            x = x + here.alpha * share * (self._mean(known, start, now) - state.predicted)
+        std = sde_std(here, there, self.tau**2)
+        mean, history = x0, ()
+        if now > -math.inf:
+            history = ((now, x0), *state.history)[: max(self.predictor, self.corrector)]
+            if there.sigma > 0:
+                mean = self._mean(history[: self.predictor], now, then)
+        moved = ddim_move(x, mean, here, there, std)
+        # From pure noise the share of x_0 is not that of a finite step: nothing to correct.
+        state = SAState(history, mean if history and there.sigma > 0 else None)
+        return (moved + std * noise.like(x) if std else moved), state
+
+    def _mean(
+        self,
+        known: "list[tuple[float, Tensor]] | tuple[tuple[float, Tensor], ...]",
+        start: float,
+        end: float,
+    ) -> Tensor:
+        """The constant x_0 that moves x as the polynomial through the known ones does."""
+        if len(known) == 1:
+            return known[0][1]
+        places, weights = gauss_legendre(start, end)
+        weights = weights * np.exp((1 + self.tau**2) * (places - end))
+        shares = lagrange_weights([place for place, _ in known], places, weights / weights.sum())
+        total = known[0][1]
+        for share, (_, x0) in zip(shares[1:], known[1:], strict=True):
+            total = total + share * (x0 - known[0][1])
+        return total
