@@ -20,9 +20,10 @@ from latentdiff.denoiser import Condition, conditioned_denoiser
 from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free
+from latentdiff.inversion import invert
 from latentdiff.models.attention import Attention
 from latentdiff.noise import NoiseStreams
-from latentdiff.pictures import to_pil
+from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 from latentdiff.process import NoiseLevel
 from latentdiff.registry import check_name
 from latentdiff.sampling import Callback, Edit, EditsTimetable, sample
@@ -194,6 +195,55 @@ class LatentDiffusionPipeline:
         if output_type != "latent":
             images = _finish(finish(canvas.crop(bundle.decode(x))), output_type)
         return PipelineOutput(images, seeds, indices, x, len(calls), cut)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Picture,
+        prompt: str = "",
+        *,
+        num_inference_steps: int = 50,
+        solver: str | Solver = "heun",
+        timetable: str = "karras",
+        refinements: int = 3,
+    ) -> Tensor:
+        """The noise out of which a run without guidance draws a picture again.
+
+        Given to a call as `latents`, with guidance_scale 1 and the same steps, solver and levels,
+        it draws the picture; with another prompt, the picture as that prompt has it.
+
+        Args:
+            image: the picture; its sides are padded to multiples of the autoencoder's factor.
+            prompt: what it shows.
+            num_inference_steps: 1 .. 1000.
+            solver: a deterministic one whose steps stand alone.
+            timetable: one that ends near the data.
+            refinements: see `latentdiff.inversion.invert`.
+
+        Returns:
+            [1, C, h, w] float32, about standard noise.
+
+        Raises:
+            UserError: no picture, or an argument out of range.
+        """
+        bundle = self.bundle
+        picture = to_tensor(open_picture(image))[None]
+        height, width = picture.shape[-2:]
+        canvas = Canvas(height, width, bundle.factor, bundle.encode, bundle.decode)
+        _latent_shape(bundle, *canvas.padded, 1)
+        steps = _whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
+        levels = bundle.timetable(timetable, steps)
+        stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
+        conditions, _ = self._conditions([prompt], None, 1)
+        denoise = classifier_free(
+            conditioned_denoiser(bundle.network(), bundle.process, bundle.prediction),
+            conditions[0],
+            None,
+            scale=1,
+        )
+        latents = canvas.latents(picture).to(bundle.device)
+        x = invert(denoise, stepper, levels, latents, refinements=refinements)
+        return x / bundle.process.prior_scale(levels[0])
 
     def _conditions(
         self, prompts: list[str], negatives: list[str] | None, per_prompt: int

@@ -1,4 +1,4 @@
-"""`latentdiff generate | info | data`: the pipeline from a shell.
+"""`latentdiff generate | edit | inpaint | ilvr | interpolate | ...`: the pipeline from a shell.
 
 Nothing heavy is imported before a command needs it, so `--help` answers at once. A user's mistake
 is one line on stderr and exit code 2; Ctrl-C is exit code 130.
@@ -13,8 +13,11 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli.data import emoji
+from latentdiff.cli.edit import edit, ilvr, inpaint
 from latentdiff.cli.generate import generate
 from latentdiff.cli.info import info
+from latentdiff.cli.interpolate import interpolate
+from latentdiff.cli.solvers import solvers
 from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
@@ -25,7 +28,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(edit)
+app.command()(inpaint)
+app.command()(ilvr)
+app.command()(interpolate)
 app.command()(info)
+app.command()(solvers)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")
 data.command()(emoji)
 data.callback()(lambda: None)  # keeps `emoji` a word to type while it is the only one
@@ -72,6 +80,6 @@ def latentdiff(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
     ] = False,
 ) -> None:
-    """Latent diffusion from a shell: pictures out of words."""
+    """Latent diffusion from a shell: pictures out of words and pictures."""
     if context.invoked_subcommand is None:
         print(context.get_help())

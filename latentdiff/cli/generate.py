@@ -1,8 +1,6 @@
 """`latentdiff generate`: pictures out of words."""
 
-import json
 import math
-import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import typer
 
+from latentdiff.cli.output import check_writable, png_text
 from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
@@ -85,7 +84,7 @@ def generate(
     They are written as NUMBER-SEED.png, never over another file, and their paths printed. The text
     inside each tells all that is needed to draw it again.
     """
-    _check_writable(out)
+    check_writable(out)
     from latentdiff.pipeline import LatentDiffusionPipeline, check_prompts
 
     check_prompts(prompts)
@@ -156,7 +155,7 @@ def _write(
     paths: list[Path] = []
     kept: list[tuple[str, int, Image]] = []
     for prompt, index, image in drawn:
-        text = _text(record, prompt=prompt, seed=seed, index=index)
+        text = png_text(record, prompt=prompt, seed=seed, index=index)
         paths.append(save_numbered_png(image, out, seed, text))
         if len(paths) == 1:  # not sooner: a refusal shall be the only line
             print(f"seed {seed}", file=sys.stderr)
@@ -164,29 +163,6 @@ def _write(
         kept += [(prompt, index, image)] if columns else []
     if columns:
         prompts, indices, images = zip(*kept, strict=True)
-        text = _text(record, prompt=prompts, seed=seed, index=indices)
+        text = png_text(record, prompt=prompts, seed=seed, index=indices)
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")
         print(save_png(grid(images, columns), path, text))
-
-
-def _text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
-    """The text chunk of a PNG: one JSON object."""
-    if record is None:
-        return None
-    return {"latentdiff": json.dumps({**picture, **record}, ensure_ascii=False)}
-
-
-def _check_writable(folder: Path) -> None:
-    """Whether pictures can be put there, before time is spent on them; nothing is made yet.
-
-    Raises:
-        UserError: they cannot.
-    """
-    try:
-        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if not nearest.is_dir():
-        raise UserError(f"cannot write to {folder}: {nearest} is a file; choose another --out")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: permission denied; choose another --out")

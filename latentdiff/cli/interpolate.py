@@ -1,0 +1,68 @@
+"""`latentdiff interpolate`: the way from one picture or prompt to another."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentdiff.cli import options
+from latentdiff.cli.output import check_writable, png_text
+from latentdiff.errors import UserError
+from latentdiff.version import __version__
+
+
+def interpolate(
+    a: Annotated[str, typer.Argument(metavar="A", help="A picture file, or a prompt.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What both pictures show.")
+    ] = None,
+    number: Annotated[
+        int, typer.Option("-n", "--number", min=2, max=64, help="How many, with A and B.")
+    ] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, between prompts.")] = 0,
+    out: options.Out = Path("outputs"),
+    grid: options.Grid = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Default: 20 between prompts, 50 between pictures."),
+    ] = None,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    no_metadata: options.NoMetadata = False,
+) -> None:
+    """Draw the way from A to B: between two pictures (inverted to noise) or two prompts."""
+    check_writable(out)
+    files = [Path(one).is_file() for one in (a, b)]
+    if files[0] != files[1]:
+        raise UserError(f"{a} and {b}: two picture files or two prompts are needed.")
+    if files[0] and prompt is None:
+        raise UserError("say with --prompt what both pictures show.")
+    from latentdiff import interpolation, pictures
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
+    weights = [k / (number - 1) for k in range(number)]
+    if prompt is not None and files[0]:
+        drawn = interpolation.between_pictures(
+            pipe, Path(a), Path(b), weights, prompt=prompt, num_inference_steps=steps or 50
+        )
+    else:
+        drawn = interpolation.between_prompts(
+            pipe.bundle, a, b, weights, num_inference_steps=steps or 20, seed=seed
+        )
+    images = [pictures.to_pil(one * 2 - 1) for one in drawn]
+    ends = [Path(a).name, Path(b).name] if files[0] else [a, b]
+    record: dict[str, object] = {"version": __version__, "model": pipe.bundle.name, "between": ends}
+    kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}
+    paths = [
+        pictures.save_numbered_png(image, out, seed, png_text(kept, weight=weight))
+        for image, weight in zip(images, weights, strict=True)
+    ]
+    print(f"seed {seed}", file=sys.stderr)
+    if grid:
+        path = paths[0].with_name(f"{paths[0].stem}-grid.png")
+        paths.append(pictures.save_png(pictures.grid(images, 8), path, png_text(kept)))
+    print(*paths, sep="\n")

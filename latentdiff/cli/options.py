@@ -1,0 +1,46 @@
+"""Options that several commands share, with their help."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")]
+Number = Annotated[int, typer.Option("-n", "--number", min=1, max=64, help="How many to draw.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Of the noise. Default: random, and printed.")
+]
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Also what was given and what came out, side by side.")
+]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Make a larger picture as small as the model's own.")
+]
+StepCount = Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")]
+GuidanceScale = Annotated[float, typer.Option(help="1 is off.")]
+Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to steer away from.")]
+SolverName = Annotated[
+    str, typer.Option(metavar="NAME", help="Of those that `latentdiff info` lists.")
+]
+TimetableName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of those that `latentdiff info` lists. Default: the model's own."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[DtypeName, typer.Option(help="Of the networks.")]
+NoMetadata = Annotated[
+    bool, typer.Option("--no-metadata", help="Write nothing but pixels into the PNG files.")
+]

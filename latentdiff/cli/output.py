@@ -1,0 +1,30 @@
+"""What every command that draws says and writes."""
+
+import json
+import os
+from pathlib import Path
+
+from latentdiff.errors import UserError
+
+
+def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
+    """The text chunk of a PNG: one JSON object; None where none is wanted."""
+    if record is None:
+        return None
+    return {"latentdiff": json.dumps({**picture, **record}, ensure_ascii=False)}
+
+
+def check_writable(folder: Path) -> None:
+    """Whether pictures can be put there, before time is spent on them; nothing is made yet.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    if not nearest.is_dir():
+        raise UserError(f"cannot write to {folder}: {nearest} is a file; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: permission denied; choose another --out")

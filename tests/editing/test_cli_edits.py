@@ -1,0 +1,162 @@
+"""`latentdiff edit | inpaint | ilvr | interpolate` on a real tiny model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_bundle
+
+from latentdiff.cli import main
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle().save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (15, 13, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "given.png")
+    return tmp_path / "given.png"
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def record(path: Path) -> dict[str, object]:
+    return json.loads(Image.open(path).info["latentdiff"])
+
+
+def run(model: Path, out: Path, *arguments: str) -> list[Path]:
+    """The new pictures of a command of few steps, in their order."""
+    before = set(out.glob("*.png"))
+    given = [*arguments, "--model", str(model), "--out", str(out)]
+    if "--steps" not in arguments:
+        given += ["--steps", "4"]
+    assert main(given) == 0
+    return sorted(set(out.glob("*.png")) - before)
+
+
+def test_edit(
+    model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    grid, *drawn = run(
+        model, out, "edit", str(picture), "a cat", "-n", "2", "--seed", "7", "--grid"
+    )
+    assert [path.name for path in (grid, *drawn)] == [
+        "00000-7-grid.png",
+        "00000-7.png",
+        "00001-7.png",
+    ]
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["seed 7", "2 of 4 steps"]
+    assert sorted(said.out.split()) == sorted(map(str, [grid, *drawn]))
+    sheet = np.concatenate([pixels(path) for path in (picture, *drawn)], axis=1)
+    assert (pixels(grid) == sheet).all()
+    about = record(drawn[1])
+    assert (about["edit"], about["strength"], about["picture"]) == ("SDEdit", 0.6, "given.png")
+    assert (about["seed"], about["index"], about["prompt"]) == (7, 1, "a cat")
+
+    (same,) = run(model, out, "edit", str(picture), "a cat", "--strength", "0")
+    assert (pixels(same) == pixels(picture)).all()
+    masked = ["--mask", "box:0,0,5,15", "--strength", "1", "--no-metadata"]
+    (part,) = run(model, out, "edit", str(picture), "a cat", *masked)
+    assert (pixels(part)[:, 5:] == pixels(picture)[:, 5:]).all()
+    assert (pixels(part)[:, :5] != pixels(picture)[:, :5]).any()
+    assert not Image.open(part).info
+
+
+@pytest.mark.parametrize("kind", ["file", "box", "alpha"])
+def test_inpaint_paints_the_hole_alone(
+    kind: str, model: Path, picture: Path, tmp_path: Path
+) -> None:
+    hole = np.zeros((15, 13), dtype=np.uint8)
+    hole[4:9, 3:11] = 255
+    masks = {"file": str(tmp_path / "mask.png"), "box": "box:3,4,11,9", "alpha": "alpha"}
+    given = Image.open(picture)
+    if kind == "file":
+        Image.fromarray(hole).save(masks["file"])
+    if kind == "alpha":
+        picture = tmp_path / "clear.png"
+        given.putalpha(Image.fromarray(255 - hole))
+        given.save(picture)
+    arguments = ["inpaint", str(picture), "a cat", "--mask", masks[kind], "--resamples", "2"]
+    grid, drawn = run(model, tmp_path / "out", *arguments, "--seed", "1", "--grid")
+    original = np.asarray(given.convert("RGB"))
+    assert (pixels(drawn) == original)[hole == 0].all()
+    assert (pixels(drawn) != original)[hole == 255].any()
+    assert pixels(grid).shape == (15, 39, 3)
+    assert (pixels(grid)[:, 13:26, 0] == hole).all()
+
+
+def test_a_large_picture_is_made_to_fit(model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "large.png")
+    arguments = ["inpaint", str(tmp_path / "large.png"), "a cat", "--mask", "box:40,0,41,60"]
+    (drawn,) = run(model, tmp_path / "out", *arguments, "--fit", "--resamples", "1")
+    assert Image.open(drawn).size == (16, 12)
+    changed = (pixels(drawn) != (255, 0, 0)).any(2).any(0)
+    assert changed.sum() == 1  # the column that the narrow box went into
+
+
+def test_ilvr_and_its_options_reach_the_run(model: Path, picture: Path, tmp_path: Path) -> None:
+    base = ["ilvr", str(picture), "a cat", "--seed", "3"]
+    (plain,) = run(model, tmp_path / "out", *base)
+    for option in (
+        "--factor 2",
+        "--until 1",
+        "--space pixels",
+        "--guidance-scale 1",
+        "--solver ddpm",
+    ):
+        (other,) = run(model, tmp_path / "out", *base, *option.split())
+        assert (pixels(other) != pixels(plain)).any(), option
+
+
+def test_interpolate(model: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    grid, *way = run(model, out, "interpolate", "a cat", "a dog", "-n", "3", "--grid")
+    assert pixels(grid).shape == (16, 48, 3)
+    ends = [run(model, out, "generate", text, "--seed", "0")[0] for text in ("a cat", "a dog")]
+    for mine, plain in zip((way[0], way[2]), ends, strict=True):
+        assert abs(pixels(mine).astype(int) - pixels(plain)).max() <= 1
+    pictures = [str(picture), str(picture), "--prompt", "a cat"]
+    between = run(model, out, "interpolate", *pictures, "-n", "2", "--steps", "8")
+    assert len(between) == 2
+    assert abs(pixels(between[0]).astype(int) - pixels(between[1])).max() <= 1
+
+
+REFUSED = {
+    "no such picture": (["edit", "nowhere.png", "a cat"], "nowhere.png"),
+    "empty prompt": (["edit", "PICTURE", " "], "empty"),
+    "no step": (["edit", "PICTURE", "a cat", "--strength", "0.01"], "less than one step"),
+    "too strong": (["edit", "PICTURE", "a cat", "--strength", "1.5"], "--strength"),
+    "nothing transparent": (["inpaint", "PICTURE", "a cat"], "transparent"),
+    "empty box": (["inpaint", "PICTURE", "a cat", "--mask", "box:20,0,30,9"], "no pixel"),
+    "no box": (["inpaint", "PICTURE", "a cat", "--mask", "box:1,2"], "x0,y0,x1,y1"),
+    "no mask file": (["inpaint", "PICTURE", "a cat", "--mask", "nowhere.png"], "nowhere.png"),
+    "mask of another size": (["inpaint", "PICTURE", "a cat", "--mask", "SMALL"], "4 x 4"),
+    "no space": (["ilvr", "PICTURE", "a cat", "--space", "time"], "--space"),
+    "a picture and a prompt": (["interpolate", "PICTURE", "a cat"], "two picture files"),
+    "no prompt for pictures": (["interpolate", "PICTURE", "PICTURE"], "--prompt"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    case: str, model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (4, 4), 255).save(tmp_path / "small.png")
+    places = {"PICTURE": str(picture), "SMALL": str(tmp_path / "small.png")}
+    arguments, named = REFUSED[case]
+    out = tmp_path / "out"
+    given = [places.get(one, one) for one in arguments]
+    assert main([*given, "--model", str(model), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert not out.exists()
