@@ -1,0 +1,11 @@
+"""`latentdiff solvers`: every solver and timetable, one line each."""
+
+
+def solvers() -> None:
+    """List the solvers, one line each, and the timetables."""
+    from latentdiff import solvers, timetable
+
+    width = max(map(len, solvers.names())) + 2
+    for name, line in solvers.describe().items():
+        print(f"{name:<{width}}{line}")
+    print(f"\ntimetables: {' '.join(timetable.names())}")
