@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 from latentdiff.errors import UserError
 
+# Their solvers on the noise refuse to go to clean data.
+_NOISE_FORM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+
 # Our name, their class, and the keys that tell methods of one class apart.
 _EQUIVALENTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("ddpm", "DDPM", {"variance_type": "fixed_small"}),
@@ -22,8 +25,8 @@ _EQUIVALENTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("dpmpp-3m", "DPMSolverMultistep", {"solver_order": 3, "algorithm_type": "dpmsolver++"}),
     ("dpmpp-2m-sde", "DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
     ("dpmpp-2s", "DPMSolverSinglestep", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
-    ("dpm-solver-2", "DPMSolverSinglestep", {"solver_order": 2, "algorithm_type": "dpmsolver"}),
-    ("dpm-solver-3", "DPMSolverSinglestep", {"solver_order": 3, "algorithm_type": "dpmsolver"}),
+    ("dpm-solver-2", "DPMSolverSinglestep", {"solver_order": 2, **_NOISE_FORM}),
+    ("dpm-solver-3", "DPMSolverSinglestep", {"solver_order": 3, **_NOISE_FORM}),
     ("unipc", "UniPCMultistep", {"solver_order": 2, "solver_type": "bh2"}),
     ("unipc-bh1", "UniPCMultistep", {"solver_order": 2, "solver_type": "bh1"}),
     ("unipc-3", "UniPCMultistep", {"solver_order": 3, "solver_type": "bh2"}),
@@ -37,6 +40,7 @@ _DEFAULTS: dict[str, object] = {
     "solver_order": 2,
     "algorithm_type": "dpmsolver++",
     "solver_type": "bh2",
+    "final_sigmas_type": "zero",
 }
 
 

@@ -1,0 +1,208 @@
+"""How likely a model finds data, in bits per dimension: a bound, and the flow's exact answer.
+
+Of latents it is bits per latent dimension: to be compared between models of one autoencoder only.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from latentdiff.denoiser import Denoiser
+from latentdiff.errors import UserError
+from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel, Process, transition
+from latentdiff.solvers.base import posterior_std
+from latentdiff.timetable import Timetable
+
+# A flow from pure noise (alpha 0) is integrated from here; x is noise there to one part in 10^6.
+_LARGEST_RATIO = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The variational bound of Ho et al. 2020 (DDPM), eq. 5, term by term, in bits per dimension.
+
+    Attributes:
+        prior: [B], L_T.
+        steps: [N - 1, B], the L_(t-1), from noise to data.
+        reconstruction: [B], L_0.
+    """
+
+    prior: Tensor
+    steps: Tensor
+    reconstruction: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """[B]: at least the negative log-likelihood, in expectation over the noise."""
+        return self.prior + self.steps.sum(0) + self.reconstruction
+
+
+def variational_bound(
+    denoise: Denoiser,
+    x0: Tensor,
+    process: Process,
+    timetable: Timetable,
+    noise: NoiseStreams,
+    *,
+    large: bool = False,
+    bin_width: float | None = None,
+) -> Bound:
+    """The variational bound of a DDPM that steps through a timetable: Ho et al. 2020, eq. 5.
+
+    Each term is estimated at one x_t of its own, so it costs an evaluation a level.
+
+    Args:
+        denoise: (x_t, level) -> x_0.
+        x0: [B, C, H, W].
+        process: tells the prior.
+        timetable: falling levels of which the last is clean data.
+        noise: streams of B pictures.
+        large: variances of the steps are those of the forward kernel, not the posterior's.
+        bin_width: of discrete data (2 / 255 for bytes in [-1, 1]), as in eq. 13; None for
+            continuous data, whose bits may be negative.
+
+    Raises:
+        UserError: a timetable that does not fall to clean data in two steps or more.
+    """
+    levels = list(timetable)
+    if len(levels) < 3 or levels[-1].sigma > 0:
+        raise UserError("the bound needs a timetable of at least 2 steps that ends in clean data.")
+    if any(later.log_snr <= level.log_snr for level, later in pairwise(levels)):
+        raise UserError("the bound needs a timetable without jumps back.")
+    first, last = levels[0], levels[-2]
+    scale = process.prior_scale(first)
+    prior = _kl(first.sigma, scale, first.alpha * x0)
+    steps = [
+        _step_term(denoise, x0, here, there, noise, large) for here, there in pairwise(levels[:-1])
+    ]
+    guess = denoise(last.alpha * x0 + last.sigma * noise.like(x0), last)
+    reconstruction = -_log_decoder(x0 - guess, transition(levels[-1], last)[1], bin_width)
+    return Bound(_bits(prior), torch.stack([_bits(step) for step in steps]), _bits(reconstruction))
+
+
+def _step_term(
+    denoise: Denoiser,
+    x0: Tensor,
+    here: NoiseLevel,
+    there: NoiseLevel,
+    noise: NoiseStreams,
+    large: bool,
+) -> Tensor:
+    """KL of q(x_there | x_here, x_0) from the model's step, in nats of each number."""
+    std = posterior_std(here, there)
+    guess = denoise(here.alpha * x0 + here.sigma * noise.like(x0), here)
+    keep = math.sqrt(max(0.0, there.sigma**2 - std**2)) / here.sigma
+    model_std = transition(there, here)[1] if large else std
+    return _kl(std, model_std, (there.alpha - keep * here.alpha) * (x0 - guess))
+
+
+def _kl(std: float, other: float, distance: Tensor) -> Tensor:
+    """KL(N(distance, std^2) | N(0, other^2)) of each number."""
+    ratio = (std / other) ** 2
+    return 0.5 * (ratio - 1 - math.log(ratio) + (distance / other).square())
+
+
+def _log_decoder(error: Tensor, std: float, bin_width: float | None) -> Tensor:
+    """ln p(x_0 | x_1) of each number: a density, or the mass of a bin (without their open ends)."""
+    if bin_width is None:
+        return -0.5 * (error / std).square() - math.log(std * math.sqrt(2 * math.pi))
+    upper, lower = (error + 0.5 * bin_width) / std, (error - 0.5 * bin_width) / std
+    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    return mass.clamp(min=1e-12).log()
+
+
+def _bits(nats: Tensor) -> Tensor:
+    """[B, C, H, W] nats of each number -> [B] bits per dimension."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def flow_bits(
+    denoise: Denoiser,
+    x0: Tensor,
+    process: Process,
+    noise: NoiseStreams,
+    *,
+    probes: int = 1,
+    steps: int = 100,
+) -> Tensor:
+    """Negative log-likelihood by the probability flow: Song et al. 2021, eq. 39 and section D.2.
+
+    x_0 is taken at the process's t_min, without noise, and carried to t_max by the Runge-Kutta
+    method of order 4, even in log-SNR. The divergence is Hutchinson's estimate, by the same
+    Rademacher probes at every step; it is exact where each number of x_0 depends on its own alone.
+
+    With y = x / r, r = sqrt(alpha^2 + sigma^2), and l = ln(alpha / sigma), the flow is
+    dy/dl = alpha (r x_0 - alpha y) / r^2; its divergence is alpha (r^2 tr dx_0/dx - alpha D) / r^2.
+
+    Args:
+        denoise: (x_t, level) -> x_0, differentiable in x_t.
+        x0: [B, C, H, W].
+        process: the forward process.
+        noise: streams of B pictures, for the probes.
+        probes: of the divergence, averaged.
+        steps: of the integration, 4 evaluations each.
+
+    Returns:
+        [B] bits per dimension of continuous data; may be negative.
+
+    Raises:
+        UserError: no probe or no step.
+    """
+    if probes < 1 or steps < 1:
+        raise UserError("the flow needs at least 1 probe and at least 1 step.")
+    start, end = process.level(process.t_min), process.level(process.t_max)
+    if end.alpha == 0:
+        end = process.level_of_ratio(_LARGEST_RATIO)
+    signs = [torch.where(noise.like(x0) < 0, -1.0, 1.0).to(x0.dtype) for _ in range(probes)]
+    place, last = 0.5 * start.log_snr, 0.5 * end.log_snr
+    length = (last - place) / steps
+
+    def slopes(place: float, y: Tensor) -> tuple[Tensor, Tensor]:
+        return _slopes(denoise, process.level(process.t_of_log_snr(2 * place)), y, signs)
+
+    y, divergence = start.alpha / math.hypot(start.alpha, start.sigma) * x0, torch.zeros(len(x0))
+    divergence = divergence.to(x0)
+    for index in range(steps):
+        change, gain = _runge_kutta(slopes, place + index * length, length, y)
+        y, divergence = y + change, divergence + gain
+    scale = process.prior_scale(end) / math.hypot(end.alpha, end.sigma)
+    log_prior = -0.5 * (y / scale).square() - math.log(scale * math.sqrt(2 * math.pi))
+    # ln p(x_0) = ln p(y at the noise end) + the divergence along the way + ln |dy / dx_0|.
+    log_start = math.log(start.alpha / math.hypot(start.alpha, start.sigma))
+    nats = -log_prior.flatten(1).sum(1) - divergence
+    return nats / (x0[0].numel() * math.log(2)) - log_start / math.log(2)
+
+
+def _slopes(
+    denoise: Denoiser, level: NoiseLevel, y: Tensor, signs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """dy/dl [B, C, H, W] and its divergence [B]."""
+    size = math.hypot(level.alpha, level.sigma)
+    with torch.enable_grad():
+        x = (size * y).detach().requires_grad_()
+        x0 = denoise(x, level)
+        trace = torch.zeros(len(y), dtype=y.dtype, device=y.device)
+        for sign in signs:
+            (row,) = torch.autograd.grad((x0 * sign).sum(), x, retain_graph=True)
+            trace = trace + (row * sign).flatten(1).sum(1) / len(signs)
+    slope = level.alpha * (size * x0.detach() - level.alpha * y) / size**2
+    divergence = level.alpha * (size**2 * trace - level.alpha * y[0].numel()) / size**2
+    return slope, divergence
+
+
+def _runge_kutta(
+    slopes: Callable[[float, Tensor], tuple[Tensor, Tensor]], place: float, length: float, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What one step of the classical method adds to y, and to the integral of the divergence."""
+    first, gain_first = slopes(place, y)
+    second, gain_second = slopes(place + length / 2, y + length / 2 * first)
+    third, gain_third = slopes(place + length / 2, y + length / 2 * second)
+    fourth, gain_fourth = slopes(place + length, y + length * third)
+    change = length / 6 * (first + 2 * second + 2 * third + fourth)
+    gain = length / 6 * (gain_first + 2 * gain_second + 2 * gain_third + gain_fourth)
+    return change, gain
