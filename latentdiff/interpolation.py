@@ -41,15 +41,14 @@ def between_pictures(
     Raises:
         UserError: the pictures are of two sizes, or see `LatentDiffusionPipeline.invert`.
     """
-    noises = [
-        pipe.invert(picture, prompt, num_inference_steps=num_inference_steps) for picture in (a, b)
-    ]
-    if noises[0].shape != noises[1].shape:
+    start = pipe.invert(a, prompt, num_inference_steps=num_inference_steps)
+    end = pipe.invert(b, prompt, num_inference_steps=num_inference_steps)
+    if start.shape != end.shape:
         raise UserError("the two pictures must be of one size: resize one of them.")
-    height, width = (side * pipe.bundle.factor for side in noises[0].shape[-2:])
+    height, width = (side * pipe.bundle.factor for side in start.shape[-2:])
     output = pipe(
         prompt,
-        latents=torch.cat([slerp(*noises, weight) for weight in weights]),
+        latents=torch.cat([slerp(start, end, weight) for weight in weights]),
         num_images_per_prompt=len(weights),
         num_inference_steps=num_inference_steps,
         height=height,
