@@ -19,7 +19,7 @@ from latentdiff.bundle.model import Precision
 from latentdiff.denoiser import Condition, conditioned_denoiser
 from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
-from latentdiff.guidance import classifier_free
+from latentdiff.guidance import classifier_free, named
 from latentdiff.inversion import invert
 from latentdiff.models.attention import Attention
 from latentdiff.noise import NoiseStreams
@@ -96,6 +96,7 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
+        guidance: str = "cfg",
         guidance_scale: float = 4.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
@@ -119,7 +120,8 @@ class LatentDiffusionPipeline:
             height: in pixels, a multiple of the autoencoder's factor; by default the model's own.
             width: likewise.
             num_inference_steps: 1 .. 1000.
-            guidance_scale: strength of classifier-free guidance; 1 is off.
+            guidance: "cfg", "apg" or "cfg++": see `latentdiff.guidance.named`.
+            guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1).
             guidance_rescale: see `classifier_free`.
             guidance_interval: see `classifier_free`.
             solver: a name of `solvers.names()`, or a solver.
@@ -166,10 +168,12 @@ class LatentDiffusionPipeline:
         guided = guidance_scale != 1
         conditions, cut = self._conditions(prompts, negatives if guided else None, per_prompt)
         network, calls = _counted(bundle.network())
-        denoise = classifier_free(
+        denoise = named.create(
+            guidance,
             conditioned_denoiser(network, bundle.process, bundle.prediction),
             conditions[0],
             conditions[1] if guided else None,
+            timetable,
             scale=guidance_scale,
             rescale=guidance_rescale,
             interval=guidance_interval,

@@ -103,6 +103,7 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
     ("option", "key", "value"),
     [
         ("--steps 3", "num_inference_steps", 3),
+        ("--guidance apg", "guidance", "apg"),
         ("--guidance-scale 9", "guidance_scale", 9.0),
         ("--rescale 1", "guidance_rescale", 1.0),
         ("--negative blue", "negative_prompt", "blue"),
@@ -256,7 +257,16 @@ def test_defaults_and_bounds_are_the_pipelines() -> None:
         "number": "num_images_per_prompt",
         "negative": "negative_prompt",
     }
-    for name in ("guidance_scale", "solver", "timetable", "height", "width", "seed", "first"):
+    for name in (
+        "guidance",
+        "guidance_scale",
+        "solver",
+        "timetable",
+        "height",
+        "width",
+        "seed",
+        "first",
+    ):
         assert ours[name].default == theirs[name].default
     for name, its in pairs.items():
         assert ours[name].default == theirs[its].default

@@ -39,6 +39,9 @@ def generate(
     ] = Path("outputs"),
     grid: Annotated[bool, typer.Option("--grid", help="Also all of them in one picture.")] = False,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")] = 20,
+    guidance: Annotated[
+        str, typer.Option(metavar="NAME", help="cfg, apg or cfg++ (its scale is 0 .. 1).")
+    ] = "cfg",
     guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 4.0,
     rescale: Annotated[
         float, typer.Option(min=0, max=1, help="How much of guidance's contrast to take back.")
@@ -47,13 +50,13 @@ def generate(
         str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
     ] = None,
     solver: Annotated[
-        str, typer.Option(metavar="NAME", help="Of those that `latentdiff info` lists.")
+        str, typer.Option(metavar="NAME", help="Of those that `latentdiff solvers` lists.")
     ] = "dpmpp-2m",
     timetable: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of those that `latentdiff info` lists. Default: the model's own.",
+            help="Of those that `latentdiff solvers` lists. Default: the model's own.",
         ),
     ] = None,
     size: Annotated[
@@ -93,6 +96,7 @@ def generate(
     settings: _Settings = {
         "negative_prompt": negative,
         "num_inference_steps": steps,
+        "guidance": guidance,
         "guidance_scale": guidance_scale,
         "guidance_rescale": rescale,
         "solver": solver,
@@ -116,6 +120,7 @@ class _Settings(TypedDict):
 
     negative_prompt: str | None
     num_inference_steps: int
+    guidance: str
     guidance_scale: float
     guidance_rescale: float
     solver: str

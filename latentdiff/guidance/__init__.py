@@ -1,5 +1,6 @@
 """Guidance: a denoiser with conditions in, a better denoiser out."""
 
+from latentdiff.guidance import named
 from latentdiff.guidance.batch import together
 from latentdiff.guidance.classifier_free import classifier_free
 from latentdiff.guidance.further import (
@@ -16,6 +17,7 @@ __all__ = [
     "classifier_free",
     "from_classifier",
     "from_weaker",
+    "named",
     "projected",
     "thresholded",
     "together",

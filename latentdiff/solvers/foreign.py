@@ -19,10 +19,10 @@ _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_pred
 
 
 class _State(NamedTuple):
-    """A scheduler of this run alone, and the index of its next call."""
+    """A scheduler of this run alone, and which of its calls is next."""
 
     scheduler: Any
-    index: int
+    call: int
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from latentdiff import guidance, process, sampling, solvers, timetable
 from latentdiff.denoiser import Condition
 from latentdiff.errors import UserError
+from latentdiff.guidance import named
 from latentdiff.noise import NoiseStreams
 from latentdiff.oracles import mixture
 from latentdiff.process import NoiseLevel
@@ -123,6 +124,27 @@ def test_a_classifier_turns_the_mixture_into_its_component() -> None:
     assert guidance.from_classifier(both, log_probability, strength=0.0) is both
     pure = FLOW.level(1.0)
     torch.testing.assert_close(guided(X, pure), both(X, pure))
+
+
+def test_by_name(denoise: Denoise) -> None:
+    levels = timetable.create("trailing", FLOW, 5)
+    pairs = {
+        "cfg": guidance.classifier_free(denoise, CAT, DOG, scale=0.6),
+        "apg": guidance.projected(denoise, CAT, DOG, scale=0.6),
+        "cfg++": guidance.cfg_plus_plus(denoise, CAT, DOG, levels, strength=0.6),
+    }
+    assert named.names() == list(pairs)
+    for name, expected in pairs.items():
+        got = named.create(name, denoise, CAT, DOG, levels, scale=0.6)
+        assert torch.equal(got(X, levels[1]), expected(X, levels[1]))
+        off = named.create(name, denoise, CAT, None, levels, scale=1.0)
+        assert torch.equal(off(X, LEVEL), x0(0.7))
+    with pytest.raises(UserError, match="takes no rescale"):
+        named.create("apg", denoise, CAT, DOG, levels, scale=2.0, rescale=0.5)
+    with pytest.raises(UserError, match="did you mean 'cfg"):
+        named.create("cfgg", denoise, CAT, DOG, levels, scale=2.0)
+    with pytest.raises(UserError, match="needs a negative"):
+        named.create("apg", denoise, CAT, None, levels, scale=2.0)
 
 
 def test_impossible_guidance_is_refused(denoise: Denoise) -> None:

@@ -1,0 +1,58 @@
+"""Guidance by name, for those that one scale is enough to tell."""
+
+import math
+
+from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser
+from latentdiff.errors import UserError
+from latentdiff.guidance.classifier_free import classifier_free
+from latentdiff.guidance.further import cfg_plus_plus, projected
+from latentdiff.registry import check_name
+from latentdiff.timetable import Timetable
+
+_NAMES = ("cfg", "apg", "cfg++")
+
+
+def names() -> list[str]:
+    """Every name that `create` knows."""
+    return list(_NAMES)
+
+
+def create(
+    name: str,
+    denoise: ConditionedDenoiser,
+    positive: Condition,
+    negative: Condition | None,
+    timetable: Timetable,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> Denoiser:
+    """Guide a denoiser by the method of this name; a scale of 1 is off for each of them.
+
+    Args:
+        name: "cfg", `classifier_free`; "apg", `projected`; or "cfg++", `cfg_plus_plus`, whose
+            strength is the scale, below 1.
+        denoise: the denoiser to guide.
+        positive: what the pictures shall show, for B pictures.
+        negative: what they shall not, or the empty condition; None where the scale is 1.
+        timetable: of the run.
+        scale: strength.
+        rescale: of "cfg" alone.
+        interval: of "cfg" alone.
+
+    Raises:
+        UserError: unknown name, or what the method itself refuses.
+    """
+    check_name("guidance", name, _NAMES)
+    if name == "cfg" or scale == 1:
+        return classifier_free(
+            denoise, positive, negative, scale=scale, rescale=rescale, interval=interval
+        )
+    if rescale or interval != (0.0, math.inf):
+        raise UserError(f"guidance '{name}' takes no rescale and no interval; 'cfg' does.")
+    if negative is None:
+        raise UserError(f"guidance at scale {scale} needs a negative (or empty) condition.")
+    if name == "apg":
+        return projected(denoise, positive, negative, scale=scale)
+    return cfg_plus_plus(denoise, positive, negative, timetable, strength=scale)
