@@ -1,0 +1,45 @@
+"""`latentdiff solvers`, and the scripts that measure and compare them."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from tiny import tiny_bundle
+
+from latentdiff import LatentDiffusionPipeline, solvers, timetable
+from latentdiff.cli import main
+
+SCRIPTS = Path(__file__).parents[1] / "pipelines"
+
+
+def test_every_solver_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solvers"]) == 0
+    *lines, empty, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == solvers.names()
+    assert all(20 < len(line) < 100 for line in lines)
+    assert empty == ""
+    assert last == f"timetables: {' '.join(timetable.names())}"
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-sde", "rk45"])
+def test_a_row_of_the_report(name: str) -> None:
+    """Measured orders are numbers for deterministic solvers alone."""
+    row = runpy.run_path(str(SCRIPTS / "measure_solvers.py"))["row"]
+    cells = row(name, solvers.describe()[name], 2000).split(" | ")
+    assert cells[0] == f"| `{name}`"
+    if name == "ddim":
+        assert float(cells[3]) == pytest.approx(1, abs=0.1)
+    else:
+        assert cells[3] == "-"
+    assert float(cells[5].rstrip(" |")) < 0.05
+
+
+def test_solvers_are_compared_on_a_model() -> None:
+    """A picture for each solver and number of steps; calls are counted; the plot is drawn."""
+    module = runpy.run_path(str(SCRIPTS / "compare_solvers.py"))
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    pictures, points = module["compare"](pipe, "a red heart", ["ddim", "dpm2"], [2, 3], 2.0, 6)
+    assert len(pictures) == 4
+    assert [calls for calls, _ in points["ddim"]] == [2, 3]
+    assert [calls for calls, _ in points["dpm2"]] == [3, 5]
+    assert module["plot"](points).size[1] == 640
