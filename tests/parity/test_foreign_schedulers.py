@@ -33,12 +33,12 @@ from latentdiff.solvers.foreign import DiffusersScheduler
         DPMSolverMultistepScheduler,
     ],
 )
-def test_a_scheduler_through_our_loop_is_itself(kind: type, prediction: Any) -> None:
+def test_a_scheduler_through_our_loop_is_itself(kind: Any, prediction: Any) -> None:
     """Every x of their own loop; twice, for the object given is left as it was."""
     settings: dict[str, Any] = {"timestep_spacing": "leading"}
     if kind is DDIMScheduler:
         settings["clip_sample"] = False
-    name = {"eps": "epsilon", "v": "v_prediction"}[prediction]
+    name: Any = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     scheduler = kind(**CONFIG, **settings, prediction_type=name)
     adapter = DiffusersScheduler(scheduler, VP, 10)
     other = theirs(kind(**CONFIG, **settings, prediction_type=name), lambda s: s.set_timesteps(10))

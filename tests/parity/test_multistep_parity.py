@@ -151,7 +151,7 @@ def measured_order(solver: DPMpp3M) -> float:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dpm2", "dpmsolver"), ("dpmpp-2s", "dpmsolver++")])
-def test_single_step(name: str, kind: str) -> None:
+def test_single_step(name: str, kind: Any) -> None:
     levels = timetable.create("exponential", VP, 8)
     halves = [VP.level_of_ratio(math.sqrt(a.ratio * b.ratio)) for a, b in pairwise(levels[:-1])]
     finer: Timetable = [
