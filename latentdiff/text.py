@@ -140,18 +140,18 @@ class T5Tower:
 
 def _declared_window(tokenizer: "TokenizersBackend", default: int) -> int:
     """What the tokenizer says; transformers writes 1e30 where it does not know."""
-    declared = int(tokenizer.model_max_length)
-    return declared if 2 <= declared <= 100_000 else default
+    declared = tokenizer.model_max_length
+    return declared if isinstance(declared, int) and 2 <= declared <= 100_000 else default
 
 
 def _check_tokenizer(tokenizer: "TokenizersBackend", vocab_size: int) -> None:
     """Prepare the tokenizer for calls that leave it unchanged, and see that its ids have rows."""
     if tokenizer.pad_token_id is None:
-        raise UserError("tokenizer: it has no padding token; set pad_token in its config.")
+        raise UserError("the tokenizer has no padding token; set pad_token in its config.")
     highest = max(tokenizer.backend_tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise UserError(
-            f"tokenizer: it gives token ids up to {highest}, but the text encoder knows only "
+            f"the tokenizer gives token ids up to {highest}, but the text encoder knows only "
             f"{vocab_size} tokens."
         )
     tokenizer.backend_tokenizer.no_truncation()

@@ -47,8 +47,9 @@ def check_parts(
             f"unet: it attends to text states of width {width}, but the text encoder's have "
             f"{text.width}."
         )
-    if not isinstance(unet.config["sample_size"], int | list | tuple):
-        raise UserError("unet: its sample_size is missing, so the size of its pictures is unknown.")
+    sides = _each(unet.config["sample_size"])
+    if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError("unet: its sample_size does not say how large its pictures are.")
     latent_affine(vae)
 
 
@@ -58,9 +59,12 @@ def _text_width(unet: "UNet2DConditionModel") -> object:
         return unet.config["encoder_hid_dim"]
     if kind is not None:
         raise UserError(f"unet: its encoder_hid_dim_type '{kind!s:.40}' does not work here.")
-    widths = unet.config["cross_attention_dim"]
-    widths = set(widths) if isinstance(widths, list | tuple) else {widths}
-    return widths.pop() if len(widths) == 1 else sorted(widths)
+    widths = _each(unet.config["cross_attention_dim"])
+    return widths[0] if all(width == widths[0] for width in widths) else widths
+
+
+def _each(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def latent_channels(vae: "AutoencoderKL | VQModel") -> int:
@@ -77,8 +81,8 @@ def latent_affine(vae: "AutoencoderKL | VQModel") -> tuple[Tensor, Tensor]:
     Raises:
         UserError: the config's numbers are none, not finite, or a scale is zero.
     """
-    mean = vae.config.get("latents_mean") or [vae.config.get("shift_factor") or 0.0]
-    std = vae.config.get("latents_std") or [1.0]
+    mean = _each(vae.config.get("latents_mean") or vae.config.get("shift_factor") or 0.0)
+    std = _each(vae.config.get("latents_std") or 1.0)
     scale = vae.config["scaling_factor"]
     channels = latent_channels(vae)
     numbers = [*mean, *std, scale]

@@ -25,6 +25,8 @@ def find(where: str | Path | None) -> Path:
     """
     if where is None:
         return _bundled()
+    if not str(where):
+        raise UserError("the name of the model is empty.")
     folder = Path(where).expanduser()
     try:
         if folder.is_dir():

@@ -1,6 +1,8 @@
 """The parts of one model, checked against each other, and the folder they live in."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -13,7 +15,7 @@ from latentdiff.bundle import scheduler
 from latentdiff.bundle.check import check_parts, latent_affine
 from latentdiff.bundle.find import find
 from latentdiff.bundle.scheduler import Steps
-from latentdiff.bundle.weights import fill
+from latentdiff.bundle.weights import blaming, fill, read_json
 from latentdiff.denoiser import Condition
 from latentdiff.errors import UserError
 from latentdiff.models.attention import Attention, set_attention
@@ -87,18 +89,17 @@ class Bundle:
         place = _device(device)
         precision = _dtype(dtype, place)
         folder = find(where)
-        from latentdiff.bundle import parts
+        with _collector_resting():
+            from latentdiff.bundle import parts
 
         parts.check_folder(folder)
         unet, unet_files = parts.unet(folder / "unet")
         vae, vae_files = parts.vae(folder / "vae")
         text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
         schedule = folder / "scheduler" / "scheduler_config.json"
-        described = scheduler.read(parts.read_config(schedule), str(schedule))
-        try:
+        described = scheduler.read(read_json(schedule), str(schedule))
+        with blaming(folder):
             bundle = cls(vae, unet, text, *described, name=str(where or folder.name))
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
         fill(unet, unet_files, precision, place)
         fill(vae, vae_files, _steady(precision), place)
         fill(text.model, text_files, _steady(precision), place)
@@ -130,7 +131,7 @@ class Bundle:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures it was trained on."""
         side = self.unet.config["sample_size"]
-        height, width = side if isinstance(side, list | tuple) else (side, side)
+        height, width = (side[0], side[-1]) if isinstance(side, list | tuple) else (side, side)
         return height * self.factor, width * self.factor
 
     def network(self) -> Callable[[Tensor, Tensor, Condition], Tensor]:
@@ -204,6 +205,19 @@ class Bundle:
 
         config = scheduler.write(self.process, self.prediction, self.steps)
         return save_folder(Path(folder), self.vae, self.unet, self.text, config, dtype)
+
+
+@contextlib.contextmanager
+def _collector_resting() -> Iterator[None]:
+    """Importing diffusers makes millions of objects that stay; to look for garbage among them again
+    and again takes a quarter of the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _device(device: str | torch.device) -> torch.device:

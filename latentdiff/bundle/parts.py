@@ -3,7 +3,7 @@
 import inspect
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
@@ -11,11 +11,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
-from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from latentdiff.bundle.weights import (
     WeightFiles,
+    blaming,
     build,
     check_numbers,
     first_line,
@@ -24,6 +24,9 @@ from latentdiff.bundle.weights import (
 )
 from latentdiff.errors import UserError
 from latentdiff.text import ClipTower, T5Tower, TextTower
+
+if TYPE_CHECKING:
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 Network = TypeVar("Network", bound=nn.Module)
 Config = dict[str, Any]
@@ -123,15 +126,17 @@ def text(folder: Path, tokenizer: Path) -> tuple[TextTower, WeightFiles]:
     kind = str(config.get("model_type"))
     files = WeightFiles(weight_files(folder, "model"), _RENAMES.get(kind, str))
     if kind == "clip_text_model":
-        model = _build_clip(config, str(path), files)
-        return ClipTower(model, load_tokenizer(tokenizer, "CLIPTokenizer")), files
+        clip = _build_clip(config, str(path), files)
+        words = load_tokenizer(tokenizer, "CLIPTokenizer")
+        with blaming(tokenizer):
+            return ClipTower(clip, words), files
     if kind in _T5_KINDS:
         files.share("shared.weight", "encoder.embed_tokens.weight")
-        model = _build_t5(kind, config, str(path), files)
-        return T5Tower(model, load_tokenizer(tokenizer, "T5Tokenizer")), files
-    raise UserError(
-        f"{path}: model_type '{kind:.40}' is neither a CLIP text model nor a T5 encoder."
-    )
+        t5 = _build_t5(kind, config, str(path), files)
+        words = load_tokenizer(tokenizer, "T5Tokenizer")
+        with blaming(tokenizer):
+            return T5Tower(t5, words), files
+    raise UserError(f"{path}: '{kind:.40}' is neither a CLIP text model nor a T5 encoder.")
 
 
 def _build_clip(config: Config, name: str, files: WeightFiles) -> CLIPTextModel:
@@ -140,7 +145,7 @@ def _build_clip(config: Config, name: str, files: WeightFiles) -> CLIPTextModel:
     return build(lambda: CLIPTextModel(CLIPTextConfig(**arguments)), name, files, layers)
 
 
-def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> T5EncoderModel:
+def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5EncoderModel":
     library = import_module(f"transformers.models.{kind}")
     configuration = getattr(library, f"{_T5_KINDS[kind]}Config")
     encoder = getattr(library, f"{_T5_KINDS[kind]}EncoderModel")

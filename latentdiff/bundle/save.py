@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,8 +67,9 @@ def _staged(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         stage.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {folder}: {reason}.") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if old.exists() and not folder.exists():
@@ -97,6 +99,7 @@ def _save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | No
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{path.parent.name}: {name} is not finite as {value.dtype}.")
     save_file(converted, path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name("config.json"), path)  # safetensors lets only its owner read
 
 
 def _save_diffusers(

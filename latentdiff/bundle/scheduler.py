@@ -60,7 +60,7 @@ class Steps:
     """
 
     spacing: Spacing = "trailing"
-    steps_offset: int = 0
+    steps_offset: int = 1
     to_clean: bool = True
     family: Family = "ddim"
 
@@ -137,8 +137,8 @@ def _betas(config: Mapping[str, object], count: int) -> NDArray[np.float64]:
 
 def _number(config: Mapping[str, object], key: str, default: float) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{key} must be a number, not {value!s:.40}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e6:
+        raise UserError(f"{key} must be a sensible number, not {value!s:.40}.")
     return value
 
 

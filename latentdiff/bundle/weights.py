@@ -5,8 +5,8 @@ what the files really hold is ever allocated.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,10 +61,17 @@ def check_numbers(value: object, name: str) -> None:
             raise UserError(f"{name}: a list of {len(value)} is too long.")
         for part in value:
             check_numbers(part, name)
-    elif isinstance(value, int | float) and not (
-        math.isfinite(value) and abs(value) <= _MAX_NUMBER
-    ):
+    elif isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER:  # NaN is refused, too
         raise UserError(f"{name}: {value!s:.30} is not a sensible value.")
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Say in a `UserError` of the block which path it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -162,7 +169,10 @@ class WeightFiles:
             UserError: it is not of floating point, or not finite in that precision.
         """
         path, stored = self._source[name]
-        tensor: Tensor = self._open[path].get_tensor(stored)
+        try:
+            tensor: Tensor = self._open[path].get_tensor(stored)
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: tensor {stored}: {first_line(error)}") from error
         if not tensor.is_floating_point():
             raise UserError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating point.")
         tensor = tensor.to(device=device, dtype=dtype)
@@ -236,7 +246,7 @@ def _compare(
 
 
 def _some(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} other tensors are" if len(names) > 1 else " is")
+    return names[0] + (f" (and {len(names) - 1} more) is" if len(names) > 1 else " is")
 
 
 def fill(network: Network, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> Network:

@@ -204,7 +204,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wider": (
         lambda f: change(f / "unet/config.json", block_out_channels=[32, 64]),
-        "should be",
+        "(and 1 more) is not in the weights",
     ),
     "another width of text": (
         lambda f: change(f / "unet/config.json", cross_attention_dim=24),
@@ -218,11 +218,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nonsense": (lambda f: change(f / "unet/config.json", norm_num_groups=0), "no network"),
     "wrong type": (lambda f: change(f / "vae/config.json", block_out_channels="x"), "no network"),
     "unknown activation": (lambda f: change(f / "unet/config.json", act_fn="rm"), "no network"),
-    "small vocabulary": (
+    "unknown text activation": (
         lambda f: change(f / "text_encoder/config.json", hidden_act="os.system"),
         "no network",
     ),
-    "a class unconditional": (
+    "conditioned on classes": (
         lambda f: change(f / "unet/config.json", num_class_embeds=3),
         "class_embedding.weight",
     ),
@@ -296,7 +296,7 @@ def loads_or_is_refused(folder: Path) -> Iterator[None]:
 
 
 @settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.sampled_from(CONFIGS), st.data())
 def test_any_config_loads_or_is_refused(folder: Path, file: str, data: st.DataObject) -> None:
@@ -309,7 +309,7 @@ def test_any_config_loads_or_is_refused(folder: Path, file: str, data: st.DataOb
 
 
 @settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.integers(0, 3000), st.integers(0, 255))
 def test_any_byte_of_a_header_loads_or_is_refused(folder: Path, place: int, value: int) -> None:
@@ -320,34 +320,21 @@ def test_any_byte_of_a_header_loads_or_is_refused(folder: Path, place: int, valu
     path.write_bytes(whole)
 
 
-class Exploit:
-    """Its pickle leaves a file where it is opened."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, int]]:
-        return os.open, (str(self.mark), os.O_CREAT)
-
-
 @pytest.fixture
-def hostile(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A pickle, and the file that appears if anything opens it."""
-    import pickle  # noqa: TID251
-
+def hostile(tmp_path: Path) -> Iterator[Path]:
+    """A pickle that leaves a file where it is opened; there must be none in the end."""
     mark = tmp_path / "opened"
     path = tmp_path / "model.ckpt"
-    path.write_bytes(pickle.dumps({"state_dict": Exploit(mark)}))
-    yield path, mark
+    path.write_bytes(f"cos\nopen\n(S'{mark}'\nI{os.O_CREAT}\ntR.".encode())
+    yield path
     assert not mark.exists()
 
 
-def test_pickles_are_refused_unopened(hostile: tuple[Path, Path], folder: Path) -> None:
-    path, _ = hostile
+def test_pickles_are_refused_unopened(hostile: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"pickle .*refused; get the model's safetensors version"):
-        Bundle.load(path)
+        Bundle.load(hostile)
     (folder / UNET).unlink()
-    shutil.copy(path, folder / "unet/diffusion_pytorch_model.bin")
+    shutil.copy(hostile, folder / "unet/diffusion_pytorch_model.bin")
     assert "refused; get the model's safetensors version" in refusal(folder)
 
 
@@ -358,8 +345,8 @@ def test_pickles_are_refused_unopened(hostile: tuple[Path, Path], folder: Path) 
         ("nobody/nothing", "not to be had from the Hugging Face Hub"),
         ("missing.ckpt", "no such model file"),
         ("x" * 5000, "not a model"),
-        ("\0", "not a model"),
-        ("", "no such model"),
+        ("\0", "no such model folder"),
+        ("", "is empty"),
     ],
 )
 def test_no_such_model(where: str, expected: str) -> None:
@@ -384,7 +371,7 @@ def test_parts_must_fit() -> None:
     for changes, expected in (
         ({"in_channels": 9}, "takes 9 and gives 4 channels, but the vae's latents have 4"),
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
-        ({"sample_size": None}, "sample_size is missing"),
+        ({"sample_size": None}, "sample_size does not say"),
     ):
         bundle = tiny_bundle()
         bundle.unet.register_to_config(**changes)
