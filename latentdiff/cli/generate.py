@@ -110,7 +110,7 @@ def generate(
     if not no_metadata:
         precision = str(pipe.bundle.dtype).removeprefix("torch.")
         record = {"version": __version__, "model": pipe.bundle.name, "dtype": precision, **settings}
-    columns = number if len(prompts) > 1 else math.ceil(math.sqrt(number))
+    columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     drawn = _draw(pipe, wanted, seed, first, settings)
     _write(drawn, seed, out, record, columns if grid else None)
 
