@@ -99,7 +99,7 @@ def train(config: DiffusionConfig, dry: bool) -> None:
 
     torch.manual_seed(config.seed)  # the initial weights
     vae = load_vae(config.vae)
-    vae.to(device=run.device)
+    torch.nn.Module.to(vae, run.device)  # diffusers' own `to` has no usable types
     moments = encode_pictures(vae, examples, config.data.size, config.out / "cache", run.device)
     scale = float(vae.config["scaling_factor"])
     shift = float(vae.config.get("shift_factor") or 0.0)

@@ -56,6 +56,7 @@ def build_text_encoder(
     tokenizer: CLIPTokenizer, width: int, layers: int, heads: int
 ) -> CLIPTextModel:
     """A fresh CLIP text encoder for this tokenizer; its states are [B, window, width]."""
+    vocabulary = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -64,8 +65,8 @@ def build_text_encoder(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.convert_tokens_to_ids(START),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END),
+        bos_token_id=vocabulary[START],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[END],
     )
     return CLIPTextModel(config)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -34,13 +35,15 @@ from latentdiff.process import create
 STEP = st.integers(0, 10_000)
 
 
-def tiny_vae(kind="kl"):
+def tiny_vae(kind: Literal["kl", "vq"] = "kl") -> Any:
     torch.manual_seed(0)
     return build_vae(kind, (8, 16), 1, 4, 4, 16, codes=8)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_every_term_of_stage_1_reaches_the_encoder_and_the_decoder(kind: str) -> None:
+def test_every_term_of_stage_1_reaches_the_encoder_and_the_decoder(
+    kind: Literal["kl", "vq"],
+) -> None:
     vae = tiny_vae(kind)
     real = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     fake, regulariser = Autoencoding(vae)(real, sample_noise(0, 0, [0, 1], (4, 8, 8))[0])
