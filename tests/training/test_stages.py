@@ -1,6 +1,7 @@
 """Both stages from nothing on a folder of twelve pictures, stopped and resumed, and badly fed."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -74,14 +75,20 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(work: Path, stage: str) 
         *("--config", str(work / f"{stage}.yaml")),
         *(f"out={parts}", f"data.root={work}/pictures"),
     ]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    threads = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # sums are split by it
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=threads)
     while first.poll() is None and not checkpoints(parts / "checkpoints"):
         time.sleep(0.005)
     first.terminate()
     errors = first.communicate()[1]
     assert first.returncode == 143, errors
     assert checkpoints(parts / "checkpoints")[0].name < checkpoints(whole / "checkpoints")[0].name
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    second = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=threads, check=False
+    )
     assert second.returncode == 0, second.stderr
     assert "resuming" in second.stdout + second.stderr
     expected, got = newest(whole), newest(parts)
@@ -140,6 +147,7 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(work: Path, tmp_
             f"out={tmp_path}/nan",
             f"data.root={work}/pictures",
             "optim.lr=1e38",
+            "evaluate_every=100",
             "optim.warmup=0",
             "optim.steps=50",
             "max_bad_steps=3",
