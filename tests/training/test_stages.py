@@ -125,6 +125,51 @@ def test_stage_2_writes_a_model_that_the_pipeline_opens(work: Path) -> None:
     assert (out / "pictures/samples-00000006.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("process", "prediction", "times"),
+    [
+        ("vp-linear", "eps", "uniform"),
+        ("vp-cosine-zsnr", "x0", "uniform"),
+        ("flow", "flow", "logit-normal"),
+    ],
+)
+def test_stage_2_trains_every_target_and_may_leave_the_tower_as_it_is(
+    work: Path, tmp_path: Path, process: str, prediction: str, times: str
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    gamma = "null" if prediction == "flow" else "5.0"
+    shared = [
+        f"data.root={work}/pictures",
+        f"objective.process={process}",
+        f"objective.prediction={prediction}",
+        f"objective.times={times}",
+        f"objective.min_snr_gamma={gamma}",
+        "optim.steps=2",
+    ]
+    config = {**STAGE_2, "vae": str(work / "ae/vae")}
+    run_stage("diffusion", config, work, f"out={first}", *shared)
+    frozen = [f"text.pretrained={first}/model", "text.train=false"]
+    run_stage("diffusion", config, work, f"out={second}", *shared, *frozen)
+    towers = [
+        load_file(next((r / "model/text_encoder").glob("*.safetensors"))) for r in (first, second)
+    ]
+    assert all(torch.equal(value, towers[1][name]) for name, value in towers[0].items())
+    pipe = LatentDiffusionPipeline.from_pretrained(second / "model")
+    assert pipe.bundle.prediction == prediction
+    assert pipe("a red disc", num_inference_steps=2, seed=0, progress=False).nfe == 2
+
+
+def test_a_vq_autoencoder_goes_through_both_stages(work: Path, tmp_path: Path) -> None:
+    where = [f"data.root={work}/pictures", "optim.steps=2"]
+    run_stage("autoencoder", STAGE_1, work, f"out={tmp_path}/ae", "model.kind=vq", *where)
+    config = {**STAGE_2, "vae": str(tmp_path / "ae/vae")}
+    run_stage("diffusion", config, work, f"out={tmp_path}/run", *where)
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
+    pictures = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert 0.1 < pipe.bundle.encode(pictures).std() < 10  # the measured scale is applied
+    assert pipe("a red disc", num_inference_steps=2, seed=0, progress=False).nfe == 2
+
+
 def test_a_dry_run_reads_all_data_steps_once_and_saves_once(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "dry"
     run_stage("autoencoder", STAGE_1, work, f"out={out}", f"data.root={work}/pictures", dry=True)
