@@ -6,6 +6,7 @@
 taken in turn.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -29,8 +30,11 @@ def seconds(draw: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    ours = LatentDiffusionPipeline.from_pretrained(dtype="float32")
-    theirs: Any = StableDiffusionPipeline.from_pretrained(find(None), torch_dtype=torch.float32)
+    parser = argparse.ArgumentParser(description="Time one picture, here and in diffusers.")
+    parser.add_argument("--model", help="a folder; default: the bundled model")
+    folder = find(parser.parse_args().model)
+    ours = LatentDiffusionPipeline.from_pretrained(folder, dtype="float32")
+    theirs: Any = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     theirs.to(ours.bundle.device)
