@@ -22,7 +22,7 @@ def emoji(
 ) -> None:
     """Draw the Noto emoji, with captions, out of installed system files.
 
-    They come with: apt install fonts-noto-color-emoji unicode-data unicode-cldr-core
+    They come with: apt install fonts-noto-color-emoji unicode-data unicode-cldr-core libfribidi0
     """
     from latentdiff.data import emoji as noto
 
