@@ -12,7 +12,8 @@ from latentdiff.guidance import classifier_free
 from latentdiff.inversion import slerp
 from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture
-from latentdiff.pipeline import LatentDiffusionPipeline, check_prompts
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.prompts import check_prompts
 from latentdiff.sampling import sample
 from latentdiff.solvers import DPMpp2M, Solver
 

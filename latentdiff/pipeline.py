@@ -1,9 +1,6 @@
 """Words in, pictures out."""
 
 import math
-import operator
-import secrets
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff import solvers
+from latentdiff.arguments import (
+    MAX_PIXELS,
+    MAX_STEPS,
+    first_noise,
+    latent_shape,
+    picture_streams,
+    whole,
+)
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.model import Precision
 from latentdiff.denoiser import Condition, conditioned_denoiser
@@ -25,17 +30,13 @@ from latentdiff.models.attention import Attention
 from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 from latentdiff.process import NoiseLevel
+from latentdiff.prompts import check_negatives, check_prompts, encode_prompts
 from latentdiff.registry import check_name
 from latentdiff.sampling import Callback, Edit, EditsTimetable, sample
 from latentdiff.solvers import Solver
 from latentdiff.timetable import Timetable
 
 OutputType = Literal["pil", "pt", "np", "latent"]
-
-MAX_PROMPT = 10_000  # characters
-MAX_STEPS = 1000
-MAX_SIDE = 4096  # pixels
-MAX_PIXELS = 2**28  # of all pictures of a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,27 +147,29 @@ class LatentDiffusionPipeline:
         bundle = self.bundle
         check_name("output type", output_type, get_args(OutputType))
         prompts = check_prompts(prompt)
-        per_prompt = _whole(num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
-        negatives = _negatives(negative_prompt, len(prompts))
+        per_prompt = whole(num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
+        negatives = check_negatives(negative_prompt, len(prompts))
         pictured = picture_size(edits, height, width)
         if pictured is not None:
             height, width = padded_size(pictured, bundle.factor)
-        shape = _latent_shape(bundle, height, width, len(prompts) * per_prompt)
-        steps = _whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
+        shape = latent_shape(bundle, height, width, len(prompts) * per_prompt)
+        steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, not {guidance_scale}.")
         stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
         if timetable is None or isinstance(timetable, str):
             timetable = bundle.timetable(timetable, steps)
-        seeds, indices = _streams(seed, first, generator, shape[0])
+        seeds, indices = picture_streams(seed, first, generator, shape[0])
         noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
-        x = _begin(latents, noise, shape, bundle.device)
+        x = first_noise(latents, noise, shape, bundle.device)
         own_size = shape[2] * bundle.factor, shape[3] * bundle.factor
         canvas = Canvas(*(pictured or own_size), bundle.factor, bundle.encode, bundle.decode)
         edits, finish = bind(edits, canvas)
 
         guided = guidance_scale != 1
-        conditions, cut = self._conditions(prompts, negatives if guided else None, per_prompt)
+        conditions, cut = encode_prompts(
+            bundle.text, prompts, negatives if guided else None, per_prompt
+        )
         network, calls = _counted(bundle.network())
         denoise = named.create(
             guidance,
@@ -234,11 +237,11 @@ class LatentDiffusionPipeline:
         picture = to_tensor(open_picture(image))[None]
         height, width = picture.shape[-2:]
         canvas = Canvas(height, width, bundle.factor, bundle.encode, bundle.decode)
-        _latent_shape(bundle, *canvas.padded, 1)
-        steps = _whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
+        latent_shape(bundle, *canvas.padded, 1)
+        steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         levels = bundle.timetable(timetable, steps)
         stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
-        conditions, _ = self._conditions([prompt], None, 1)
+        conditions, _ = encode_prompts(bundle.text, [prompt], None, 1)
         denoise = classifier_free(
             conditioned_denoiser(bundle.network(), bundle.process, bundle.prediction),
             conditions[0],
@@ -248,125 +251,6 @@ class LatentDiffusionPipeline:
         latents = canvas.latents(picture).to(bundle.device)
         x = invert(denoise, stepper, levels, latents, refinements=refinements)
         return x / bundle.process.prior_scale(levels[0])
-
-    def _conditions(
-        self, prompts: list[str], negatives: list[str] | None, per_prompt: int
-    ) -> tuple[list[Condition], list[str]]:
-        """Text states for every picture: each different text is encoded once, all in one batch."""
-        rows = [prompts] if negatives is None else [prompts, negatives]
-        texts = list(dict.fromkeys(text for row in rows for text in row))
-        encoded = self.bundle.text.encode(texts)
-        for text, lost in zip(texts, encoded.cut, strict=True):
-            if lost:
-                warnings.warn(
-                    f"the prompt {text[:40]!r}... is longer than the model's window of "
-                    f"{self.bundle.text.window} tokens; not used: {lost!r}",
-                    stacklevel=4,
-                )
-        conditions: list[Condition] = []
-        for row in rows:
-            places = [texts.index(text) for text in row for _ in range(per_prompt)]
-            condition = {"states": encoded.states[places]}
-            if encoded.mask is not None:
-                condition["mask"] = encoded.mask[places]
-            conditions.append(condition)
-        return conditions, [encoded.cut[texts.index(t)] for t in prompts for _ in range(per_prompt)]
-
-
-def check_prompts(given: str | Sequence[str], name: str = "prompt") -> list[str]:
-    """The prompts as a list.
-
-    Raises:
-        UserError: one of them is empty (a negative one may be), too long, or no text.
-    """
-    prompts = [given] if isinstance(given, str) else list(given)
-    if not prompts:
-        raise UserError(f"{name}: the list is empty; say what to draw.")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise UserError(f"{name}: must be text, not {type(text).__name__}.")
-        if name == "prompt" and not text.strip():
-            raise UserError("prompt: it is empty; say what to draw.")
-        if len(text) > MAX_PROMPT:
-            raise UserError(
-                f"{name}: it has {len(text):,} characters; at most {MAX_PROMPT:,} are taken."
-            )
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{name}: it holds a half character (a lone surrogate), so no text.")
-    return prompts
-
-
-def _negatives(given: str | Sequence[str] | None, count: int) -> list[str]:
-    negatives = check_prompts("" if given is None else given, "negative_prompt")
-    if len(negatives) not in (1, count):
-        raise UserError(f"negative_prompt: {len(negatives)} were given for {count} prompts.")
-    return negatives if len(negatives) == count else negatives * count
-
-
-def _whole(value: int, name: str, low: int, high: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not low <= number <= high:
-        raise UserError(f"{name}: must be a whole number from {low} to {high}, not {value!s:.40}.")
-    return number
-
-
-def _latent_shape(
-    bundle: Bundle, height: int | None, width: int | None, count: int
-) -> tuple[int, int, int, int]:
-    sides: list[int] = []
-    for name, given, own in zip(("height", "width"), (height, width), bundle.size, strict=True):
-        side = _whole(own if given is None else given, name, bundle.factor, MAX_SIDE)
-        if side % bundle.factor:
-            nearest = max(1, round(side / bundle.factor)) * bundle.factor
-            raise UserError(
-                f"{name}: must be a multiple of {bundle.factor} with this model, not {side}; "
-                f"{nearest} is near."
-            )
-        sides.append(side)
-    if count * sides[0] * sides[1] > MAX_PIXELS:
-        raise UserError(
-            f"{count} pictures of {sides[0]} x {sides[1]} are too many for one call; ask for fewer."
-        )
-    return count, bundle.latent_channels, sides[0] // bundle.factor, sides[1] // bundle.factor
-
-
-def _streams(
-    seed: int | Sequence[int] | None, first: int, generator: torch.Generator | None, count: int
-) -> tuple[list[int], list[int]]:
-    """Seed of each picture, and its index within the seed."""
-    first = _whole(first, "first", 0, 2**62)
-    if generator is not None:
-        if seed is not None:
-            raise UserError("seed and generator: give one of them, not both.")
-        drawn = torch.randint(2**32, (), generator=generator, device=generator.device)
-        seed = int(drawn.item())
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if isinstance(seed, Sequence):
-        seeds = [_whole(one, "seed", 0, 2**62) for one in seed]
-        if len(seeds) != count:
-            raise UserError(f"seed: {len(seeds)} seeds were given for {count} pictures.")
-        return seeds, [first] * count
-    return [_whole(seed, "seed", 0, 2**62)] * count, list(range(first, first + count))
-
-
-def _begin(
-    latents: Tensor | None,
-    noise: NoiseStreams,
-    shape: tuple[int, int, int, int],
-    device: torch.device,
-) -> Tensor:
-    """Standard noise [B, C, h, w] in float32 on the device."""
-    if latents is None:
-        return noise.draw(shape[1:]).to(device)
-    if latents.shape != shape:
-        raise UserError(f"latents: must be {list(shape)}, not {list(latents.shape)}.")
-    if not bool(torch.isfinite(latents).all()):
-        raise UserError("latents: they hold NaN or infinity.")
-    return latents.to(device, torch.float32)
 
 
 def _counted(

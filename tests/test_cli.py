@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_bundle
 
-from latentdiff import LatentDiffusionPipeline, pipeline, solvers, timetable
+from latentdiff import LatentDiffusionPipeline, arguments, solvers, timetable
 from latentdiff.cli import main
 from latentdiff.cli.generate import generate
 
@@ -271,7 +271,7 @@ def test_defaults_and_bounds_are_the_pipelines() -> None:
     for name, its in pairs.items():
         assert ours[name].default == theirs[its].default
 
-    assert get_args(ours["steps"].annotation)[1].max == pipeline.MAX_STEPS
+    assert get_args(ours["steps"].annotation)[1].max == arguments.MAX_STEPS
 
 
 def test_emoji_without_the_packages_says_what_to_install(

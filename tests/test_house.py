@@ -39,7 +39,7 @@ FLOORS: list[set[str]] = [
     {"sampling"},
     {"text", "models", "oracles", "inversion"},
     {"bundle"},
-    {"data"},
+    {"data", "prompts", "arguments"},
     {"pipeline", "learning", "metrics", "likelihood"},
     {"interpolation"},
     {"cli"},

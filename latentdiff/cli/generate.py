@@ -88,7 +88,8 @@ def generate(
     inside each tells all that is needed to draw it again.
     """
     check_writable(out)
-    from latentdiff.pipeline import LatentDiffusionPipeline, check_prompts
+    from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.prompts import check_prompts
 
     check_prompts(prompts)
     pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
