@@ -14,6 +14,7 @@ from latentdiff.solvers.consistency import LCM, TCD, Consistency
 from latentdiff.solvers.dpm import DPM2, DPMSolver3
 from latentdiff.solvers.dpmpp import DPMpp2M, DPMpp2S, DPMpp3M
 from latentdiff.solvers.edm import Euler, Heun
+from latentdiff.solvers.gddim import GDDIM
 from latentdiff.solvers.langevin import AnnealedLangevin, PredictorCorrector
 from latentdiff.solvers.pairs import dpm_adaptive, rk45, sde_adaptive
 from latentdiff.solvers.pndm import IPNDM, PLMS, PNDM
@@ -25,6 +26,7 @@ __all__ = [
     "DDPM",
     "DEIS",
     "DPM2",
+    "GDDIM",
     "IPNDM",
     "LCM",
     "PLMS",
@@ -82,6 +84,7 @@ _SOLVERS: dict[str, _Entry] = {
     "deis": _Entry("DEIS of order 3 in log rho (Zhang 2023)", DEIS),
     "deis-tab": _Entry("tAB-DEIS of order 3 (Zhang 2023)", build_on=lambda p: DEIS(3, "t", p)),
     "deis-rhoab": _Entry("rhoAB-DEIS of order 3 (Zhang 2023)", lambda: DEIS(3, "rho")),
+    "gddim": _Entry("gDDIM-3: tAB, predicted and corrected, 2 calls (Zhang 2023b)", build_on=GDDIM),
     "pndm": _Entry("Runge-Kutta start, then Adams; 4 calls in 3 steps (Liu 2022)", build_on=PNDM),
     "plms": _Entry("PNDM as Stable Diffusion starts it (Liu 2022)", PLMS),
     "ipndm": _Entry("PNDM without a Runge-Kutta start (Zhang 2023)", IPNDM),

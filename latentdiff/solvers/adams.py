@@ -50,6 +50,33 @@ def lagrange_weights(nodes: list[float], places: Floats, weights: Floats) -> lis
     return result
 
 
+def lagrange_integrals(
+    levels: list[NoiseLevel],
+    here: NoiseLevel,
+    there: NoiseLevel,
+    variable: Variable,
+    process: Process | None,
+) -> list[float]:
+    """Integral over rho = sigma / alpha, from here to there, of each Lagrange polynomial.
+
+    Args:
+        levels: the nodes.
+        here: start, with some signal.
+        there: end, with some noise unless the variable is "rho".
+        variable: of the polynomials.
+        process: tells t between levels, for "t".
+    """
+    if variable == "rho":
+        places, weights = gauss_legendre(here.ratio, there.ratio)
+        return lagrange_weights([level.ratio for level in levels], places, weights)
+    logs, weights = gauss_legendre(math.log(here.ratio), math.log(there.ratio))
+    weights = weights * np.exp(logs)
+    if process is None or variable == "log-rho":
+        return lagrange_weights([math.log(level.ratio) for level in levels], logs, weights)
+    times = np.array([process.t_of_log_snr(-2 * place) for place in logs.tolist()])
+    return lagrange_weights([level.t for level in levels], times, weights)
+
+
 @dataclass(frozen=True)
 class DEIS:
     """DEIS-AB: Zhang & Chen 2023 (DEIS), eq. 14-15. One evaluation a step.
@@ -100,19 +127,8 @@ class DEIS:
         eps = eps_of(x, x0, here)
         history = ((here, eps), *state)[: self.order]
         if len(history) > 1 and (there.sigma > 0 or self.variable == "rho"):
-            weights = self._weights([level for level, _ in history], there)
+            levels = [level for level, _ in history]
+            weights = lagrange_integrals(levels, here, there, self.variable, self.process)
             for weight, (_, eps_before) in zip(weights[1:], history[1:], strict=True):
                 moved = moved + there.alpha * weight * (eps_before - eps)
         return moved, history
-
-    def _weights(self, levels: list[NoiseLevel], there: NoiseLevel) -> list[float]:
-        """Integral over rho, from the newest level to `there`, of each Lagrange polynomial."""
-        if self.variable == "rho":
-            places, weights = gauss_legendre(levels[0].ratio, there.ratio)
-            return lagrange_weights([level.ratio for level in levels], places, weights)
-        logs, weights = gauss_legendre(math.log(levels[0].ratio), math.log(there.ratio))
-        weights = weights * np.exp(logs)
-        if self.process is None or self.variable == "log-rho":
-            return lagrange_weights([math.log(level.ratio) for level in levels], logs, weights)
-        times = np.array([self.process.t_of_log_snr(-2 * place) for place in logs.tolist()])
-        return lagrange_weights([level.t for level in levels], times, weights)

@@ -30,6 +30,7 @@ HIGHER = [
     ("deis", 3),
     ("deis-tab", 3),
     ("deis-rhoab", 3),
+    ("gddim", 3),
     ("pndm", 2),
     ("plms", 2),
     ("ipndm", 2),

@@ -19,7 +19,7 @@ from latentdiff import process, sampling, solvers
 from latentdiff.noise import NoiseStreams
 from latentdiff.oracles import mixture
 from latentdiff.process import NoiseLevel, Process
-from latentdiff.solvers import DEIS, Solver, UniPC
+from latentdiff.solvers import DEIS, GDDIM, Solver, UniPC
 
 Array = NDArray[np.float64]
 Network = Callable[[Array, NoiseLevel], Array]
@@ -154,6 +154,32 @@ def deis(order: int, variable: Callable[[Process, float], float]) -> Reference:
     return run
 
 
+def gddim(degree: int) -> Reference:
+    """Zhang, Tao & Chen 2023, predictor and corrector of section 4; R = K = sigma for a scalar."""
+
+    def integrated(
+        where: Process, x: Array, a: NoiseLevel, b: NoiseLevel, known: list[tuple[float, Array]]
+    ) -> Array:
+        def time(rho: float) -> float:
+            return where.t_of_log_snr(-2 * math.log(rho))
+
+        nodes = [place for place, _ in known]
+        weights = integrals(nodes, a.ratio, b.ratio, lambda rho: 1.0, time)
+        total = sum(w * value for w, (_, value) in zip(weights, known, strict=True))
+        return b.alpha * (x / a.alpha + total)
+
+    def run(f: Network, where: Process, levels: list[NoiseLevel], x: Array) -> Array:
+        seen: list[tuple[float, Array]] = []
+        for a, b in pairwise(levels):
+            seen = [(a.t, noise_of(f, x, a)), *seen][:degree]
+            guess = integrated(where, x, a, b, seen)
+            corrected = [(b.t, noise_of(f, guess, b)), *seen][:degree]
+            x = integrated(where, x, a, b, corrected)
+        return x
+
+    return run
+
+
 def pseudo(start: str) -> Reference:
     """Liu et al. 2022, eq. 11-13."""
 
@@ -244,6 +270,7 @@ REFERENCES: dict[str, Reference] = {
     "deis": deis(3, lambda where, rho: math.log(rho)),
     "deis-tab": deis(3, lambda where, rho: where.t_of_log_snr(-2 * math.log(rho))),
     "deis-rhoab": deis(3, lambda where, rho: rho),
+    "gddim": gddim(3),
     "pndm": pseudo("pndm"),
     "plms": pseudo("plms"),
     "ipndm": pseudo("ipndm"),
@@ -290,6 +317,12 @@ def test_the_run_is_the_formulas(name: str, kind: str) -> None:
 def test_other_orders_of_deis(order: int) -> None:
     where = process.create("vp-continuous")
     assert_formula(DEIS(order), deis(order, lambda _, rho: math.log(rho)), where)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_other_degrees_of_gddim(degree: int) -> None:
+    where = process.create("vp-continuous")
+    assert_formula(GDDIM(where, degree), gddim(degree), where)
 
 
 @pytest.mark.parametrize(("degree", "variant"), [(1, "bh1"), (1, "bh2"), (3, "bh1")])
