@@ -3,6 +3,7 @@
 A checkpoint is a folder `step-00000500` of safetensors files and a `state.json`. It is written
 beside its target, every file fsynced, given a sha256 manifest, renamed, and the parent folder
 fsynced; only then are old ones removed. A damaged newest checkpoint falls back to the one before.
+The manifest ends with the sum of itself, so that damage to it is not taken for damage to a file.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentdiff.errors import UserError
+
 Tensors = dict[str, Tensor]
 MANIFEST = "manifest.json"
 
@@ -30,27 +33,47 @@ def save_checkpoint(
         state: JSON-able values (counters, the seed); the step is added.
         keep: how many newest checkpoints stay, at least two.
     """
-    root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{step:08d}"
     stage = root / f".stage-{target.name}"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(".stage-*"):  # of a run that was killed while it saved
+            shutil.rmtree(left)
+        stage.mkdir()
+        _fill(stage, tensors, {**state, "step": step})
+        if target.exists():  # damaged, and so passed over when this run began
+            shutil.rmtree(target)
+        stage.rename(target)
+        sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        whole = [path.name for path in checkpoints(root)]
+        kept = f"{whole[0]} is untouched" if whole else "there is no earlier one"
+        raise UserError(f"cannot write the checkpoint {target}: {reason}; {kept}") from None
+    _prune(root, target, max(keep, 2))
+    return target
+
+
+def _fill(stage: Path, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
+    """Every file of a checkpoint, and at last the manifest, all on the disk."""
     for name, values in tensors.items():
         packed = {key: value.detach().cpu().contiguous() for key, value in values.items()}
         save_file(packed, stage / f"{name}.safetensors")
-    (stage / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-    manifest = {path.name: _sha256(path) for path in sorted(stage.iterdir())}
-    (stage / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (stage / "state.json").write_text(json.dumps(state, indent=1))
+    (stage / MANIFEST).write_text(_manifest({p.name: _sha256(p) for p in sorted(stage.iterdir())}))
     for path in stage.iterdir():
         sync(path)
     sync(stage)
-    if target.exists():  # the same step saved before: a damaged one that was passed over
-        shutil.rmtree(target)
-    stage.rename(target)
-    sync(root)
-    for old in checkpoints(root)[max(keep, 2) :]:
-        shutil.rmtree(old)
-    return target
+
+
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Leave `keep` checkpoints up to `newest`; later ones were damaged, or it would not be new."""
+    found = checkpoints(root)
+    kept = [path for path in found if path.name <= newest.name][:keep]
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -61,39 +84,52 @@ def checkpoints(root: Path) -> list[Path]:
 def load_newest(
     root: Path, complain: Callable[[str], None] = print
 ) -> tuple[dict[str, Tensors], dict[str, object]] | None:
-    """The newest checkpoint that is whole, as (tensors, state); None where there is none.
+    """The newest checkpoint that is whole, as (tensors, state); None where there never was one.
 
     `complain` is told, a line each, which newer ones were passed over and which file was bad.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole. To start anew then would in the end
+            remove them all.
     """
-    for folder in checkpoints(root):
+    found = checkpoints(root)
+    for folder in found:
         fault = find_fault(folder)
         if fault is not None:
             complain(f"checkpoint {folder.name} is damaged ({fault}); trying the one before it")
             continue
         tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
         return tensors, json.loads((folder / "state.json").read_text())
+    if found:
+        raise UserError(f"no checkpoint in {root} is whole; move that folder away to start anew")
     return None
 
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        names = dict(manifest).items()
-    except (OSError, ValueError, TypeError):
+        text = (folder / MANIFEST).read_text()
+        names: dict[str, str] = json.loads(text)["sha256"]
+        if text != _manifest(names):
+            return f"{MANIFEST} does not match its own sha256"
+    except (OSError, ValueError, TypeError, KeyError):
         return f"{MANIFEST} cannot be read"
-    for name, digest in names:
+    for name, digest in names.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
-            return f"{name} does not match its sha256"
-        if path.suffix == ".safetensors":
-            try:
-                load_file(path)
-            except SafetensorError as error:
-                return f"{name}: {error}"
+        try:
+            if _sha256(path) != digest:
+                return f"{name} does not match its sha256"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _manifest(names: dict[str, str]) -> str:
+    """JSON of every file's sum, with the sum of those lines beside them."""
+    own = hashlib.sha256(json.dumps(names, indent=1).encode()).hexdigest()
+    return json.dumps({"sha256": names, "own": own}, indent=1)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
