@@ -13,12 +13,14 @@ from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
 if TYPE_CHECKING:
-    from latentdiff.editing import ILVR, Blend, RePaint, SDEdit
+    from latentdiff.editing import ILVR, Blend, Inpaint, Instruct, RePaint, SDEdit
     from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
 
 __all__ = [
     "ILVR",
     "Blend",
+    "Inpaint",
+    "Instruct",
     "LatentDiffusionPipeline",
     "PipelineOutput",
     "RePaint",
@@ -29,7 +31,9 @@ __all__ = [
 
 # Imported when first asked for: `latentdiff --help` shall not wait for torch.
 _ON_DEMAND = {
-    **dict.fromkeys(("SDEdit", "RePaint", "Blend", "ILVR"), "latentdiff.editing"),
+    **dict.fromkeys(
+        ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"), "latentdiff.editing"
+    ),
     "LatentDiffusionPipeline": "latentdiff.pipeline",
     "PipelineOutput": "latentdiff.pipeline",
 }

@@ -32,7 +32,7 @@ from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 from latentdiff.process import NoiseLevel
 from latentdiff.prompts import check_negatives, check_prompts, encode_prompts
 from latentdiff.registry import check_name
-from latentdiff.sampling import Callback, Edit, EditsTimetable, sample
+from latentdiff.sampling import Callback, Edit, EditsInput, EditsTimetable, sample
 from latentdiff.solvers import Solver
 from latentdiff.timetable import Timetable
 
@@ -163,23 +163,27 @@ class LatentDiffusionPipeline:
         noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
         x = first_noise(latents, noise, shape, bundle.device)
         own_size = shape[2] * bundle.factor, shape[3] * bundle.factor
-        canvas = Canvas(*(pictured or own_size), bundle.factor, bundle.encode, bundle.decode)
+        canvas = _canvas(bundle, *(pictured or own_size))
         edits, finish = bind(edits, canvas)
 
-        guided = guidance_scale != 1
+        seen, image_scale = _beside(edits, x)
+        guided = guidance_scale != 1 or image_scale != 1
         conditions, cut = encode_prompts(
             bundle.text, prompts, negatives if guided else None, per_prompt
         )
+        positive, negative, blind = _seeing(conditions, seen)
         network, calls = _counted(bundle.network())
         denoise = named.create(
             guidance,
             conditioned_denoiser(network, bundle.process, bundle.prediction),
-            conditions[0],
-            conditions[1] if guided else None,
+            positive,
+            negative,
             timetable,
             scale=guidance_scale,
             rescale=guidance_rescale,
             interval=guidance_interval,
+            blind=blind,
+            image_scale=image_scale,
         )
         with tqdm(total=_moves(timetable, edits), disable=not progress, leave=False) as bar:
 
@@ -236,7 +240,7 @@ class LatentDiffusionPipeline:
         bundle = self.bundle
         picture = to_tensor(open_picture(image))[None]
         height, width = picture.shape[-2:]
-        canvas = Canvas(height, width, bundle.factor, bundle.encode, bundle.decode)
+        canvas = _canvas(bundle, height, width)
         latent_shape(bundle, *canvas.padded, 1)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         levels = bundle.timetable(timetable, steps)
@@ -251,6 +255,39 @@ class LatentDiffusionPipeline:
         latents = canvas.latents(picture).to(bundle.device)
         x = invert(denoise, stepper, levels, latents, refinements=refinements)
         return x / bundle.process.prior_scale(levels[0])
+
+
+def _canvas(bundle: Bundle, height: int, width: int) -> Canvas:
+    scale = bundle.vae.config["scaling_factor"]
+    return Canvas(height, width, bundle.factor, bundle.encode, bundle.decode, scale)
+
+
+def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:
+    """What an edit shows the network beside x, and the scale of guidance by it.
+
+    Raises:
+        UserError: several edits would.
+    """
+    showing = [edit for edit in edits if isinstance(edit, EditsInput)]
+    if not showing:
+        return None, 1.0
+    if len(showing) > 1:
+        raise UserError("edits: one Inpaint or Instruct is all that a network can be shown.")
+    return showing[0].beside(x), showing[0].image_guidance_scale
+
+
+def _seeing(
+    conditions: list[Condition], seen: Tensor | None
+) -> tuple[Condition, Condition | None, Condition | None]:
+    """The positive condition; the negative one, if there is; and this without what is seen."""
+    positive, negative = conditions[0], conditions[1] if len(conditions) > 1 else None
+    if seen is None:
+        return positive, negative, None
+    positive = {**positive, "beside": seen}
+    if negative is None:
+        return positive, None, None
+    blind = {**negative, "beside": torch.zeros_like(seen)}
+    return positive, {**negative, "beside": seen}, blind
 
 
 def _counted(

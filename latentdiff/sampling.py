@@ -42,8 +42,26 @@ class EditsDenoiser(Protocol):
     def denoiser(self, denoise: Denoiser) -> Denoiser: ...
 
 
-Edit = EditsTimetable | EditsBegin | EditsAfter | EditsDenoiser
-"""Any object with at least one of the four touch points."""
+@runtime_checkable
+class EditsInput(Protocol):
+    """An edit that shows the network more than x [B, C, H, W] (`Inpaint`, `Instruct`).
+
+    This is part of the condition, which guidance takes, and so known before the run: the pipeline
+    asks for it, and `sample` only passes the edit.
+    """
+
+    @property
+    def image_guidance_scale(self) -> float:
+        """How strongly to guide by what is shown: see `classifier_free`; 1 is off."""
+        ...
+
+    def beside(self, x: Tensor) -> Tensor:
+        """[B, extra, H, W], behind the channels of x in the network's input."""
+        ...
+
+
+Edit = EditsTimetable | EditsBegin | EditsAfter | EditsDenoiser | EditsInput
+"""Any object with at least one of the five touch points."""
 
 Callback = Callable[[int, NoiseLevel, Tensor], Tensor | None]
 """(index of the move, level reached, x [B, C, H, W]) -> another x, or None to keep it."""
@@ -88,7 +106,8 @@ def sample(
     for edit in edits:
         if not isinstance(edit, Edit):
             raise UserError(
-                f"{edit!r} is no edit: it has none of `timetable`, `begin`, `denoiser`, `after`."
+                f"{edit!r} is no edit: it has none of `timetable`, `begin`, `denoiser`, `after`, "
+                "`beside`."
             )
     for edit in edits:
         if isinstance(edit, EditsTimetable):

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -39,14 +40,22 @@ def tiny_bundle(
     steps: Steps | None = None,
     tower: Literal["clip", "t5"] = "clip",
     vae: Literal["kl", "vq"] = "kl",
+    in_channels: int = 4,
     seed: int = 0,
 ) -> Bundle:
-    """A model of 16 x 16 pictures in 8 x 8 latents of 4 channels, with a two-level U-Net."""
+    """A model of 16 x 16 pictures in 8 x 8 latents of 4 channels, with a two-level U-Net.
+
+    With `in_channels` 9 it is an inpainting model, with 8 one of InstructPix2Pix.
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         autoencoder = build_vae(vae, (8, 8), 1, 4, 4, 16, codes=32)
         autoencoder.register_to_config(scaling_factor=0.7)
         unet = build_unet(4, 8, (32, 32), 1, (True, False), 8, WIDTH)
+        if in_channels != 4:
+            wide = UNet2DConditionModel.from_config(unet.config, in_channels=in_channels)
+            assert isinstance(wide, UNet2DConditionModel)
+            unet = wide
         text = tiny_t5() if tower == "t5" else tiny_clip()
     for network in (autoencoder, unet, text.model):
         network.eval().requires_grad_(False)

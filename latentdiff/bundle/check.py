@@ -1,7 +1,7 @@
 """Whether the parts of a model fit each other."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+Kind = Literal["text-to-image", "inpainting", "instruct-pix2pix"]
+"""What a U-Net sees: x_t; x_t, a mask and the masked picture; or x_t and the picture to change."""
+
+# What it must be given at a run, and what a user does about it.
+_NEEDS: dict[Kind, str] = {
+    "text-to-image": "this model sees x_t alone: use RePaint or Blend in place of Inpaint, and "
+    "SDEdit in place of Instruct.",
+    "inpainting": "this is an inpainting model: it needs edits=[Inpaint(image, mask)], which is "
+    "`latentdiff inpaint`.",
+    "instruct-pix2pix": "this is an InstructPix2Pix model: it needs edits=[Instruct(image)], which "
+    "is `latentdiff edit`.",
+}
 
 # What a U-Net may be told that no prompt says: sizes, classes, pictures, poses.
 _EXTRA_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
@@ -28,10 +41,10 @@ def check_parts(
     """
     channels = latent_channels(vae)
     inside, outside = unet.config["in_channels"], unet.config["out_channels"]
-    if (inside, outside) != (channels, channels):
+    if inside not in _kinds(channels) or outside != channels:
         raise UserError(
             f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
-            f"{channels}; inpainting and depth checkpoints do not work here."
+            f"{channels}; depth, upscaling and such checkpoints do not work here."
         )
     if (vae.config["in_channels"], vae.config["out_channels"]) != (3, 3):
         raise UserError("vae: it is not for RGB pictures of 3 channels.")
@@ -65,6 +78,30 @@ def _text_width(unet: "UNet2DConditionModel") -> object:
 
 def _each(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _kinds(channels: int) -> dict[int, Kind]:
+    """By the number of input channels, where latents have so many."""
+    return {
+        channels: "text-to-image",
+        2 * channels + 1: "inpainting",
+        2 * channels: "instruct-pix2pix",
+    }
+
+
+def kind_of(vae: "AutoencoderKL | VQModel", unet: "UNet2DConditionModel") -> Kind:
+    """What the U-Net of parts that fit sees."""
+    return _kinds(latent_channels(vae))[unet.config["in_channels"]]
+
+
+def check_input(kind: Kind, wanted: int, given: int) -> None:
+    """Pass if a U-Net is given as many channels as it takes.
+
+    Raises:
+        UserError: it is not; the line says which edit the model is for.
+    """
+    if given != wanted:
+        raise UserError(f"the U-Net takes {wanted} channels, not {given}: {_NEEDS[kind]}")
 
 
 def latent_channels(vae: "AutoencoderKL | VQModel") -> int:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from latentdiff import timetable as timetables
 from latentdiff.bundle import scheduler
-from latentdiff.bundle.check import check_parts, latent_affine
+from latentdiff.bundle.check import (
+    Kind,
+    check_input,
+    check_parts,
+    kind_of,
+    latent_affine,
+    latent_channels,
+)
 from latentdiff.bundle.find import find
 from latentdiff.bundle.scheduler import Steps
 from latentdiff.bundle.weights import blaming, fill, read_json
@@ -125,7 +132,12 @@ class Bundle:
     @property
     def latent_channels(self) -> int:
         """C of the latents."""
-        return self.unet.config["in_channels"]
+        return latent_channels(self.vae)
+
+    @property
+    def kind(self) -> Kind:
+        """What the U-Net sees: x_t alone, or what the edit `Inpaint` or `Instruct` adds to it."""
+        return kind_of(self.vae, self.unet)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,11 +149,16 @@ class Bundle:
     def network(self) -> Callable[[Tensor, Tensor, Condition], Tensor]:
         """The U-Net as `latentdiff.denoiser.conditioned_denoiser` takes it.
 
-        The condition holds "states" [B, L, D] and, where the tower has one, "mask" [B, L].
+        The condition holds "states" [B, L, D]; where the tower has one, "mask" [B, L]; and with
+        an inpainting or InstructPix2Pix U-Net "beside" [B, extra, h, w], which it sees behind the
+        channels of x. Without it, or with too much, `predict` raises a UserError.
         """
-        dtype = self.dtype
+        dtype, kind, channels = self.dtype, self.kind, self.unet.config["in_channels"]
 
         def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            if "beside" in condition:
+                x = torch.cat([x, condition["beside"].to(x)], dim=1)
+            check_input(kind, channels, x.shape[1])
             return self.unet(
                 x.to(dtype),
                 t,
@@ -188,7 +205,7 @@ class Bundle:
         return torch.cat([decode(chunk, return_dict=False)[0].float() for chunk in chunks])
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-        """Write the diffusers layout, which diffusers' own StableDiffusionPipeline opens, too.
+        """Write the diffusers layout, which diffusers' own Stable Diffusion pipelines open, too.
 
         Everything is written beside the folder and renamed once it is on the disk. A model folder
         already there is replaced; anything else is left alone. A latent mean that the config of

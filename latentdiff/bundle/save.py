@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.bundle.check import latent_affine, latent_channels
+from latentdiff.bundle.check import Kind, kind_of, latent_affine, latent_channels
 from latentdiff.errors import UserError
 from latentdiff.text import ClipTower, TextTower
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+
+_PIPELINES: dict[Kind, str] = {
+    "text-to-image": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
+}
 
 
 def save_folder(
@@ -133,15 +140,17 @@ def _index(
     text: TextTower,
     schedule: dict[str, object],
 ) -> dict[str, object]:
-    """What each folder holds; it names StableDiffusionPipeline only where that draws the same."""
+    """What each folder holds; it names a pipeline of diffusers only where that draws the same."""
     from diffusers import __version__
 
+    kind = kind_of(vae, unet)
     known = isinstance(text, ClipTower) and type(vae).__name__ == "AutoencoderKL"
     known &= not bool(latent_affine(vae)[1].any())
     known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
     known &= "beta_schedule" in schedule or "trained_betas" in schedule
+    known &= kind != "inpainting" or latent_channels(vae) == 4  # all that it takes
     return {
-        "_class_name": "StableDiffusionPipeline" if known else "LatentDiffusionPipeline",
+        "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",
         "_diffusers_version": __version__,
         "vae": ["diffusers", type(vae).__name__],
         "unet": ["diffusers", type(unet).__name__],

@@ -39,6 +39,7 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
     height, width = bundle.size
     latent = f"{bundle.latent_channels} x {height // bundle.factor} x {width // bundle.factor}"
     return [
+        ("kind", bundle.kind),
         ("vae", _part(bundle.vae)),
         ("unet", _part(bundle.unet)),
         ("text", _part(bundle.text.model)),

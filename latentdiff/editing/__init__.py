@@ -1,5 +1,6 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
+from latentdiff.editing.beside import Inpaint, Instruct
 from latentdiff.editing.canvas import Canvas, Finish, HoldsPicture, bind, padded_size, picture_size
 from latentdiff.editing.ilvr import ILVR
 from latentdiff.editing.masks import box_mask
@@ -12,6 +13,8 @@ __all__ = [
     "Canvas",
     "Finish",
     "HoldsPicture",
+    "Inpaint",
+    "Instruct",
     "RePaint",
     "SDEdit",
     "bind",

@@ -25,6 +25,7 @@ class Canvas:
         factor: pixels per latent, along a side.
         encode: pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor].
         decode: the way back.
+        scaling_factor: the autoencoder's: its own numbers are latents divided by this.
     """
 
     height: int
@@ -32,6 +33,7 @@ class Canvas:
     factor: int
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
+    scaling_factor: float = 1.0
 
     @property
     def padded(self) -> tuple[int, int]:

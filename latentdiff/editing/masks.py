@@ -98,6 +98,33 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
     return (max_pool2d(mask, factor) > 0).to(mask.dtype)
 
 
+def masked_picture(picture: Tensor, mask: Tensor) -> Tensor:
+    """A picture with its hole grey, as inpainting U-Nets are shown it.
+
+    Args:
+        picture: [B, 3, H, W] in [-1, 1].
+        mask: [1 or B, 1, H, W] in [0, 1], the hole where it is 0.5 or more.
+    """
+    return picture * (mask < 0.5)
+
+
+def inpainting_channels(mask: Tensor, masked: Tensor) -> Tensor:
+    """What an inpainting U-Net sees behind x_t, in the order of Stable Diffusion's checkpoints.
+
+    Rombach et al. 2022 (LDM), section 3.3: conditions concatenated to the input of the U-Net.
+
+    Args:
+        mask: [1 or B, 1, H, W] in [0, 1], in pixels or latents; the hole where it is 0.5 or more.
+            Of the pixels of a latent the first one counts, as it does in diffusers.
+        masked: latents of `masked_picture` [B, C, h, w], scaled as x_0 is.
+
+    Returns:
+        [B, 1 + C, h, w] like `masked`: the mask of 0 and 1, then the latents.
+    """
+    hole = interpolate((mask >= 0.5).to(masked), size=masked.shape[-2:], mode="nearest")
+    return torch.cat([hole.expand(len(masked), -1, -1, -1), masked], dim=1)
+
+
 def composite(
     x: Tensor, image: Tensor, mask: Tensor, level: NoiseLevel, noise: NoiseStreams
 ) -> Tensor:

@@ -36,11 +36,8 @@ _PAPER_JUMP = 10 / 250
 
 
 @dataclass(frozen=True, eq=False)
-class Blend:
-    """Plain replacement: Song et al. 2021 (Score-Based Generative Modeling), appendix I.2.
-
-    After each step the known region is put back at the new level, with fresh noise. In the end the
-    known pixels are the picture's own, bit for bit, and the seam lies in the hole.
+class Hole:
+    """A picture with a hole to paint, both checked.
 
     Args:
         image: the picture, opened here; or latents [1 or B, C, h, w].
@@ -71,6 +68,22 @@ class Blend:
         """See `HoldsPicture`."""
         return size_of(self.image)
 
+
+@dataclass(frozen=True, eq=False)
+class Blend(Hole):
+    """Plain replacement: Song et al. 2021 (Score-Based Generative Modeling), appendix I.2.
+
+    After each step the known region is put back at the new level, with fresh noise. In the end the
+    known pixels are the picture's own, bit for bit, and the seam lies in the hole.
+
+    Args:
+        image: see `Hole`.
+        mask: see `Hole`.
+
+    Raises:
+        UserError: see `Hole`.
+    """
+
     def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
         """See `HoldsPicture`. The hole is filled with its surroundings before it is encoded."""
         if isinstance(self.image, Tensor):
@@ -93,15 +106,15 @@ class RePaint(Blend):
     """Lugmayr et al. 2022 (RePaint), algorithm 1: `Blend`, and jumps back up to harmonise.
 
     Args:
-        image: see `Blend`.
-        mask: see `Blend`.
+        image: see `Hole`.
+        mask: see `Hole`.
         jump_length: how many steps a jump goes back up. None: the paper's 10 of 250 steps, scaled
             to the length of the run.
         resamples: how often each stretch is gone through; 1 is `Blend`.
         start: the part of the run, from its end, in which there are jumps: 0..1.
 
     Raises:
-        UserError: see `Blend`; or a number out of range.
+        UserError: see `Hole`; or a number out of range.
     """
 
     jump_length: int | None = None

@@ -19,12 +19,19 @@ def classifier_free(
     scale: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, math.inf),
+    blind: Condition | None = None,
+    image_scale: float = 1.0,
 ) -> Denoiser:
     """Guide a denoiser: x_0 = negative + scale (positive - negative).
 
     Ho & Salimans 2022 (Classifier-Free Diffusion Guidance), eq. 6, with their 1 + w called scale:
     1 is off, and then (as outside the interval) only the positive condition is evaluated. Guiding
     x_0 is guiding eps, v or flow, for all are affine in each other at one level.
+
+    With a picture in the conditions, image_scale (negative - blind) more than image_scale 1 is
+    added: Brooks et al. 2023 (InstructPix2Pix), eq. 3, whose s_T is scale and s_I image_scale. All
+    three go through the network as one batch. (diffusers turns both off where scale <= 1 or
+    image_scale < 1; here each is off at 1 alone.)
 
     Args:
         denoise: the denoiser to guide.
@@ -36,10 +43,13 @@ def classifier_free(
             network's own output; x_0 is where over-exposure shows, whatever the network predicts.)
         interval: guide only where low < sigma / alpha <= high: Kynkäänniemi et al. 2024, eq. 6,
             whose sigma is sigma / alpha on any process.
+        blind: the negative condition without the picture, for B pictures; None where image_scale
+            is 1.
+        image_scale: how closely to keep to the picture.
 
     Raises:
-        UserError: no negative condition though scale is not 1; rescale or interval out of range;
-            conditions of different shapes.
+        UserError: a condition that a scale other than 1 needs is missing; rescale or interval out
+            of range; conditions of different shapes.
     """
     low, high = interval
     if not 0 <= rescale <= 1:
@@ -48,20 +58,25 @@ def classifier_free(
         raise UserError(
             f"a guidance interval runs from a small sigma to a large one, not {interval}."
         )
-    if not math.isfinite(scale):
-        raise UserError(f"guidance scale must be a finite number, not {scale}.")
+    if not math.isfinite(scale) or not math.isfinite(image_scale):
+        raise UserError(f"guidance scales must be finite numbers, not {scale} and {image_scale}.")
     unguided = bind(denoise, positive)
-    if scale == 1:
+    if scale == image_scale == 1:
         return unguided
     if negative is None:
         raise UserError(f"guidance at scale {scale} needs a negative (or empty) condition.")
-    both = together(denoise, [negative, positive])
+    if image_scale != 1 and blind is None:
+        raise UserError(f"guidance at image scale {image_scale} needs a condition without it.")
+    others = [blind] if blind is not None and image_scale != 1 else []
+    every = together(denoise, [negative, positive, *others])
 
     def guided(x: Tensor, level: NoiseLevel) -> Tensor:
         if not low < level.ratio <= high:
             return unguided(x, level)
-        x0_negative, x0_positive = both(x, level)
+        x0_negative, x0_positive, *x0_blind = every(x, level)
         x0 = x0_negative + scale * (x0_positive - x0_negative)
+        if x0_blind:
+            x0 = x0 + (image_scale - 1) * (x0_negative - x0_blind[0])
         return _restore_contrast(x0, x0_positive, rescale) if rescale else x0
 
     return guided

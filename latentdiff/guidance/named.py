@@ -27,6 +27,8 @@ def create(
     scale: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, math.inf),
+    blind: Condition | None = None,
+    image_scale: float = 1.0,
 ) -> Denoiser:
     """Guide a denoiser by the method of this name; a scale of 1 is off for each of them.
 
@@ -40,17 +42,28 @@ def create(
         scale: strength.
         rescale: of "cfg" alone.
         interval: of "cfg" alone.
+        blind: the negative condition without its picture; None where image_scale is 1.
+        image_scale: of "cfg" alone.
 
     Raises:
         UserError: unknown name, or what the method itself refuses.
     """
     check_name("guidance", name, _NAMES)
-    if name == "cfg" or scale == 1:
+    if name == "cfg" or scale == image_scale == 1:
         return classifier_free(
-            denoise, positive, negative, scale=scale, rescale=rescale, interval=interval
+            denoise,
+            positive,
+            negative,
+            scale=scale,
+            rescale=rescale,
+            interval=interval,
+            blind=blind,
+            image_scale=image_scale,
         )
-    if rescale or interval != (0.0, math.inf):
-        raise UserError(f"guidance '{name}' takes no rescale and no interval; 'cfg' does.")
+    if rescale or interval != (0.0, math.inf) or image_scale != 1:
+        raise UserError(
+            f"guidance '{name}' takes no rescale, no interval and no image guidance; 'cfg' does."
+        )
     if negative is None:
         raise UserError(f"guidance at scale {scale} needs a negative (or empty) condition.")
     if name == "apg":

@@ -369,7 +369,7 @@ def test_parts_must_fit() -> None:
     with pytest.raises(UserError, match="width 16, but the text encoder's have 24"):
         Bundle(bundle.vae, bundle.unet, wide, bundle.process, "eps")
     for changes, expected in (
-        ({"in_channels": 9}, "takes 9 and gives 4 channels, but the vae's latents have 4"),
+        ({"in_channels": 7}, "takes 7 and gives 4 channels, but the vae's latents have 4"),
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
         ({"sample_size": None}, "sample_size does not say"),
     ):
