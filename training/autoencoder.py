@@ -27,7 +27,7 @@ from latentdiff.learning.batches import (
     to_range,
 )
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
-from latentdiff.learning.config import RunConfig, Strict, load_config
+from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import adaptive_weight, discriminator_hinge
 from latentdiff.learning.order import MicroBatches, sample_noise
@@ -65,6 +65,7 @@ class LossConfig(Strict):
 
 
 class AutoencoderConfig(RunConfig):
+    data: DataConfig
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
 

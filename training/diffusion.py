@@ -19,12 +19,13 @@ from latentdiff.bundle import Bundle
 from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
+from latentdiff.learning.captions import Captions
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
-from latentdiff.learning.config import RunConfig, Strict, load_config
+from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
 from latentdiff.learning.denoising import Conditioned, draw_times, noised_batch
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import weighted_mse
-from latentdiff.learning.order import MicroBatches, generator, sample_noise, spread_uniform
+from latentdiff.learning.order import MicroBatches, sample_noise, spread_uniform
 from latentdiff.learning.run import Run, adamw, learning_rate
 from latentdiff.models.attention import set_attention
 from latentdiff.models.text import build_text_encoder, train_tokenizer
@@ -33,7 +34,7 @@ from latentdiff.models.vae import VAE, load_vae
 from latentdiff.pictures import grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.prediction import Prediction
-from latentdiff.text import ClipTower, TextTower, Tokens
+from latentdiff.text import ClipTower, TextTower
 
 
 class UNetConfig(Strict):
@@ -65,6 +66,7 @@ class ObjectiveConfig(Strict):
 
 
 class DiffusionConfig(RunConfig):
+    data: DataConfig
     vae: Path
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
@@ -105,9 +107,12 @@ def train(config: DiffusionConfig, dry: bool) -> None:
     shift = float(vae.config.get("shift_factor") or 0.0)
     bundle = build(config, vae, examples)
     process = bundle.process
-    captions = Captions(bundle.text, examples, objective.caption_dropout, config.seed)
+    captions = Captions(
+        bundle.text, [e.captions for e in examples], objective.caption_dropout, config.seed
+    )
 
-    module = Conditioned(bundle.unet, bundle.text, config.text.train)
+    bundle.text.model.requires_grad_(config.text.train)
+    module = Conditioned(bundle.unet, bundle.text)
     trained = [p for p in module.parameters() if p.requires_grad]
     ema = EMA(module, optim.ema_decay)
     optimizer = adamw(iter(trained), optim)
@@ -214,32 +219,6 @@ def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:
         process=processes.create(config.objective.process),
         prediction=config.objective.prediction,
     )
-
-
-class Captions:
-    """Tokens of every caption, made once, and the choice among them: f(seed, step, place)."""
-
-    def __init__(
-        self, tower: TextTower, examples: list[Example], dropout: float, seed: int
-    ) -> None:
-        unique = {"": 0}
-        for example in examples:
-            for caption in example.captions:
-                unique.setdefault(caption, len(unique))
-        self.rows = [[unique[caption] for caption in e.captions] or [0] for e in examples]
-        self.all = tower.tokenize(list(unique))
-        self.dropout = dropout
-        self.seed = seed
-
-    def tokens(self, step: int, places: list[int], samples: list[int]) -> Tokens:
-        """One caption per sample, dropped with probability `dropout`."""
-        rows: list[int] = []
-        for place, sample in zip(places, samples, strict=True):
-            random = generator(self.seed, 4, step, place)
-            dropped = random.random() < self.dropout
-            row = self.rows[sample][random.integers(len(self.rows[sample]))]
-            rows.append(0 if dropped else row)
-        return Tokens(self.all.ids[rows], self.all.mask[rows], [""] * len(rows))
 
 
 def draw_samples(

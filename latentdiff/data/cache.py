@@ -1,8 +1,9 @@
-"""What an encoder makes of pictures, kept on disk.
+"""What an encoder makes of pictures and captions, kept on disk.
 
-A latent is found again by the sha256 of its picture's file, in a folder named by the encoder's
-weights and the transform: whatever changes, nothing stale can be read. A shard is named by the
-sha256 of its own bytes, so damage is seen, and what was in it is encoded again.
+A latent is found again by the sha256 of its picture's file, the states of a caption by that of its
+tokens, in a folder named by the encoder's weights and the transform: whatever changes, nothing
+stale can be read. A shard is named by the sha256 of its own bytes, so damage is seen, and what was
+in it is encoded again.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from tqdm import tqdm
 
 from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
+from latentdiff.text import TextStates, Tokens
 
-SHARD = 1024  # latents in a file, and what an interruption can cost
+SHARD = 1024  # entries in a file, and what an interruption can cost
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,76 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCache:
+    """Tensors under `folder`, by key, of one `maker`: a text that says all else they depend on."""
+
+    folder: Path
+    maker: str
+
+    def fetch(
+        self,
+        keys: Sequence[str],
+        make: Callable[[list[int]], Iterable[Tensor]],
+        *,
+        batch_size: int = 64,
+        what: str = "encoding",
+        progress: bool = True,
+    ) -> list[Tensor]:
+        """One tensor for each key, on the CPU, from disk where it is there.
+
+        Args:
+            make: places in `keys`, at most `batch_size`, -> a tensor for each.
+
+        Raises:
+            UserError: the cache cannot be written.
+        """
+        known = self._read()
+        places = {key: place for place, key in reversed(list(enumerate(keys)))}
+        missing = [key for key in dict.fromkeys(keys) if key not in known]
+        bar = tqdm(total=len(missing), desc=what, disable=not (progress and missing), leave=False)
+        with bar, torch.no_grad():
+            for start in range(0, len(missing), SHARD):
+                shard: dict[str, Tensor] = {}
+                part = missing[start : start + SHARD]
+                for batch in (part[i : i + batch_size] for i in range(0, len(part), batch_size)):
+                    made = [_own(one) for one in make([places[key] for key in batch])]
+                    shard.update(zip(batch, made, strict=True))
+                    bar.update(len(batch))
+                self._write(shard)
+                known.update(shard)
+        return [known[key] for key in keys]
+
+    @property
+    def _shards(self) -> Path:
+        return self.folder / hashlib.sha256(self.maker.encode()).hexdigest()[:32]
+
+    def _read(self) -> dict[str, Tensor]:
+        known: dict[str, Tensor] = {}
+        for path in sorted(self._shards.glob("*.safetensors")):
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:  # somebody empties the cache just now
+                continue
+            if hashlib.sha256(data).hexdigest() == path.stem:
+                known.update(load(data))
+            else:
+                _log.warning("%s is damaged: what it held is encoded again", path)
+                path.unlink(missing_ok=True)
+        return known
+
+    def _write(self, shard: dict[str, Tensor]) -> None:
+        data = save(shard)
+        target = self._shards / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        try:
+            try:
+                _put(data, target)
+            except FileNotFoundError:  # the folder was deleted in between
+                _put(data, target)
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,62 +138,67 @@ class LatentCache:
         Raises:
             UserError: a picture cannot be read, or the cache cannot be written.
         """
-        keys = [_picture_hash(example.path) for example in examples]
-        known = self._read()
-        missing = [key for key in dict.fromkeys(keys) if key not in known]
-        by_key = dict(zip(keys, examples, strict=True))
-        bar = tqdm(total=len(missing), desc="latents", disable=not (progress and missing))
-        with bar, torch.no_grad():
-            for start in range(0, len(missing), SHARD):
-                shard: dict[str, Tensor] = {}
-                part = missing[start : start + SHARD]
-                for batch in (part[i : i + batch_size] for i in range(0, len(part), batch_size)):
-                    pictures = torch.stack([load_picture(by_key[key]) for key in batch])
-                    encoded = encode(pictures).cpu()
-                    shard.update(
-                        zip(
-                            batch,
-                            (one.clone(memory_format=torch.contiguous_format) for one in encoded),
-                            strict=True,
-                        )
-                    )
-                    bar.update(len(batch))
-                self._write(shard)
-                known.update(shard)
-        return torch.stack([known[key] for key in keys])
+        cache = TensorCache(self.folder, f"{self.weights}\n{self.transform}")
+        return torch.stack(
+            cache.fetch(
+                [_picture_hash(example.path) for example in examples],
+                lambda places: encode(torch.stack([load_picture(examples[i]) for i in places])),
+                batch_size=batch_size,
+                what="latents",
+                progress=progress,
+            )
+        )
 
-    @property
-    def _shards(self) -> Path:
-        identity = f"{self.weights}\n{self.transform}".encode()
-        return self.folder / hashlib.sha256(identity).hexdigest()[:32]
 
-    def _read(self) -> dict[str, Tensor]:
-        known: dict[str, Tensor] = {}
-        for path in sorted(self._shards.glob("*.safetensors")):
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == path.stem:
-                known.update(load(data))
-            else:
-                _log.warning("%s is damaged: its latents are encoded again", path)
-                path.unlink()
-        return known
+@dataclass(frozen=True, slots=True)
+class TextCache:
+    """States of captions under `folder`, of the text tower whose `weights_hash` is `weights`."""
 
-    def _write(self, shard: dict[str, Tensor]) -> None:
-        data = save(shard)
-        target = self._shards / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        staged = target.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with staged.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(target)
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                staged.unlink()
+    folder: Path
+    weights: str
+
+    def states(
+        self, tokens: Tokens, encode: Callable[[Tokens], TextStates], *, progress: bool = True
+    ) -> list[Tensor]:
+        """What the denoiser may see of each caption: [L, D] on the CPU; L can differ where a tower
+        masks its padding.
+
+        Raises:
+            UserError: the cache cannot be written.
+        """
+        keys = [
+            hashlib.sha256(ids[kept].numpy().tobytes()).hexdigest()
+            for ids, kept in zip(tokens.ids, tokens.mask, strict=True)
+        ]
+
+        def make(places: list[int]) -> list[Tensor]:
+            cut = [tokens.cut[place] for place in places]
+            found = encode(Tokens(tokens.ids[places], tokens.mask[places], cut))
+            if found.mask is None:
+                return list(found.states)
+            return [row[seen] for row, seen in zip(found.states, found.mask, strict=True)]
+
+        cache = TensorCache(self.folder, f"{self.weights}\ntext states")
+        return cache.fetch(keys, make, what="captions", progress=progress)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that shares no memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _put(data: bytes, target: Path) -> None:
+    staged = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink()
 
 
 def _picture_hash(path: Path) -> str:

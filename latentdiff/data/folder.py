@@ -46,8 +46,22 @@ def read_folder(
             `{"style": ("noto",), "split": ("train",)}`.
 
     Raises:
-        UserError: no folder, no pictures, missing or repeated files, a picture without caption,
-            malformed metadata, or a `where` that keeps nothing.
+        UserError: as `list_folder`, or a picture is missing or has no caption.
+    """
+    examples = list_folder(root, where=where)
+    _refuse_where(examples, lambda example: not example.path.is_file(), "are missing", root)
+    _refuse_where(examples, lambda example: not example.captions, "have no caption", root)
+    return examples
+
+
+def list_folder(
+    root: str | Path, *, where: Mapping[str, tuple[str, ...]] | None = None
+) -> list[Example]:
+    """The same without a look at the single pictures: some may be missing or lack a caption.
+
+    Raises:
+        UserError: no folder, no pictures, repeated files, files outside the folder, malformed
+            metadata, or a `where` that keeps nothing.
     """
     root = Path(root)
     if not root.is_dir():
@@ -65,13 +79,12 @@ def read_folder(
     rows = _filter(rows, where or {}, root)
     examples = [_example(root, row) for row in rows]
     inside = os.path.realpath(root)
-    complaints: dict[str, Callable[[Example], bool]] = {
-        "lie outside the folder": lambda example: not _is_inside(example.path, inside),
-        "are missing": lambda example: not example.path.is_file(),
-        "have no caption": lambda example: not example.captions,
-    }
-    for complaint, applies in complaints.items():
-        _refuse([str(e.fields["file_name"]) for e in examples if applies(e)], complaint, root)
+    _refuse_where(
+        examples,
+        lambda example: not _is_inside(example.path, inside),
+        "lie outside the folder",
+        root,
+    )
     return examples
 
 
@@ -197,6 +210,16 @@ def _refuse(names: Sequence[str], complaint: str, root: Path) -> None:
     if names:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         raise UserError(f"{len(names)} pictures of {root} {complaint}: {shown}")
+
+
+def _refuse_where(
+    examples: Sequence[Example],
+    applies: Callable[[Example], bool],
+    complaint: str,
+    root: str | Path,
+) -> None:
+    names = [str(example.fields["file_name"]) for example in examples if applies(example)]
+    _refuse(names, complaint, Path(root))
 
 
 def _as_text(value: object) -> str:

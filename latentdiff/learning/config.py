@@ -47,7 +47,6 @@ class RunConfig(Strict):
     out: Path
     seed: int = Field(default=0, ge=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
-    data: DataConfig
     optim: OptimConfig = OptimConfig()
     evaluate_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 500
@@ -64,6 +63,15 @@ def load_config(kind: type[Config], path: Path, overrides: list[str]) -> Config:
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
     """
+    return validate(kind, override(read_yaml(path), overrides), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """The `key: value` lines of a YAML file.
+
+    Raises:
+        UserError: it is missing or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -72,23 +80,53 @@ def load_config(kind: type[Config], path: Path, overrides: list[str]) -> Config:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines")
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    return values
+
+
+def override(values: dict[str, object], overrides: list[str]) -> dict[str, object]:
+    """`section.key=value` texts put into nested values.
+
+    Raises:
+        UserError: one of them has no such form.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"an override reads key=value, not {override!r}")
-        *sections, last = key.split(".")
-        at = values
-        for section in sections:
-            at = at.setdefault(section, {})
-            if not isinstance(at, dict):
-                raise UserError(f"{key}: {section!r} is a value, not a section")
-        at[last] = yaml.safe_load(text)
+            raise UserError(f"an override reads key=value, not {text!r}")
+        try:
+            values = put(values, key, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {' '.join(str(error).split())}") from None
+    return values
+
+
+def put(values: dict[str, object], key: str, value: object) -> dict[str, object]:
+    """A copy of nested values in which `section.key` has this value.
+
+    Raises:
+        UserError: a section is a value.
+    """
+    section, dot, rest = key.partition(".")
+    if not dot:
+        return {**values, key: value}
+    inside = values.get(section, {})
+    if not isinstance(inside, dict):
+        raise UserError(f"{key}: {section!r} is a value, not a section")
+    return {**values, section: put(inside, rest, value)}
+
+
+def validate(kind: type[Config], values: dict[str, object], source: str) -> Config:
+    """Values as a configuration; `source` names where they are from.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value does not fit.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {where}: {first['msg']}") from None
+        raise UserError(f"{source}: {where}: {first['msg']}") from None
 
 
 def dump_config(config: BaseModel) -> str:

@@ -3,33 +3,45 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from latentdiff.learning.losses import min_snr_weight
+from latentdiff.learning.order import generator
 from latentdiff.prediction import Prediction, target
 from latentdiff.process import DiscreteVP, Process
-from latentdiff.text import TextTower, Tokens
+from latentdiff.text import TextStates, TextTower, Tokens
 
 
 class Conditioned(nn.Module):
     """U-Net and text tower as one module, so that Accelerate wraps, clips and averages both."""
 
-    def __init__(self, unet: UNet2DConditionModel, tower: TextTower, train_text: bool) -> None:
+    def __init__(self, unet: UNet2DConditionModel, tower: TextTower) -> None:
         super().__init__()
         self.unet = unet
         self.text = tower.model
-        self.train_text = train_text
-        self.text.requires_grad_(train_text)
         self._tower = (tower,)  # in a tuple, so that its network is registered once
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tokens) -> Tensor:
-        """The network's output [B, C, h, w] for scaled x_t [B, C, h, w] at times [B]."""
-        with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            text = self._tower[0].states(tokens)
+    def forward(self, x: Tensor, t: Tensor, words: Tokens | TextStates) -> Tensor:
+        """The network's output [B, C, h, w] for scaled x_t [B, C, h, w] at times [B].
+
+        Tokens go through the tower, for it to be trained; its states, made before, do not.
+        """
+        text = self._tower[0].states(words) if isinstance(words, Tokens) else words
         mask = None if text.mask is None else text.mask.to(x.device)
-        return self.unet(x, t, text.states, encoder_attention_mask=mask).sample
+        return self.unet(x, t, text.states.to(x.device), encoder_attention_mask=mask).sample
+
+
+def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tensor:
+    """Standard normal [B, C, 1, 1], a constant over each picture's channel: f(seed, step, place).
+
+    Some of it added to the noise lets a model learn to change the brightness of whole pictures
+    (Guttenberg 2023, "Diffusion with offset noise").
+    """
+    rows = [generator(seed, 8, step, place).standard_normal(channels) for place in places]
+    return torch.from_numpy(np.stack(rows)).float()[:, :, None, None]
 
 
 def draw_times(

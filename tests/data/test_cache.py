@@ -1,6 +1,7 @@
 """Cached latents: read again when they are right, made again when they are not."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.data import cache
-from latentdiff.data.cache import LatentCache, weights_hash
+from latentdiff.data.cache import LatentCache, TextCache, weights_hash
 from latentdiff.data.folder import Example, load_picture
 from latentdiff.errors import UserError
+from latentdiff.text import TextStates, Tokens
 
 
 class Encoder:
@@ -114,6 +116,74 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, examples: list[Exa
     examples[0].path.unlink()
     with pytest.raises(UserError, match=r"cannot open picture .*0\.png"):
         get(LatentCache(tmp_path / "cache", "w", "t"), examples, Encoder())
+
+
+def test_adding_one_picture_to_2000_encodes_one(tmp_path: Path) -> None:
+    """And the captions likewise, for a tower that masks its padding and one that does not."""
+    pixels = torch.arange(2001)[:, None] // torch.tensor([1, 45]) % 45 * 5
+    for number in range(2001):
+        colour = (int(pixels[number, 0]), int(pixels[number, 1]), number // 2000)
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{number}.png", compress_level=0)
+    examples = [Example(tmp_path / f"{number}.png", ("x",), {}) for number in range(2001)]
+    store, encoder = LatentCache(tmp_path / "cache", "w", "4 px"), Encoder()
+
+    def get_all(count: int) -> Tensor:
+        return store.latents(
+            examples[:count], lambda one: load_picture(one, 4), encoder, progress=False
+        )
+
+    before = get_all(2000)
+    assert encoder.seen == 2000
+    after = get_all(2001)
+    assert encoder.seen == 2001
+    assert torch.equal(after[:2000], before)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_states_of_captions_are_made_once_and_without_masked_padding(
+    tmp_path: Path, masked: bool
+) -> None:
+    ids = torch.arange(30).reshape(10, 3)
+    mask = torch.ones(10, 3, dtype=torch.bool)
+    mask[::2, 2] = False
+    seen: list[int] = []
+
+    def encode(tokens: Tokens) -> TextStates:
+        seen.extend(tokens.ids[:, 0].tolist())
+        states = tokens.ids[..., None].float() * torch.tensor([1.0, -1.0])
+        return TextStates(states, tokens.mask if masked else None, tokens.cut)
+
+    def get_some(count: int, weights: str = "w") -> list[Tensor]:
+        tokens = Tokens(ids[:count], mask[:count], [""] * count)
+        return TextCache(tmp_path, weights).states(tokens, encode, progress=False)
+
+    get_some(8)
+    states = get_some(10)
+    assert sorted(seen) == ids[:, 0].tolist()
+    assert [len(one) for one in states] == ([2, 3] * 5 if masked else [3] * 10)
+    for one, row in zip(states, ids, strict=True):
+        assert torch.equal(one[:, 0], row[: len(one)].float())
+    get_some(1, "other weights")
+    assert len(seen) == 11
+
+
+def test_a_cache_that_is_deleted_meanwhile_costs_nothing_but_time(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SHARD", 2)
+    store, encoder = LatentCache(tmp_path / "cache", "w", "8 px"), Encoder()
+    whole = get(store, examples, encoder)
+
+    def deleting(pictures: Tensor) -> Tensor:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        return encoder(pictures)
+
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.write_bytes(b"")
+    again = store.latents(
+        examples, lambda one: load_picture(one, 8), deleting, batch_size=2, progress=False
+    )
+    assert torch.equal(again, whole)
 
 
 def test_the_hash_of_weights_sees_every_bit_name_type_and_shape() -> None:

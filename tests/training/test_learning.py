@@ -18,7 +18,7 @@ from latentdiff.learning.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from latentdiff.learning.config import OptimConfig, RunConfig, load_config
+from latentdiff.learning.config import DataConfig, OptimConfig, RunConfig, load_config
 from latentdiff.learning.denoising import draw_times, noised_batch
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import adaptive_weight, min_snr_weight, weighted_mse
@@ -207,18 +207,22 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert learning_rate(optim, 109) < 1e-3
 
 
+class Config(RunConfig):
+    data: DataConfig
+
+
 def test_a_config_takes_overrides_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("out: a\ndata: {root: b}\noptim: {lr: 1e-4}\n")
-    config = load_config(RunConfig, path, ["optim.steps=7", "seed=3", "data.where.style=[noto]"])
+    config = load_config(Config, path, ["optim.steps=7", "seed=3", "data.where.style=[noto]"])
     assert config.optim.lr == 1e-4  # a string to PyYAML
     assert (config.optim.steps, config.seed) == (7, 3)
     assert config.data.where == {"style": ["noto"]}
     for override in ("optim.speed=1", "optim.steps=0", "seed", "seed.a=1", "optim.lr=fast"):
         with pytest.raises(UserError, match=override.partition("=")[0].split(".")[-1]):
-            load_config(RunConfig, path, [override])
+            load_config(Config, path, [override])
     with pytest.raises(UserError, match="cannot read"):
-        load_config(RunConfig, tmp_path / "none.yaml", [])
+        load_config(Config, tmp_path / "none.yaml", [])
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,75 @@
+"""Which caption a sample is trained with, and what the text tower makes of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from latentdiff.data.cache import TextCache, weights_hash
+from latentdiff.learning.order import generator
+from latentdiff.text import TextStates, TextTower, Tokens
+
+
+class Captions:
+    """Tokens of every caption, made once, and the choice among them: f(seed, step, place).
+
+    Args:
+        captions: of each sample.
+        dropout: probability of the empty caption instead, for classifier-free guidance (Ho &
+            Salimans 2022, algorithm 1).
+    """
+
+    def __init__(
+        self, tower: TextTower, captions: Sequence[Sequence[str]], dropout: float, seed: int
+    ) -> None:
+        unique = {"": 0}
+        for caption in (caption for own in captions for caption in own):
+            unique.setdefault(caption, len(unique))
+        self.rows = [[unique[caption] for caption in own] or [0] for own in captions]
+        self.all = tower.tokenize(list(unique))
+        self.dropout = dropout
+        self.seed = seed
+
+    def choose(self, step: int, places: list[int], samples: list[int]) -> list[int]:
+        """A row of `all` per sample; row 0, the empty caption, with probability `dropout`."""
+        rows: list[int] = []
+        for place, sample in zip(places, samples, strict=True):
+            random = generator(self.seed, 4, step, place)
+            dropped = random.random() < self.dropout
+            row = self.rows[sample][random.integers(len(self.rows[sample]))]
+            rows.append(0 if dropped else row)
+        return rows
+
+    def tokens(self, step: int, places: list[int], samples: list[int]) -> Tokens:
+        """The tokens of the chosen captions, for a tower that is trained along."""
+        rows = self.choose(step, places, samples)
+        return Tokens(self.all.ids[rows], self.all.mask[rows], [""] * len(rows))
+
+
+class CaptionStates:
+    """The states of every caption, made once by a tower that stays as it is, kept in a cache.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+
+    def __init__(self, captions: Captions, tower: TextTower, folder: Path) -> None:
+        cache = TextCache(folder, weights_hash(tower.model.state_dict()))
+        self.captions = captions
+        self.states = cache.states(captions.all, tower.states)
+        with torch.no_grad():
+            first = Tokens(captions.all.ids[:1], captions.all.mask[:1], [""])
+            self.masked = tower.states(first).mask is not None
+
+    def of(self, step: int, places: list[int], samples: list[int]) -> TextStates:
+        """The states of the chosen captions [B, L, D], on the CPU."""
+        chosen = [self.states[row] for row in self.captions.choose(step, places, samples)]
+        cut = [""] * len(chosen)
+        states = pad_sequence(chosen, batch_first=True)
+        if not self.masked:
+            return TextStates(states, None, cut)
+        lengths = torch.tensor([len(one) for one in chosen])
+        mask: Tensor = torch.arange(states.shape[1]) < lengths[:, None]
+        return TextStates(states, mask, cut)
