@@ -14,10 +14,13 @@ from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from latentdiff.editing import ILVR, Blend, Inpaint, Instruct, RePaint, SDEdit
+    from latentdiff.guides import PAG, SEG
     from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
 
 __all__ = [
     "ILVR",
+    "PAG",
+    "SEG",
     "Blend",
     "Inpaint",
     "Instruct",
@@ -34,6 +37,7 @@ _ON_DEMAND = {
     **dict.fromkeys(
         ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"), "latentdiff.editing"
     ),
+    **dict.fromkeys(("PAG", "SEG"), "latentdiff.guides"),
     "LatentDiffusionPipeline": "latentdiff.pipeline",
     "PipelineOutput": "latentdiff.pipeline",
 }

@@ -25,6 +25,9 @@ from latentdiff.denoiser import Condition, conditioned_denoiser
 from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free, named
+from latentdiff.guidance.named import Method
+from latentdiff.guidance.perturbed import mark
+from latentdiff.guides import Guide, SpoilsAttention, resolve, spoil_attention
 from latentdiff.inversion import invert
 from latentdiff.models.attention import Attention
 from latentdiff.noise import NoiseStreams
@@ -97,7 +100,7 @@ class LatentDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
-        guidance: str = "cfg",
+        guidance: str | Method = "cfg",
         guidance_scale: float = 4.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
@@ -109,6 +112,7 @@ class LatentDiffusionPipeline:
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         edits: Sequence[Edit] = (),
+        guides: Sequence[Guide | str] = (),
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
         progress: bool = True,
@@ -121,7 +125,8 @@ class LatentDiffusionPipeline:
             height: in pixels, a multiple of the autoencoder's factor; by default the model's own.
             width: likewise.
             num_inference_steps: 1 .. 1000.
-            guidance: "cfg", "apg" or "cfg++": see `latentdiff.guidance.named`.
+            guidance: "cfg", "apg" or "cfg++"; or a method of one's own, as
+                `partial(guidance.projected, momentum=-0.5)`: see `latentdiff.guidance.named`.
             guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1).
             guidance_rescale: see `classifier_free`.
             guidance_interval: see `classifier_free`.
@@ -137,6 +142,8 @@ class LatentDiffusionPipeline:
             edits: constraints on the run: `latentdiff.editing`, or any that `sample` takes. The
                 pictures they hold give the size of the run: height and width are then left out,
                 and sides that are no multiple of the autoencoder's factor are padded and cropped.
+            guides: what steers the run beside its guidance, as `PAG(3.0)` or "pag:3": see
+                `latentdiff.guides`.
             output_type: see `PipelineOutput.images`.
             callback_on_step_end: see `sample`.
             progress: show a bar on standard error.
@@ -171,11 +178,16 @@ class LatentDiffusionPipeline:
         conditions, cut = encode_prompts(
             bundle.text, prompts, negatives if guided else None, per_prompt
         )
+        spoiling = [guide for guide in resolve(guides) if isinstance(guide, SpoilsAttention)]
+        network, calls = _counted(bundle.network([guide.perturbation for guide in spoiling]))
+        denoise = conditioned_denoiser(network, bundle.process, bundle.prediction)
+        if spoiling:
+            denoise = spoil_attention(denoise, spoiling, shape[0])
+            conditions = [mark(each, each is conditions[0]) for each in conditions]
         positive, negative, blind = _seeing(conditions, seen)
-        network, calls = _counted(bundle.network())
         denoise = named.create(
             guidance,
-            conditioned_denoiser(network, bundle.process, bundle.prediction),
+            denoise,
             positive,
             negative,
             timetable,

@@ -80,7 +80,7 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
     drawn = draw(
         model, out, "a red heart", "ein Herz ♥", "-n", "2", "--seed", "7", "--steps", "3",
         "--guidance-scale", "2.5", "--rescale", "0.5", "--negative", "blue", "--solver", "euler-a",
-        "--timetable", "karras",
+        "--timetable", "karras", "--guide", "seg:2", "--guide", "pag:1",
     )
     # fmt: on
     last = record(drawn[3])
@@ -106,6 +106,7 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
         ("--guidance apg", "guidance", "apg"),
         ("--guidance-scale 9", "guidance_scale", 9.0),
         ("--rescale 1", "guidance_rescale", 1.0),
+        ("--guide pag:3", "guides", ["pag:3"]),
         ("--negative blue", "negative_prompt", "blue"),
         ("--solver ddpm", "solver", "ddpm"),
         ("--timetable exponential", "timetable", "exponential"),
@@ -169,6 +170,8 @@ REFUSED = {
     "size off the grid": (["a cat", "--size", "33"], "multiple of"),
     "huge size": (["a cat", "--size", "1000000"], "4096"),
     "infinite guidance": (["a cat", "--guidance-scale", "inf"], "finite"),
+    "unknown guide": (["a cat", "--guide", "pagg:1"], "did you mean 'pag'"),
+    "guide without scale": (["a cat", "--guide", "pag"], "NAME:SCALE"),
     "unknown solver": (["a cat", "--solver", "eulr"], "did you mean 'euler'"),
     "unknown timetable": (["a cat", "--timetable", "zzz"], "karras"),
     "unknown dtype": (["a cat", "--dtype", "int8"], "bfloat16"),

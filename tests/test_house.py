@@ -39,7 +39,7 @@ FLOORS: list[set[str]] = [
     {"sampling"},
     {"text", "models", "oracles", "inversion"},
     {"bundle"},
-    {"data", "prompts", "arguments"},
+    {"data", "prompts", "arguments", "guides"},
     {"pipeline", "learning", "metrics", "likelihood"},
     {"interpolation"},
     {"cli"},

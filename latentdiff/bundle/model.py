@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -25,7 +25,9 @@ from latentdiff.bundle.scheduler import Steps
 from latentdiff.bundle.weights import blaming, fill, read_json
 from latentdiff.denoiser import Condition
 from latentdiff.errors import UserError
+from latentdiff.guidance.perturbed import SPOILT
 from latentdiff.models.attention import Attention, set_attention
+from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
 from latentdiff.prediction import Prediction
 from latentdiff.process import Process
 from latentdiff.registry import check_name
@@ -146,24 +148,37 @@ class Bundle:
         height, width = (side[0], side[-1]) if isinstance(side, list | tuple) else (side, side)
         return height * self.factor, width * self.factor
 
-    def network(self) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    def network(
+        self, perturbations: Sequence[Perturbation] = ()
+    ) -> Callable[[Tensor, Tensor, Condition], Tensor]:
         """The U-Net as `latentdiff.denoiser.conditioned_denoiser` takes it.
 
         The condition holds "states" [B, L, D]; where the tower has one, "mask" [B, L]; and with
         an inpainting or InstructPix2Pix U-Net "beside" [B, extra, h, w], which it sees behind the
         channels of x. Without it, or with too much, `predict` raises a UserError.
+
+        Args:
+            perturbations: of the attention in those rows that `guidance.perturbed.SPOILT` tells.
+
+        Raises:
+            UserError: a perturbation names a layer that is not there.
         """
         dtype, kind, channels = self.dtype, self.kind, self.unet.config["in_channels"]
+        unet = perturbable(self.unet, perturbations) if perturbations else self.unet
 
         def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             if "beside" in condition:
                 x = torch.cat([x, condition["beside"].to(x)], dim=1)
             check_input(kind, channels, x.shape[1])
-            return self.unet(
+            rows = condition.get(SPOILT)
+            size = x.shape[-2], x.shape[-1]
+            spoilt = None if rows is None else Spoilt(rows.to(x.device), size)
+            return unet(
                 x.to(dtype),
                 t,
                 encoder_hidden_states=condition["states"].to(dtype),
                 encoder_attention_mask=condition.get("mask"),
+                cross_attention_kwargs=None if spoilt is None else {"spoilt": spoilt},
                 return_dict=False,
             )[0]
 

@@ -46,6 +46,10 @@ def generate(
     rescale: Annotated[
         float, typer.Option(min=0, max=1, help="How much of guidance's contrast to take back.")
     ] = 0.0,
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:SCALE", help="Beside it: pag:3 or seg:3; may be repeated."),
+    ] = None,
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
     ] = None,
@@ -100,6 +104,7 @@ def generate(
         "guidance": guidance,
         "guidance_scale": guidance_scale,
         "guidance_rescale": rescale,
+        "guides": guide or [],
         "solver": solver,
         "timetable": pipe.bundle.steps.spacing if timetable is None else timetable,
         "height": height or size or own_height,
@@ -124,6 +129,7 @@ class _Settings(TypedDict):
     guidance: str
     guidance_scale: float
     guidance_rescale: float
+    guides: list[str]
     solver: str
     timetable: str
     height: int

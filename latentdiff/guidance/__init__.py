@@ -11,6 +11,7 @@ from latentdiff.guidance.further import (
     thresholded,
     weighted,
 )
+from latentdiff.guidance.perturbed import perturbed
 
 __all__ = [
     "cfg_plus_plus",
@@ -18,6 +19,7 @@ __all__ = [
     "from_classifier",
     "from_weaker",
     "named",
+    "perturbed",
     "projected",
     "thresholded",
     "together",

@@ -1,6 +1,7 @@
 """Guidance by name, for those that one scale is enough to tell."""
 
 import math
+from typing import Protocol
 
 from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser
 from latentdiff.errors import UserError
@@ -12,13 +13,30 @@ from latentdiff.timetable import Timetable
 _NAMES = ("cfg", "apg", "cfg++")
 
 
+class Method(Protocol):
+    """A guidance of one's own: what `classifier_free` and `projected` are, too.
+
+    With `functools.partial` their other arguments are set: `partial(projected, momentum=-0.5)`.
+    """
+
+    def __call__(
+        self,
+        denoise: ConditionedDenoiser,
+        positive: Condition,
+        negative: Condition,
+        /,
+        *,
+        scale: float,
+    ) -> Denoiser: ...
+
+
 def names() -> list[str]:
     """Every name that `create` knows."""
     return list(_NAMES)
 
 
 def create(
-    name: str,
+    name: str | Method,
     denoise: ConditionedDenoiser,
     positive: Condition,
     negative: Condition | None,
@@ -34,7 +52,7 @@ def create(
 
     Args:
         name: "cfg", `classifier_free`; "apg", `projected`; or "cfg++", `cfg_plus_plus`, whose
-            strength is the scale, below 1.
+            strength is the scale, below 1; or a method.
         denoise: the denoiser to guide.
         positive: what the pictures shall show, for B pictures.
         negative: what they shall not, or the empty condition; None where the scale is 1.
@@ -48,7 +66,8 @@ def create(
     Raises:
         UserError: unknown name, or what the method itself refuses.
     """
-    check_name("guidance", name, _NAMES)
+    if isinstance(name, str):
+        check_name("guidance", name, _NAMES)
     if name == "cfg" or scale == image_scale == 1:
         return classifier_free(
             denoise,
@@ -62,10 +81,13 @@ def create(
         )
     if rescale or interval != (0.0, math.inf) or image_scale != 1:
         raise UserError(
-            f"guidance '{name}' takes no rescale, no interval and no image guidance; 'cfg' does."
+            f"guidance '{name!s:.40}' takes no rescale, no interval and no image guidance; "
+            "'cfg' does."
         )
     if negative is None:
         raise UserError(f"guidance at scale {scale} needs a negative (or empty) condition.")
+    if not isinstance(name, str):
+        return name(denoise, positive, negative, scale=scale)
     if name == "apg":
         return projected(denoise, positive, negative, scale=scale)
     return cfg_plus_plus(denoise, positive, negative, timetable, strength=scale)

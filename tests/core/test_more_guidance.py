@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor
 
 from latentdiff import guidance, process, sampling, solvers, timetable
@@ -66,6 +67,32 @@ def test_projection(denoise: Denoise) -> None:
     denoise.batches.clear()
     assert torch.equal(guidance.projected(denoise, CAT, DOG, scale=1.0)(X, LEVEL), x0(0.7))
     assert denoise.batches == [3]
+
+
+def test_momentum_is_diffusers_and_starts_anew_after_a_jump(denoise: Denoise) -> None:
+    levels = timetable.create("trailing", process.create("vp-scaled-linear"), 6)
+    shared = {"scale": 5.0, "parallel": 0.3, "largest": 4.0}
+    ours = guidance.projected(denoise, CAT, DOG, momentum=-0.6, **shared)
+    for _ in range(2):  # the second round begins with a jump back to the noise
+        buffer = MomentumBuffer(-0.6)
+        for level in levels[:-1]:
+            x = X * (1 + level.sigma)
+            expected = normalized_guidance(
+                x0(0.7, x),
+                x0(-0.3, x),
+                4.0,  # in this formulation, the paper's, 0 is off
+                buffer,
+                eta=0.3,
+                norm_threshold=4.0,
+                use_original_formulation=True,
+            )
+            for _ in range(2):  # a corrector asks twice
+                torch.testing.assert_close(ours(x, level), expected, atol=1e-9, rtol=1e-9)
+    without = guidance.projected(denoise, CAT, DOG, **shared)
+    assert (ours(X, levels[-1]) - without(X, levels[-1])).abs().max() > 1e-3
+    assert torch.equal(ours(X, levels[0]), without(X, levels[0]))
+    with pytest.raises(UserError, match="between -1 and 1"):
+        guidance.projected(denoise, CAT, DOG, scale=2.0, momentum=1.0)
 
 
 @pytest.mark.parametrize("kind", ["flow", "vp-linear-zsnr", "ve"])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.pag.pipeline_pag_sd import StableDiffusionPAGPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -13,7 +14,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from tiny import tiny_bundle
 from torch import Tensor
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import PAG, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 from latentdiff.prediction import Prediction
 
@@ -144,3 +145,35 @@ def test_a_latent_mean_is_folded_into_what_diffusers_reads(tmp_path: Path) -> No
     again = Bundle.load(tmp_path / "model")
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert (again.encode(pictures) - bundle.encode(pictures)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["off", "negative"])
+@pytest.mark.parametrize(
+    ("layers", "their_layers"),
+    [(("mid_block",), "mid"), (("down_blocks.0", "up_blocks.1.attentions.1"), None)],
+)
+def test_pag_draws_what_diffusers_draws(
+    kind: str, layers: tuple[str, ...], their_layers: str | None, tmp_path: Path
+) -> None:
+    plain = theirs_of(tiny_bundle(prediction="eps"), scheduler_of("ddim", "eps", "leading"))
+    plain.save_pretrained(tmp_path)
+    bundle = Bundle.load(tmp_path)
+    theirs: Any = StableDiffusionPAGPipeline(
+        **plain.components, pag_applied_layers=their_layers or list(layers)
+    )
+    theirs.set_progress_bar_config(disable=True)
+    arguments = GUIDANCES[kind] | {"num_inference_steps": STEPS, "output_type": "np"}
+    expected = theirs(PROMPTS, latents=noise(), pag_scale=3.0, **arguments).images
+    got = LatentDiffusionPipeline(bundle)(
+        PROMPTS,
+        latents=noise(),
+        solver="ddim",
+        guides=[PAG(3.0, layers=layers)],
+        progress=False,
+        **arguments,
+    ).images
+    assert difference(got, expected) <= TOLERANCE
+    without = LatentDiffusionPipeline(bundle)(
+        PROMPTS, latents=noise(), solver="ddim", progress=False, **arguments
+    ).images
+    assert difference(got, without) > 10 * TOLERANCE
