@@ -7,6 +7,7 @@ adaptive weight (Esser et al. 2021, eq. 6-7; Rombach et al. 2022, appendix G). E
 latents and writing `OUT/vae` in the diffusers layout. Run the same command again to resume.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,8 +22,8 @@ from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import (
     PictureSet,
-    loader,
     sample_order,
+    shares_of_pictures,
     split_examples,
     to_range,
 )
@@ -30,7 +31,7 @@ from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
 from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import adaptive_weight, discriminator_hinge
-from latentdiff.learning.order import MicroBatches, sample_noise
+from latentdiff.learning.order import Key, Shares, sample_noise
 from latentdiff.learning.run import Run, adamw, learning_rate
 from latentdiff.metrics.psnr import psnr
 from latentdiff.models.discriminator import PatchDiscriminator
@@ -70,8 +71,8 @@ class AutoencoderConfig(RunConfig):
     loss: LossConfig = LossConfig()
 
 
-class Terms:
-    """The generator's loss and its terms, computed in one place."""
+class Losses:
+    """The terms of the autoencoder's loss but for the adversarial one."""
 
     def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
         self.weights = config.loss
@@ -82,20 +83,13 @@ class Terms:
         """Whether the discriminator takes part at this step."""
         return self.weights.adversarial > 0.0 and step >= self.start
 
-    def __call__(
-        self, real: Tensor, fake: Tensor, regulariser: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Everything but the adversarial term: the sum with its graph, and each term's value."""
+    def __call__(self, real: Tensor, fake: Tensor, regulariser: Tensor) -> dict[str, Tensor]:
+        """Scalars: each term, and "loss", their weighted sum, with its graph."""
         l1 = F.l1_loss(fake, real)
         perceptual = self.distance(fake, real).mean()
         weights = self.weights
-        rec = weights.l1 * l1 + weights.perceptual * perceptual
-        loss = rec + weights.regulariser * regulariser
-        return loss, {
-            "l1": l1.item(),
-            "perceptual": perceptual.item(),
-            "regulariser": regulariser.item(),
-        }
+        loss = weights.l1 * l1 + weights.perceptual * perceptual + weights.regulariser * regulariser
+        return {"loss": loss, "l1": l1, "perceptual": perceptual, "regulariser": regulariser}
 
 
 def main(
@@ -116,12 +110,17 @@ def main(
 
 
 def train(config: AutoencoderConfig, dry: bool) -> None:
-    """Parse -> build -> prepare -> loop -> save."""
-    run = Run(config, dry)
+    """One run in the folder `config.out`."""
+    with Run(config, dry) as run:
+        fit(config, run)
+
+
+def fit(config: AutoencoderConfig, run: Run) -> None:
+    """Build -> prepare -> loop -> save."""
     optim = config.optim
     examples, held_out = split_examples(config.data)
     run.say(f"{len(examples)} pictures for training, {len(held_out)} held out")
-    if dry:
+    if run.dry:
         check_all(examples, config.data.size, run)
 
     torch.manual_seed(config.seed)  # the initial weights
@@ -135,7 +134,7 @@ def train(config: AutoencoderConfig, dry: bool) -> None:
         config.model.codes,
     )
     critic = PatchDiscriminator()
-    terms = Terms(config, run.device)
+    losses = Losses(config, run.device)
 
     module = Autoencoding(vae)
     ema = EMA(vae, optim.ema_decay)
@@ -155,6 +154,7 @@ def train(config: AutoencoderConfig, dry: bool) -> None:
     )
     ema.to(run.device)
     parameters = list(module.parameters())
+    critic_parameters = list(critic.parameters())
 
     def save(step: int) -> None:
         run.save(
@@ -169,65 +169,65 @@ def train(config: AutoencoderConfig, dry: bool) -> None:
             {"ema_updates": ema.updates},
         )
 
-    stop = min(start + 1, optim.steps) if dry else optim.steps
-    order = sample_order(examples, config.data, config.seed)
-    batches = MicroBatches(
-        order,
+    stop = min(start + 1, optim.steps) if run.dry else optim.steps
+    shares = Shares(
+        sample_order(examples, config.data, config.seed),
         range(start, stop),
         optim.batch_size,
-        optim.accumulation,
         run.accelerator.process_index,
         run.accelerator.num_processes,
     )
     latent_size = config.data.size // 2 ** (len(config.model.channels) - 1)
     shape = (config.model.latent_channels, latent_size, latent_size)
     last_layer = vae.decoder.conv_out.weight
-    values: dict[str, float] = {}
 
+    def terms(items: Sequence[tuple[Tensor, Key]]) -> dict[str, Tensor]:
+        """The loss of both networks on a micro-batch; the adaptive weight is that micro-batch's."""
+        step = items[0][1][0]
+        real = to_range(torch.stack([picture for picture, _ in items])).to(run.device)
+        noise = sample_noise(config.seed, step, [place for _, (_, place, _) in items], shape)[0]
+        fake, regulariser = module(real, noise.to(run.device))
+        fake = fake.float()
+        values = losses(real, fake, regulariser)
+        if losses.adversarial_on(step):
+            critic.requires_grad_(False)
+            adversarial = -critic(fake).mean()
+            critic.requires_grad_(True)
+            weight = adaptive_weight(values["loss"], adversarial, last_layer)
+            critic_loss = discriminator_hinge(critic(real), critic(fake.detach()))
+            values["loss"] = values["loss"] + config.loss.adversarial * weight * adversarial
+            # no parameter is in both sums, so each network gets its own gradient of the total
+            values["loss"] = values["loss"] + critic_loss
+            values |= {"adversarial": adversarial, "weight": weight, "critic": critic_loss}
+        return values
+
+    pictures = PictureSet(examples, config.data.size)
     with run.signals(), run.bar(start, stop) as bar:
-        for pictures, keys in loader(PictureSet(examples, config.data.size), batches):
-            step = keys[0][0]
-            real = to_range(pictures).to(run.device)
-            noise = sample_noise(config.seed, step, [place for _, place, _ in keys], shape)[0]
-
-            with run.accelerator.accumulate(module, critic):
-                fake, regulariser = module(real, noise.to(run.device))
-                fake = fake.float()
-                loss, values = terms(real, fake, regulariser)
-                if terms.adversarial_on(step):
-                    critic.requires_grad_(False)
-                    adversarial = -critic(fake).mean()
-                    critic.requires_grad_(True)
-                    weight = adaptive_weight(loss, adversarial, last_layer)
-                    loss = loss + config.loss.adversarial * weight * adversarial
-                    values |= {"adversarial": adversarial.item(), "weight": weight.item()}
-                run.accelerator.backward(loss)
-                if terms.adversarial_on(step):
-                    critic_loss = discriminator_hinge(critic(real), critic(fake.detach()))
-                    run.accelerator.backward(critic_loss)
-                    values["critic"] = critic_loss.item()
-                if not run.accelerator.sync_gradients:
-                    continue
-                rate = learning_rate(optim, step)
-                if run.optimize(optimizer, parameters, rate):
-                    ema.update(vae)
-                if terms.adversarial_on(step):
-                    run.optimize(critic_optimizer, list(critic.parameters()), rate)
+        for items in shares_of_pictures(pictures, shares, config.data.workers):
+            step = items[0][1][0]
+            rate = learning_rate(optim, step)
+            both = [*parameters, *critic_parameters]
+            values = run.gradients([module, critic], both, items, terms)
+            parts = [(optimizer, parameters), (critic_optimizer, critic_parameters)]
+            if run.optimize(rate, *parts[: 1 + losses.adversarial_on(step)]):
+                ema.update(vae)
 
             bar.update()
             done = step + 1
-            if done % 20 == 0 or done == stop:
-                run.record(done, {"loss": loss.item(), "lr": rate, **values})
-                bar.set_postfix({"l1": f"{values['l1']:.4f}", "bad": run.bad_steps})
+            if done % config.log_every == 0 or done == stop:
+                means = {name: value.item() for name, value in values.items()}
+                run.record(done, {**means, "lr": rate})
+                bar.set_postfix({"l1": f"{means['l1']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
                 with ema.applied(vae):
                     evaluate(run, vae, held_out, config.data.size, done)
-            if done % config.checkpoint_every == 0 or done == stop or run.signal:
+            stopping = run.stopping
+            if done % config.checkpoint_every == 0 or done == stop or stopping:
                 save(done)
-            if run.signal:
-                raise SystemExit(128 + run.signal)
+            if stopping:
+                raise SystemExit(128 + stopping)
 
-    if dry:
+    if run.dry:
         run.say("dry run: data, one step and one save are fine")
         return
     with ema.applied(vae):
@@ -238,7 +238,7 @@ def check_all(examples: list[Example], size: int, run: Run) -> None:
     """Decode every picture once, so that a broken one is named before the run starts."""
     pictures = PictureSet(examples, size)
     for number in range(len(examples)):
-        pictures[(0, 0, number)]
+        pictures.load(number)
     run.say(f"all {len(examples)} pictures can be read")
 
 
@@ -252,7 +252,7 @@ def evaluate(run: Run, vae: VAE, held_out: list[Example], size: int, step: int) 
     shown: list[Tensor] = []
     for first in range(0, len(held_out), 32):
         numbers = range(first, min(first + 32, len(held_out)))
-        real = to_range(torch.stack([pictures[(0, 0, n)][0] for n in numbers])).to(run.device)
+        real = to_range(torch.stack([pictures.load(n) for n in numbers])).to(run.device)
         mean = encode_moments(vae, real).chunk(2, 1)[0]
         fake = vae.decode(mean).sample.float().clamp(-1, 1)  # pyright: ignore
         scores += psnr(real, fake).tolist()
@@ -295,7 +295,7 @@ def latent_statistics(
     parts: list[Tensor] = []
     for start in tqdm(range(0, len(chosen), 64), desc="latents", disable=not run.main):
         numbers = range(start, min(start + 64, len(chosen)))
-        real = to_range(torch.stack([pictures[(0, 0, n)][0] for n in numbers])).to(run.device)
+        real = to_range(torch.stack([pictures.load(n) for n in numbers])).to(run.device)
         with run.accelerator.autocast():
             parts.append(encode_moments(vae, real))
     mean, std = torch.cat(parts).double().chunk(2, 1)

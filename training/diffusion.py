@@ -7,12 +7,14 @@ given, a small CLIP text tower of its own along with it (as Rombach et al. 2022,
 theirs). Ends by writing `OUT/model` in the diffusers layout. Run the same command again to resume.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
 
 from latentdiff import process as processes
 from latentdiff.bundle import Bundle
@@ -25,7 +27,7 @@ from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_confi
 from latentdiff.learning.denoising import Conditioned, draw_times, noised_batch
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import weighted_mse
-from latentdiff.learning.order import MicroBatches, sample_noise, spread_uniform
+from latentdiff.learning.order import Key, Shares, sample_noise, spread_uniform
 from latentdiff.learning.run import Run, adamw, learning_rate
 from latentdiff.models.attention import set_attention
 from latentdiff.models.text import build_text_encoder, train_tokenizer
@@ -93,8 +95,13 @@ def main(
 
 
 def train(config: DiffusionConfig, dry: bool) -> None:
-    """Parse -> build -> prepare -> loop -> save."""
-    run = Run(config, dry)
+    """One run in the folder `config.out`."""
+    with Run(config, dry) as run:
+        fit(config, run)
+
+
+def fit(config: DiffusionConfig, run: Run) -> None:
+    """Build -> prepare -> loop -> save."""
     optim, objective = config.optim, config.objective
     examples, _ = split_examples(config.data)
     run.say(f"{len(examples)} pictures for training")
@@ -102,7 +109,9 @@ def train(config: DiffusionConfig, dry: bool) -> None:
     torch.manual_seed(config.seed)  # the initial weights
     vae = load_vae(config.vae)
     torch.nn.Module.to(vae, run.device)  # diffusers' own `to` has no usable types
-    moments = encode_pictures(vae, examples, config.data.size, config.out / "cache", run.device)
+    moments = encode_pictures(
+        vae, examples, config.data.size, config.out / "cache", run.accelerator
+    )
     scale = float(vae.config["scaling_factor"])
     shift = float(vae.config.get("shift_factor") or 0.0)
     bundle = build(config, vae, examples)
@@ -135,55 +144,55 @@ def train(config: DiffusionConfig, dry: bool) -> None:
         }
         run.save(step, tensors, {"ema_updates": ema.updates})
 
-    stop = min(start + 1, optim.steps) if dry else optim.steps
-    batches = MicroBatches(
+    stop = min(start + 1, optim.steps) if run.dry else optim.steps
+    shares = Shares(
         sample_order(examples, config.data, config.seed),
         range(start, stop),
         optim.batch_size,
-        optim.accumulation,
         run.accelerator.process_index,
         run.accelerator.num_processes,
     )
     shape = (moments.shape[1] // 2, *moments.shape[2:])
-    with run.signals(), run.bar(start, stop) as bar:
-        for keys in batches:
-            step = keys[0][0]
-            places = [place for _, place, _ in keys]
-            samples = [sample for _, _, sample in keys]
 
-            mean, std = moments[samples].to(run.device).chunk(2, 1)
-            posterior, noise = sample_noise(config.seed, step, places, shape, 2).to(run.device)
-            latents = (mean + std * posterior - shift) * scale
-            uniform = spread_uniform(config.seed, step, places, optim.batch_size).to(run.device)
-            t = draw_times(process, uniform, objective.times)
-            batch = noised_batch(
-                process, objective.prediction, latents, noise, t, objective.min_snr_gamma
-            )
-            with run.accelerator.accumulate(wrapped):
-                output = wrapped(batch.x, batch.t, captions.tokens(step, places, samples))
-                loss = weighted_mse(output, batch.target, batch.weights)
-                run.accelerator.backward(loss)
-                if not run.accelerator.sync_gradients:
-                    continue
-                rate = learning_rate(optim, step)
-                if run.optimize(optimizer, trained, rate):
-                    ema.update(module)
+    def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
+        """The loss of a micro-batch, a function of its keys and the weights."""
+        step = keys[0][0]
+        places = [place for _, place, _ in keys]
+        samples = [sample for _, _, sample in keys]
+        mean, std = moments[samples].to(run.device).chunk(2, 1)
+        posterior, noise = sample_noise(config.seed, step, places, shape, 2).to(run.device)
+        latents = (mean + std * posterior - shift) * scale
+        uniform = spread_uniform(config.seed, step, places, optim.batch_size).to(run.device)
+        t = draw_times(process, uniform, objective.times)
+        batch = noised_batch(
+            process, objective.prediction, latents, noise, t, objective.min_snr_gamma
+        )
+        output = wrapped(batch.x, batch.t, captions.tokens(step, places, samples))
+        return {"loss": weighted_mse(output, batch.target, batch.weights)}
+
+    with run.signals(), run.bar(start, stop) as bar:
+        for keys in shares:
+            rate = learning_rate(optim, keys[0][0])
+            values = run.gradients([wrapped], trained, keys, terms)
+            if run.optimize(rate, (optimizer, trained)):
+                ema.update(module)
 
             bar.update()
-            done = step + 1
-            if done % 20 == 0 or done == stop:
-                value = loss.item()
-                run.record(done, {"loss": value, "lr": rate})
-                bar.set_postfix({"loss": f"{value:.4f}", "bad": run.bad_steps})
+            done = keys[0][0] + 1
+            if done % config.log_every == 0 or done == stop:
+                losses = {name: value.item() for name, value in values.items()}
+                run.record(done, {**losses, "lr": rate})
+                bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
                 with ema.applied(module):
                     draw_samples(run, bundle, config, examples, done)
-            if done % config.checkpoint_every == 0 or done == stop or run.signal:
+            stopping = run.stopping
+            if done % config.checkpoint_every == 0 or done == stop or stopping:
                 save(done)
-            if run.signal:
-                raise SystemExit(128 + run.signal)
+            if stopping:
+                raise SystemExit(128 + stopping)
 
-    if dry:
+    if run.dry:
         run.say("dry run: data, one step and one save are fine")
     elif run.main:
         with ema.applied(module):

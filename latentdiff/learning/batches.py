@@ -1,9 +1,11 @@
 """From a picture folder to the micro-batches of a step."""
 
-from functools import cache
+import signal
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
-import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,10 +18,10 @@ from latentdiff.data.folder import (
 )
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
-from latentdiff.learning.order import MicroBatches, SampleOrder, generator
+from latentdiff.learning.order import Key, SampleOrder, Shares, generator
 from latentdiff.models.vae import VAE, encode_moments
 
-Key = tuple[int, int, int]
+MEMORY = 2**30  # bytes of decoded pictures that a process keeps
 
 
 def split_examples(data: DataConfig) -> tuple[list[Example], list[Example]]:
@@ -47,15 +49,25 @@ def sample_order(examples: list[Example], data: DataConfig, seed: int) -> Sample
     return SampleOrder(len(examples), seed, weights)
 
 
-class PictureSet(Dataset[tuple[Tensor, Key]]):
-    """Decoded pictures [3, S, S] uint8 by (step, place, sample); each is decoded once and kept."""
+class PictureSet(Dataset[tuple[Tensor | UserError, Key]]):
+    """Decoded pictures [3, S, S] uint8 by key; the latest `MEMORY` bytes of them are kept.
+
+    One that cannot be read is its error, so that it reaches the person in one line from any worker.
+    """
 
     def __init__(self, examples: list[Example], size: int) -> None:
         self.examples = examples
-        self.load = cache(lambda number: load_picture(examples[number], size))
+        self.size = size
+        self.load = lru_cache(MEMORY // (3 * size**2))(self._load)
 
-    def __getitem__(self, index: Key) -> tuple[Tensor, Key]:
-        return self.load(index[2]), index
+    def _load(self, number: int) -> Tensor:
+        return load_picture(self.examples[number], self.size)
+
+    def __getitem__(self, index: Key) -> tuple[Tensor | UserError, Key]:
+        try:
+            return self.load(index[2]), index
+        except UserError as error:
+            return error, index
 
 
 def to_range(pictures: Tensor) -> Tensor:
@@ -63,28 +75,56 @@ def to_range(pictures: Tensor) -> Tensor:
     return pictures.float().div_(127.5).sub_(1.0)
 
 
-def collate(items: list[tuple[Tensor, Key]]) -> tuple[Tensor, list[Key]]:
-    """Stack pictures into [B, 3, S, S]; keys stay a list."""
-    return torch.stack([picture for picture, _ in items]), [key for _, key in items]
+def shares_of_pictures(
+    dataset: PictureSet, shares: Shares, workers: int
+) -> Iterator[list[tuple[Tensor, Key]]]:
+    """This process's pictures of each step, decoded ahead by `workers` processes.
+
+    Raises:
+        UserError: a picture of the step cannot be read.
+    """
+    ahead = DataLoader(
+        dataset,
+        batch_sampler=shares,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+    )
+    for items in ahead:
+        pictures = [(picture, key) for picture, key in items if isinstance(picture, Tensor)]
+        for picture, _ in items:
+            if isinstance(picture, UserError):
+                raise picture
+        yield pictures
 
 
-def loader(dataset: PictureSet, batches: MicroBatches) -> DataLoader[tuple[Tensor, Key]]:
-    """A loader that follows `batches`."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+def _ignore_signals(worker: int) -> None:
+    """Signals to the whole group are the run's to answer; a worker ends when its run does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def encode_pictures(
-    vae: VAE, examples: list[Example], size: int, folder: Path, device: torch.device
+    vae: VAE, examples: list[Example], size: int, folder: Path, accelerator: Accelerator
 ) -> Tensor:
     """Mean and std of every picture's raw latents, [N, 2C, h, w] float32 on the CPU.
 
-    They are kept under `folder` and read from there the next time.
+    They are kept under `folder` and read from there the next time. Each process encodes its part.
     """
     cache = LatentCache(
         folder, weights_hash(vae.state_dict()), f"centre square of {size} px; mean and std"
     )
-    return cache.latents(
-        examples,
-        lambda example: load_picture(example, size),
-        lambda pictures: encode_moments(vae, to_range(pictures).to(device)),
-    )
+
+    def encode(part: list[Example], progress: bool) -> Tensor:
+        return cache.latents(
+            part,
+            lambda example: load_picture(example, size),
+            lambda pictures: encode_moments(vae, to_range(pictures).to(accelerator.device)),
+            progress=progress,
+        )
+
+    world = accelerator.num_processes
+    if world > 1:
+        encode(examples[accelerator.process_index :: world], accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+    return encode(examples, accelerator.is_main_process)

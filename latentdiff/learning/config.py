@@ -24,6 +24,7 @@ class DataConfig(Strict):
     held_out: dict[str, list[str]] = Field(default_factory=dict)
     held_out_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
     balance: list[str] = Field(default_factory=list)
+    workers: int = Field(default=0, ge=0)  # processes that decode pictures ahead of stage 1
 
 
 class OptimConfig(Strict):
@@ -48,6 +49,7 @@ class RunConfig(Strict):
     seed: int = Field(default=0, ge=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     optim: OptimConfig = OptimConfig()
+    log_every: PositiveInt = 20
     evaluate_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: int = Field(default=2, ge=2)

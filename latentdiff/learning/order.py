@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Key = tuple[int, int, int]
+"""Step, place in the global batch, sample number."""
+
 
 def generator(*key: int) -> np.random.Generator:
     """A generator that depends on nothing but `key`."""
@@ -47,43 +50,29 @@ class SampleOrder:
         ]
 
 
-class MicroBatches:
-    """A batch sampler for a DataLoader: this process's share of each step, in micro-batches.
+class Shares:
+    """This process's share of each step: lists of (step, place in the global batch, sample number).
 
-    Yields lists of (step, place in the global batch, sample number).
+    A batch sampler for a DataLoader, or to be walked through as it is. `batch_size` is the global
+    one, a multiple of `world`.
     """
 
     def __init__(
-        self,
-        order: SampleOrder,
-        steps: range,
-        batch_size: int,
-        accumulation: int,
-        rank: int = 0,
-        world: int = 1,
+        self, order: SampleOrder, steps: range, batch_size: int, rank: int = 0, world: int = 1
     ) -> None:
-        if batch_size % (accumulation * world):
-            raise ValueError(
-                f"batch_size {batch_size} is not a multiple of accumulation {accumulation} "
-                f"x processes {world}"
-            )
         self.order = order
         self.steps = steps
         self.batch_size = batch_size
-        self.micro = batch_size // (accumulation * world)
-        self.rank, self.world = rank, world
-        self.accumulation = accumulation
+        size = batch_size // world
+        self.places = range(rank * size, (rank + 1) * size)
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return len(self.steps)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for step in self.steps:
             samples = self.order.batch(step, self.batch_size)
-            for part in range(self.accumulation):
-                start = (part * self.world + self.rank) * self.micro
-                places = range(start, start + self.micro)
-                yield [(step, place, samples[place]) for place in places]
+            yield [(step, place, samples[place]) for place in self.places]
 
 
 def sample_noise(

@@ -1,24 +1,27 @@
 """What a training run needs around its loop: device and precision, folder, checkpoints, records."""
 
-import json
+import fcntl
 import math
+import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self, TextIO
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from latentdiff.errors import UserError
+from latentdiff.learning.accumulate import Accumulation, Item, Terms
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
-from latentdiff.pictures import save_png
+from latentdiff.learning.records import Records
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -40,37 +43,70 @@ def adamw(parameters: Iterator[torch.nn.Parameter], optim: OptimConfig) -> AdamW
 class Run:
     """One training run: its Accelerator, its folder, its records and its checkpoints.
 
-    Nothing of the method is in here; the loop stands in the script.
+    Nothing of the method is in here; the loop stands in the script. The folder is this run's
+    alone from `with Run(...) as run:` to the end of the block, or of the process.
+
+    Raises:
+        UserError: the folder cannot be written, another run has it, or the batch does not divide.
     """
 
     def __init__(self, config: RunConfig, dry: bool = False) -> None:
         self.config = config
         self.dry = dry
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.optim.accumulation,
-        )
+        self.accelerator = Accelerator(mixed_precision=config.precision)
+        self.main = self.accelerator.is_main_process
         self.out = config.out
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self.signal = 0
-        self.main = self.accelerator.is_main_process
-        self.records: SummaryWriter | None = None
-        if self.main:
-            self._open_folder()
+        optim, world = config.optim, self.accelerator.num_processes
+        if optim.batch_size % (optim.accumulation * world):
+            raise UserError(
+                f"optim.batch_size {optim.batch_size} is not a multiple of optim.accumulation "
+                f"{optim.accumulation} x {world} processes"
+            )
+        micro = optim.batch_size // (optim.accumulation * world)
+        self.accumulation = Accumulation(self.accelerator, micro)
+        self.records: Records | None = None
+        self._lock: TextIO | None = None
 
-    def _open_folder(self) -> None:
-        """Make the run's folder and keep the resolved configuration in it."""
-        text = dump_config(self.config)
+    def __enter__(self) -> Self:
+        if self.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.out / ".lock").open("w")
+                self._keep_config()
+            except OSError as error:
+                raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            kept = self.out / "config.yaml"
-            if kept.exists() and kept.read_text() != text and not self.dry:
-                kept.replace(self.out / "config.previous.yaml")
-            kept.write_text(text)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
-        self.records = SummaryWriter(str(self.out / "tensorboard"))
+            if self.records is not None:
+                self.records.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+        if kind is None:
+            self.accelerator.end_training()
+
+    def _keep_config(self) -> None:
+        """Take the folder, and keep the resolved configuration in it."""
+        assert self._lock is not None
+        try:  # of the process, freed at its death; a child such as a loader has no part in it
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {self.out}: name another `out`") from None
+        text = dump_config(self.config)
+        kept = self.out / "config.yaml"
+        if kept.exists() and kept.read_text() != text and not self.dry:
+            kept.replace(self.out / "config.previous.yaml")
+        kept.write_text(text)
 
     @property
     def device(self) -> torch.device:
@@ -83,11 +119,24 @@ class Run:
             tqdm.write(line)
 
     def resume(self) -> tuple[dict[str, Tensors], dict[str, object]] | None:
-        """The newest whole checkpoint of this run's folder, or None."""
+        """The newest whole checkpoint of this run's folder, or None; opens the records there."""
         found = load_newest(self.out / "checkpoints", self.say)
+        state = {} if found is None else found[1]
+        self.bad_steps, self.bad_in_a_row, micro, start = (
+            int(str(state.get(name, default)))
+            for name, default in (
+                *(("bad_steps", 0), ("bad_in_a_row", 0)),
+                *(("micro", self.accumulation.micro), ("step", 0)),
+            )
+        )
+        self.accumulation.micro = min(micro, self.accumulation.micro)
+        scaler = state.get("scaler")
+        if self.accelerator.scaler is not None and isinstance(scaler, dict):
+            self.accelerator.scaler.load_state_dict(scaler)
+        if self.main:
+            self.records = Records(self.out, start)
         if found is not None:
-            self.bad_steps = int(str(found[1].get("bad_steps", 0)))
-            self.say(f"resuming {self.out} at step {found[1]['step']}")
+            self.say(f"resuming {self.out} at step {start}")
         return found
 
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
@@ -100,37 +149,68 @@ class Run:
                 self.say(f"checkpoints take up to {most / 2**20:.1f} MiB of {free >> 20} free")
             if free < 2 * size:
                 raise UserError(f"{self.out}: {free >> 20} MiB free, {size >> 19} needed to save")
+            if self.records is not None:
+                self.records.sync()
+            scaler = self.accelerator.scaler
             save_checkpoint(
                 self.out / "checkpoints",
                 step,
                 tensors,
-                {**state, "bad_steps": self.bad_steps},
+                {
+                    **state,
+                    "bad_steps": self.bad_steps,
+                    "bad_in_a_row": self.bad_in_a_row,
+                    "micro": self.accumulation.micro,
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                },
                 self.config.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
 
-    def optimize(
-        self, optimizer: Optimizer, parameters: list[torch.nn.Parameter], rate: float
-    ) -> bool:
-        """Clip and step if the gradient is finite; otherwise skip, count, and give up after many.
+    def gradients(
+        self,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        share: Sequence[Item],
+        terms: Terms[Item],
+    ) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the global batch, and the mean of every term.
+
+        See `Accumulation.gradients`: the micro-batches given to `terms` shrink where memory is
+        short, and the step is computed again.
+        """
+        before = self.accumulation.micro
+        means = self.accumulation.gradients(modules, parameters, share, terms, self.signal)
+        if self.accumulation.micro < before:
+            now = self.accumulation.micro
+            self.say(f"out of memory: micro-batches of {now} instead of {before}; losses stay")
+        return means
+
+    def optimize(self, rate: float, *parts: tuple[Optimizer, Sequence[nn.Parameter]]) -> bool:
+        """Clip and step if all gradients are finite; otherwise skip, count, give up after many.
+
+        Args:
+            parts: optimizers, each with its parameters, whose gradients are clipped together.
 
         Returns:
             Whether the step was taken.
 
         Raises:
-            UserError: `max_bad_steps` gradients in a row were not finite.
+            UserError: in `max_bad_steps` steps in a row the gradients were not finite.
         """
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.optim.clip)
-        good = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-        if good:
-            optimizer.step()
-            self.bad_in_a_row = 0
-        else:
-            self.bad_steps += 1
-            self.bad_in_a_row += 1
-        optimizer.zero_grad()
+        norms = [
+            self.accelerator.clip_grad_norm_(parameters, self.config.optim.clip)
+            for _, parameters in parts
+        ]
+        good = all(norm is None or bool(torch.isfinite(torch.as_tensor(norm))) for norm in norms)
+        for optimizer, _ in parts:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if good or self.accelerator.scaler is not None:  # which skips by itself, and adapts
+                optimizer.step()
+            optimizer.zero_grad()
+        self.bad_steps += not good
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise UserError(
                 f"{self.bad_in_a_row} steps in a row gave NaN or infinite gradients: lower "
@@ -140,36 +220,30 @@ class Run:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Scalars to TensorBoard and to `log.jsonl`."""
-        if self.records is None:
-            return
-        for name, value in values.items():
-            self.records.add_scalar(name, value, step)
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.records is not None:
+            self.records.scalars(step, values)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """A PNG grid into the run's `pictures` folder and to TensorBoard."""
-        if self.records is None:
-            return
-        folder = self.out / "pictures"
-        folder.mkdir(exist_ok=True)
-        target = folder / f"{name}-{step:08d}.png"
-        target.unlink(missing_ok=True)  # a resumed run draws the same step again
-        save_png(image, target)
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        self.records.add_image(
-            name, pixels.view(image.height, image.width, 3), step, dataformats="HWC"
-        )
+        if self.records is not None:
+            self.records.picture(step, name, image)
+
+    @property
+    def stopping(self) -> int:
+        """The signal to stop for, on which all processes agree, or 0. Read it once a step."""
+        alone = self.accelerator.num_processes == 1
+        return self.signal if alone else self.accumulation.signal
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are noted, to be honoured at a step's end; a second acts at once."""
+        """SIGTERM and SIGINT are noted, to be honoured at a step's end; a second exits at once."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal:
-                raise SystemExit(128 + number)
+                os._exit(128 + number)
             self.signal = number
-            self.say("stopping after this step; once more to stop at once")
+            if self.main:  # no print: the signal may have come in the middle of one
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
         before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
             number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)

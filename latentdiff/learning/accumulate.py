@@ -1,0 +1,130 @@
+"""The gradients of one step, in micro-batches as large as memory takes."""
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, distributed, nn
+
+from latentdiff.errors import UserError
+
+Item = TypeVar("Item")
+Terms = Callable[[Sequence[Item]], dict[str, Tensor]]
+"""Of a micro-batch: the mean of each term over its items, scalars; "loss" has the graph."""
+
+
+class Accumulation:
+    """This process's share of a step, walked through in micro-batches of `micro` items.
+
+    Where one is too large for the memory of any process, the step starts again from its beginning
+    with micro-batches half as large on every process. What a step computes is a function of its
+    items alone, so the global batch, the losses and the gradients stay what they were.
+    """
+
+    def __init__(self, accelerator: Accelerator, micro: int) -> None:
+        self.accelerator = accelerator
+        self.micro = micro
+        self.signal = 0  # the highest that any process had noted when the last step was agreed on
+
+    def gradients(
+        self,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        share: Sequence[Item],
+        terms: Terms[Item],
+        signal: int = 0,
+    ) -> dict[str, Tensor]:
+        """Leave in `parameters` the gradient of the mean loss over the global batch.
+
+        Args:
+            modules: what the loss goes through, as Accelerate prepared it.
+            share: this process's items of the step, equally many on each process.
+            signal: the number of a signal that this process has noted, or 0.
+
+        Returns:
+            The mean of every term over the global batch.
+
+        Raises:
+            UserError: not even one item fits into memory.
+        """
+        while True:
+            means = self._try(modules, share, terms)
+            failed, self.signal = self._agree(int(means is None), signal)
+            if means is not None and not failed:
+                return self._average(parameters, means)
+            for parameter in parameters:
+                parameter.grad = None
+            self._halve()
+
+    def _try(
+        self, modules: Sequence[nn.Module], share: Sequence[Item], terms: Terms[Item]
+    ) -> dict[str, Tensor] | None:
+        """Gradients and means over the share; None where memory ran out, with nothing kept alive.
+
+        Processes exchange nothing in here: one that fails in the middle leaves none waiting.
+        """
+        sums: dict[str, Tensor] = {}
+        try:
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(self.accelerator.no_sync(module))
+                for first in range(0, len(share), self.micro):
+                    part = share[first : first + self.micro]
+                    weight = len(part) / len(share)
+                    values = terms(part)
+                    self.accelerator.backward(values["loss"] * weight)
+                    for name, value in values.items():
+                        sums[name] = sums.get(name, 0.0) + weight * value.detach().float()
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+            return None
+        return sums
+
+    def _agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over all processes."""
+        if self.accelerator.num_processes == 1:
+            return list(numbers)
+        agreed = torch.tensor(numbers, device=self.accelerator.device)
+        distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+        return agreed.tolist()
+
+    def _average(
+        self, parameters: Sequence[nn.Parameter], means: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Gradients, in place, and means over the processes.
+
+        Each gradient by itself: the buckets of DDP change after its first step, and with them the
+        order of the sums, so that a resumed run would not be the uninterrupted one.
+        """
+        world = self.accelerator.num_processes
+        if world == 1:
+            return means
+        packed = torch.stack(list(means.values()))
+        tensors = [packed, *(p.grad for p in parameters if p.grad is not None)]
+        pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in pending:
+            if work is not None:
+                work.wait()
+        for tensor in tensors:
+            tensor.div_(world)
+        return dict(zip(means, packed, strict=True))
+
+    def _halve(self) -> None:
+        if self.micro == 1 or self.accelerator.distributed_type == DistributedType.FSDP:
+            advice = "lower data.size, set precision: bf16, or use more processes"
+            if self.micro > 1:  # other processes may be waiting inside the network's own exchanges
+                advice = "raise optim.accumulation; under FSDP it cannot be raised on the way"
+            raise UserError(
+                f"out of memory with micro-batches of {self.micro}: {advice}; "
+                "the same command then goes on from the last checkpoint"
+            )
+        self.micro //= 2
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""What a run says about itself: `log.jsonl`, TensorBoard, pictures."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from latentdiff.errors import UserError
+from latentdiff.learning.checkpoint import sync
+from latentdiff.pictures import save_png
+
+
+class Records:
+    """The records of a run's folder, as those of one uninterrupted run.
+
+    Args:
+        step: the step at which the run goes on. What a killed run recorded after it is dropped,
+            for it comes again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.log = folder / "log.jsonl"
+        with _writing(folder):
+            if self.log.exists():
+                self._rewind(step)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _rewind(self, step: int) -> None:
+        kept = [line for line in self.log.read_text().splitlines() if _step_of(line) <= step]
+        staged = self.log.with_name(".log.jsonl.part")
+        staged.write_text("".join(f"{line}\n" for line in kept))
+        sync(staged)
+        staged.replace(self.log)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """A line of `log.jsonl`, where NaN and infinity are null, and points in TensorBoard."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with _writing(self.log):
+            with self.log.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """A PNG grid into `pictures` and to TensorBoard."""
+        folder = self.folder / "pictures"
+        target = folder / f"{name}-{step:08d}.png"
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        with _writing(target):
+            folder.mkdir(exist_ok=True)
+            target.unlink(missing_ok=True)  # a resumed run draws the same step again
+            save_png(image, target)
+            self.board.add_image(
+                name, pixels.view(image.height, image.width, 3), step, dataformats="HWC"
+            )
+
+    def sync(self) -> None:
+        """Have all lines so far on the disk, before a checkpoint that comes after them."""
+        if self.log.exists():
+            sync(self.log)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds."""
+        with _writing(self.folder / "tensorboard"):
+            self.board.close()
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for one that a kill or a full disk cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
