@@ -25,8 +25,20 @@ def edit(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
     prompt: options.Prompt,
     strength: Annotated[
-        float, typer.Option(min=0, max=1, help="How far to go: 0 keeps it, 1 ignores it.")
-    ] = 0.6,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="How far to go: 0 keeps it, 1 ignores it. Default: 0.6; with an InstructPix2Pix "
+            "model, which sees it anyway, 1.",
+        ),
+    ] = None,
+    image_guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="How closely an InstructPix2Pix model keeps to it; 1 is off. Default: 1.5."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="How often to do it.")] = 1,
     mask: Annotated[
         str | None,
@@ -49,16 +61,29 @@ def edit(
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
 ) -> None:
-    """Draw PICTURE anew as PROMPT says (SDEdit): a photo or a scribble, noised and drawn again."""
+    """Draw PICTURE anew as PROMPT says (SDEdit): a photo or a scribble, noised and drawn again.
+
+    With an InstructPix2Pix model PROMPT says what to change.
+    """
     check_writable(out)
-    from latentdiff.editing import SDEdit
+    from latentdiff.editing import Instruct, SDEdit
 
     pipe, image = _begin(picture, model, device, dtype, fit)
+    told = pipe.bundle.kind == "instruct-pix2pix"
+    if image_guidance_scale is not None and not told:
+        raise UserError("--image-guidance-scale is for InstructPix2Pix models; this is none.")
+    if strength is None:
+        strength = 1.0 if told else 0.6
     hole = None if mask is None else _mask(mask, picture, image)
     run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
     given = [image] if hole is None else [image, hole]
-    edits = [SDEdit(image, strength, repeats, hole)]
-    about = {"edit": "SDEdit", "picture": picture.name, "strength": strength, "repeats": repeats}
+    edits: list[Edit] = [SDEdit(image, strength, repeats, hole)]
+    about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name}
+    about |= {"strength": strength, "repeats": repeats}
+    if told:
+        scale = 1.5 if image_guidance_scale is None else image_guidance_scale
+        edits.append(Instruct(image, scale))
+        about |= {"edit": "SDEdit, Instruct", "image_guidance_scale": scale}
     _draw(pipe, edits, run, seed, given if grid else None, out, None if no_metadata else about)
     times = f", {repeats} times" if repeats > 1 else ""
     print(f"{int(steps * strength)} of {steps} steps{times}", file=sys.stderr)
@@ -78,8 +103,14 @@ def inpaint(
         int | None, typer.Option(min=1, help="Steps of a jump back. Default: 1/25 of the run.")
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=1, max=100, help="How often each stretch is drawn; 1 is quick.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            min=1,
+            max=100,
+            help="How often each stretch is drawn; 1 is quick. Default: 10; with an inpainting "
+            "model, which sees the hole, the known part is not put back and nothing drawn again.",
+        ),
+    ] = None,
     number: options.Number = 1,
     seed: options.Seed = None,
     out: options.Out = Path("outputs"),
@@ -95,21 +126,27 @@ def inpaint(
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
 ) -> None:
-    """Fill a hole in PICTURE with what PROMPT says (RePaint). The rest stays, bit for bit."""
+    """Fill a hole in PICTURE with what PROMPT says. The rest stays, bit for bit.
+
+    By RePaint; by the U-Net itself with an inpainting model, and by both if an option of RePaint is
+    given.
+    """
     check_writable(out)
-    from latentdiff.editing import RePaint
+    from latentdiff.editing import Inpaint, RePaint
 
     pipe, image = _begin(picture, model, device, dtype, fit)
     hole = _mask(mask, picture, image)
     run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
-    edits = [RePaint(image, hole, jump_length, resamples)]
-    about = {
-        "edit": "RePaint",
-        "picture": picture.name,
-        "mask": Path(mask).name,
-        "jump_length": jump_length,
-        "resamples": resamples,
-    }
+    edits: list[Edit] = []
+    about: dict[str, object] = {"picture": picture.name, "mask": Path(mask).name}
+    seeing = pipe.bundle.kind == "inpainting"
+    if seeing:
+        edits.append(Inpaint(image, hole))
+    if not seeing or jump_length is not None or resamples is not None:
+        resamples = resamples or 10
+        edits.append(RePaint(image, hole, jump_length, resamples))
+        about |= {"jump_length": jump_length, "resamples": resamples}
+    about["edit"] = ", ".join(type(each).__name__ for each in edits)
     given = [image, hole] if grid else None
     _draw(pipe, edits, run, seed, given, out, None if no_metadata else about)
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 from tiny import tiny_bundle
 
+from latentdiff import Inpaint, Instruct, LatentDiffusionPipeline, SDEdit
 from latentdiff.cli import main
+from latentdiff.editing import box_mask
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +94,77 @@ def test_inpaint_paints_the_hole_alone(
     assert (pixels(drawn) != original)[hole == 255].any()
     assert pixels(grid).shape == (15, 39, 3)
     assert (pixels(grid)[:, 13:26, 0] == hole).all()
+
+
+@pytest.fixture(scope="module")
+def inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(in_channels=9).save(tmp_path_factory.mktemp("inpainter") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def instructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(in_channels=8).save(tmp_path_factory.mktemp("instructed") / "tiny")
+
+
+def test_inpaint_with_an_inpainting_model(inpainter: Path, picture: Path, tmp_path: Path) -> None:
+    arguments = ["inpaint", str(picture), "a cat", "--mask", "box:3,4,11,9", "--seed", "1"]
+    (plain,) = run(inpainter, tmp_path / "out", *arguments)
+    (both,) = run(inpainter, tmp_path / "out", *arguments, "--resamples", "2")
+    assert record(plain)["edit"] == "Inpaint"
+    assert (record(both)["edit"], record(both)["resamples"]) == ("Inpaint, RePaint", 2)
+    assert (pixels(plain) != pixels(both)).any()
+    image = Image.open(picture)
+    expected = LatentDiffusionPipeline.from_pretrained(inpainter)(
+        "a cat",
+        edits=[Inpaint(image, box_mask("3,4,11,9", image.size))],
+        seed=1,
+        num_inference_steps=4,
+        progress=False,
+    )
+    assert (pixels(plain) == np.asarray(expected.images[0])).all()
+
+
+def test_edit_with_an_instructpix2pix_model(
+    instructed: Path, picture: Path, tmp_path: Path
+) -> None:
+    arguments = ["edit", str(picture), "make it red", "--seed", "1"]
+    (plain,) = run(instructed, tmp_path / "out", *arguments)
+    (near,) = run(instructed, tmp_path / "out", *arguments, "--image-guidance-scale", "4")
+    (late,) = run(instructed, tmp_path / "out", *arguments, "--strength", "0.5")
+    assert (record(plain)["strength"], record(plain)["image_guidance_scale"]) == (1.0, 1.5)
+    pipe = LatentDiffusionPipeline.from_pretrained(instructed)
+    for path, edits in (
+        (plain, [Instruct(picture)]),
+        (near, [Instruct(picture, 4.0)]),
+        (late, [SDEdit(picture, 0.5), Instruct(picture)]),
+    ):
+        output = pipe("make it red", edits=edits, seed=1, num_inference_steps=4, progress=False)
+        assert (pixels(path) == np.asarray(output.images[0])).all()
+
+
+def test_an_edit_checkpoint_says_what_it_is(
+    model: Path,
+    inpainter: Path,
+    instructed: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder, kind in ((inpainter, "inpainting"), (instructed, "instruct-pix2pix")):
+        assert main(["info", str(folder)]) == 0
+        said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert said["kind"] == kind
+    edit = ["edit", str(picture), "a cat", "--steps", "4"]
+    for arguments, expected in (
+        (["generate", "a cat", "--model", str(inpainter)], "`latentdiff inpaint`"),
+        ([*edit, "--model", str(inpainter)], "`latentdiff inpaint`"),
+        (["generate", "a cat", "--model", str(instructed)], "`latentdiff edit`"),
+        ([*edit, "--model", str(model), "--image-guidance-scale", "2"], "this is none"),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert expected in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_large_picture_is_made_to_fit(model: Path, tmp_path: Path) -> None:
