@@ -1,7 +1,8 @@
 """Words in, pictures out."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff import solvers
+from latentdiff import lora, solvers
 from latentdiff.arguments import (
     MAX_PIXELS,
     MAX_STEPS,
@@ -68,6 +69,9 @@ class PipelineOutput:
 class LatentDiffusionPipeline:
     """A model, ready to draw. It keeps nothing between calls, so threads may share it.
 
+    A LoRA is a property of the model: `load_lora`, `set_loras` and `remove_lora` must not be called
+    while another thread draws.
+
     Args:
         bundle: the model.
     """
@@ -90,6 +94,49 @@ class LatentDiffusionPipeline:
             UserError: it is missing, damaged or unfit.
         """
         return cls(Bundle.load(where, dtype=dtype, device=device, attention=attention))
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Put a LoRA into the model, beside those that are in it.
+
+        Args:
+            path: a .safetensors file in the layout of diffusers or of kohya, or a folder with
+                `pytorch_lora_weights.safetensors`.
+            scale: its strength.
+            name: for `set_loras` and `remove_lora`; by default the file's.
+
+        Returns:
+            The name.
+
+        Raises:
+            UserError: no such file, no LoRA for this model, or the name is taken; nothing changed.
+        """
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).stem)[:64] if name is None else name
+        lora.attach_lora(self.bundle, lora.load_lora(path, self.bundle), name, scale)
+        return name
+
+    def set_loras(self, scales: Mapping[str, float]) -> None:
+        """Set the strength of LoRAs in the model, by name; 0 is off. Others keep theirs.
+
+        Raises:
+            UserError: there is no such LoRA, or a scale is not finite; nothing changed.
+        """
+        lora.scale_loras(self.bundle, scales)
+
+    def remove_lora(self, name: str) -> None:
+        """Take a LoRA out of the model; what it was without comes back, bit for bit.
+
+        Raises:
+            UserError: there is no such LoRA.
+        """
+        lora.detach_lora(self.bundle, name)
+
+    def fuse_loras(self) -> Bundle:
+        """A new model with the LoRAs in its weights, to draw with or to `save`; this one stays.
+
+        Raises:
+            UserError: there are none.
+        """
+        return lora.fused(self.bundle)
 
     @torch.no_grad()
     def __call__(

@@ -39,6 +39,7 @@ FLOORS: list[set[str]] = [
     {"sampling"},
     {"text", "models", "oracles", "inversion"},
     {"bundle"},
+    {"lora"},
     {"data", "prompts", "arguments", "guides"},
     {"pipeline", "learning", "metrics", "likelihood"},
     {"interpolation"},

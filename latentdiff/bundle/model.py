@@ -231,10 +231,12 @@ class Bundle:
             dtype: of the weights in the files; None keeps what they are.
 
         Raises:
-            UserError: the folder cannot be written, or holds something else.
+            UserError: the folder cannot be written or holds something else, or a LoRA is attached.
         """
         from latentdiff.bundle.save import save_folder
 
+        if any(getattr(network, "peft_config", None) for network in (self.unet, self.text.model)):
+            raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
         config = scheduler.write(self.process, self.prediction, self.steps)
         return save_folder(Path(folder), self.vae, self.unet, self.text, config, dtype)
 

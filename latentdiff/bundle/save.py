@@ -97,14 +97,45 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
+def save_tensors(values: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """One safetensors file, staged beside the target and renamed once it is on the disk.
+
+    Raises:
+        UserError: it cannot be written, or a value is not finite.
+    """
+    _check_finite(values, path.name)
+    stage = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage.touch()
+        mode = stage.stat().st_mode
+        save_file(
+            {k: v.contiguous() for k, v in values.items()}, stage, {"format": "pt"} | metadata
+        )
+        stage.chmod(mode)  # safetensors lets only its owner read
+        _sync(stage)
+        stage.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def _check_finite(values: dict[str, Tensor], name: str) -> None:
+    for key, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{name}: {key} is not finite as {value.dtype}.")
+
+
 def _save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
     converted = {
         name: value.detach().to("cpu", dtype or value.dtype).contiguous()
         for name, value in values.items()
     }
-    for name, value in converted.items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{path.parent.name}: {name} is not finite as {value.dtype}.")
+    _check_finite(converted, path.parent.name)
     save_file(converted, path, metadata={"format": "pt"})
     shutil.copymode(path.with_name("config.json"), path)  # safetensors lets only its owner read
 

@@ -5,6 +5,7 @@ what the files really hold is ever allocated.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,9 +144,11 @@ class WeightFiles:
         self, files: Iterable[Path], rename: Callable[[str], str | None] = lambda name: name
     ) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
         self._source: dict[str, tuple[Path, str]] = {}
         self._open = {path: _open(path) for path in files}
         for path, file in self._open.items():
+            self.metadata |= file.metadata() or {}
             for stored in file.keys():  # noqa: SIM118 (not a dict)
                 name = rename(stored)
                 if name is None:
@@ -162,6 +165,23 @@ class WeightFiles:
                 self.shapes[name] = self.shapes[stored]
                 self._source[name] = self._source[stored]
 
+    def _tensor(self, name: str) -> Tensor:
+        path, stored = self._source[name]
+        try:
+            return self._open[path].get_tensor(stored)
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: tensor {stored}: {first_line(error)}") from error
+
+    def number(self, name: str) -> float:
+        """The one number in a tensor, of whatever type.
+
+        Raises:
+            UserError: it holds more or fewer, or one that is not finite.
+        """
+        if math.prod(self.shapes[name]) != 1 or not math.isfinite(value := self._tensor(name)):
+            raise UserError(f"{self._source[name][0]}: {name} is not one finite number.")
+        return float(value)
+
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """One tensor, converted.
 
@@ -169,10 +189,7 @@ class WeightFiles:
             UserError: it is not of floating point, or not finite in that precision.
         """
         path, stored = self._source[name]
-        try:
-            tensor: Tensor = self._open[path].get_tensor(stored)
-        except (SafetensorError, ValueError) as error:
-            raise UserError(f"{path}: tensor {stored}: {first_line(error)}") from error
+        tensor = self._tensor(name)
         if not tensor.is_floating_point():
             raise UserError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating point.")
         tensor = tensor.to(device=device, dtype=dtype)

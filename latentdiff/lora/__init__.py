@@ -1,0 +1,33 @@
+"""LoRA: low-rank changes to a model's weights, trained, saved, loaded and mixed.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
+"""
+
+from latentdiff.lora.factors import Factors, Lora
+from latentdiff.lora.file import Layout, load_lora, save_lora
+from latentdiff.lora.layers import (
+    TARGETS,
+    add_lora,
+    attach_lora,
+    detach_lora,
+    fused,
+    lora_names,
+    lora_of,
+    scale_loras,
+)
+
+__all__ = [
+    "TARGETS",
+    "Factors",
+    "Layout",
+    "Lora",
+    "add_lora",
+    "attach_lora",
+    "detach_lora",
+    "fused",
+    "load_lora",
+    "lora_names",
+    "lora_of",
+    "save_lora",
+    "scale_loras",
+]

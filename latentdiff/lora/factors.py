@@ -1,0 +1,102 @@
+"""What a LoRA is: for some modules of a model, two thin factors of a change of their weights."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from latentdiff.bundle import Bundle
+from latentdiff.errors import UserError
+
+Part = Literal["unet", "text_encoder"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """W + scale * (alpha / rank) * up @ down: Hu et al. 2021, eq. 3 and sec. 4.1.
+
+    Attributes:
+        down: [rank, in] for a linear layer, [rank, in, k, k] for a convolution.
+        up: [out, rank], or [out, rank, 1, 1].
+        alpha: the strength it was trained with.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA as it is in a file, with the model's own names of modules.
+
+    Attributes:
+        unet: factors by module of the U-Net.
+        text_encoder: factors by module of the text encoder.
+        metadata: what the file says of itself.
+    """
+
+    unet: Mapping[str, Factors] = field(default_factory=dict)
+    text_encoder: Mapping[str, Factors] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def parts(self) -> Iterator[tuple[Part, Mapping[str, Factors]]]:
+        """The parts of the model that it changes."""
+        for part in PARTS:
+            if factors := getattr(self, part):
+                yield part, factors
+
+
+def network(bundle: Bundle, part: Part) -> nn.Module:
+    """The network that a part names."""
+    return bundle.unet if part == "unet" else bundle.text.model
+
+
+def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that a LoRA can change, by name; seen through any LoRA that is attached."""
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    wrapped: str | None = None
+    for name, module in model.named_modules():
+        if wrapped is not None and name.startswith(wrapped):
+            continue
+        base = getattr(module, "base_layer", module)
+        if base is not module:
+            wrapped = f"{name}."
+        if isinstance(base, nn.Linear | nn.Conv2d) and getattr(base, "groups", 1) == 1:
+            found[name] = base
+    return found
+
+
+def fitting(name: str, factors: Factors, layer: nn.Linear | nn.Conv2d) -> Factors:
+    """The factors in the shapes of the layer; 1 x 1 convolutions and matrices are told apart.
+
+    Raises:
+        UserError: they are of another layer, or their numbers make no sense.
+    """
+    down, up, rank = factors.down, factors.up, factors.rank
+    outside, inside, *kernel = layer.weight.shape
+    wanted = (rank, inside, *kernel), (outside, rank, *([1] * len(kernel)))
+    for factor, shape in zip((down, up), wanted, strict=True):
+        if _bare(factor.shape) != _bare(shape):
+            raise UserError(
+                f"{name} should be {list(shape)}, but is {list(factor.shape)}; "
+                "the LoRA was made for another model."
+            )
+    if not 1 <= rank <= MAX_RANK:
+        raise UserError(f"{name}: rank {rank} is not 1 .. {MAX_RANK}.")
+    return Factors(down.reshape(wanted[0]), up.reshape(wanted[1]), factors.alpha)
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the ones at its end after the first two."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return tuple(shape)

@@ -1,0 +1,305 @@
+"""LoRA layers in a model, by peft: put in to train or to draw with, scaled, taken out, fused."""
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from latentdiff.bundle import Bundle
+from latentdiff.errors import UserError
+from latentdiff.lora.factors import (
+    MAX_RANK,
+    PARTS,
+    Factors,
+    Lora,
+    Part,
+    fitting,
+    layers,
+    network,
+)
+from latentdiff.lora.file import peft_settings
+from latentdiff.text import ClipTower, T5Tower
+
+Network = TypeVar("Network", bound=nn.Module)
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "transformer": (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    ),
+    "all": (
+        *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+        *("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),
+    ),
+}
+"""Layers of the U-Net by the ends of their names: attention alone (as diffusers' scripts train),
+whole transformer blocks (kohya's), or convolutions too (LoCon)."""
+
+_TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def add_lora(
+    bundle: Bundle,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = "attention",
+    text_encoder: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+    name: str = "lora",
+) -> list[nn.Parameter]:
+    """Put a fresh LoRA into a model, to be trained; at first it changes nothing.
+
+    `down` is drawn as He et al. 2015 do, `up` is zero: Hu et al. 2021, sec. 4.1. Everything else
+    in the networks it goes into is frozen. What it learned is `lora_of(bundle, name)`.
+
+    Args:
+        bundle: the model; its networks are changed in place.
+        rank: of every factor.
+        alpha: its strength is alpha / rank; None: the rank.
+        targets: a name of `TARGETS`, or ends of the names of the U-Net's layers.
+        text_encoder: whether attention in the text encoder, a CLIP model, gets one as well.
+        dropout: of its inputs, while the networks are in training mode; drawn from torch's global
+            random state, as all of torch's dropout is.
+        seed: of the values to begin with.
+        name: by which it is known in the model.
+
+    Returns:
+        Its parameters in float32, the only ones of those networks that require gradients.
+
+    Raises:
+        UserError: a setting is out of range, or no layer has such a name.
+    """
+    _check_settings(rank, alpha, dropout)
+    if others := lora_names(bundle):
+        raise UserError(f"the model has a LoRA already ('{others[0]}'): remove or fuse it first.")
+    if text_encoder and not isinstance(bundle.text, ClipTower):
+        raise UserError("only a CLIP text encoder can have a LoRA; leave text_encoder off.")
+    named = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else targets
+    chosen: dict[Part, Sequence[str]] = {"unet": named}
+    if text_encoder:
+        chosen["text_encoder"] = _TEXT_TARGETS
+    random = torch.Generator().manual_seed(seed)
+    found: dict[Part, dict[str, Factors]] = {}
+    for part, ends in chosen.items():
+        matching = {
+            module: layer
+            for module, layer in layers(network(bundle, part)).items()
+            if any(f".{module}".endswith(f".{end}") for end in ends)
+        }
+        if not matching:
+            raise UserError(f"targets: no layer of the {part} has a name that ends in {named}.")
+        strength = float(rank if alpha is None else alpha)
+        found[part] = {m: _fresh(layer, rank, strength, random) for m, layer in matching.items()}
+    lora = Lora(found["unet"], found.get("text_encoder", {}))
+    for part in found:
+        network(bundle, part).requires_grad_(False)
+    _inject(bundle, lora, name, torch.float32, dropout)
+    trained: list[nn.Parameter] = []
+    for part in PARTS:
+        for _, layer in _lora_layers(network(bundle, part), name):
+            for half in (layer.lora_A[name], layer.lora_B[name]):
+                trained.append(half.weight.requires_grad_(True))
+    return trained
+
+
+def _check_settings(rank: int, alpha: float | None, dropout: float) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise UserError(f"rank: must be a whole number from 1 to {MAX_RANK}, not {rank!s:.40}.")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f"alpha: must be a number above 0, not {alpha}.")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout: must be from 0 to below 1, not {dropout}.")
+
+
+def _fresh(
+    layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, random: torch.Generator
+) -> Factors:
+    outside, *rest = layer.weight.shape
+    down = torch.empty(rank, *rest)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=random)
+    return Factors(down, torch.zeros(outside, rank, *([1] * (len(rest) - 1))), alpha)
+
+
+def attach_lora(bundle: Bundle, lora: Lora, name: str, scale: float = 1.0) -> None:
+    """Put a LoRA into a model to draw with, beside those that are in it.
+
+    Like `scale_loras` and `detach_lora` it changes the networks in place, so none of them may be
+    called while another thread draws with this model.
+
+    Args:
+        bundle: the model.
+        lora: what `load_lora` read for this model.
+        name: by which it is known in the model; letters, digits, _ and -.
+        scale: its strength; 0 is off, below 0 is away from it.
+
+    Raises:
+        UserError: the name is taken or unusable, the scale not finite, or the LoRA of another
+            model; the model is as it was.
+    """
+    if name in lora_names(bundle):
+        raise UserError(f"a LoRA named '{name}' is already there; choose another name.")
+    _check_scale(name, scale)
+    _inject(bundle, lora, name, None, 0.0)
+    scale_loras(bundle, {name: scale})
+
+
+def _inject(
+    bundle: Bundle, lora: Lora, name: str, dtype: torch.dtype | None, dropout: float
+) -> None:
+    """Layers of peft with these values; everything is checked before anything is changed."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"'{name!s:.80}' cannot name a LoRA: letters, digits, _ and - can.")
+    fitted: dict[Part, dict[str, Factors]]
+    fitted = {part: _fitted(network(bundle, part), pairs) for part, pairs in lora.parts()}
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for part, pairs in fitted.items():
+        model = network(bundle, part)
+        settings = peft_settings(pairs)
+        # Exactly these modules: in a list, peft would take the names for ends of names.
+        settings["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
+        config = LoraConfig(**settings, lora_dropout=dropout)  # pyright: ignore[reportArgumentType]
+        # Without memory, so that peft's own first values draw from no random state.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+        for module, layer in _lora_layers(model, name):
+            base = layer.get_base_layer().weight
+            for half, value in (("lora_A", pairs[module].down), ("lora_B", pairs[module].up)):
+                value = value.to(base.device, dtype or base.dtype, copy=True)
+                getattr(layer, half)[name].weight = nn.Parameter(value, requires_grad=False)
+        model.train(model.training)  # the new layers as the network is
+
+
+def _fitted(model: nn.Module, pairs: Mapping[str, Factors]) -> dict[str, Factors]:
+    known = layers(model)
+    for module in pairs:
+        if module not in known:
+            raise UserError(f"{module}: no such layer; the LoRA was made for another model.")
+    return {module: fitting(module, pair, known[module]) for module, pair in pairs.items()}
+
+
+def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """peft's `LoraLayer`s in a network, all or those that hold a LoRA of this name."""
+    from peft.tuners.lora import LoraLayer
+
+    for module, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (name is None or name in layer.lora_A):
+            yield module, layer
+
+
+def lora_names(bundle: Bundle) -> list[str]:
+    """The LoRAs that are in a model."""
+    names = (getattr(network(bundle, part), "peft_config", {}) for part in PARTS)
+    return list(dict.fromkeys(name for known in names for name in known))
+
+
+def scale_loras(bundle: Bundle, scales: Mapping[str, float]) -> None:
+    """Set the strength of LoRAs in a model; those that are not named keep theirs.
+
+    Raises:
+        UserError: there is no such LoRA, or a scale is not finite; nothing is changed.
+    """
+    for name, scale in scales.items():
+        _check_known(bundle, name)
+        _check_scale(name, scale)
+    for part in PARTS:
+        for _, layer in _lora_layers(network(bundle, part)):
+            for name in scales.keys() & layer.lora_A.keys():
+                layer.set_scale(name, scales[name])
+            used = [name for name in layer.lora_A if layer.scaling[name]]
+            layer.set_adapter(used, inference_mode=True)
+
+
+def _check_known(bundle: Bundle, name: str) -> None:
+    if name not in (names := lora_names(bundle)):
+        there = f"; there are: {', '.join(names)}" if names else ""
+        raise UserError(f"there is no LoRA named '{name!s:.80}' in this model{there}.")
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise UserError(f"the scale of '{name!s:.80}' must be a finite number, not {scale!s:.40}.")
+
+
+def detach_lora(bundle: Bundle, name: str) -> None:
+    """Take a LoRA out of a model; after the last one the networks are as they were made.
+
+    Raises:
+        UserError: there is no such LoRA.
+    """
+    scale_loras(bundle, {name: 0.0})
+    for part in PARTS:
+        model = network(bundle, part)
+        known = getattr(model, "peft_config", {})
+        if name not in known:
+            continue
+        for _, layer in _lora_layers(model, name):
+            layer.delete_adapter(name)
+        del known[name]
+        if not known:
+            _unwrap(model)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """The layers without those that peft put around them."""
+    for module, layer in list(_lora_layers(model)):
+        parent, _, last = module.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    delattr(model, "peft_config")
+
+
+def lora_of(bundle: Bundle, name: str = "lora") -> Lora:
+    """A LoRA as it is in a model, copied to the CPU, to be saved.
+
+    Raises:
+        UserError: there is no such LoRA.
+    """
+    _check_known(bundle, name)
+    found: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
+    for part in PARTS:
+        for module, layer in _lora_layers(network(bundle, part), name):
+            down, up = (
+                half[name].weight.detach().to("cpu", copy=True)
+                for half in (layer.lora_A, layer.lora_B)
+            )
+            found[part][module] = Factors(down, up, float(layer.lora_alpha[name]))
+    return Lora(found["unet"], found["text_encoder"])
+
+
+def fused(bundle: Bundle) -> Bundle:
+    """A new model, with the LoRAs that are in this one added to its weights at their scales.
+
+    Raises:
+        UserError: there are none, or the sum is not finite.
+    """
+    if not lora_names(bundle):
+        raise UserError("there is no LoRA in this model to fuse.")
+    unet = _merged(bundle.unet)
+    model: Any = _merged(bundle.text.model)
+    tower = ClipTower if isinstance(bundle.text, ClipTower) else T5Tower
+    return replace(bundle, unet=unet, text=tower(model, bundle.text.tokenizer))
+
+
+def _merged(model: Network) -> Network:
+    if not getattr(model, "peft_config", {}):
+        return model
+    model = copy.deepcopy(model)
+    for module, layer in _lora_layers(model):
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"{module}: with its LoRA it is not finite.") from error
+    _unwrap(model)
+    return model.requires_grad_(False)
