@@ -15,7 +15,7 @@ from latentdiff.editing.canvas import (
     size_of,
     unchanged,
 )
-from latentdiff.editing.lowpass import low_pass
+from latentdiff.editing.lowpass import low_pass, projection
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture
@@ -76,13 +76,17 @@ class ILVR:
         return replace(self, reference=reference, canvas=canvas), unchanged
 
     def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:
-        """Eq. 8: x + phi(y - x), with y the reference at the level of x."""
+        """Eq. 8: x + phi(y - x), with y the reference at the level of x.
+
+        phi is no projection, so that leaves some of the difference. The next steps see to it, but
+        clean data have none: there the low frequencies are set exactly.
+        """
         if self.space == "pixels" or level.ratio < self.until:
             return x
         y = level.alpha * latents_like(self.reference, x)
-        if level.sigma > 0:
-            y = y + level.sigma * noise.like(x)
-        return x + low_pass(y - x, self.factor)
+        if level.sigma == 0:
+            return x + projection(y - x, self.factor)
+        return x + low_pass(y + level.sigma * noise.like(x) - x, self.factor)
 
     def denoiser(self, denoise: Denoiser) -> Denoiser:
         """The denoiser whose estimates have, decoded, the low frequencies of the reference."""

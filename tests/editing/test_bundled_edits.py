@@ -1,0 +1,141 @@
+"""Edits on the bundled model: every edit with every solver, and inversion there and back.
+
+`pytest` takes each solver once, the combinations in turn; `pytest -m slow` the whole matrix.
+"""
+
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from _pytest.mark.structures import ParameterSet
+from PIL import Image, ImageDraw
+
+from latentdiff import ILVR, LatentDiffusionPipeline, RePaint, SDEdit, solvers
+from latentdiff.editing.lowpass import low_pass
+from latentdiff.metrics.psnr import psnr
+from latentdiff.pictures import to_tensor
+from latentdiff.process import NoiseLevel
+from latentdiff.sampling import Edit
+from latentdiff.solvers import Solver
+from latentdiff.solvers.langevin import AnnealedLangevin
+from latentdiff.solvers.pairs import dpm_adaptive, rk45, sde_adaptive
+
+STEPS = 3
+
+
+@cache
+def pipe() -> LatentDiffusionPipeline:
+    return LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
+
+
+def scribble(width: int = 30, height: int = 27) -> Image.Image:
+    """A red disc on white; its sides are no multiples of 8."""
+    image = Image.new("RGB", (width, height), "white")
+    box = (width // 5, height // 5, width - width // 5, height - height // 5)
+    ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 40))
+    return image
+
+
+def hole(width: int = 30, height: int = 27) -> Image.Image:
+    mask = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(mask).ellipse((9, 7, 22, 20), fill=255)
+    return mask
+
+
+def combinations() -> dict[str, tuple[list[Edit], int]]:
+    """The edits, and how many moves the run then has: with jumps of 1, gone through twice."""
+    late = SDEdit(scribble(), 0.7)  # 2 steps of 3
+    painted = RePaint(scribble(), hole(), jump_length=1, resamples=2)
+    coarse = ILVR(scribble(), factor=2)
+    return {
+        "SDEdit": ([late], 2),
+        "RePaint": ([painted], 7),
+        "ILVR": ([coarse], 3),
+        "SDEdit+RePaint": ([late, painted], 4),
+        "RePaint+ILVR": ([painted, coarse], 7),
+        "all": ([late, painted, coarse], 4),
+    }
+
+
+def quick(name: str) -> str | Solver:
+    """A solver by its name; what would call the network hundreds of times, coarser."""
+    process = pipe().bundle.process
+    return {
+        "annealed-langevin": AnnealedLangevin(repeats=3),
+        "rk45": rk45(process, 0.5, 0.5),
+        "dpm-adaptive": dpm_adaptive(process, 0.5, 0.5),
+        "sde-adaptive": sde_adaptive(process, 0.5, 0.5),
+    }.get(name, name)
+
+
+SCALES = (1.0, 4.0)
+CELLS = list(product(combinations(), SCALES))
+
+
+def matrix() -> list[ParameterSet]:
+    cells: list[ParameterSet] = []
+    for row, solver in enumerate(solvers.names()):
+        for column, (name, scale) in enumerate(CELLS):
+            marks = [] if column == row % len(CELLS) else [pytest.mark.slow]
+            cells.append(
+                pytest.param(name, solver, scale, marks=marks, id=f"{name}-{solver}-{scale:g}")
+            )
+    return cells
+
+
+@pytest.mark.parametrize(("name", "solver", "scale"), matrix())
+def test_every_edit_with_every_solver_and_guidance(name: str, solver: str, scale: float) -> None:
+    """Finite; known pixels bit for bit; the reference's low frequencies; the steps asked for."""
+    edits, moves = combinations()[name]
+    levels: list[NoiseLevel] = []
+    output = pipe()(
+        "a red heart",
+        edits=edits,
+        num_inference_steps=STEPS,
+        solver=quick(solver),
+        guidance_scale=scale,
+        seed=1,
+        output_type="pt",
+        callback_on_step_end=lambda _, level, __: levels.append(level),
+        progress=False,
+    )
+    assert bool(torch.isfinite(output.images).all())
+    assert bool(torch.isfinite(output.latents).all())
+    assert len(levels) == moves
+    given = to_tensor(scribble())
+    if "RePaint" in name or name == "all":
+        known = torch.from_numpy(np.asarray(hole()) == 0)
+        assert torch.equal(output.images[0][:, known], (given / 2 + 0.5)[:, known])
+    if "ILVR" in name or name == "all":
+        padded = torch.nn.functional.pad(given[None], (0, 2, 0, 5), mode="replicate")
+        reference = pipe().bundle.encode(padded)
+        gap = low_pass(output.latents, 2) - low_pass(reference, 2)
+        assert gap.square().mean().sqrt() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("side", "refinements"), [(32, 0), pytest.param(64, 3, marks=pytest.mark.slow)]
+)
+def test_invert_and_return(side: int, refinements: int) -> None:
+    """At least 35 dB against the autoencoder's own reconstruction, 50 steps of second order."""
+    picture = scribble(side, side)
+    noise = pipe().invert(picture, "a red circle", refinements=refinements)
+    assert 0.5 < noise.std() < 2
+    back = pipe()(
+        "a red circle",
+        latents=noise,
+        height=side,
+        width=side,
+        num_inference_steps=50,
+        guidance_scale=1,
+        solver="heun",
+        timetable="karras",
+        output_type="pt",
+        progress=False,
+    )
+    bundle = pipe().bundle
+    with torch.no_grad():
+        known = bundle.decode(bundle.encode(to_tensor(picture)[None])).clamp(-1, 1)
+    assert psnr(back.images * 2 - 1, known).item() >= 35
