@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from latentdiff.cli import options
+from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.output import check_writable, png_text
 from latentdiff.errors import UserError
 from latentdiff.version import __version__
@@ -57,6 +58,7 @@ def edit(
     solver: options.SolverName = "dpmpp-2m",
     timetable: options.TimetableName = None,
     model: options.Model = None,
+    lora: options.Loras = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
@@ -68,7 +70,7 @@ def edit(
     check_writable(out)
     from latentdiff.editing import Instruct, SDEdit
 
-    pipe, image = _begin(picture, model, device, dtype, fit)
+    pipe, image = _begin(picture, model, lora, device, dtype, fit)
     told = pipe.bundle.kind == "instruct-pix2pix"
     if image_guidance_scale is not None and not told:
         raise UserError("--image-guidance-scale is for InstructPix2Pix models; this is none.")
@@ -84,7 +86,15 @@ def edit(
         scale = 1.5 if image_guidance_scale is None else image_guidance_scale
         edits.append(Instruct(image, scale))
         about |= {"edit": "SDEdit, Instruct", "image_guidance_scale": scale}
-    _draw(pipe, edits, run, seed, given if grid else None, out, None if no_metadata else about)
+    _draw(
+        pipe,
+        edits,
+        run,
+        seed,
+        given if grid else None,
+        out,
+        None if no_metadata else about | about_loras(lora),
+    )
     times = f", {repeats} times" if repeats > 1 else ""
     print(f"{int(steps * strength)} of {steps} steps{times}", file=sys.stderr)
 
@@ -122,6 +132,7 @@ def inpaint(
     solver: options.SolverName = "dpmpp-2m",
     timetable: options.TimetableName = None,
     model: options.Model = None,
+    lora: options.Loras = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
@@ -134,7 +145,7 @@ def inpaint(
     check_writable(out)
     from latentdiff.editing import Inpaint, RePaint
 
-    pipe, image = _begin(picture, model, device, dtype, fit)
+    pipe, image = _begin(picture, model, lora, device, dtype, fit)
     hole = _mask(mask, picture, image)
     run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
     edits: list[Edit] = []
@@ -148,7 +159,7 @@ def inpaint(
         about |= {"jump_length": jump_length, "resamples": resamples}
     about["edit"] = ", ".join(type(each).__name__ for each in edits)
     given = [image, hole] if grid else None
-    _draw(pipe, edits, run, seed, given, out, None if no_metadata else about)
+    _draw(pipe, edits, run, seed, given, out, None if no_metadata else about | about_loras(lora))
 
 
 def ilvr(
@@ -174,6 +185,7 @@ def ilvr(
     solver: options.SolverName = "dpmpp-2m",
     timetable: options.TimetableName = None,
     model: options.Model = None,
+    lora: options.Loras = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
@@ -182,7 +194,7 @@ def ilvr(
     check_writable(out)
     from latentdiff.editing import ILVR
 
-    pipe, image = _begin(reference, model, device, dtype, fit)
+    pipe, image = _begin(reference, model, lora, device, dtype, fit)
     run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
     edits = [ILVR(image, factor, until, space)]
     about = {
@@ -192,7 +204,15 @@ def ilvr(
         "until": until,
         "space": space,
     }
-    _draw(pipe, edits, run, seed, [image] if grid else None, out, None if no_metadata else about)
+    _draw(
+        pipe,
+        edits,
+        run,
+        seed,
+        [image] if grid else None,
+        out,
+        None if no_metadata else about | about_loras(lora),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +229,18 @@ class _Run:
 
 
 def _begin(
-    picture: Path, model: str | None, device: str, dtype: "options.DtypeName", fit: bool
+    picture: Path,
+    model: str | None,
+    loras: Sequence[str] | None,
+    device: str,
+    dtype: "options.DtypeName",
+    fit: bool,
 ) -> "tuple[LatentDiffusionPipeline, Image]":
     """The model, and the picture at the size to work at."""
     from latentdiff import pictures
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
     image = pictures.open_picture(picture)
-    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
+    pipe = open_model(model, device, dtype, loras)
     return pipe, pictures.fit(image, max(pipe.bundle.size)) if fit else image
 
 

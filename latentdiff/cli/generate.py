@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import typer
 
+from latentdiff.cli import options
+from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.output import check_writable, png_text
 from latentdiff.errors import UserError
 from latentdiff.version import __version__
@@ -78,6 +80,7 @@ def generate(
             help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
         ),
     ] = None,
+    lora: options.Loras = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the networks.")
@@ -92,11 +95,10 @@ def generate(
     inside each tells all that is needed to draw it again.
     """
     check_writable(out)
-    from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.prompts import check_prompts
 
     check_prompts(prompts)
-    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
+    pipe = open_model(model, device, dtype, lora)
     own_height, own_width = pipe.bundle.size
     settings: _Settings = {
         "negative_prompt": negative,
@@ -116,6 +118,7 @@ def generate(
     if not no_metadata:
         precision = str(pipe.bundle.dtype).removeprefix("torch.")
         record = {"version": __version__, "model": pipe.bundle.name, "dtype": precision, **settings}
+        record |= about_loras(lora)
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     drawn = _draw(pipe, wanted, seed, first, settings)
     _write(drawn, seed, out, record, columns if grid else None)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
+from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.output import check_writable, png_text
 from latentdiff.errors import UserError
 from latentdiff.version import __version__
@@ -29,6 +30,7 @@ def interpolate(
         typer.Option(min=1, max=1000, help="Default: 20 between prompts, 50 between pictures."),
     ] = None,
     model: options.Model = None,
+    lora: options.Loras = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
@@ -41,9 +43,8 @@ def interpolate(
     if files[0] and prompt is None:
         raise UserError("say with --prompt what both pictures show.")
     from latentdiff import interpolation, pictures
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
-    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
+    pipe = open_model(model, device, dtype, lora)
     weights = [k / (number - 1) for k in range(number)]
     if prompt is not None and files[0]:
         drawn = interpolation.between_pictures(
@@ -56,6 +57,7 @@ def interpolate(
     images = [pictures.to_pil(one * 2 - 1) for one in drawn]
     ends = [Path(a).name, Path(b).name] if files[0] else [a, b]
     record: dict[str, object] = {"version": __version__, "model": pipe.bundle.name, "between": ends}
+    record |= about_loras(lora)
     kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}
     paths = [
         pictures.save_numbered_png(image, out, seed, png_text(kept, weight=weight))

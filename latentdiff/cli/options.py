@@ -38,6 +38,10 @@ Model = Annotated[
         help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE:SCALE", help="A LoRA to draw with; may be given again."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the networks.")]
