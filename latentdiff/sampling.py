@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser, LearnsVariance
+from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel, transition
@@ -117,8 +117,7 @@ def sample(
             x = edit.begin(x, timetable, noise)
     for edit in edits:
         if isinstance(edit, EditsDenoiser):
-            edited = edit.denoiser(denoise)
-            denoise = denoise.around(edited) if isinstance(denoise, LearnsVariance) else edited
+            denoise = edit.denoiser(denoise)
     constraints = [edit for edit in edits if isinstance(edit, EditsAfter)]
 
     state = solver.init()

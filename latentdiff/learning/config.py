@@ -1,10 +1,18 @@
 """Typed run configurations: a YAML file, `key=value` overrides, and no unknown key."""
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from latentdiff.errors import UserError
 
@@ -42,12 +50,16 @@ class OptimConfig(Strict):
     ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
 
 
+def _no_is_a_word(value: object) -> object:
+    return "no" if value is False else value  # YAML reads a bare `no` as false
+
+
 class RunConfig(Strict):
     """What every stage has: where it writes, how often, and from which seed."""
 
     out: Path
     seed: int = Field(default=0, ge=0)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_a_word)] = "no"
     optim: OptimConfig = OptimConfig()
     log_every: PositiveInt = 20
     evaluate_every: PositiveInt = 1000

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,14 @@ Key = tuple[int, int, int]
 def generator(*key: int) -> np.random.Generator:
     """A generator that depends on nothing but `key`."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+class Order(Protocol):
+    """Which samples make up a step: a pure function."""
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """The `size` sample numbers of optimizer step `step` (counted from 0)."""
+        ...
 
 
 class SampleOrder:
@@ -58,7 +67,7 @@ class Shares:
     """
 
     def __init__(
-        self, order: SampleOrder, steps: range, batch_size: int, rank: int = 0, world: int = 1
+        self, order: Order, steps: range, batch_size: int, rank: int = 0, world: int = 1
     ) -> None:
         self.order = order
         self.steps = steps

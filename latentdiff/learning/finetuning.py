@@ -1,0 +1,150 @@
+"""The configuration of a fine-tune: what a method is set to unless the person says otherwise."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from latentdiff.errors import UserError
+from latentdiff.learning.config import RunConfig, Strict, put, validate
+from latentdiff.prediction import Prediction
+
+Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
+
+
+class PicturesConfig(Strict):
+    """The folder, what becomes of faulty pictures, and how each picture is cut to size."""
+
+    root: Path
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    instance_prompt: str | None = None
+    bad: Literal["refuse", "skip"] = "refuse"
+    least_side: PositiveInt | None = None
+    size: PositiveInt | None = None
+    crops: PositiveInt = 1
+    flip: bool = False
+    buckets: bool = False
+
+
+class LoraConfig(Strict):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    targets: str | list[str] = "all"
+    text_encoder: bool = False
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class InversionConfig(Strict):
+    """New words, and the known word that each starts from."""
+
+    tokens: list[str] = Field(default_factory=list)
+    start_from: str | None = None
+
+
+class PriorConfig(Strict):
+    """Pictures of the model's own that it must not unlearn (Ruiz et al. 2023, sec. 3.2)."""
+
+    prompts: list[str] = Field(default_factory=list)
+    count: PositiveInt = 200
+    weight: PositiveFloat = 1.0
+    steps: PositiveInt = 20
+    guidance_scale: float = 4.0
+
+
+class FinetuneObjective(Strict):
+    """None and "auto" are the model's own."""
+
+    process: str | None = None
+    prediction: Prediction | None = None
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    min_snr_gamma: PositiveFloat | Literal["auto"] | None = "auto"
+    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    offset_noise: float = Field(default=0.0, ge=0.0)
+    zero_terminal_snr: bool = False
+
+
+class FinetuneConfig(RunConfig):
+    method: Method
+    model: str | None = None
+    data: PicturesConfig
+    lora: LoraConfig = LoraConfig()
+    inversion: InversionConfig = InversionConfig()
+    prior: PriorConfig = PriorConfig()
+    objective: FinetuneObjective = FinetuneObjective()
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    train_text: bool = False
+    gradient_checkpointing: bool = False
+    save_dtype: Literal["float32", "float16"] = "float16"
+    sample_prompts: list[str] = Field(default_factory=list)
+
+
+# What each method needs to work on a few dozen pictures; larger models want smaller rates.
+_OPTIM: dict[Method, dict[str, object]] = {
+    "lora": {"lr": 1e-3, "steps": 400, "batch_size": 32, "ema_decay": 0.0},
+    "full": {"lr": 1e-4, "steps": 400, "batch_size": 32, "ema_decay": 0.99},
+    "dreambooth": {"lr": 5e-5, "steps": 400, "batch_size": 16, "ema_decay": 0.0},
+    "textual-inversion": {
+        "lr": 5e-3,
+        "steps": 400,
+        "batch_size": 16,
+        "ema_decay": 0.0,
+        "weight_decay": 0.0,
+    },
+}
+
+
+def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
+    """Nested values with the defaults of their method filled in, checked as a whole.
+
+    Args:
+        source: where the values are from, for messages.
+
+    Raises:
+        UserError: an unknown key, an unfit value, or settings that do not go together.
+    """
+    values = {"method": "lora", **values}
+    method = values["method"]
+    chosen = _OPTIM.get(str(method), {}) | {"warmup": 20}  # pyright: ignore[reportCallIssue, reportArgumentType]
+    given = values.get("optim", {})
+    if not isinstance(given, dict):
+        raise UserError(f"{source}: optim is a section, not a value")
+    for key, value in chosen.items():
+        if key not in given:
+            values = put(values, f"optim.{key}", value)
+    data = values.get("data")
+    if isinstance(data, dict) and "root" in data:
+        values.setdefault("out", f"runs/{Path(str(data['root'])).name}-{method}")
+    values.setdefault("precision", "bf16" if _has_bf16() else "no")
+    config = validate(FinetuneConfig, values, source)
+    _check_together(config)
+    return config
+
+
+def _has_bf16() -> bool:
+    """Whether this machine computes in bfloat16 faster than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _check_together(config: FinetuneConfig) -> None:
+    tokens = config.inversion.tokens
+    if config.method == "textual-inversion":
+        if not tokens:
+            raise UserError("textual inversion needs a new word to learn: --token '<my-style>'")
+        if config.prior.prompts:
+            raise UserError("a new word leaves other prompts as they are: leave prior.prompts out")
+        if config.train_text:
+            raise UserError("textual inversion trains the new words only: leave train_text out")
+    elif tokens:
+        raise UserError(f"new words are for --method textual-inversion, not for {config.method}")
+    if config.method == "dreambooth":
+        if config.data.instance_prompt is None:
+            raise UserError(
+                "dreambooth needs --instance-prompt, a name for the subject: 'a sks dog'"
+            )
+        if not config.prior.prompts:
+            raise UserError("dreambooth needs --prior-prompt, the subject's kind: 'a dog'")
+    if config.method == "lora" and config.train_text:
+        raise UserError("with LoRA the text encoder is trained by lora.text_encoder=true")

@@ -1,0 +1,106 @@
+"""What each method of fine-tuning trains, and with which optimizer."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+
+from torch import nn
+from torch.optim import Optimizer
+
+from latentdiff import process as processes
+from latentdiff.bundle import Bundle
+from latentdiff.errors import UserError
+from latentdiff.learning.config import OptimConfig
+from latentdiff.learning.finetuning import FinetuneConfig, FinetuneObjective
+from latentdiff.learning.run import adamw
+from latentdiff.learning.words import add_words
+from latentdiff.lora import add_lora
+from latentdiff.process import DiscreteVP, zero_terminal_snr
+
+
+def with_objective(bundle: Bundle, objective: FinetuneObjective) -> Bundle:
+    """The model with another process or prediction, where the objective names one.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    process = processes.create(objective.process) if objective.process else bundle.process
+    prediction = objective.prediction or bundle.prediction
+    if objective.zero_terminal_snr:
+        if not isinstance(process, DiscreteVP):
+            raise UserError("objective.zero_terminal_snr is for discrete VP processes")
+        if prediction == "eps":
+            raise UserError(
+                "with zero_terminal_snr eps says nothing about the last time: "
+                "objective.prediction=v"
+            )
+        process = DiscreteVP(zero_terminal_snr(process.betas))
+    return replace(bundle, process=process, prediction=prediction)
+
+
+def min_snr_gamma(bundle: Bundle, objective: FinetuneObjective) -> float | None:
+    """Gamma of the loss weights: "auto" is 5 where min-SNR weighting is defined.
+
+    Raises:
+        UserError: it is not defined for what the model predicts.
+    """
+    defined = bundle.prediction in ("eps", "x0", "v")
+    gamma = objective.min_snr_gamma
+    if gamma == "auto":
+        return 5.0 if defined else None
+    if gamma is not None and not defined:
+        raise UserError(
+            f"objective.min_snr_gamma is for eps, x0 and v, and this model predicts "
+            f"{bundle.prediction}: set it to null"
+        )
+    return gamma
+
+
+def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
+    """The model with exactly those parameters requiring gradients that the method trains.
+
+    Raises:
+        UserError: the method does not fit the model.
+    """
+    for network in (bundle.unet, bundle.vae, bundle.text.model):
+        network.requires_grad_(False)
+    if config.method == "textual-inversion":
+        bundle = add_words(bundle, config.inversion.tokens, config.inversion.start_from)
+    elif config.method == "lora":
+        lora = config.lora
+        add_lora(
+            bundle,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            text_encoder=lora.text_encoder,
+            dropout=lora.dropout,
+            seed=config.seed,
+        )
+    else:
+        bundle.unet.requires_grad_(True)
+        bundle.text.model.requires_grad_(config.train_text)
+    if config.gradient_checkpointing:
+        bundle.unet.enable_gradient_checkpointing()
+    return bundle
+
+
+def make_optimizer(parameters: Iterator[nn.Parameter], config: FinetuneConfig) -> Optimizer:
+    """AdamW, fused, or in 8 bits by bitsandbytes.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if config.optimizer == "adamw":
+        return adamw(parameters, config.optim)
+    return _adamw_8bit(parameters, config.optim)
+
+
+def _adamw_8bit(parameters: Iterator[nn.Parameter], optim: OptimConfig) -> Optimizer:
+    try:
+        module = import_module("bitsandbytes.optim")
+    except ModuleNotFoundError as error:
+        raise UserError("optimizer adamw-8bit needs: pip install bitsandbytes") from error
+    return module.AdamW8bit(
+        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+    )

@@ -1,0 +1,58 @@
+"""Prior preservation: pictures of the model's own, drawn before it is changed.
+
+Ruiz et al. 2023, "DreamBooth", sec. 3.2, eq. 2.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.data.folder import Example
+from latentdiff.errors import UserError
+from latentdiff.learning.order import generator
+from latentdiff.pictures import save_png
+
+_AT_ONCE = 20
+
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
+"""Prompts and a seed for each -> pictures."""
+
+
+def prior_examples(folder: Path, prompts: Sequence[str], count: int, source: str) -> list[Example]:
+    """Where `count` prior pictures are or will be, with the prompts in turn as captions.
+
+    Args:
+        source: a text that says all else the pictures depend on; other ones have another folder.
+    """
+    named = hashlib.sha256("\n".join([source, *prompts]).encode()).hexdigest()[:16]
+    return [
+        Example(folder / named / f"{number:05}.png", (prompts[number % len(prompts)],), {})
+        for number in range(count)
+    ]
+
+
+def draw_missing(examples: Sequence[Example], seed: int, draw: Draw, *, progress: bool) -> int:
+    """Draw those whose file is not there; returns how many.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    missing = [number for number, example in enumerate(examples) if not example.path.exists()]
+    try:
+        for folder in {examples[number].path.parent for number in missing}:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+    bar = tqdm(total=len(missing), desc="prior pictures", disable=not progress, leave=False)
+    with bar:
+        for start in range(0, len(missing), _AT_ONCE):
+            part = missing[start : start + _AT_ONCE]
+            seeds = [int(generator(seed, 7, number).integers(2**32)) for number in part]
+            pictures = draw([examples[number].captions[0] for number in part], seeds)
+            for number, picture in zip(part, pictures, strict=True):
+                save_png(picture, examples[number].path)
+            bar.update(len(part))
+    return len(missing)

@@ -1,0 +1,135 @@
+"""The samples of a fine-tune: pictures as latents in every variant, with their weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.bundle.check import latent_affine
+from latentdiff.data.cache import LatentCache, weights_hash
+from latentdiff.data.check import Checked
+from latentdiff.data.folder import Example
+from latentdiff.data.variants import Size, Variant, bucket_sizes, nearest_bucket
+from latentdiff.errors import UserError
+from latentdiff.learning.batches import to_range
+from latentdiff.learning.buckets import BucketOrder
+from latentdiff.learning.order import generator, sample_noise
+from latentdiff.models.vae import VAE, encode_moments
+from latentdiff.pictures import open_picture, to_uint8
+
+_ENCODED_AT_ONCE = 2**19  # pixels
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures to learn from, and pictures of the model's own that it is to keep.
+
+    Attributes:
+        buckets: height and width in pixels that each example is trained at.
+        moments: of each example [V, 2C, h, w], mean and std of its raw latents in V variants.
+        shares: how often each is drawn, relative to the others [N].
+        weights: of each one's loss [N].
+    """
+
+    examples: list[Example]
+    buckets: list[Size]
+    moments: list[Tensor]
+    shares: np.ndarray
+    weights: Tensor
+
+    def order(self, seed: int) -> BucketOrder:
+        """Which samples make up a step."""
+        return BucketOrder(self.buckets, seed, self.shares)
+
+    def latents(
+        self, vae: VAE, seed: int, step: int, places: list[int], samples: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """x_0 [B, C, h, w], drawn from the posteriors of one variant each, and noise of its shape.
+
+        Both are functions of (seed, step, place), on the CPU.
+        """
+        chosen: list[Tensor] = []
+        for place, sample in zip(places, samples, strict=True):
+            moments = self.moments[sample]
+            chosen.append(moments[generator(seed, 9, step, place).integers(len(moments))])
+        mean, std = torch.stack(chosen).chunk(2, 1)
+        posterior, noise = sample_noise(seed, step, places, tuple(mean.shape[1:]), 2)
+        gain, offset = latent_affine(vae)
+        return (mean + std * posterior - offset) / gain, noise
+
+    def joined(self, prior: "Samples", weight: float) -> "Samples":
+        """These and prior ones, half of all draws each; `weight` is of the prior's loss."""
+        return Samples(
+            self.examples + prior.examples,
+            self.buckets + prior.buckets,
+            self.moments + prior.moments,
+            np.concatenate([self.shares / self.shares.sum(), prior.shares / prior.shares.sum()]),
+            torch.cat([self.weights, weight * prior.weights]),
+        )
+
+
+def assign_buckets(sizes: Sequence[Size], size: Size, unit: int, many: bool) -> list[Size]:
+    """The rectangle of each picture: always `size`, or the bucket of the nearest shape.
+
+    Raises:
+        UserError: `size` is not a multiple of `unit`.
+    """
+    if size[0] % unit or size[1] % unit:
+        raise UserError(f"data.size must be a multiple of {unit} with this model, not {size[0]}")
+    if not many:
+        return [size] * len(sizes)
+    buckets = bucket_sizes(size, unit)
+    return [nearest_bucket(picture, buckets) for picture in sizes]
+
+
+def encode_samples(
+    vae: VAE,
+    checked: Checked,
+    buckets: list[Size],
+    variants: Sequence[Variant],
+    cache: Path,
+    *,
+    skip: bool = False,
+) -> Samples:
+    """Every picture's latents in every variant, from `cache` where they are there.
+
+    Raises:
+        UserError: a picture has gone, or has latents that are not finite and `skip` is off.
+    """
+    weights = weights_hash(vae.state_dict())
+    device = next(vae.parameters()).device
+    moments: list[list[Tensor]] = [[] for _ in checked.examples]
+    for bucket in dict.fromkeys(buckets):
+        members = [number for number, own in enumerate(buckets) if own == bucket]
+        for variant in variants:
+            store = LatentCache(cache, weights, f"{variant.named(bucket)}; mean and std")
+            found = store.latents(
+                [checked.examples[number] for number in members],
+                lambda example, v=variant, b=bucket: to_uint8(
+                    v.fill(open_picture(example.path), b)
+                ),
+                lambda pictures: encode_moments(vae, to_range(pictures).to(device)),
+                batch_size=max(1, min(64, _ENCODED_AT_ONCE // (bucket[0] * bucket[1]))),
+            )
+            for number, latent in zip(members, found, strict=True):
+                moments[number].append(latent)
+    stacked = [torch.stack(own) for own in moments]
+    good = [n for n, own in enumerate(stacked) if bool(torch.isfinite(own).all())]
+    if len(good) < len(stacked) and not skip:
+        bad = next(n for n in range(len(stacked)) if n not in set(good))
+        raise UserError(
+            f"the autoencoder makes latents that are not finite of {checked.examples[bad].path}: "
+            "take the picture out, or use --bad skip"
+        )
+    if not good:
+        raise UserError("no picture is left to learn from")
+    return Samples(
+        [checked.examples[n] for n in good],
+        [buckets[n] for n in good],
+        [stacked[n] for n in good],
+        np.ones(len(good)),
+        torch.ones(len(good)),
+    )

@@ -1,0 +1,91 @@
+"""Textual inversion: new words for a CLIP text encoder, of which nothing but they is trained.
+
+Gal et al. 2022, "An Image is Worth One Word", sec. 4.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentdiff.bundle import Bundle
+from latentdiff.errors import UserError
+from latentdiff.text import ClipTower
+
+
+class WordRows(nn.Module):
+    """An embedding table that stays as it is, and trained rows for the ids from `first` on."""
+
+    def __init__(self, table: nn.Embedding, first: int, start: Tensor) -> None:
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.first = first
+        self.rows = nn.Parameter(start.detach().float().clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [B, L] -> [B, L, D]."""
+        place = ids - self.first
+        new = (place >= 0) & (place < len(self.rows))
+        known = self.table(ids.masked_fill(new, 0))
+        learned = F.embedding(place.clamp(0, len(self.rows) - 1), self.rows)
+        return torch.where(new[..., None], learned.to(known.dtype), known)
+
+    def merged(self) -> nn.Embedding:
+        """One plain table with the rows in it."""
+        count = max(self.table.num_embeddings, self.first + len(self.rows))
+        weight = self.table.weight.new_zeros(count, self.table.embedding_dim)
+        weight[: self.table.num_embeddings] = self.table.weight
+        weight[self.first : self.first + len(self.rows)] = self.rows.detach()
+        return nn.Embedding.from_pretrained(weight)
+
+
+def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = None) -> Bundle:
+    """A model with new words; their rows are all in its text encoder that require gradients.
+
+    Args:
+        bundle: the model; its tokenizer and text encoder are changed in place.
+        tokens: the words, one token each.
+        start_from: a known word whose meaning they start from; None: the mean of all.
+
+    Raises:
+        UserError: no CLIP text encoder, or a word that it has already.
+    """
+    tower = bundle.text
+    if not isinstance(tower, ClipTower):
+        raise UserError("only a CLIP text encoder can learn new words")
+    backend = tower.tokenizer.backend_tokenizer
+    known = backend.get_vocab()
+    for token in tokens:
+        if token in known or token != token.strip() or not token:
+            raise UserError(f"{token!r} cannot be a new word: take one like <my-style>")
+    table = tower.model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    ids = backend.encode(start_from).ids[1:-1] if start_from else []
+    start = table.weight[ids or slice(None)].mean(0)
+    first = max(known.values()) + 1
+    tower.tokenizer.add_tokens(list(tokens))
+    tower.model.requires_grad_(False)
+    tower.model.set_input_embeddings(WordRows(table, first, start.repeat(len(tokens), 1)))
+    tower.model.config.vocab_size = max(table.num_embeddings, first + len(tokens))
+    return replace(bundle, text=ClipTower(tower.model, tower.tokenizer))
+
+
+def learned_rows(bundle: Bundle, tokens: Sequence[str]) -> dict[str, Tensor]:
+    """Word -> its row [D], as `learned_embeds.safetensors` of diffusers holds them."""
+    words = bundle.text.model.get_input_embeddings()
+    assert isinstance(words, WordRows)
+    rows = words.rows.detach().cpu()
+    return {token: row.clone() for token, row in zip(tokens, rows, strict=True)}
+
+
+def with_learned_words(bundle: Bundle) -> Bundle:
+    """The model with the learned rows in a plain table, to be saved; `bundle` stays as it is."""
+    assert isinstance(bundle.text, ClipTower)
+    model = copy.deepcopy(bundle.text.model)
+    words = model.get_input_embeddings()
+    assert isinstance(words, WordRows)
+    model.set_input_embeddings(words.merged())
+    return replace(bundle, text=ClipTower(model, bundle.text.tokenizer))

@@ -1,0 +1,234 @@
+"""Every method of fine-tuning on twelve pictures and a tiny model: what changes, what stays."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file
+from scripts import picture_folder, script
+from tiny import tiny_bundle
+from typer.testing import CliRunner
+
+from latentdiff.bundle import Bundle
+from latentdiff.errors import UserError
+from latentdiff.learning.checkpoint import checkpoints
+from latentdiff.learning.finetuning import resolve
+from latentdiff.learning.samples import Samples
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.process import DiscreteVP
+
+BASE = {
+    "precision": "no",
+    "optim": {"steps": 4, "batch_size": 4, "lr": 1e-2, "warmup": 0},
+    "checkpoint_every": 2,
+    "prior": {"steps": 2},
+    "save_dtype": "float32",
+    "sample_prompts": ["a red disc"],
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pictures`, and `model`, a tiny bundle as a folder."""
+    folder = tmp_path_factory.mktemp("finetune")
+    picture_folder(folder / "pictures")
+    tiny_bundle().save(folder / "model")
+    return folder
+
+
+def finetune(work: Path, out: Path, method: str, **sections: object) -> Path:
+    """One run in this process."""
+    values: dict[str, object] = {
+        **BASE,
+        "method": method,
+        "out": str(out),
+        "model": str(work / "model"),
+    }
+    data = {"root": str(work / "pictures")}
+    for name, section in {"data": {}, **sections}.items():
+        below = data if name == "data" else values.get(name)
+        both = isinstance(below, dict) and isinstance(section, dict)
+        values[name] = {**below, **section} if both else section  # pyright: ignore
+    script("finetune").train(resolve(values, "test"), False)
+    return out
+
+
+def weights(model: Path, part: str) -> dict[str, torch.Tensor]:
+    (file,) = (model / part).glob("*.safetensors")
+    return load_file(file)
+
+
+def changed(work: Path, model: Path, part: str) -> set[str]:
+    before, after = weights(work / "model", part), weights(model, part)
+    assert before.keys() == after.keys()
+    return {
+        name
+        for name, value in before.items()
+        if value.shape != after[name].shape or not torch.equal(value, after[name])
+    }
+
+
+def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
+    work: Path, tmp_path: Path
+) -> None:
+    """With all that draws at random: dropout, flips, crops, caption choice, prior pictures."""
+    settings = {
+        "lora": {"rank": 2, "dropout": 0.2, "text_encoder": True},
+        "data": {"flip": True, "crops": 2},
+        "prior": {"steps": 2, "prompts": ["a disc"], "count": 3},
+        "objective": {"offset_noise": 0.1},
+    }
+    out = finetune(work, tmp_path / "out", "lora", **settings)
+    file = out / "pytorch_lora_weights.safetensors"
+    first = load_file(file)
+    assert any("unet" in name for name in first)
+    assert any("text_encoder" in name for name in first)
+    pipe = LatentDiffusionPipeline.from_pretrained(work / "model")
+    plain = pipe("a red disc", num_inference_steps=2, seed=0, output_type="pt", progress=False)
+    pipe.load_lora(file)
+    styled = pipe("a red disc", num_inference_steps=2, seed=0, output_type="pt", progress=False)
+    assert (plain.images - styled.images).abs().max() > 1e-3
+
+    newest = checkpoints(out / "checkpoints")[0]
+    assert newest.name == "step-00000004"
+    shutil.rmtree(newest)
+    file.unlink()
+    shutil.rmtree(out / "cache")  # costs time only
+    finetune(work, out, "lora", **settings)
+    again = load_file(file)
+    assert first.keys() == again.keys()
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_full_changes_the_unet_alone_and_keeps_the_layout(work: Path, tmp_path: Path) -> None:
+    objective = {"zero_terminal_snr": True}
+    model = finetune(work, tmp_path / "out", "full", objective=objective) / "model"
+    assert len(changed(work, model, "unet")) == len(weights(model, "unet"))
+    assert not changed(work, model, "text_encoder")
+    assert not changed(work, model, "vae")
+    process = Bundle.load(model).process
+    assert isinstance(process, DiscreteVP)
+    assert process.betas[-1] == pytest.approx(1.0)
+
+
+def test_full_with_the_text_encoder_and_buckets(work: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "wide"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for number, shape in enumerate([(32, 32), (64, 32), (24, 48)] * 2):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(
+            pictures / f"{number}.png"
+        )
+        (pictures / f"{number}.txt").write_text("a cat\na red cat\n")
+    data = {"root": str(pictures), "buckets": True, "size": 32}
+    model = finetune(work, tmp_path / "out", "full", data=data, train_text=True) / "model"
+    assert changed(work, model, "unet")
+    assert changed(work, model, "text_encoder")
+
+
+def test_textual_inversion_learns_one_row_and_changes_nothing_else(
+    work: Path, tmp_path: Path
+) -> None:
+    out = finetune(
+        work,
+        tmp_path / "out",
+        "textual-inversion",
+        data={"instance_prompt": "a <thing> disc"},
+        inversion={"tokens": ["<thing>"], "start_from": "red"},
+    )
+    assert not changed(work, out / "model", "unet")
+    table = "text_model.embeddings.token_embedding.weight"
+    assert changed(work, out / "model", "text_encoder") == {table}
+    before, after = (weights(m, "text_encoder")[table] for m in (work / "model", out / "model"))
+    assert torch.equal(after[:-1], before)
+    (row,) = load_file(out / "learned_embeds.safetensors").values()
+    assert torch.equal(after[-1], row)
+    red = tiny_bundle().text.tokenizer.backend_tokenizer.encode("red").ids[1:-1]
+    assert 0 < (row - before[red].mean(0)).abs().max() < 0.1
+    bundle = Bundle.load(out / "model")
+    assert len(before) in bundle.text.tokenize(["a <thing> disc"]).ids[0]
+
+
+def test_prior_pictures_that_are_there_are_kept(work: Path, tmp_path: Path) -> None:
+    settings = {
+        "data": {"instance_prompt": "a sks disc"},
+        "prior": {"steps": 2, "prompts": ["a disc", "a cat"], "count": 5},
+    }
+    out = finetune(work, tmp_path / "out", "dreambooth", **settings)
+    drawn = sorted((out / "prior").rglob("*.png"))
+    assert len(drawn) == 5
+    bytes_before = [path.read_bytes() for path in drawn]
+    assert len(set(bytes_before)) == 5
+    kept = drawn[0].stat().st_mtime_ns
+    drawn[3].unlink()
+    shutil.rmtree(out / "checkpoints")
+    finetune(work, out, "dreambooth", **settings)
+    assert [path.read_bytes() for path in drawn] == bytes_before
+    assert drawn[0].stat().st_mtime_ns == kept
+
+
+def test_half_of_all_draws_are_prior_ones_whose_loss_is_weighted() -> None:
+    def some(count: int) -> Samples:
+        return Samples([], [(8, 8)] * count, [], np.ones(count), torch.ones(count))
+
+    both = some(40).joined(some(200), 0.5)
+    drawn = [n for step in range(60) for n in both.order(0).batch(step, 8)]
+    assert sum(n < 40 for n in drawn) == 240
+    assert both.weights.tolist() == [1.0] * 40 + [0.5] * 200
+
+
+def test_faulty_pictures_are_listed_and_refused_or_left_out(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = picture_folder(tmp_path / "pictures")
+    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:70])
+    shutil.copy(pictures / "1.png", pictures / "7.png")
+    (pictures / "5.png").unlink()
+    data = {"root": str(pictures)}
+    with pytest.raises(UserError, match=r"3 of 12 pictures \(2 broken, 1 duplicate\)"):
+        finetune(work, tmp_path / "out", "lora", data=data)
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("3.png", "5.png", "7.png"))
+    assert not (tmp_path / "out/cache").exists()
+    out = finetune(work, tmp_path / "out", "lora", data={**data, "bad": "skip"})
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+
+
+MISTAKES = {
+    "--method dreambooth": "needs --instance-prompt",
+    "--method textual-inversion": "--token",
+    "--method textual-inversion --token <x>": "no caption holds <x>",
+    "--method lora --token <x>": "textual-inversion",
+    "--prior-prompt @none.txt": "none.txt",
+    "objective.zap=1": "zap",
+    "optim=3": "optim is a section",
+    "--size 17": "multiple of 4",
+    "--model nowhere/at/all": "nowhere",
+    "optimizer=adamw-8bit": "pip install bitsandbytes",
+    "objective.zero_terminal_snr=true objective.prediction=eps": "objective.prediction=v",
+    "objective.min_snr_gamma=5 objective.prediction=score": "set it to null",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_users_mistake_is_one_line(work: Path, tmp_path: Path, arguments: str) -> None:
+    app = typer.Typer()
+    app.command()(script("finetune").main)
+    base = [
+        "--data",
+        str(work / "pictures"),
+        "--model",
+        str(work / "model"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = CliRunner().invoke(app, [*base, *arguments.split(), "precision=no"])
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert MISTAKES[arguments] in done.stderr

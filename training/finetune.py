@@ -1,0 +1,339 @@
+"""Fine-tune a model on a folder of your own pictures.
+
+    accelerate launch training/finetune.py --data DIR --method lora
+
+The folder holds pictures and captions (metadata.jsonl, .csv or .parquet, or a .txt beside each
+picture), or pictures alone with --instance-prompt. They are checked before anything starts. OUT
+then holds the LoRA file (--method lora), or a model folder in the diffusers layout. Run the same
+command again to resume.
+
+Methods: lora (a small file beside the model: styles, subjects), dreambooth (one subject, with
+--instance-prompt "a sks dog" --prior-prompt "a dog"), textual-inversion (a new word, --token),
+full (every weight of the U-Net).
+
+Everything else is key=value, as in training/diffusion.py: optim.accumulation=4,
+objective.offset_noise=0.1, lora.targets=attention, prior.count=400 ... docs/finetune.md has all.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.bundle import Bundle
+from latentdiff.data.cache import weights_hash
+from latentdiff.data.check import Checked, check_pictures
+from latentdiff.data.folder import list_folder
+from latentdiff.data.variants import Size, Variant, variants
+from latentdiff.errors import UserError
+from latentdiff.learning.captions import Captions, CaptionStates
+from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.config import override, put, read_yaml
+from latentdiff.learning.denoising import Conditioned, draw_times, noised_batch, offset_noise
+from latentdiff.learning.ema import EMA, trained
+from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve
+from latentdiff.learning.losses import weighted_mse
+from latentdiff.learning.methods import (
+    make_optimizer,
+    make_trainable,
+    min_snr_gamma,
+    with_objective,
+)
+from latentdiff.learning.order import Key, Shares, generator, spread_uniform
+from latentdiff.learning.outcome import save_outcome
+from latentdiff.learning.prior import draw_missing, prior_examples
+from latentdiff.learning.run import Run, learning_rate
+from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
+from latentdiff.pictures import grid
+from latentdiff.pipeline import LatentDiffusionPipeline
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="The pictures.")] = None,
+    method: Annotated[Method | None, typer.Option(help="What is trained.  [default: lora]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id.  [default: the bundled model]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="[default: runs/DATA-METHOD]")
+    ] = None,
+    instance_prompt: Annotated[
+        str | None, typer.Option(help="One caption for all pictures, instead of their own.")
+    ] = None,
+    prior_prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What the model must not unlearn; repeat it, or @FILE, one a line."),
+    ] = None,
+    token: Annotated[
+        list[str] | None, typer.Option(help="Textual inversion: the new word, <my-style>.")
+    ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Textual inversion: a known word to start from.")
+    ] = None,
+    bad: Annotated[
+        str | None, typer.Option(help="Faulty pictures: refuse or skip.  [default: refuse]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures a step, in all.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's rank.  [default: 16]")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side.  [default: the model's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all randomness.  [default: 0]")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the same keys.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any key, as optim.lr=1e-4.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read all data, one step, one save, then stop.")
+    ] = False,
+) -> None:
+    """Fine-tune a model on a folder of pictures."""
+    try:
+        options: dict[str, object] = {
+            "method": method,
+            "model": model,
+            "out": None if out is None else str(out),
+            "seed": seed,
+            "data.root": None if data is None else str(data),
+            "data.instance_prompt": instance_prompt,
+            "data.bad": bad,
+            "data.size": size,
+            "prior.prompts": None if prior_prompt is None else spell_out(prior_prompt),
+            "inversion.tokens": token,
+            "inversion.start_from": start_from,
+            "optim.steps": steps,
+            "optim.batch_size": batch_size,
+            "optim.lr": lr,
+            "lora.rank": rank,
+        }
+        values = {} if config is None else read_yaml(config)
+        for key, value in options.items():
+            if value is not None:
+                values = put(values, key, value)
+        values = override(values, overrides or [])
+        train(resolve(values, "finetune" if config is None else str(config)), dry_run)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+main.__doc__ = __doc__
+
+
+def train(config: FinetuneConfig, dry: bool) -> None:
+    """One run in the folder `config.out`."""
+    with Run(config, dry) as run:
+        fit(config, run)
+
+
+def fit(config: FinetuneConfig, run: Run) -> None:
+    """Build -> prepare -> loop -> save."""
+    optim, objective, seed = config.optim, config.objective, config.seed
+    bundle = with_objective(
+        Bundle.load(config.model, dtype="float32", device=run.device), objective
+    )
+    gamma = min_snr_gamma(bundle, objective)
+    samples = collect_samples(run, config, bundle)
+    found = run.resume()
+    if not found:
+        draw_samples(run, config, bundle, samples, 0)  # before
+    bundle = make_trainable(bundle, config)
+    learns_text = any(p.requires_grad for p in bundle.text.model.parameters())
+    texts = [example.captions for example in samples.examples]
+    captions = Captions(bundle.text, texts, objective.caption_dropout, seed)
+    states = None if learns_text else CaptionStates(captions, bundle.text, config.out / "cache")
+    module = Conditioned(bundle.unet, bundle.text)
+    parameters = list(trained(module).values())
+    ema = EMA(module, optim.ema_decay)
+    optimizer = make_optimizer(iter(parameters), config)
+    start = 0
+    if found:
+        tensors, state = found
+        module.load_state_dict(tensors["model"], strict=False)
+        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
+        unpack_optimizer(optimizer, tensors["optimizer"])
+        start = int(str(state["step"]))
+    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
+    ema.to(run.device)
+
+    def save(step: int) -> None:
+        tensors = {
+            "model": {name: p.detach() for name, p in trained(module).items()},
+            "ema": ema.state_dict(),
+            "optimizer": pack_optimizer(optimizer),
+        }
+        run.save(step, tensors, {"ema_updates": ema.updates})
+
+    stop = min(start + 1, optim.steps) if run.dry else optim.steps
+    shares = Shares(
+        samples.order(seed),
+        range(start, stop),
+        optim.batch_size,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+    )
+
+    def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
+        """The loss of a micro-batch, a function of its keys and the weights."""
+        at = keys[0][0], [place for _, place, _ in keys], [sample for _, _, sample in keys]
+        step, places, chosen = at
+        latents, noise = samples.latents(bundle.vae, seed, *at)
+        if objective.offset_noise:
+            noise += objective.offset_noise * offset_noise(seed, step, places, noise.shape[1])
+        uniform = spread_uniform(seed, step, places, optim.batch_size).to(run.device)
+        batch = noised_batch(
+            bundle.process,
+            bundle.prediction,
+            latents.to(run.device),
+            noise.to(run.device),
+            draw_times(bundle.process, uniform, objective.times),
+            gamma,
+        )
+        torch.manual_seed(int(generator(seed, 10, step, places[0]).integers(2**63)))  # dropout
+        words = captions.tokens(*at) if states is None else states.of(*at)
+        output = wrapped(batch.x, batch.t, words)
+        weights = batch.weights * samples.weights[chosen].to(run.device)
+        return {"loss": weighted_mse(output, batch.target, weights)}
+
+    module.train()
+    with run.signals(), run.bar(start, stop) as bar:
+        for keys in shares:
+            rate = learning_rate(optim, keys[0][0])
+            values = run.gradients([wrapped], parameters, keys, terms)
+            if run.optimize(rate, (optimizer, parameters)):
+                ema.update(module)
+
+            bar.update()
+            done = keys[0][0] + 1
+            if done % config.log_every == 0 or done == stop:
+                losses = {name: value.item() for name, value in values.items()}
+                run.record(done, {**losses, "lr": rate})
+                bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
+            if done % config.evaluate_every == 0 or done == stop:
+                with ema.applied(module):
+                    draw_samples(run, config, bundle, samples, done)
+            stopping = run.stopping
+            if done % config.checkpoint_every == 0 or done == stop or stopping:
+                save(done)
+            if stopping:
+                raise SystemExit(128 + stopping)
+
+    if run.dry:
+        run.say("dry run: data, one step and one save are fine")
+    elif run.main:
+        with ema.applied(module):
+            for line in save_outcome(bundle, config):
+                run.say(line)
+
+
+def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples:
+    """The folder's pictures, checked, and the model's own; all as latents."""
+    data = config.data
+    size = bundle.size if data.size is None else (data.size, data.size)
+    unit = bundle.factor * 2 ** (len(bundle.unet.config["block_out_channels"]) - 1)
+    least = min(size) // 2 if data.least_side is None else data.least_side
+    where = {key: tuple(values) for key, values in data.where.items()}
+    listed = list_folder(data.root, where=where)
+    checked = check_pictures(listed, least, prompt=data.instance_prompt, progress=run.main)
+    for fault in checked.faults:
+        run.say(fault.line)
+    if checked.faults and data.bad == "refuse":
+        raise UserError(f"{checked.summary()} cannot be used: mend them, or use --bad skip")
+    if not checked.examples:
+        raise UserError(f"{data.root}: no picture is left to learn from")
+    check_words(config, [caption for e in checked.examples for caption in e.captions])
+    run.say(f"{len(checked.examples)} pictures to learn from")
+
+    cache, skip = config.out / "cache", data.bad == "skip"
+    buckets = assign_buckets(checked.sizes, size, unit, data.buckets)
+    with run.accelerator.main_process_first():
+        samples = encode_samples(
+            bundle.vae, checked, buckets, variants(data.crops, data.flip), cache, skip=skip
+        )
+    prior = config.prior
+    if not prior.prompts:
+        return samples
+    source = f"{weights_hash(bundle.unet.state_dict())} {prior.steps} {prior.guidance_scale} {size}"
+    examples = prior_examples(config.out / "prior", prior.prompts, prior.count, source)
+
+    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        steps, scale = prior.steps, prior.guidance_scale
+        return pictures_of(run, bundle, prompts, seeds, steps=steps, scale=scale, size=size)
+
+    if run.main:
+        drawn = draw_missing(examples, config.seed, draw, progress=True)
+        run.say(f"{drawn} prior pictures drawn, {len(examples) - drawn} were there")
+    run.accelerator.wait_for_everyone()
+    with run.accelerator.main_process_first():
+        kept = encode_samples(
+            bundle.vae, Checked(examples, [], []), [size] * len(examples), [Variant()], cache
+        )
+    return samples.joined(kept, prior.weight)
+
+
+def pictures_of(
+    run: Run,
+    bundle: Bundle,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 20,
+    scale: float = 4.0,
+    size: Size | None = None,
+) -> list[Image.Image]:
+    """What the model draws at present."""
+    bundle.unet.eval()
+    with run.accelerator.autocast():
+        height, width = size or bundle.size
+        return LatentDiffusionPipeline(bundle)(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            height=height,
+            width=width,
+            seed=seeds,
+            progress=False,
+        ).images
+
+
+def draw_samples(
+    run: Run, config: FinetuneConfig, bundle: Bundle, samples: Samples, step: int
+) -> None:
+    """A grid at fixed seeds: the configured prompts, or captions of the pictures."""
+    if not run.main:
+        return
+    prompts = config.sample_prompts or [e.captions[0] for e in samples.examples[:8]]
+    seeds = [config.seed] * len(prompts)
+    run.picture(step, "samples", grid(pictures_of(run, bundle, prompts, seeds), 8))
+    bundle.unet.train()
+
+
+def spell_out(prompts: list[str]) -> list[str]:
+    """Prompts, with @FILE replaced by the file's lines."""
+    lines: list[str] = []
+    for prompt in prompts:
+        if not prompt.startswith("@"):
+            lines.append(prompt)
+            continue
+        try:
+            lines += Path(prompt[1:]).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompts of {prompt[1:]}: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def check_words(config: FinetuneConfig, captions: Sequence[str]) -> None:
+    """A new word can be learned only from captions that hold it."""
+    for token in config.inversion.tokens:
+        if not any(token in caption for caption in captions):
+            raise UserError(
+                f"no caption holds {token}: --instance-prompt 'a picture in {token} style'"
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)
