@@ -1,0 +1,194 @@
+"""Kill training runs and stop them at every step; each must end as the run that was left alone.
+
+    PYTHONPATH=.:tests python tests/training/kills.py --kills 200 --every-step
+
+One process imports everything; every run is a fork of it that calls the training script's own
+`train`. Half of the kills come from outside at a random moment. The others strike inside a save:
+the run counts the lines of `learning/checkpoint.py` that it executes and kills itself at a random
+one, so every line there is a fault point. Both are SIGKILL.
+"""
+
+import argparse
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lab import STAGES, STEPS, Lab, cpu, samples_of
+
+from latentdiff.learning import checkpoint
+from latentdiff.learning.run import Run
+
+RESULT = {"autoencoder": "vae", "diffusion": "model"}
+
+
+def trace_saves(at_line: Callable[[int], object]) -> None:
+    """Have `at_line(n)` called before the n-th line of `save_checkpoint` and what it calls."""
+    count = 0
+
+    def line(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            at_line(count)
+        return line
+
+    def call(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename != checkpoint.__file__:
+            return None
+        at: FrameType | None = frame
+        while at is not None and at.f_code.co_name != "save_checkpoint":
+            at = at.f_back
+        return line if at is not None else None
+
+    sys.settrace(call)
+
+
+def kill_at(number: int) -> None:
+    """SIGKILL for this process at the `number`th line of saving."""
+
+    def strike(line: int) -> None:
+        if line == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trace_saves(strike)
+
+
+def stop_after_a_step() -> None:
+    """SIGTERM for this process once it has taken one step."""
+    optimize = Run.optimize
+
+    def stopped(self: Run, rate: float, *parts: Any) -> bool:
+        done = optimize(self, rate, *parts)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    Run.optimize = stopped
+
+
+def files_of(run: Path, stage: str) -> Iterator[tuple[str, bytes]]:
+    """What a finished run must share with the run left alone: all of it but times and pictures."""
+    newest = checkpoint.checkpoints(run / "checkpoints")[0]
+    assert checkpoint.find_fault(newest) is None
+    yield "log", (run / "log.jsonl").read_bytes()
+    for root in (newest, run / RESULT[stage]):
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            yield f"{root.name}/{path.relative_to(root)}", path.read_bytes()
+
+
+def compare(one: Path, other: Path, stage: str) -> None:
+    """Weights, averages, optimizer, result, every logged loss and sample: equal to the last bit."""
+    expected, got = dict(files_of(one, stage)), dict(files_of(other, stage))
+    assert expected.keys() == got.keys(), expected.keys() ^ got.keys()
+    for name, content in expected.items():
+        assert content == got[name], f"{other.name}: {name} differs from {one.name}"
+    assert len(expected["log"].splitlines()) >= STEPS
+    assert samples_of(one) == samples_of(other)
+    assert len(samples_of(one)) == STEPS
+
+
+def run_whole(lab: Lab, stage: str) -> int:
+    """The run that is left alone; how many lines one of its saves executes."""
+    out = f"{stage}-whole"
+    with mmap.mmap(-1, 8) as shared:  # with the child
+
+        def count(line: int) -> None:
+            shared[:] = line.to_bytes(8, "little")
+
+        child = lab.start(stage, out, before=lambda: trace_saves(count))
+        lab.ended(child, out, 0)
+        return int.from_bytes(shared[:], "little") // STEPS
+
+
+def kill_outside(child: int, run: Path, chance: random.Random) -> None:
+    """SIGKILL for a run at a random moment of its next few steps; none if it ends before."""
+    steps = run / "samples.jsonl"
+    wanted = (steps.stat().st_size if steps.exists() else 0) + 40 * chance.randint(0, 3)
+    while not steps.exists() or steps.stat().st_size < wanted:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0.0, 0.1))
+    os.kill(child, signal.SIGKILL)
+
+
+def kill(lab: Lab, stage: str, kills: int, lines: int, chance: random.Random) -> list[str]:
+    """Runs of a stage killed `kills` times in all, each run then compared; where kills struck."""
+    struck: list[str] = []
+    run, tries = 0, 0
+    while len(struck) < kills:
+        run += 1
+        out = f"{stage}-killed-{run}"
+        code = -signal.SIGKILL
+        while code == -signal.SIGKILL and len(struck) < kills:
+            tries += 1
+            assert tries < 10 * kills + 10, "the runs end before they are killed"
+            if inside := len(struck) % 2 == 0:
+                number = chance.randint(1, 2 * lines)  # of the first two saves
+                child = lab.start(stage, out, before=lambda at=number: kill_at(at))
+            else:
+                child = lab.start(stage, out)
+                kill_outside(child, lab.folder / out, chance)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code == -signal.SIGKILL:
+                struck.append("inside a save" if inside else "from outside")
+            elif code:
+                raise AssertionError((lab.folder / f"{out}.log").read_text())
+        lab.finish(stage, out)
+        compare(lab.folder / f"{stage}-whole", lab.folder / out, stage)
+    return struck
+
+
+def stop_at_every_step(lab: Lab, stage: str, accumulation: int, workers: int) -> None:
+    """A run stopped after each of its steps in turn; all is compared at every stop."""
+    ways = [f"optim.accumulation={accumulation}", f"data.workers={workers}"]
+    whole, out = f"{stage}-kept-{accumulation}", f"{stage}-stopped-{accumulation}-{workers}"
+    if not (lab.folder / whole).exists():
+        lab.finish(stage, whole, ways[0], "keep_checkpoints=99")
+    for step in range(1, STEPS + 1):
+        child = lab.start(stage, out, *ways, before=stop_after_a_step)
+        lab.ended(child, out, 143)
+        name = f"checkpoints/step-{step:08d}/manifest.json"  # sums of weights, averages, all
+        assert (lab.folder / out / name).read_text() == (lab.folder / whole / name).read_text()
+    lab.finish(stage, out, *ways)
+    compare(lab.folder / whole, lab.folder / out, stage)
+    print(f"{stage}, accumulation {accumulation}, {workers} workers: equal at every stop")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--every-step", action="store_true", help="stop after each step, too")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        lab = Lab(Path(name))
+        for stage in STAGES:
+            lines = run_whole(lab, stage)
+            if stage == "autoencoder":
+                (lab.folder / "vae").symlink_to(lab.folder / "autoencoder-whole/vae")
+            kills = (arguments.kills + (stage == "diffusion")) // 2
+            struck = Counter(kill(lab, stage, kills, lines, chance))
+            print(
+                f"{stage}: {dict(struck)}: equal to the run left alone, {cpu():.0f} s CPU",
+                flush=True,
+            )
+        if arguments.every_step:
+            for accumulation in (1, 4):
+                for workers in (0, 2):
+                    stop_at_every_step(lab, "autoencoder", accumulation, workers)
+                stop_at_every_step(lab, "diffusion", accumulation, 0)
+        print(f"{cpu():.0f} s of CPU time")
+
+
+if __name__ == "__main__":
+    main()

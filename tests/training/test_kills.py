@@ -1,0 +1,58 @@
+"""Runs killed, stopped, short of memory and shared out: each is the run left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import ROOT
+
+
+def alone(script: str, *arguments: str) -> str:
+    """What a script here says, in a process of its own: it forks, which a test runner must not."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | threads | {"PYTHONPATH": paths},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_killed_again_and_again_is_the_run_left_alone() -> None:
+    said = alone("kills.py", "--kills", "20")
+    for stage in ("autoencoder", "diffusion"):
+        assert f"{stage}: {{'inside a save': 5, 'from outside': 5}}: equal" in said
+
+
+@pytest.mark.slow
+def test_a_run_stopped_after_every_step_is_the_run_left_alone() -> None:
+    said = alone("kills.py", "--kills", "100", "--every-step", "--seed", "1")
+    assert said.count("equal at every stop") == 6
+
+
+def assert_same_losses(*arguments: str) -> None:
+    """Losses to 1e-6 and the learning rate exactly, over 20 steps of a global batch of 8."""
+    runs = json.loads(alone("processes.py", *arguments))
+    one = runs.pop("one")
+    assert len(one) == 20
+    assert max(loss for loss, _ in one) - min(loss for loss, _ in one) > 0.01  # it does learn
+    for name, other in runs.items():
+        assert [rate for _, rate in other] == [rate for _, rate in one], name
+        gaps = [abs(a - b) for (a, _), (b, _) in zip(one, other, strict=True)]
+        assert max(gaps) < 1e-6, (name, max(gaps))
+
+
+def test_two_processes_and_too_little_memory_give_the_losses_of_one_with_enough() -> None:
+    assert_same_losses()
+
+
+@pytest.mark.slow
+def test_processes_agree_when_one_of_them_is_out_of_memory() -> None:
+    assert_same_losses("--all")
