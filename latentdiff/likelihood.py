@@ -11,12 +11,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.denoiser import Denoiser, LearnsVariance
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process, transition
+from latentdiff.process import Coefficient, NoiseLevel, Process, transition
+from latentdiff.solvers.ancestral import Variance
 from latentdiff.solvers.base import posterior_std
 from latentdiff.timetable import Timetable
+from latentdiff.variance import gaussian_kl, gaussian_surprise, learned_log_std
 
 # A flow from pure noise (alpha 0) is integrated from here; x is noise there to one part in 10^6.
 _LARGEST_RATIO = 1000.0
@@ -49,7 +51,7 @@ def variational_bound(
     timetable: Timetable,
     noise: NoiseStreams,
     *,
-    large: bool = False,
+    variance: Variance | None = None,
     bin_width: float | None = None,
 ) -> Bound:
     """The variational bound of a DDPM that steps through a timetable: Ho et al. 2020, eq. 5.
@@ -62,31 +64,51 @@ def variational_bound(
         process: tells the prior.
         timetable: falling levels of which the last is clean data.
         noise: streams of B pictures.
-        large: variances of the steps are those of the forward kernel, not the posterior's.
+        variance: of the steps, as in `solvers.DDPM`. A learned one is also that of L_0, where the
+            posterior's, which is 0, is replaced by that of the step before, as in the code of
+            Nichol & Dhariwal 2021; a fixed one is the kernel's there.
         bin_width: of discrete data (2 / 255 for bytes in [-1, 1]), as in eq. 13; None for
             continuous data, whose bits may be negative.
 
     Raises:
-        UserError: a timetable that does not fall to clean data in two steps or more.
+        UserError: a timetable that does not fall to clean data in two steps or more; or a learned
+            variance of a denoiser that tells none.
     """
     levels = list(timetable)
     if len(levels) < 3 or levels[-1].sigma > 0:
         raise UserError("the bound needs a timetable of at least 2 steps that ends in clean data.")
     if any(later.log_snr <= level.log_snr for level, later in pairwise(levels)):
         raise UserError("the bound needs a timetable without jumps back.")
+    if variance == "learned-range" and not isinstance(denoise, LearnsVariance):
+        raise UserError("the variance 'learned-range' needs a denoiser that tells it.")
+    ask = _teller(denoise, variance in (None, "learned-range"))
     first, last = levels[0], levels[-2]
-    scale = process.prior_scale(first)
-    prior = _kl(first.sigma, scale, first.alpha * x0)
+    prior = gaussian_kl(
+        math.log(first.sigma), math.log(process.prior_scale(first)), first.alpha * x0
+    )
     steps = [
-        _step_term(denoise, x0, here, there, noise, large) for here, there in pairwise(levels[:-1])
+        _step_term(ask, x0, here, there, noise, large=variance == "fixed-large")
+        for here, there in pairwise(levels[:-1])
     ]
-    guess = denoise(last.alpha * x0 + last.sigma * noise.like(x0), last)
-    reconstruction = -_log_decoder(x0 - guess, transition(levels[-1], last)[1], bin_width)
+    guess, v = ask(last.alpha * x0 + last.sigma * noise.like(x0), last)
+    log_std = math.log(transition(levels[-1], last)[1])
+    if v is not None:
+        log_std = learned_log_std(v, math.log(posterior_std(levels[-3], last)), log_std)
+    reconstruction = -_log_decoder(x0 - guess, log_std, bin_width)
     return Bound(_bits(prior), torch.stack([_bits(step) for step in steps]), _bits(reconstruction))
 
 
+def _teller(
+    denoise: Denoiser, learned: bool
+) -> Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor | None]]:
+    """(x_t, level) -> x_0, and v where it is wanted and told."""
+    if learned and isinstance(denoise, LearnsVariance):
+        return denoise.with_variance
+    return lambda x, level: (denoise(x, level), None)
+
+
 def _step_term(
-    denoise: Denoiser,
+    ask: Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor | None]],
     x0: Tensor,
     here: NoiseLevel,
     there: NoiseLevel,
@@ -94,23 +116,20 @@ def _step_term(
     large: bool,
 ) -> Tensor:
     """KL of q(x_there | x_here, x_0) from the model's step, in nats of each number."""
-    std = posterior_std(here, there)
-    guess = denoise(here.alpha * x0 + here.sigma * noise.like(x0), here)
+    std, kernel_std = posterior_std(here, there), transition(there, here)[1]
+    guess, v = ask(here.alpha * x0 + here.sigma * noise.like(x0), here)
     keep = math.sqrt(max(0.0, there.sigma**2 - std**2)) / here.sigma
-    model_std = transition(there, here)[1] if large else std
-    return _kl(std, model_std, (there.alpha - keep * here.alpha) * (x0 - guess))
+    small, log_std = math.log(std), math.log(kernel_std if large else std)
+    if v is not None:
+        log_std = learned_log_std(v, small, math.log(kernel_std))
+    return gaussian_kl(small, log_std, (there.alpha - keep * here.alpha) * (x0 - guess))
 
 
-def _kl(std: float, other: float, distance: Tensor) -> Tensor:
-    """KL(N(distance, std^2) | N(0, other^2)) of each number."""
-    ratio = (std / other) ** 2
-    return 0.5 * (ratio - 1 - math.log(ratio) + (distance / other).square())
-
-
-def _log_decoder(error: Tensor, std: float, bin_width: float | None) -> Tensor:
+def _log_decoder(error: Tensor, log_std: Coefficient, bin_width: float | None) -> Tensor:
     """ln p(x_0 | x_1) of each number: a density, or the mass of a bin (without their open ends)."""
     if bin_width is None:
-        return -0.5 * (error / std).square() - math.log(std * math.sqrt(2 * math.pi))
+        return -gaussian_surprise(error, log_std)
+    std = torch.as_tensor(log_std, dtype=error.dtype, device=error.device).exp()
     upper, lower = (error + 0.5 * bin_width) / std, (error - 0.5 * bin_width) / std
     mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
     return mass.clamp(min=1e-12).log()

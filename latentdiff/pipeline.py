@@ -22,12 +22,16 @@ from latentdiff.arguments import (
 )
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.model import Precision
-from latentdiff.denoiser import Condition, conditioned_denoiser
+from latentdiff.denoiser import (
+    Condition,
+    LearnedVarianceDenoiser,
+    conditioned_denoiser,
+    mark,
+)
 from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free, named
 from latentdiff.guidance.named import Method
-from latentdiff.guidance.perturbed import mark
 from latentdiff.guides import Guide, SpoilsAttention, resolve, spoil_attention
 from latentdiff.inversion import invert
 from latentdiff.models.attention import Attention
@@ -227,10 +231,11 @@ class LatentDiffusionPipeline:
         )
         spoiling = [guide for guide in resolve(guides) if isinstance(guide, SpoilsAttention)]
         network, calls = _counted(bundle.network([guide.perturbation for guide in spoiling]))
-        denoise = conditioned_denoiser(network, bundle.process, bundle.prediction)
+        heard: list[Tensor] = []
+        denoise = conditioned_denoiser(network, bundle.process, bundle.prediction, heard)
+        conditions = [mark(each, each is conditions[0]) for each in conditions]
         if spoiling:
             denoise = spoil_attention(denoise, spoiling, shape[0])
-            conditions = [mark(each, each is conditions[0]) for each in conditions]
         positive, negative, blind = _seeing(conditions, seen)
         denoise = named.create(
             guidance,
@@ -244,6 +249,8 @@ class LatentDiffusionPipeline:
             blind=blind,
             image_scale=image_scale,
         )
+        if bundle.learns_variance:
+            denoise = LearnedVarianceDenoiser(denoise, heard)
         with tqdm(total=_moves(timetable, edits), disable=not progress, leave=False) as bar:
 
             def after_move(index: int, level: NoiseLevel, x: Tensor) -> Tensor | None:

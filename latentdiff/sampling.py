@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.denoiser import Denoiser, LearnsVariance
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel, transition
@@ -117,7 +117,8 @@ def sample(
             x = edit.begin(x, timetable, noise)
     for edit in edits:
         if isinstance(edit, EditsDenoiser):
-            denoise = edit.denoiser(denoise)
+            edited = edit.denoiser(denoise)
+            denoise = denoise.around(edited) if isinstance(denoise, LearnsVariance) else edited
     constraints = [edit for edit in edits if isinstance(edit, EditsAfter)]
 
     state = solver.init()

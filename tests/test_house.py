@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"errors", "version"},
     {"registry"},
     {"noise", "pictures", "process"},
-    {"prediction", "timetable"},
+    {"prediction", "timetable", "variance"},
     {"denoiser"},
     {"solvers", "guidance", "editing"},
     {"sampling"},

@@ -42,6 +42,7 @@ def tiny_bundle(
     vae: Literal["kl", "vq"] = "kl",
     in_channels: int = 4,
     seed: int = 0,
+    learned_variance: bool = False,
 ) -> Bundle:
     """A model of 16 x 16 pictures in 8 x 8 latents of 4 channels, with a two-level U-Net.
 
@@ -51,7 +52,7 @@ def tiny_bundle(
         torch.manual_seed(seed)
         autoencoder = build_vae(vae, (8, 8), 1, 4, 4, 16, codes=32)
         autoencoder.register_to_config(scaling_factor=0.7)
-        unet = build_unet(4, 8, (32, 32), 1, (True, False), 8, WIDTH)
+        unet = build_unet(4, 8, (32, 32), 1, (True, False), 8, WIDTH, learned_variance)
         if in_channels != 4:
             wide = UNet2DConditionModel.from_config(unet.config, in_channels=in_channels)
             assert isinstance(wide, UNet2DConditionModel)

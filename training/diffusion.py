@@ -24,7 +24,14 @@ from latentdiff.learning.batches import encode_pictures, sample_order, split_exa
 from latentdiff.learning.captions import Captions
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
 from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
-from latentdiff.learning.denoising import Conditioned, draw_times, noised_batch
+from latentdiff.learning.denoising import (
+    Conditioned,
+    Times,
+    bound_terms,
+    check_learned_variance,
+    draw_times,
+    noised_batch,
+)
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.learning.order import Key, Shares, sample_noise, spread_uniform
@@ -62,9 +69,11 @@ class TextConfig(Strict):
 class ObjectiveConfig(Strict):
     process: str = "vp-scaled-linear"
     prediction: Prediction = "v"
-    times: Literal["uniform", "logit-normal"] = "uniform"
+    times: Times = "uniform"
     min_snr_gamma: PositiveFloat | None = 5.0
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    learned_variance: bool = False
+    bound_weight: PositiveFloat = 0.001
 
 
 class DiffusionConfig(RunConfig):
@@ -103,6 +112,8 @@ def train(config: DiffusionConfig, dry: bool) -> None:
 def fit(config: DiffusionConfig, run: Run) -> None:
     """Build -> prepare -> loop -> save."""
     optim, objective = config.optim, config.objective
+    if objective.learned_variance:
+        check_learned_variance(processes.create(objective.process), objective.times)
     examples, _ = split_examples(config.data)
     run.say(f"{len(examples)} pictures for training")
 
@@ -168,7 +179,13 @@ def fit(config: DiffusionConfig, run: Run) -> None:
             process, objective.prediction, latents, noise, t, objective.min_snr_gamma
         )
         output = wrapped(batch.x, batch.t, captions.tokens(step, places, samples))
-        return {"loss": weighted_mse(output, batch.target, batch.weights)}
+        loss = weighted_mse(output[:, : shape[0]], batch.target, batch.weights)
+        if not objective.learned_variance:
+            return {"loss": loss}
+        step_terms = bound_terms(process, objective.prediction, output, latents, noise, t)
+        bound = (process.t_max + 1) * step_terms.mean()
+        # Nichol & Dhariwal 2021, eq. 16
+        return {"loss": loss + objective.bound_weight * bound, "bound": bound.detach()}
 
     with run.signals(), run.bar(start, stop) as bar:
         for keys in shares:
@@ -220,6 +237,7 @@ def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:
         config.unet.attention,
         config.unet.head_dim,
         tower.width,
+        config.objective.learned_variance,
     )
     return Bundle(
         vae=vae,

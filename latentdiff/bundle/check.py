@@ -41,7 +41,7 @@ def check_parts(
     """
     channels = latent_channels(vae)
     inside, outside = unet.config["in_channels"], unet.config["out_channels"]
-    if inside not in _kinds(channels) or outside != channels:
+    if inside not in _kinds(channels) or outside not in (channels, 2 * channels):
         raise UserError(
             f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
             f"{channels}; depth, upscaling and such checkpoints do not work here."

@@ -142,6 +142,11 @@ class Bundle:
         return kind_of(self.vae, self.unet)
 
     @property
+    def learns_variance(self) -> bool:
+        """Whether the U-Net gives 2C channels, of which the last C tell the variance of a step."""
+        return self.unet.config["out_channels"] == 2 * self.latent_channels
+
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures it was trained on."""
         side = self.unet.config["sample_size"]
@@ -155,7 +160,8 @@ class Bundle:
 
         The condition holds "states" [B, L, D]; where the tower has one, "mask" [B, L]; and with
         an inpainting or InstructPix2Pix U-Net "beside" [B, extra, h, w], which it sees behind the
-        channels of x. Without it, or with too much, `predict` raises a UserError.
+        channels of x. Without it, or with too much, `predict` raises a UserError. The
+        output is [B, C, h, w], or [B, 2C, h, w] with a learned variance.
 
         Args:
             perturbations: of the attention in those rows that `guidance.perturbed.SPOILT` tells.
@@ -237,7 +243,9 @@ class Bundle:
 
         if any(getattr(network, "peft_config", None) for network in (self.unet, self.text.model)):
             raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
-        config = scheduler.write(self.process, self.prediction, self.steps)
+        config = scheduler.write(
+            self.process, self.prediction, self.steps, learned_variance=self.learns_variance
+        )
         return save_folder(Path(folder), self.vae, self.unet, self.text, config, dtype)
 
 

@@ -178,6 +178,7 @@ def _index(
     known = isinstance(text, ClipTower) and type(vae).__name__ == "AutoencoderKL"
     known &= not bool(latent_affine(vae)[1].any())
     known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
+    known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
     known &= "beta_schedule" in schedule or "trained_betas" in schedule
     known &= kind != "inpainting" or latent_channels(vae) == 4  # all that it takes
     return {

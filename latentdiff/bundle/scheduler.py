@@ -98,6 +98,8 @@ def read(config: Mapping[str, object], name: str) -> tuple[Process, Prediction, 
     kind = str(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
     if kind not in _PREDICTIONS:
         raise UserError(f"{name}: unknown prediction_type '{kind}'.")
+    if config.get("variance_type") == "learned":
+        raise UserError(f"{name}: only the variance_type learned_range works here.")
     try:
         return _read_process(config), _PREDICTIONS[kind], _read_steps(config)
     except (TypeError, ValueError) as error:  # UserError is a ValueError
@@ -162,8 +164,12 @@ def _read_steps(config: Mapping[str, object]) -> Steps:
     raise UserError(f"unknown timestep_spacing '{wanted}'.")
 
 
-def write(process: Process, prediction: Prediction, steps: Steps) -> dict[str, object]:
+def write(
+    process: Process, prediction: Prediction, steps: Steps, *, learned_variance: bool = False
+) -> dict[str, object]:
     """The config that `read` understands, and diffusers too where it has the process.
+
+    With a learned variance it is of diffusers' DDPM, which alone takes a network of 2C outputs.
 
     Raises:
         UserError: a process with settings of its own that no config can hold.
@@ -179,6 +185,12 @@ def write(process: Process, prediction: Prediction, steps: Steps) -> dict[str, o
     }
     if steps.family != "ddim" or steps.spacing in ("karras", "exponential"):
         config = _multistep(config, steps)
+    elif learned_variance:
+        config["_class_name"] = "DDPMScheduler"
+        if steps.to_clean:  # as that always does
+            del config["set_alpha_to_one"]
+    if learned_variance:
+        config["variance_type"] = "learned_range"
     return config | _write_process(process)
 
 

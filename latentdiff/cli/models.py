@@ -41,8 +41,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
     try:
         if not colon or Path(text).exists():
             return Path(text), 1.0
-    except (OSError, ValueError) as error:
-        raise UserError(f"--lora {text!s:.100}: that is no path.") from error
+    except OSError as error:  # a name too long
+        raise UserError(f"--lora {text!s:.100}: {error.strerror}.") from error
     try:
         number = float(scale)
     except ValueError as error:

@@ -5,21 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Condition, ConditionedDenoiser
+from latentdiff.denoiser import POSITIVE, Condition, ConditionedDenoiser
 from latentdiff.errors import UserError
 from latentdiff.process import NoiseLevel
 
 SPOILT = "spoilt"
 """In a condition: int64 [B], by which of the network's perturbations a row is spoilt; 0: none."""
-_POSITIVE = "positive"
-
-
-def mark(condition: Condition, positive: bool) -> Condition:
-    """The condition, with a note for `perturbed` whether it is one to be spoilt.
-
-    The note lies on the CPU, so that reading it makes no device wait.
-    """
-    return {**condition, _POSITIVE: torch.full((len(condition["states"]),), positive)}
 
 
 def perturbed(
@@ -59,9 +50,9 @@ def perturbed(
     def shifted(x: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         if scale == 0 or not low < level.ratio <= high:
             return denoise(x, level, condition)
-        rows = condition[_POSITIVE].nonzero().flatten()
+        rows = condition[POSITIVE].nonzero().flatten()
         joined = {name: torch.cat([part, part[rows]]) for name, part in condition.items()}
-        joined[_POSITIVE][len(x) :] = False  # another perturbation leaves these rows alone
+        joined[POSITIVE][len(x) :] = False  # another perturbation leaves these rows alone
         spoilt = condition.get(SPOILT, torch.zeros(len(x), dtype=torch.int64))
         joined[SPOILT] = torch.cat([spoilt, torch.full((len(rows),), perturbation)])
         x0, x0_spoilt = denoise(torch.cat([x, x[rows]]), level, joined).split([len(x), len(rows)])

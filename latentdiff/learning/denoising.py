@@ -1,5 +1,6 @@
 """What one step of stage 2 is made of: times, noised latents, targets and their weights."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +9,15 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import generator
-from latentdiff.prediction import Prediction, target
+from latentdiff.prediction import Prediction, target, to_x0
 from latentdiff.process import DiscreteVP, Process
 from latentdiff.text import TextStates, TextTower, Tokens
+from latentdiff.variance import gaussian_kl, gaussian_surprise, learned_log_std
+
+Times = Literal["uniform", "logit-normal"]
 
 
 class Conditioned(nn.Module):
@@ -25,7 +30,7 @@ class Conditioned(nn.Module):
         self._tower = (tower,)  # in a tuple, so that its network is registered once
 
     def forward(self, x: Tensor, t: Tensor, words: Tokens | TextStates) -> Tensor:
-        """The network's output [B, C, h, w] for scaled x_t [B, C, h, w] at times [B].
+        """The network's output [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
         Tokens go through the tower, for it to be trained; its states, made before, do not.
         """
@@ -44,9 +49,7 @@ def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tens
     return torch.from_numpy(np.stack(rows)).float()[:, :, None, None]
 
 
-def draw_times(
-    process: Process, uniform: Tensor, kind: Literal["uniform", "logit-normal"]
-) -> Tensor:
+def draw_times(process: Process, uniform: Tensor, kind: Times) -> Tensor:
     """Training times [B], float64, from uniform numbers [B] in [0, 1).
 
     "uniform" over the process's times (whole ones if it is discrete); "logit-normal" is
@@ -103,3 +106,64 @@ def noised_batch(
         weights = min_snr_weight(log_snr, prediction, min_snr_gamma)
     answer = target(prediction, latents, noise, alpha, sigma)
     return NoisedBatch(scale * x_t, t.float(), answer, weights)
+
+
+def check_learned_variance(process: Process, times: Times) -> None:
+    """Pass if the bound that a learned variance is trained with is defined.
+
+    Raises:
+        UserError: the process has no steps to bound, or not all of them are drawn alike.
+    """
+    if not isinstance(process, DiscreteVP) or times != "uniform":
+        raise UserError(
+            "objective.learned_variance needs a discrete process (one of vp-linear, "
+            "vp-scaled-linear, vp-cosine, vp-sigmoid) and objective.times=uniform."
+        )
+
+
+def bound_terms(
+    process: Process,
+    prediction: Prediction,
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """L_t of the variational bound, to learn variances with: Nichol & Dhariwal 2021, eq. 4-6.
+
+    The mean is detached (their section 3.1), so gradients reach v alone. L_0 is the density of
+    continuous latents; the posterior's variance, which is 0 there, is that of t = 1, as in their
+    code.
+
+    Args:
+        process: a discrete one.
+        prediction: what the first half of the output is.
+        output: of the network, [B, 2C, h, w]; the second half is v.
+        latents: x_0, [B, C, h, w].
+        noise: as x_t was made with, [B, C, h, w].
+        t: whole times [B], float64.
+
+    Returns:
+        [B] bits per dimension. T times their mean over uniform t estimates the bound, but for the
+        prior's term, which no network changes.
+    """
+    t = t.view(-1, 1, 1, 1)
+    alpha, sigma = process.alpha_sigma(t)
+    mean, v = output.float().chunk(2, dim=1)
+    x_t = alpha.float() * latents + sigma.float() * noise
+    error = latents - to_x0(prediction, mean.detach(), x_t, alpha, sigma)
+
+    # q(x_(t-1) | x_t, x_0) in float64, at t >= 1; see `solvers.base.posterior_std`.
+    here_alpha, here_sigma = process.alpha_sigma(t.clamp(min=1))
+    there_alpha, there_sigma = process.alpha_sigma(t.clamp(min=1) - 1)
+    kernel = (here_sigma**2 - (here_alpha / there_alpha * there_sigma) ** 2).sqrt()
+    small = there_sigma / here_sigma * kernel
+    keep = (there_sigma**2 - small**2).sqrt() / here_sigma
+    distance = (there_alpha - keep * here_alpha).float() * error
+
+    log_small = small.log().float()
+    log_large = torch.where(t == 0, sigma, kernel).log().float()
+    log_std = learned_log_std(v, log_small, log_large)
+    step = gaussian_kl(log_small, log_std, distance)
+    nats = torch.where(t == 0, gaussian_surprise(error, log_std), step)
+    return nats.flatten(1).mean(1) / math.log(2)

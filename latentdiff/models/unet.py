@@ -11,6 +11,7 @@ def build_unet(
     attention: tuple[bool, ...],
     head_dim: int,
     text_width: int,
+    learned_variance: bool = False,
 ) -> UNet2DConditionModel:
     """A fresh `UNet2DConditionModel`, with cross-attention at the levels that `attention` says.
 
@@ -18,6 +19,8 @@ def build_unet(
         latent_size: side of the latent grid that it is trained on.
         head_dim: width of one attention head.
         text_width: D of the text states [B, L, D].
+        learned_variance: its output has 2C channels, of which the last C are v of eq. 15 of Nichol
+            & Dhariwal 2021.
     """
     if len(channels) != len(attention):
         raise ValueError(f"{len(channels)} levels of channels but {len(attention)} of attention")
@@ -25,7 +28,7 @@ def build_unet(
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
-        out_channels=latent_channels,
+        out_channels=latent_channels * (2 if learned_variance else 1),
         block_out_channels=channels,
         layers_per_block=layers,
         # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).

@@ -16,6 +16,7 @@ from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel, transition
 from latentdiff.registry import check_name
 from latentdiff.solvers.base import ddim_move, posterior_std
+from latentdiff.variance import learned_log_std
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,20 @@ class DDPM:
 
     Args:
         variance: of the noise: "fixed-small", the posterior's, "fixed-large", that of the forward
-            kernel, or "learned-range", between both in the logarithm, as the network says (Nichol
-            & Dhariwal 2021, eq. 15; between the levels visited, so respaced times need nothing
-            else). The last step, to clean data, draws none.
+            kernel, or "learned-range", between both as the network says (`learned_log_std`).
+            None: the network's, and of one that tells none, the posterior's. The last step, to
+            clean data, draws none.
 
     Raises:
         UserError: unknown variance; in a step, a denoiser that tells none.
     """
 
-    variance: Variance = "fixed-small"
+    variance: Variance | None = None
     order: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        check_name("variance", self.variance, get_args(Variance))
+        if self.variance is not None:
+            check_name("variance", self.variance, get_args(Variance))
 
     def init(self) -> None:
         return None
@@ -89,20 +91,19 @@ class DDPM:
         state: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
-        small, large = posterior_std(here, there), transition(there, here)[1]
-        if self.variance != "learned-range":
-            mean = ddim_move(x, denoise(x, here), here, there, small)
-            std = small if self.variance == "fixed-small" else large
-            return (mean + std * noise.like(x) if there.sigma else mean), None
-        if not isinstance(denoise, LearnsVariance):
+        small = posterior_std(here, there)
+        wants = self.variance in (None, "learned-range") and there.sigma > 0
+        if wants and isinstance(denoise, LearnsVariance):
+            x0, v = denoise.with_variance(x, here)
+            mean = ddim_move(x, x0, here, there, small)
+            log_large = math.log(transition(there, here)[1])
+            std = learned_log_std(v, math.log(small), log_large).exp()
+            return mean + std * noise.like(x), None
+        if wants and self.variance is not None:
             raise UserError(
-                "the variance 'learned-range' needs a network that tells it, without guidance or "
-                "edits around: a LearnedVarianceDenoiser."
+                "the variance 'learned-range' needs a network that tells it: a model trained "
+                "with objective.learned_variance."
             )
-        x0, variance = denoise.with_variance(x, here)
-        mean = ddim_move(x, x0, here, there, small)
-        if there.sigma == 0:
-            return mean, None
-        share = 0.5 * (variance + 1)
-        log_std = share * math.log(large) + (1 - share) * math.log(small)
-        return mean + log_std.exp() * noise.like(x), None
+        mean = ddim_move(x, denoise(x, here), here, there, small)
+        std = transition(there, here)[1] if self.variance == "fixed-large" else small
+        return (mean + std * noise.like(x) if there.sigma else mean), None

@@ -10,6 +10,7 @@ _NOISE_FORM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 # Our name, their class, and the keys that tell methods of one class apart.
 _EQUIVALENTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("ddpm", "DDPM", {"variance_type": "fixed_small"}),
+    ("ddpm", "DDPM", {"variance_type": "learned_range"}),
     ("ddim", "DDIM", {}),
     ("euler", "EulerDiscrete", {}),
     ("euler-a", "EulerAncestralDiscrete", {}),

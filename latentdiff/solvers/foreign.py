@@ -5,9 +5,10 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.denoiser import Denoiser, LearnsVariance
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.prediction import Prediction, target
@@ -103,10 +104,17 @@ class DiffusersScheduler:
 
     def _output(self, denoise: Denoiser, x: Tensor, level: NoiseLevel) -> Tensor:
         """What a network of the scheduler's prediction would have said."""
-        x0 = denoise(x, level)
-        kind = str(getattr(self.scheduler.config, "prediction_type", "flow"))
+        variance: list[Tensor] = []
+        config = self.scheduler.config
+        if config.get("variance_type") == "learned_range" and isinstance(denoise, LearnsVariance):
+            x0, v = denoise.with_variance(x, level)
+            variance.append(v)
+        else:
+            x0 = denoise(x, level)
+        kind = str(getattr(config, "prediction_type", "flow"))
         prediction = _PREDICTIONS.get(kind, "flow")
-        return target(prediction, x0, eps_of(x, x0, level), level.alpha, level.sigma)
+        output = target(prediction, x0, eps_of(x, x0, level), level.alpha, level.sigma)
+        return torch.cat([output, *variance], 1)
 
 
 def _scale(scheduler: Any, level: NoiseLevel) -> float:

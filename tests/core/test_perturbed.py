@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from latentdiff import guidance, process, timetable
-from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser, bind
+from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser, bind, mark
 from latentdiff.errors import UserError
-from latentdiff.guidance.perturbed import SPOILT, mark
+from latentdiff.guidance.perturbed import SPOILT
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel
 

@@ -1,6 +1,7 @@
 """Inpainting and InstructPix2Pix models: what they see, what stays, two scales, clear refusals."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from latentdiff import (
     UserError,
     pictures,
     process,
+    solvers,
 )
 from latentdiff.bundle import Bundle
 from latentdiff.denoiser import Condition, conditioned_denoiser
@@ -53,11 +55,16 @@ def half(width: int = 16, height: int = 16) -> Image.Image:
 
 
 def drawn(
-    pipe: LatentDiffusionPipeline, *edits: Edit, solver: str = "ddim", scale: float = 4.0
+    pipe: LatentDiffusionPipeline,
+    *edits: Edit,
+    solver: str = "ddim",
+    scale: float = 4.0,
+    guides: Sequence[str] = (),
 ) -> np.ndarray:
     output = pipe(
         "a red heart",
         edits=edits,
+        guides=guides,
         num_inference_steps=3,
         solver=solver,
         guidance_scale=scale,
@@ -135,6 +142,33 @@ def test_known_pixels_are_bit_identical(pipes: dict[str, LatentDiffusionPipeline
     assert (drawn(pipes["inpainting"], Inpaint(image, black)) == np.asarray(image)).all()
     hidden = [drawn(pipes["inpainting"], Inpaint(picture(seed=s), white)) for s in (0, 1)]
     assert (hidden[0] == hidden[1]).all()  # nothing of the picture is seen in its hole
+
+
+@pytest.mark.parametrize(
+    "solver",
+    ["heun", *(pytest.param(n, marks=pytest.mark.slow) for n in solvers.names() if n != "heun")],
+)
+def test_they_go_with_every_solver_and_with_guides(
+    solver: str, pipes: dict[str, LatentDiffusionPipeline]
+) -> None:
+    """The picture is kept and used; a spoilt attention is spoilt while it sees the picture."""
+    image, mask = picture(), half()
+    known = np.asarray(mask) == 0
+    runs: list[tuple[str, list[Edit]]] = [
+        ("inpainting", [Inpaint(image, mask)]),
+        (
+            "inpainting",
+            [SDEdit(image, 0.7), RePaint(image, mask, resamples=2), Inpaint(image, mask)],
+        ),
+        ("instruct-pix2pix", [Instruct(image)]),
+        ("instruct-pix2pix", [SDEdit(image, 0.7, mask=mask), Instruct(image)]),
+    ]
+    for kind, edits in runs:
+        plain = drawn(pipes[kind], *edits, solver=solver)
+        steered = drawn(pipes[kind], *edits, solver=solver, guides=["pag:3"])
+        assert (plain != steered).any()
+        for result in (plain, steered) if kind == "inpainting" or len(edits) > 1 else ():
+            assert (result == np.asarray(image))[known].all()
 
 
 def test_latents_in_place_of_pictures(pipes: dict[str, LatentDiffusionPipeline]) -> None:

@@ -41,12 +41,13 @@ from schedulers import (
 from torch import Tensor
 
 from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import LearnedVarianceDenoiser
+from latentdiff.denoiser import learned_variance_denoiser
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.prediction import Prediction
 from latentdiff.process import DiscreteVP, NoiseLevel
 from latentdiff.solvers import DDIM, DDPM
+from latentdiff.solvers.foreign import DiffusersScheduler
 
 predictions = pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 
@@ -88,20 +89,21 @@ def test_ddpm_with_a_learned_variance() -> None:
         return torch.cat([network(x, t), network(x.flip(3), t)], 1)
 
     levels = timetable.create("leading", VP, 20)
-    mine: list[Tensor] = []
-    sampling.sample(
-        LearnedVarianceDenoiser(double, VP, "eps"),
-        DDPM("learned-range"),
-        levels,
-        initial(),
-        noise=NoiseStreams(SEED),
-        callback=lambda index, level, x: mine.append(x),
-    )
     scheduler = build(
         DDPMScheduler, "eps", "leading", clip_sample=False, variance_type="learned_range"
     )
     other = theirs(scheduler, lambda s: visits(s, levels), model=double)
-    assert_equal_trails(mine, other)
+    for solver in (DDPM(), DDPM("learned-range"), DiffusersScheduler(scheduler, VP, 20)):
+        mine: list[Tensor] = []
+        sampling.sample(
+            learned_variance_denoiser(double, VP, "eps"),
+            solver,
+            levels,
+            initial(),
+            noise=NoiseStreams(SEED),
+            callback=lambda index, level, x, trail=mine: trail.append(x),
+        )
+        assert_equal_trails(mine, other)
     with pytest.raises(UserError, match="learned-range"):
         ours(DDPM("learned-range"), levels, "eps")
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.pag.pipeline_pag_sd import StableDiffusionPAGPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from tiny import tiny_bundle
@@ -133,6 +134,33 @@ def test_what_is_saved_here_draws_the_same_there(
     theirs.scheduler = SCHEDULERS[solver].from_config(theirs.scheduler.config)
     ours = draw_ours(bundle, solver, "negative", start_of(solver, bundle))
     assert difference(ours, draw_theirs(theirs, "negative")) <= TOLERANCE
+
+
+def test_a_learned_variance_draws_the_same_there(tmp_path: Path) -> None:
+    """Their DDPM, with the noise of the same generator, where it is right: it draws noise in the
+    last step if that is not from time 0, and its pipeline sets an offset of 1. (Under guidance
+    theirs extrapolates v, too; here, as in GLIDE and DiT, it is the prompt's own.)"""
+    bundle = tiny_bundle(steps=Steps("leading", 0), learned_variance=True)
+    theirs: Any = StableDiffusionPipeline.from_pretrained(bundle.save(tmp_path / "model"))
+    assert isinstance(theirs.scheduler, DDPMScheduler)
+    assert theirs.scheduler.config["variance_type"] == "learned_range"
+    assert Bundle.load(tmp_path / "model").learns_variance
+    theirs.scheduler = DDPMScheduler.from_config(theirs.scheduler.config, steps_offset=0)
+    theirs.set_progress_bar_config(disable=True)
+    start, about = noise()[:1], {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+    random = torch.Generator().manual_seed(4)
+    drawn = theirs(PROMPTS[:1], latents=start, generator=random, output_type="np", **about).images
+    ours = draw_ddpm(bundle, start, **about)
+    assert ours.std() > 0.05
+    assert np.abs(ours - drawn).max() <= TOLERANCE
+    bundle.unet.state_dict()["conv_out.bias"][4:] += 1.0
+    assert np.abs(draw_ddpm(bundle, start, **about) - ours).max() > 100 * TOLERANCE
+
+
+def draw_ddpm(bundle: Bundle, start: Tensor, **about: Any) -> np.ndarray:
+    return LatentDiffusionPipeline(bundle)(
+        PROMPTS[:1], latents=start, seed=4, solver="ddpm", output_type="np", progress=False, **about
+    ).images
 
 
 def test_a_latent_mean_is_folded_into_what_diffusers_reads(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_file_with_a_colon_in_its_name(tmp_path: Path) -> None:
     assert parse_lora(f"{tmp_path}/a:2") == (tmp_path / "a:2", 1.0)
 
 
-@pytest.mark.parametrize("text", ["a:b", "a:", ":0.5", "a:nan", "a:inf", "\0:1"])
+@pytest.mark.parametrize("text", ["a:b", "a:", ":0.5", "a:nan", "a:inf", "a" * 5000 + ":1"])
 def test_a_bad_scale_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--lora"):
         parse_lora(text)

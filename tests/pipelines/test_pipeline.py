@@ -1,5 +1,6 @@
 """The pipeline: one noise stream for each picture, nothing shared, nothing begun on bad input."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch import Tensor
 from latentdiff import LatentDiffusionPipeline, PipelineOutput, UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel
-from latentdiff.solvers import DDIM
+from latentdiff.solvers import DDIM, DDPM
 
 CLIP = LatentDiffusionPipeline(tiny_bundle())
 T5 = LatentDiffusionPipeline(tiny_bundle(tower="t5"))
@@ -102,6 +103,41 @@ def test_guidance_arguments_arrive() -> None:
     assert distance(draw("a cat", seed=0, timetable="karras").images, plain.images) > 1e-3
     named, built = (draw("a cat", seed=0, solver=s).images for s in ("euler-a", DDIM(eta=1.0)))
     assert distance(named, built) == 0
+
+
+def told(v: float) -> LatentDiffusionPipeline:
+    """The same model with a head that says v of every variance."""
+    own = CLIP.bundle.unet.state_dict()
+    unet = tiny_bundle(learned_variance=True).unet
+    for name, value in unet.state_dict().items():
+        value.fill_(0.0 if name.endswith("weight") else v)
+        value[: len(own[name])] = own[name]
+    return LatentDiffusionPipeline(dataclasses.replace(CLIP.bundle, unet=unet))
+
+
+def test_ddpm_takes_the_networks_variance_and_nothing_else_does() -> None:
+    """-1 is the posterior's and 1 the kernel's, under guidance and through an edit as well."""
+    fixed: dict[float, DDPM] = {-1.0: DDPM("fixed-small"), 1.0: DDPM("fixed-large")}
+    variations: dict[float, list[dict[str, Any]]] = {
+        -1.0: [{}, {"guidance_scale": 1}],
+        1.0: [{"guidance": "apg"}, {"edits": [Halved()]}],
+    }
+    pipe = CLIP
+    for v, same in fixed.items():
+        pipe = told(v)
+        for more in variations[v]:
+            with_v = draw("a cat", pipe, seed=3, solver="ddpm", **more)
+            assert distance(with_v.images, draw("a cat", seed=3, solver=same, **more).images) < 1e-4
+    assert distance(draw("a cat", pipe, seed=3).images, draw("a cat", seed=3).images) < 1e-5
+    small, large = (draw("a cat", seed=3, solver=solver).images for solver in fixed.values())
+    assert distance(small, large) > 1e-2
+
+
+class Halved:
+    """An edit of the estimate."""
+
+    def denoiser(self, denoise: Any) -> Any:
+        return lambda x, level: 0.5 * denoise(x, level)
 
 
 def test_seeds() -> None:

@@ -101,6 +101,7 @@ def test_unusual_processes() -> None:
         {"trained_betas": [0.1, "x"]},
         {"timestep_spacing": "sideways"},
         {"steps_offset": None},
+        {"variance_type": "learned"},
         {"latentdiff_process": "vp-liner"},
     ],
 )

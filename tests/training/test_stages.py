@@ -158,6 +158,22 @@ def test_stage_2_trains_every_target_and_may_leave_the_tower_as_it_is(
     assert pipe("a red disc", num_inference_steps=2, seed=0, progress=False).nfe == 2
 
 
+def test_stage_2_learns_variances(work: Path, tmp_path: Path) -> None:
+    """Both losses are recorded, v has moved, and the model draws with it and without."""
+    where = [f"data.root={work}/pictures", "optim.steps=2", "objective.learned_variance=true"]
+    config = {**STAGE_2, "vae": str(work / "ae/vae")}
+    run_stage("diffusion", config, work, f"out={tmp_path}/run", *where)
+    record = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert record["loss"] > 0.001 * record["bound"] > 0
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
+    assert pipe.bundle.learns_variance
+    for solver in ("ddpm", "dpmpp-2m"):
+        made = pipe("a red disc", num_inference_steps=2, seed=0, solver=solver, progress=False)
+        assert made.images[0].size == (32, 32)
+    with pytest.raises(UserError, match="learned_variance needs a discrete process"):
+        run_stage("diffusion", config, work, f"out={tmp_path}/no", *where, "objective.process=flow")
+
+
 def test_a_vq_autoencoder_goes_through_both_stages(work: Path, tmp_path: Path) -> None:
     where = [f"data.root={work}/pictures", "optim.steps=2"]
     run_stage("autoencoder", STAGE_1, work, f"out={tmp_path}/ae", "model.kind=vq", *where)

@@ -1,0 +1,234 @@
+"""Learned variances: the optimum of a Gaussian, the loss term by term, and v under guidance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from latentdiff import guidance, process, sampling, timetable
+from latentdiff.denoiser import (
+    Condition,
+    Denoiser,
+    LearnedVarianceDenoiser,
+    bind,
+    conditioned_denoiser,
+    learned_variance_denoiser,
+    mark,
+)
+from latentdiff.errors import UserError
+from latentdiff.guidance import named
+from latentdiff.learning.denoising import bound_terms, check_learned_variance
+from latentdiff.likelihood import variational_bound
+from latentdiff.noise import NoiseStreams
+from latentdiff.oracles import Gaussian
+from latentdiff.prediction import Prediction
+from latentdiff.process import DiscreteVP, NoiseLevel, transition
+from latentdiff.solvers import DDPM
+from latentdiff.solvers.base import posterior_std
+from latentdiff.timetable import Timetable
+
+VP = DiscreteVP(process.beta_schedule("scaled-linear"))
+SPREAD = 0.6  # standard deviation of the data
+DATA = Gaussian(torch.tensor([0.2]).double(), torch.tensor([[SPREAD**2]]).double())
+
+
+def best_v(levels: Timetable) -> dict[float, float]:
+    """Of each level but clean data, the v of the true reverse step, which here is Gaussian.
+
+    Its variance is the posterior's and what is unknown of x_0: s^2 sigma^2 / (a^2 s^2 + sigma^2).
+    """
+    best: dict[float, float] = {}
+    for before, here, there in zip([None, *levels], levels, levels[1:], strict=False):
+        unknown = 1 / (here.alpha**2 / here.sigma**2 + 1 / SPREAD**2)
+        small, large = posterior_std(here, there), transition(there, here)[1]
+        keep = math.sqrt(there.sigma**2 - small**2) / here.sigma
+        std = math.sqrt(small**2 + (there.alpha - keep * here.alpha) ** 2 * unknown)
+        if before is not None and there.sigma == 0:
+            small = posterior_std(before, here)
+        best[here.t] = 2 * math.log(std / small) / math.log(large / small) - 1
+    return best
+
+
+def oracle(levels: Timetable) -> LearnedVarianceDenoiser:
+    """The exact denoiser of DATA, as a network that predicts x_0 and tells the best v."""
+    best = best_v(levels)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        level = VP.level(t[0].item())
+        return torch.cat([DATA(x, level), torch.full_like(x, best[level.t])], 1)
+
+    return learned_variance_denoiser(network, VP, "x0")
+
+
+def test_the_best_variance_makes_the_bound_tight_however_few_the_steps() -> None:
+    """8 respaced steps; fixed variances lose much. The rest of the gap is L_T and chance."""
+    levels = timetable.create("trailing", VP, 8)
+    x = 0.2 + SPREAD * NoiseStreams(3, count=2).draw((1, 200, 200)).double()
+    exact = math.log2(SPREAD * math.sqrt(2 * math.pi)) + 0.5 / math.log(2)
+    kinds = (None, "fixed-small", "fixed-large")
+    learned, small, large = (
+        variational_bound(oracle(levels), x, VP, levels, NoiseStreams(1, count=2), variance=kind)
+        .total.mean()
+        .item()
+        for kind in kinds
+    )
+    assert abs(learned - exact) < 0.02
+    assert small > learned + 0.2
+    assert large > learned + 0.03, (small, large, learned, exact)
+    with pytest.raises(UserError, match="tells it"):
+        variational_bound(DATA, x, VP, levels, NoiseStreams(1, count=2), variance="learned-range")
+
+
+def test_ddpm_with_the_best_variance_ends_with_the_spread_of_the_data() -> None:
+    """Where the fixed ones are too narrow and too wide."""
+    levels = timetable.create("trailing", VP, 8)
+
+    def spread(solver: DDPM) -> float:
+        x = NoiseStreams(5).draw((1, 200, 200)).double()
+        # The last step draws nothing, so the spread is measured at the last noisy level.
+        levels_but_one = levels[:-1]
+        x = sampling.sample(oracle(levels), solver, levels_but_one, x, noise=NoiseStreams(6))
+        last = levels[-2]
+        return x.std().item() / math.hypot(last.alpha * SPREAD, last.sigma)
+
+    assert abs(spread(DDPM()) - 1) < 0.01
+    assert spread(DDPM("fixed-small")) < 0.97
+    assert spread(DDPM("fixed-large")) > 1.03
+
+
+def test_respaced_times_have_the_betas_of_equation_19() -> None:
+    """The bound of a shorter process of those betas, level by level."""
+    times = [0, 120, 300, 550, 900]
+    kept = VP.alphas_cumprod[times]
+    short = DiscreteVP(1 - kept / np.concatenate([[1.0], kept[:-1]]))
+    x = NoiseStreams(3, count=2).draw((1, 8, 8)).double()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(x), torch.sin(3 * x)], 1)
+
+    totals = [
+        variational_bound(
+            learned_variance_denoiser(network, where, "eps"),
+            x,
+            where,
+            timetable.of_times(where, visited[::-1]),
+            NoiseStreams(1, count=2),
+        )
+        for where, visited in ((VP, times), (short, range(5)))
+    ]
+    torch.testing.assert_close(totals[0].steps, totals[1].steps)
+    torch.testing.assert_close(totals[0].total, totals[1].total)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("last_beta", [0.4, 1.0])
+def test_the_loss_is_the_bound_of_every_step(prediction: Prediction, last_beta: float) -> None:
+    where = DiscreteVP(np.array([0.01, 0.05, 0.1, 0.2, 0.3, last_beta]))
+    x = NoiseStreams(3, count=2).draw((1, 8, 8))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(x + t[0] / 7), torch.sin(3 * x - t[0])], 1)
+
+    denoise = learned_variance_denoiser(network, where, prediction)
+    levels = timetable.of_times(where, range(6)[::-1])
+    bound = variational_bound(denoise, x, where, levels, NoiseStreams(1, count=2))
+    same = NoiseStreams(1, count=2)
+    for expected, level in zip([*bound.steps, bound.reconstruction], levels, strict=False):
+        noise, t = same.like(x), torch.full((2,), level.t, dtype=torch.float64)
+        output = network(level.alpha * x + level.sigma * noise, t.float())
+        got = bound_terms(where, prediction, output, x, noise, t)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_moves_v_alone_and_to_the_best() -> None:
+    levels = timetable.create("trailing", VP, 1000)
+    best = best_v(levels)
+    latents = 0.2 + SPREAD * NoiseStreams(3, count=4).draw((1, 300, 300))
+    noise = NoiseStreams(4, count=4).draw((1, 300, 300))
+    t = torch.tensor([0.0, 1.0, 60.0, 700.0], dtype=torch.float64)
+    alpha, sigma = (part.view(-1, 1, 1, 1).float() for part in VP.alpha_sigma(t))
+    x0 = [
+        DATA((a * x + s * n).double()[None], VP.level(time.item())).float()
+        for a, x, s, n, time in zip(alpha, latents, sigma, noise, t, strict=True)
+    ]
+    mean = torch.cat(x0).requires_grad_()
+    optimum = torch.tensor([best[time] for time in t.tolist()])
+
+    def slope(v: Tensor) -> Tensor:
+        v = v.view(-1, 1, 1, 1).expand_as(mean).clone().requires_grad_()
+        loss = bound_terms(VP, "x0", torch.cat([mean, v], 1), latents, noise, t).sum()
+        gradients = torch.autograd.grad(loss, [mean, v], materialize_grads=True)
+        assert bool((gradients[0] == 0).all())
+        return gradients[1].sum((1, 2, 3))
+
+    shift = torch.full((4,), 0.05)
+    assert bool((slope(optimum + shift) > 0).all())
+    assert bool((slope(optimum - shift) < 0).all())
+
+
+def test_a_bound_that_is_not_defined_is_refused() -> None:
+    with pytest.raises(UserError, match="needs a discrete process"):
+        check_learned_variance(process.create("flow"), "uniform")
+    with pytest.raises(UserError, match="times=uniform"):
+        check_learned_variance(VP, "logit-normal")
+    check_learned_variance(VP, "uniform")
+
+
+class Twice:
+    """An edit that looks at the estimate, and changes it."""
+
+    def denoiser(self, denoise: Denoiser) -> Denoiser:
+        return lambda x, level: 2 * denoise(x, level)
+
+
+def test_under_every_guidance_v_is_the_prompts_own() -> None:
+    x = NoiseStreams(0, count=3).draw((2, 4, 4))
+    levels = timetable.create("trailing", VP, 4)
+    shifts = (0.7, -0.3, 0.1)
+
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        shift = condition["shift"][:, None, None, None]
+        return torch.cat([torch.tanh(x + shift), torch.cos(x) + shift], 1)
+
+    conditions = [mark({"shift": torch.full((3,), s)}, s == shifts[0]) for s in shifts]
+
+    def check(guide: Denoiser, heard: list[Tensor], level: NoiseLevel) -> None:
+        told = LearnedVarianceDenoiser(guide, heard)
+        x0, v = told.with_variance(x, level)
+        torch.testing.assert_close(v, torch.cos(x) + 0.7)
+        torch.testing.assert_close(x0, guide(x, level))
+        edited, same_v = told.around(Twice().denoiser(told)).with_variance(x, level)
+        torch.testing.assert_close(edited, 2 * x0)
+        assert torch.equal(same_v, v)
+
+    for name in named.names():
+        heard: list[Tensor] = []
+        base = conditioned_denoiser(network, VP, "x0", heard)
+        guided = named.create(name, base, conditions[0], conditions[1], levels, scale=0.6)
+        check(guided, heard, levels[1])
+    heard = []
+    base = conditioned_denoiser(network, VP, "x0", heard)
+    check(guidance.weighted(base, conditions[::2], [3, 1], conditions[1]), heard, levels[1])
+    check(bind(base, conditions[0]), heard, levels[1])
+
+
+def test_ddpm_takes_v_through_an_edit_too() -> None:
+    x = NoiseStreams(0).draw((2, 4, 4))
+    levels = timetable.create("trailing", VP, 3)
+    ends: list[Tensor] = []
+    for v, solver in ((-1.0, DDPM("fixed-small")), (1.0, DDPM("fixed-large")), (0.0, DDPM())):
+
+        def network(x: Tensor, t: Tensor, v: float = v) -> Tensor:
+            return torch.cat([torch.tanh(x), torch.full_like(x, v)], 1)
+
+        told = learned_variance_denoiser(network, VP, "x0")
+        edits = [Twice()]
+        fixed, learned = (
+            sampling.sample(told, s, levels, x, edits=edits, noise=NoiseStreams(1))
+            for s in (solver, DDPM("learned-range"))
+        )
+        torch.testing.assert_close(learned, fixed)
+        ends.append(learned)
+    assert (ends[0] - ends[1]).abs().max() > 0.01
