@@ -163,6 +163,25 @@ def stop_at_every_step(lab: Lab, stage: str, accumulation: int, workers: int) ->
     print(f"{stage}, accumulation {accumulation}, {workers} workers: equal at every stop")
 
 
+def signal_twice(lab: Lab) -> None:
+    """A second SIGTERM in the middle of a step: exit code 143 at once, without a save."""
+    out = "diffusion-twice"
+
+    def linger(self: Run, rate: float, *parts: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            time.sleep(0.01)
+
+    child = lab.start("diffusion", out, before=lambda: setattr(Run, "optimize", linger))
+    log = lab.folder / f"{out}.log"
+    while not log.exists() or "once more" not in log.read_text():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    lab.ended(child, out, 143)
+    assert not checkpoint.checkpoints(lab.folder / out / "checkpoints")
+    print("a second signal: stopped at once")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
@@ -182,6 +201,7 @@ def main() -> None:
                 f"{stage}: {dict(struck)}: equal to the run left alone, {cpu():.0f} s CPU",
                 flush=True,
             )
+        signal_twice(lab)
         if arguments.every_step:
             for accumulation in (1, 4):
                 for workers in (0, 2):

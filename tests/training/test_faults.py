@@ -1,0 +1,201 @@
+"""A run on a bad day: no disk, no picture, NaN, another run. One line, and nothing is lost."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from lab import SCRIPTS, STAGES, Lab
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.learning.checkpoint import checkpoints, find_fault
+from latentdiff.learning.run import Run
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Pictures, stage 1 trained for one step, and stage 2 for four."""
+    lab = Lab(tmp_path_factory.mktemp("faults"))
+    train(lab, "autoencoder", "first", "optim.steps=1")
+    (lab.folder / "vae").symlink_to(lab.folder / "first/vae")
+    train(lab, "diffusion", "whole")
+    return lab
+
+
+def train(lab: Lab, stage: str, out: str, *overrides: str) -> None:
+    where = [f"out={lab.folder / out}", f"data.root={lab.folder}/pictures", "optim.steps=4"]
+    module = SCRIPTS[stage]
+    kind = getattr(module, STAGES[stage])
+    path = lab.folder / f"{stage}.yaml"
+    module.train(module.load_config(kind, path, [*where, *overrides]), False)
+
+
+def steps_of(run: Path) -> list[str]:
+    found = checkpoints(run / "checkpoints")
+    assert not any(find_fault(folder) for folder in found)
+    return [folder.name.lstrip("step-0") for folder in found]
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """The last checkpoint, with averages and optimizer, and every loss."""
+    manifests = [checkpoints(run / "checkpoints")[0] / "manifest.json" for run in (one, other)]
+    assert manifests[0].read_text() == manifests[1].read_text()
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+
+
+def files_no_larger_than(size: int) -> None:
+    """The kernel refuses every write beyond that, in the middle of it, as a full disk does."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+
+
+@contextmanager
+def room_again_afterwards() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
+    """Have `act()` called once the optimizer has taken step number `step`, counted from 1."""
+    optimize, taken = Run.optimize, 0
+
+    def acted(self: Run, rate: float, *parts: Any) -> bool:
+        nonlocal taken
+        done = optimize(self, rate, *parts)
+        taken += 1
+        if taken == step:
+            act()
+        return done
+
+    monkeypatch.setattr(Run, "optimize", acted)
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(lab: Lab) -> None:
+    out = lab.folder / "full"
+    with pytest.MonkeyPatch.context() as patch, room_again_afterwards():
+        # more than the log and less than the weights
+        after_step(patch, 3, lambda: files_no_larger_than(30_000))
+        with pytest.raises(UserError, match=r"cannot write .*full") as error:
+            train(lab, "diffusion", "full")
+    assert "\n" not in str(error.value)
+    assert steps_of(out) == ["2", "1"]
+    train(lab, "diffusion", "full")
+    assert_equal(lab.folder / "whole", out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(lab: Lab) -> None:
+    with pytest.raises(UserError, match=r"cannot write to /proc/mine"):  # also for root
+        train(lab, "diffusion", "/proc/mine")
+
+
+def test_one_run_at_a_time_in_a_folder_and_death_frees_it(lab: Lab) -> None:
+    out = lab.folder / "locked"
+    shutil.copytree(lab.folder / "whole/checkpoints", out / "checkpoints")
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import fcntl, sys, time; file = open(sys.argv[1], 'w')\n"
+            "fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)",
+            str(out / ".lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(UserError, match="another run"):
+        train(lab, "diffusion", "locked")
+    assert not (out / "config.yaml").exists()
+    holder.kill()
+    holder.communicate()
+    train(lab, "diffusion", "locked")
+    assert (out / "model/model_index.json").is_file()
+
+
+@pytest.mark.parametrize("where", ["data", "loss", "gradient"])
+def test_a_step_with_nan_is_skipped_and_counted(lab: Lab, where: str) -> None:
+    """The third of four steps: the weights stay as they were, and the run goes on."""
+    calls = 0
+
+    def spoil(module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+        nonlocal calls
+        if not isinstance(module, UNet2DConditionModel) or not torch.is_grad_enabled():
+            return
+        calls += 1
+        if calls == 3 and where == "data":
+            inputs[0][0, 0, 0, 0] = torch.nan
+        elif calls == 3 and where == "loss":
+            output.sample.data[0] = torch.inf
+        elif calls == 3:
+            tensor: Tensor = output.sample
+            tensor.register_hook(lambda gradient: gradient * torch.nan)
+
+    before = where == "data"
+    hooks = nn.modules.module
+    add = hooks.register_module_forward_pre_hook if before else hooks.register_module_forward_hook
+    handle = add(spoil)
+    try:
+        train(lab, "diffusion", f"nan-{where}", "keep_checkpoints=9")
+    finally:
+        handle.remove()
+    root = lab.folder / f"nan-{where}" / "checkpoints"
+    states = [json.loads((path / "state.json").read_text()) for path in checkpoints(root)[::-1]]
+    assert [state["bad_steps"] for state in states] == [0, 0, 1, 1]
+    second, third, fourth = (
+        (root / f"step-0000000{step}/model.safetensors").read_bytes() for step in (2, 3, 4)
+    )
+    assert second == third != fourth
+    rows = (lab.folder / f"nan-{where}/log.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert (losses[2] is None) == (where != "gradient")
+    assert None not in (losses[0], losses[1], losses[3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stage_1_names_a_picture_that_is_gone_and_goes_on_when_it_is_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    pictures, aside = lab.folder / "pictures", lab.folder / "aside"
+    reference = lab.folder / "stage-1"
+    if not reference.exists():
+        train(lab, "autoencoder", "stage-1")
+    with monkeypatch.context() as patch:
+
+        def hide() -> None:
+            aside.mkdir()
+            for path in pictures.glob("*.png"):
+                path.rename(aside / path.name)
+
+        after_step(patch, 1, hide)
+        out = f"gone-{workers}"
+        with pytest.raises(UserError, match=r"pictures/\d+\.png") as error:
+            train(lab, "autoencoder", out, f"data.workers={workers}", "optim.steps=50")
+    assert "\n" not in str(error.value)
+    for path in aside.iterdir():
+        path.rename(pictures / path.name)
+    aside.rmdir()
+    assert int(steps_of(lab.folder / out)[0]) >= 1
+    if workers == 0:
+        train(lab, "autoencoder", out)
+        assert_equal(reference, lab.folder / out)
+
+
+def test_stage_2_has_its_latents_and_needs_no_picture(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = lab.folder / "copied"
+    shutil.copytree(lab.folder / "pictures", copied)
+    after_step(monkeypatch, 1, lambda: [path.unlink() for path in copied.glob("*.png")])
+    train(lab, "diffusion", "latents", f"data.root={copied}")
+    assert_equal(lab.folder / "whole", lab.folder / "latents")
