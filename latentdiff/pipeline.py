@@ -155,7 +155,7 @@ class LatentDiffusionPipeline:
         guidance_scale: float = 4.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
-        solver: str | Solver = "dpmpp-2m",
+        solver: str | Solver | None = None,
         timetable: str | Timetable | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -181,7 +181,7 @@ class LatentDiffusionPipeline:
             guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1).
             guidance_rescale: see `classifier_free`.
             guidance_interval: see `classifier_free`.
-            solver: a name of `solvers.names()`, or a solver.
+            solver: a name of `solvers.names()`, a solver, or None: the one the model was made for.
             timetable: a name of `timetable.names()`, levels from noise to data, or None: the
                 timetable the model was made for.
             num_images_per_prompt: how many of each prompt; they follow one another.
@@ -214,6 +214,7 @@ class LatentDiffusionPipeline:
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, not {guidance_scale}.")
+        solver = bundle.solver if solver is None else solver
         stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
         if timetable is None or isinstance(timetable, str):
             timetable = bundle.timetable(timetable, steps)

@@ -38,8 +38,14 @@ def test_solvers_are_compared_on_a_model() -> None:
     """A picture for each solver and number of steps; calls are counted; the plot is drawn."""
     module = runpy.run_path(str(SCRIPTS / "compare_solvers.py"))
     pipe = LatentDiffusionPipeline(tiny_bundle())
-    pictures, points = module["compare"](pipe, "a red heart", ["ddim", "dpm2"], [2, 3], 2.0, 6)
-    assert len(pictures) == 4
-    assert [calls for calls, _ in points["ddim"]] == [2, 3]
-    assert [calls for calls, _ in points["dpm2"]] == [3, 5]
-    assert module["plot"](points).size[1] == 640
+    prompts = ["a red heart", "a cat"]
+    pictures, points, floor = module["compare"](
+        pipe, prompts, ["ddim", "dpm2"], [2, 3, 12], 2.0, 24
+    )
+    assert len(pictures) == 6
+    assert [calls for calls, _ in points["ddim"]] == [2, 3, 12]
+    assert [calls for calls, _ in points["dpm2"]] == [3, 5, 23]
+    away = [distance for _, distance in points["dpm2"]]
+    assert away[0] > away[2] > floor > 0
+    assert module["labelled"](pictures, ["ddim", "dpm2"], ["2", "3", "12"]).size[0] > 3 * 16
+    assert module["plot"](points).size == (900, 600)

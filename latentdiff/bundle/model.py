@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from latentdiff import solvers
 from latentdiff import timetable as timetables
 from latentdiff.bundle import scheduler
 from latentdiff.bundle.check import (
@@ -21,7 +22,7 @@ from latentdiff.bundle.check import (
     latent_channels,
 )
 from latentdiff.bundle.find import find
-from latentdiff.bundle.scheduler import Steps
+from latentdiff.bundle.scheduler import DEFAULT_SOLVER, Steps
 from latentdiff.bundle.weights import blaming, fill, read_json
 from latentdiff.denoiser import Condition
 from latentdiff.errors import UserError
@@ -56,10 +57,11 @@ class Bundle:
         process: the forward process the U-Net was trained on.
         prediction: what it predicts.
         steps: the timetable it was meant to be sampled with.
+        solver: the name of the solver it was meant to be sampled with.
         name: for people.
 
     Raises:
-        UserError: the parts do not fit each other.
+        UserError: the parts do not fit each other, or no solver has this name.
     """
 
     vae: "AutoencoderKL | VQModel"
@@ -68,9 +70,11 @@ class Bundle:
     process: Process
     prediction: Prediction
     steps: Steps = field(default_factory=Steps)
+    solver: str = DEFAULT_SOLVER
     name: str = "model"
 
     def __post_init__(self) -> None:
+        check_name("solver", self.solver, solvers.names())
         check_parts(self.vae, self.unet, self.text)
 
     @classmethod
@@ -244,7 +248,11 @@ class Bundle:
         if any(getattr(network, "peft_config", None) for network in (self.unet, self.text.model)):
             raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
         config = scheduler.write(
-            self.process, self.prediction, self.steps, learned_variance=self.learns_variance
+            self.process,
+            self.prediction,
+            self.steps,
+            self.solver,
+            learned_variance=self.learns_variance,
         )
         return save_folder(Path(folder), self.vae, self.unet, self.text, config, dtype)
 

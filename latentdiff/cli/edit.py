@@ -55,7 +55,7 @@ def edit(
     steps: options.StepCount = 20,
     guidance_scale: options.GuidanceScale = 4.0,
     negative: options.Negative = None,
-    solver: options.SolverName = "dpmpp-2m",
+    solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     model: options.Model = None,
     lora: options.Loras = None,
@@ -129,7 +129,7 @@ def inpaint(
     steps: options.StepCount = 20,
     guidance_scale: options.GuidanceScale = 4.0,
     negative: options.Negative = None,
-    solver: options.SolverName = "dpmpp-2m",
+    solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     model: options.Model = None,
     lora: options.Loras = None,
@@ -182,7 +182,7 @@ def ilvr(
     steps: options.StepCount = 20,
     guidance_scale: options.GuidanceScale = 4.0,
     negative: options.Negative = None,
-    solver: options.SolverName = "dpmpp-2m",
+    solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     model: options.Model = None,
     lora: options.Loras = None,
@@ -224,7 +224,7 @@ class _Run:
     num_inference_steps: int
     guidance_scale: float
     negative_prompt: str | None
-    solver: str
+    solver: str | None
     timetable: str | None
 
 
@@ -283,7 +283,7 @@ def _draw(
     if about is not None:
         precision = str(pipe.bundle.dtype).removeprefix("torch.")
         record = {"version": __version__, "model": pipe.bundle.name, "dtype": precision}
-        record |= asdict(run) | about
+        record |= asdict(run) | {"solver": run.solver or pipe.bundle.solver} | about
     paths = [
         save_numbered_png(image, out, seed, png_text(record, seed=seed, index=index))
         for image, index in zip(output.images, output.indices, strict=True)

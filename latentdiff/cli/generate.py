@@ -55,16 +55,8 @@ def generate(
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
     ] = None,
-    solver: Annotated[
-        str, typer.Option(metavar="NAME", help="Of those that `latentdiff solvers` lists.")
-    ] = "dpmpp-2m",
-    timetable: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Of those that `latentdiff solvers` lists. Default: the model's own.",
-        ),
-    ] = None,
+    solver: options.SolverName = None,
+    timetable: options.TimetableName = None,
     size: Annotated[
         int | None,
         typer.Option(min=1, help="Height and width in pixels. Default: the model's own."),
@@ -107,7 +99,7 @@ def generate(
         "guidance_scale": guidance_scale,
         "guidance_rescale": rescale,
         "guides": guide or [],
-        "solver": solver,
+        "solver": pipe.bundle.solver if solver is None else solver,
         "timetable": pipe.bundle.steps.spacing if timetable is None else timetable,
         "height": height or size or own_height,
         "width": width or size or own_width,

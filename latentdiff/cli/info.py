@@ -48,6 +48,7 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
         ("process", _process(bundle)),
         ("prediction", bundle.prediction),
         ("timetable", bundle.steps.spacing),
+        ("solver", bundle.solver),
     ]
 
 

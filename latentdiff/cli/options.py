@@ -20,15 +20,9 @@ Fit = Annotated[
 StepCount = Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")]
 GuidanceScale = Annotated[float, typer.Option(help="1 is off.")]
 Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to steer away from.")]
-SolverName = Annotated[
-    str, typer.Option(metavar="NAME", help="Of those that `latentdiff info` lists.")
-]
-TimetableName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Of those that `latentdiff info` lists. Default: the model's own."
-    ),
-]
+_LISTED = "Of those that `latentdiff solvers` lists. Default: the model's own."
+SolverName = Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)]
+TimetableName = Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)]
 Model = Annotated[
     str | None,
     typer.Option(

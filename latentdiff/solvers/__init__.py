@@ -82,6 +82,7 @@ _SOLVERS: dict[str, _Entry] = {
     "dpmpp-3m-sde": _Entry("DPM-Solver++(3M) on the reverse SDE", lambda: DPMpp3M(eta=1.0)),
     "lms": _Entry("linear multistep of order 4; rhoAB-DEIS", lambda: DEIS(4, "rho")),
     "deis": _Entry("DEIS of order 3 in log rho (Zhang 2023)", DEIS),
+    "deis-2": _Entry("DEIS of order 2 in log rho (Zhang 2023)", lambda: DEIS(2)),
     "deis-tab": _Entry("tAB-DEIS of order 3 (Zhang 2023)", build_on=lambda p: DEIS(3, "t", p)),
     "deis-rhoab": _Entry("rhoAB-DEIS of order 3 (Zhang 2023)", lambda: DEIS(3, "rho")),
     "gddim": _Entry("gDDIM-3: tAB, predicted and corrected, 2 calls (Zhang 2023b)", build_on=GDDIM),

@@ -7,32 +7,49 @@ from latentdiff.errors import UserError
 # Their solvers on the noise refuse to go to clean data.
 _NOISE_FORM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 
-# Our name, their class, and the keys that tell methods of one class apart.
+# Our name, their class, and the keys that tell methods of one class apart. Of several rows for one
+# name, the first of its kind of model (flow or not) is written.
 _EQUIVALENTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("ddpm", "DDPM", {"variance_type": "fixed_small"}),
     ("ddpm", "DDPM", {"variance_type": "learned_range"}),
+    ("ddpm", "DDPM", {"variance_type": "learned_range"}),
     ("ddim", "DDIM", {}),
     ("euler", "EulerDiscrete", {}),
+    ("euler", "FlowMatchEulerDiscrete", {}),
     ("euler-a", "EulerAncestralDiscrete", {}),
     ("heun", "HeunDiscrete", {}),
+    ("heun", "FlowMatchHeunDiscrete", {}),
     ("dpm2", "KDPM2Discrete", {}),
     ("dpm2-a", "KDPM2AncestralDiscrete", {}),
     ("lms", "LMSDiscrete", {}),
     ("plms", "PNDM", {"skip_prk_steps": True}),
     ("pndm", "PNDM", {"skip_prk_steps": False}),
     ("ipndm", "IPNDM", {}),
+    ("deis-2", "DEISMultistep", {"solver_order": 2}),
     ("deis", "DEISMultistep", {"solver_order": 3}),
+    ("dpm-solver-1", "DPMSolverMultistep", {"solver_order": 1, "algorithm_type": "dpmsolver++"}),
     ("dpmpp-2m", "DPMSolverMultistep", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
     ("dpmpp-3m", "DPMSolverMultistep", {"solver_order": 3, "algorithm_type": "dpmsolver++"}),
-    ("dpmpp-2m-sde", "DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
+    (
+        "dpmpp-2m-sde",
+        "DPMSolverMultistep",
+        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    (
+        "dpmpp-3m-sde",
+        "DPMSolverMultistep",
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+    ),
     ("dpmpp-2s", "DPMSolverSinglestep", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
     ("dpm-solver-2", "DPMSolverSinglestep", {"solver_order": 2, **_NOISE_FORM}),
     ("dpm-solver-3", "DPMSolverSinglestep", {"solver_order": 3, **_NOISE_FORM}),
+    ("dpmpp-sde", "DPMSolverSDE", {}),
     ("unipc", "UniPCMultistep", {"solver_order": 2, "solver_type": "bh2"}),
     ("unipc-bh1", "UniPCMultistep", {"solver_order": 2, "solver_type": "bh1"}),
     ("unipc-3", "UniPCMultistep", {"solver_order": 3, "solver_type": "bh2"}),
     ("sa-solver", "SASolver", {}),
     ("lcm", "LCM", {}),
+    ("consistency", "FlowMatchLCM", {}),
     ("tcd", "TCD", {}),
 )
 _DEFAULTS: dict[str, object] = {
@@ -57,13 +74,17 @@ def read(config: Mapping[str, object]) -> str | None:
     return None
 
 
-def write(name: str) -> dict[str, object]:
+def write(name: str, *, flow: bool = False) -> dict[str, object]:
     """The keys of a `scheduler_config.json` that mean this solver; process and times have theirs.
+
+    Args:
+        name: of one of our solvers.
+        flow: for a model of rectified flow.
 
     Raises:
         UserError: diffusers has no scheduler for it.
     """
     for ours, theirs, keys in _EQUIVALENTS:
-        if ours == name:
+        if ours == name and theirs.startswith("FlowMatch") == flow:
             return {"_class_name": f"{theirs}Scheduler", **keys}
     raise UserError(f"diffusers has no scheduler for the solver '{name}'.")

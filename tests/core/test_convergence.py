@@ -28,6 +28,7 @@ HIGHER = [
     ("dpmpp-3m", 3),
     ("lms", 4),
     ("deis", 3),
+    ("deis-2", 2),
     ("deis-tab", 3),
     ("deis-rhoab", 3),
     ("gddim", 3),

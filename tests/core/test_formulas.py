@@ -268,6 +268,7 @@ REFERENCES: dict[str, Reference] = {
     "dpmpp-3m": dpmpp(3),
     "lms": deis(4, lambda where, rho: rho),
     "deis": deis(3, lambda where, rho: math.log(rho)),
+    "deis-2": deis(2, lambda where, rho: math.log(rho)),
     "deis-tab": deis(3, lambda where, rho: where.t_of_log_snr(-2 * math.log(rho))),
     "deis-rhoab": deis(3, lambda where, rho: rho),
     "gddim": gddim(3),
@@ -313,7 +314,7 @@ def test_the_run_is_the_formulas(name: str, kind: str) -> None:
     assert_formula(solvers.create(name, where), REFERENCES[name], where)
 
 
-@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.mark.parametrize("order", [1, 4])
 def test_other_orders_of_deis(order: int) -> None:
     where = process.create("vp-continuous")
     assert_formula(DEIS(order), deis(order, lambda _, rho: math.log(rho)), where)

@@ -29,20 +29,17 @@ def test_most_bundled_red_hearts_are_red_in_the_middle_and_white_in_the_corners(
 
 
 def test_the_bundled_model_draws_the_same_in_diffusers() -> None:
+    """At the settings of both: its folder names the solver and the timetable."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     theirs: Any = StableDiffusionPipeline.from_pretrained(find(None), torch_dtype=torch.float32)
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     ours = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
     shape = (1, ours.bundle.latent_channels, 8, 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
     picture = theirs(PROMPTS[0], latents=latents, output_type="np", **settings).images
-    made = ours(
-        PROMPTS[0], latents=latents, solver="ddim", output_type="np", progress=False, **settings
-    )
+    made = ours(PROMPTS[0], latents=latents, output_type="np", progress=False, **settings)
     assert made.images == pytest.approx(picture, abs=2e-3)

@@ -1,5 +1,6 @@
 """Pixels equal to diffusers.StableDiffusionPipeline on shared tiny weights and noise, both ways."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,10 @@ def draw_theirs(pipe: Any, guidance: str) -> np.ndarray:
     return pipe(PROMPTS, latents=noise(), **arguments).images
 
 
-def draw_ours(bundle: Bundle, solver: str, guidance: str, start: float = 1.0) -> np.ndarray:
+def draw_ours(bundle: Bundle, guidance: str, start: float = 1.0) -> np.ndarray:
     return LatentDiffusionPipeline(bundle)(
         PROMPTS,
         latents=noise() * start,
-        solver=solver,
         num_inference_steps=STEPS,
         output_type="np",
         progress=False,
@@ -117,7 +117,8 @@ def test_what_diffusers_saves_draws_the_same_here(
     theirs.save_pretrained(tmp_path)
     bundle = Bundle.load(tmp_path)
     assert bundle.prediction == prediction
-    ours = draw_ours(bundle, solver, guidance, start_of(solver, bundle))
+    assert bundle.solver == solver
+    ours = draw_ours(bundle, guidance, start_of(solver, bundle))
     assert difference(ours, draw_theirs(theirs, guidance)) <= TOLERANCE
 
 
@@ -128,11 +129,10 @@ def test_what_is_saved_here_draws_the_same_there(
 ) -> None:
     process = "vp-scaled-linear-zsnr" if (solver, prediction) == ("ddim", "v") else "vp-linear"
     bundle = tiny_bundle(prediction=prediction, process=process, steps=Steps("trailing"))
-    folder = bundle.save(tmp_path / "model")
-    theirs: Any = StableDiffusionPipeline.from_pretrained(folder)
-    assert isinstance(theirs.scheduler, DDIMScheduler)
-    theirs.scheduler = SCHEDULERS[solver].from_config(theirs.scheduler.config)
-    ours = draw_ours(bundle, solver, "negative", start_of(solver, bundle))
+    bundle = replace(bundle, solver=solver)
+    theirs: Any = StableDiffusionPipeline.from_pretrained(bundle.save(tmp_path / "model"))
+    assert type(theirs.scheduler) is SCHEDULERS[solver]
+    ours = draw_ours(bundle, "negative", start_of(solver, bundle))
     assert difference(ours, draw_theirs(theirs, "negative")) <= TOLERANCE
 
 
@@ -168,7 +168,7 @@ def test_a_latent_mean_is_folded_into_what_diffusers_reads(tmp_path: Path) -> No
     means, stds = [0.5, -1.0, 0.0, 2.0], [0.5, 1.0, 2.0, 4.0]
     bundle.vae.register_to_config(latents_mean=means, latents_std=stds)
     theirs: Any = StableDiffusionPipeline.from_pretrained(bundle.save(tmp_path / "model"))
-    ours = draw_ours(bundle, "ddim", "on")
+    ours = draw_ours(bundle, "on")
     assert difference(ours, draw_theirs(theirs, "on")) <= TOLERANCE
     again = Bundle.load(tmp_path / "model")
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

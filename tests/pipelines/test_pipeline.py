@@ -140,6 +140,15 @@ class Halved:
         return lambda x, level: 0.5 * denoise(x, level)
 
 
+def test_the_models_own_solver_is_taken_unless_another_is_named() -> None:
+    own = LatentDiffusionPipeline(dataclasses.replace(CLIP.bundle, solver="euler-a"))
+    named = draw("a cat", seed=0, solver="euler-a").images
+    assert distance(draw("a cat", own, seed=0).images, named) == 0
+    default = draw("a cat", seed=0).images
+    assert distance(draw("a cat", own, seed=0, solver="dpmpp-2m").images, default) == 0
+    assert distance(named, default) > 1e-3
+
+
 def test_seeds() -> None:
     one, other = draw("a cat"), draw("a cat")
     assert one.seeds != other.seeds

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from latentdiff import process as processes
+from latentdiff import solvers
 from latentdiff.bundle import Steps, scheduler
 from latentdiff.errors import UserError
 from latentdiff.process import DiscreteVP, Flow, beta_schedule
+from latentdiff.solvers import config as solver_config
 
 BASE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -34,7 +36,7 @@ CONFIGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_process_is_diffusers_own(config: dict[str, Any]) -> None:
     theirs = getattr(diffusers, config["_class_name"]).from_config(BASE | config)
-    process, prediction, steps = scheduler.read(BASE | config, "scheduler_config.json")
+    process, prediction, steps, _ = scheduler.read(BASE | config, "scheduler_config.json")
     assert isinstance(process, DiscreteVP)
     assert np.abs(process.alphas_cumprod - theirs.alphas_cumprod.double().numpy()).max() < 2e-5
     assert prediction == {"epsilon": "eps", "v_prediction": "v"}[theirs.config.prediction_type]
@@ -46,7 +48,7 @@ def test_the_process_is_diffusers_own(config: dict[str, Any]) -> None:
 def test_the_times_are_diffusers_own(kind: str, spacing: str) -> None:
     config = BASE | {"_class_name": f"{kind}Scheduler", "timestep_spacing": spacing}
     theirs = getattr(diffusers, f"{kind}Scheduler").from_config(config)
-    process, _, steps = scheduler.read(config, "scheduler_config.json")
+    process, _, steps, _ = scheduler.read(config, "scheduler_config.json")
     for count in (1, 2, 7, 20, 50, 333):
         theirs.set_timesteps(count)
         ours = [level.t for level in steps.timetable(process, count)[:-1]]
@@ -57,12 +59,82 @@ def test_the_times_are_diffusers_own(kind: str, spacing: str) -> None:
             torch.testing.assert_close(torch.tensor(ours), theirs.timesteps.float())
 
 
+@pytest.mark.parametrize("kind", ["LCM", "TCD"])
+def test_the_times_of_distilled_models_are_diffusers_own(kind: str) -> None:
+    config = BASE | {"_class_name": f"{kind}Scheduler", "beta_schedule": "scaled_linear"}
+    theirs = getattr(diffusers, f"{kind}Scheduler").from_config(config)
+    process, _, steps, solver = scheduler.read(config, "scheduler_config.json")
+    assert solver == kind.lower()
+    for count in (1, 2, 4, 7, 8, 50):
+        theirs.set_timesteps(count)
+        ours = [level.t for level in steps.timetable(process, count)[:-1]]
+        assert ours == theirs.timesteps.tolist()
+    with pytest.raises(UserError, match="at most 50 steps, not 51"):
+        steps.timetable(process, 51)
+
+
+STEPS = [
+    Steps("trailing"),
+    Steps("leading", 3, to_clean=False),
+    Steps("leading", 1, family="multistep"),
+    Steps("linspace", family="sigma"),
+    Steps("karras", family="sigma"),
+    Steps("exponential", to_clean=False, family="multistep"),
+    Steps("leading", teacher_steps=40),
+]
+
+
+VP = processes.create("vp-scaled-linear")
+# The flow's config has no spacing: it is "trailing".
+PAIRS = [
+    *((VP, steps) for steps in STEPS),
+    (processes.create("vp-linear-zsnr"), STEPS[0]),
+    (processes.create("vp-cosine"), STEPS[1]),
+    (processes.create("edm"), STEPS[4]),
+    (Flow(t_max=1000.0), STEPS[0]),
+]
+
+
+@pytest.mark.parametrize("name", solvers.names())
+def test_every_solver_comes_back_from_its_config(name: str) -> None:
+    """With every process and reading of times; and diffusers' own class of it takes every key."""
+    for process, steps in PAIRS:
+        kind = "flow" if isinstance(process, Flow) else "v"
+        config = scheduler.write(process, kind, steps, name)
+        again, prediction, steps_again, solver = scheduler.read(config, "scheduler_config.json")
+        assert (type(again), prediction, solver) == (type(process), kind, name)
+        times, times_again = (s.timetable(process, 7) for s in (steps, steps_again))
+        assert times_again == times
+        if "latentdiff_solver" not in config and "latentdiff_process" not in config:
+            given = dict(config)
+            theirs = getattr(diffusers, str(given.pop("_class_name")))
+            made, unused = theirs.from_config(given, return_unused_kwargs=True)
+            assert not unused
+            assert {key: made.config[key] for key in given} == given
+
+
+def test_diffusers_class_is_named_where_it_can_hold_the_rest() -> None:
+    """The usual model: for nearly every solver that diffusers has."""
+    own = set()
+    for name in solvers.names():
+        config = scheduler.write(VP, "v", Steps(), name)
+        own |= {name} if "latentdiff_solver" in config else set()
+    # Their DPM-Solver ends before clean data, IPNDM has betas of its own, LCM and TCD times.
+    without = {"dpm-solver-2", "dpm-solver-3", "ipndm", "lcm", "tcd", "dpmpp-2s", "dpmpp-sde"}
+    for name in solvers.names():
+        try:
+            solver_config.write(name)
+        except UserError:
+            without.add(name)
+    assert own == without
+
+
 @pytest.mark.parametrize("name", processes.names())
 def test_every_process_comes_back_from_its_config(name: str) -> None:
     process = processes.create(name)
     for steps in (Steps("trailing", 1), Steps("karras", 1), Steps("leading", 1, to_clean=False)):
         config = scheduler.write(process, "v", steps)
-        again, prediction, steps_again = scheduler.read(config, "scheduler_config.json")
+        again, prediction, steps_again, _ = scheduler.read(config, "scheduler_config.json")
         assert type(again) is type(process)
         assert prediction == "v"
         if isinstance(process, DiscreteVP):
@@ -75,12 +147,12 @@ def test_every_process_comes_back_from_its_config(name: str) -> None:
 
 def test_unusual_processes() -> None:
     config = scheduler.write(Flow(t_max=1000.0), "flow", Steps())
-    process, prediction, _ = scheduler.read(config, "scheduler_config.json")
+    process, prediction, _, _ = scheduler.read(config, "scheduler_config.json")
     assert isinstance(process, Flow)
     assert (process.t_max, prediction) == (1000.0, "flow")
 
     betas = beta_schedule("sigmoid", 50, 0.001, 0.4)
-    again, _, _ = scheduler.read(scheduler.write(DiscreteVP(betas), "eps", Steps()), "s.json")
+    again, _, _, _ = scheduler.read(scheduler.write(DiscreteVP(betas), "eps", Steps()), "s.json")
     assert isinstance(again, DiscreteVP)
     assert np.abs(again.betas - betas).max() < 1e-15
 
@@ -103,6 +175,8 @@ def test_unusual_processes() -> None:
         {"steps_offset": None},
         {"variance_type": "learned"},
         {"latentdiff_process": "vp-liner"},
+        {"latentdiff_solver": "dpm"},
+        {"_class_name": "EDMEulerScheduler"},
     ],
 )
 def test_nonsense_is_one_clear_line(change: dict[str, Any]) -> None:
