@@ -89,7 +89,8 @@ class Bundle:
         """Read a model, after checking all of it: files, configs, names, shapes, finite values.
 
         Args:
-            where: a folder in the diffusers layout, a hub id as "owner/name", or None for the
+            where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x or
+                2.x as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
                 bundled model.
             dtype: of the networks. "auto" is bfloat16 (or float16) on CUDA and float32 elsewhere.
             device: "auto" is CUDA where there is one.
@@ -104,13 +105,18 @@ class Bundle:
         folder = find(where)
         with _collector_resting():
             from latentdiff.bundle import parts
+            from latentdiff.bundle.single import open_single
 
-        parts.check_folder(folder)
-        unet, unet_files = parts.unet(folder / "unet")
-        vae, vae_files = parts.vae(folder / "vae")
-        text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
-        schedule = folder / "scheduler" / "scheduler_config.json"
-        described = scheduler.read(read_json(schedule), str(schedule))
+        if folder.is_file():
+            (unet, unet_files), (vae, vae_files), (text, text_files), schedule = open_single(folder)
+            described = scheduler.read(schedule, f"{folder}: scheduler")
+        else:
+            parts.check_folder(folder)
+            unet, unet_files = parts.unet(folder / "unet")
+            vae, vae_files = parts.vae(folder / "vae")
+            text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
+            path = folder / "scheduler" / "scheduler_config.json"
+            described = scheduler.read(read_json(path), str(path))
         with blaming(folder):
             bundle = cls(vae, unet, text, *described, name=str(where or folder.name))
         fill(unet, unet_files, precision, place)
@@ -229,7 +235,7 @@ class Bundle:
         chunks = z.split(max(1, _DECODED_AT_ONCE // pixels))
         return torch.cat([decode(chunk, return_dict=False)[0].float() for chunk in chunks])
 
-    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    def save(self, where: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the diffusers layout, which diffusers' own Stable Diffusion pipelines open, too.
 
         Everything is written beside the folder and renamed once it is on the disk. A model folder
@@ -237,13 +243,16 @@ class Bundle:
         the autoencoder holds is folded into its convolutions, for diffusers does not apply it.
 
         Args:
-            folder: to be.
+            where: the folder to be; or a .safetensors file, for a single file as ComfyUI and A1111
+                have them, with configs and tokenizer in its header.
             dtype: of the weights in the files; None keeps what they are.
 
         Raises:
-            UserError: the folder cannot be written or holds something else, or a LoRA is attached.
+            UserError: it cannot be written, the folder holds something else, a LoRA is attached, or
+                the model has parts that a single file cannot hold.
         """
         from latentdiff.bundle.save import save_folder
+        from latentdiff.bundle.single import save_single
 
         if any(getattr(network, "peft_config", None) for network in (self.unet, self.text.model)):
             raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
@@ -254,7 +263,9 @@ class Bundle:
             self.solver,
             learned_variance=self.learns_variance,
         )
-        return save_folder(Path(folder), self.vae, self.unet, self.text, config, dtype)
+        path = Path(where)
+        save = save_single if path.suffix == ".safetensors" and not path.is_dir() else save_folder
+        return save(path, self.vae, self.unet, self.text, config, dtype)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Network = TypeVar("Network", bound=nn.Module)
 Config = dict[str, Any]
 
+_STEM = "diffusion_pytorch_model"
+
 
 def check_folder(folder: Path) -> None:
     """Pass if the folder says that it is a model of the kind that loads here.
@@ -54,7 +56,18 @@ def unet(folder: Path) -> tuple[UNet2DConditionModel, WeightFiles]:
     Raises:
         UserError: missing, damaged, or not what its config says.
     """
-    return _of_diffusers(folder, {"UNet2DConditionModel": UNet2DConditionModel})
+    path = folder / "config.json"
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM))
+    return unet_of(config, str(path), files), files
+
+
+def unet_of(config: Config, name: str, files: WeightFiles) -> UNet2DConditionModel:
+    """The U-Net of a config, without memory yet.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
+    return _of_diffusers(config, name, files, {"UNet2DConditionModel": UNet2DConditionModel})
 
 
 def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
@@ -63,24 +76,34 @@ def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
     Raises:
         UserError: missing, damaged, or not what its config says.
     """
+    path = folder / "config.json"
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM))
+    return vae_of(config, str(path), files), files
+
+
+def vae_of(config: Config, name: str, files: WeightFiles) -> AutoencoderKL | VQModel:
+    """The autoencoder of a config, without memory yet.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
     kinds: dict[str, type[AutoencoderKL | VQModel]]
     kinds = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
-    return _of_diffusers(folder, kinds)
+    return _of_diffusers(config, name, files, kinds)
 
 
-def _of_diffusers(folder: Path, kinds: dict[str, type[Network]]) -> tuple[Network, WeightFiles]:
-    path = folder / "config.json"
-    config = read_config(path)
+def _of_diffusers(
+    config: Config, name: str, files: WeightFiles, kinds: dict[str, type[Network]]
+) -> Network:
     kind = kinds.get(str(config.get("_class_name")))
     if kind is None:
         raise UserError(
-            f"{path}: it describes {config.get('_class_name')!s:.60}; only "
+            f"{name}: it describes {config.get('_class_name')!s:.60}; only "
             f"{' and '.join(kinds)} work here."
         )
     known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
     arguments = {key: value for key, value in config.items() if key in known}
-    files = WeightFiles(weight_files(folder, "diffusion_pytorch_model"))
-    return build(lambda: kind(**arguments), str(path), files, _count_blocks(config)), files
+    return build(lambda: kind(**arguments), name, files, _count_blocks(config))
 
 
 def read_config(path: Path) -> Config:
@@ -126,10 +149,7 @@ def text(folder: Path, tokenizer: Path) -> tuple[TextTower, WeightFiles]:
     kind = str(config.get("model_type"))
     files = WeightFiles(weight_files(folder, "model"), _RENAMES.get(kind, str))
     if kind == "clip_text_model":
-        clip = _build_clip(config, str(path), files)
-        words = load_tokenizer(tokenizer, "CLIPTokenizer")
-        with blaming(tokenizer):
-            return ClipTower(clip, words), files
+        return clip_of(config, str(path), files, tokenizer), files
     if kind in _T5_KINDS:
         files.share("shared.weight", "encoder.embed_tokens.weight")
         t5 = _build_t5(kind, config, str(path), files)
@@ -137,6 +157,18 @@ def text(folder: Path, tokenizer: Path) -> tuple[TextTower, WeightFiles]:
         with blaming(tokenizer):
             return T5Tower(t5, words), files
     raise UserError(f"{path}: '{kind:.40}' is neither a CLIP text model nor a T5 encoder.")
+
+
+def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> ClipTower:
+    """The CLIP text encoder of a config, without memory yet, with its tokenizer.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
+    clip = _build_clip(config, name, files)
+    words = load_tokenizer(tokenizer, "CLIPTokenizer")
+    with blaming(tokenizer):
+        return ClipTower(clip, words)
 
 
 def _build_clip(config: Config, name: str, files: WeightFiles) -> CLIPTextModel:

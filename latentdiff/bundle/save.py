@@ -49,7 +49,7 @@ def save_folder(
     if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: not a model folder, so it is not replaced; name another.")
     with _staged(folder) as stage:
-        vae = _without_offset(vae)
+        vae = without_offset(vae)
         _save_diffusers(vae, stage / "vae", dtype)
         _save_diffusers(unet, stage / "unet", dtype)
         _save_text(text, stage, dtype)
@@ -195,7 +195,7 @@ def _index(
     }
 
 
-def _without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":
+def without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":
     """The same autoencoder, with any latent mean folded into its 1x1 convolutions."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 

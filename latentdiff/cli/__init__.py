@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli.convert import convert
 from latentdiff.cli.data import emoji
 from latentdiff.cli.edit import edit, ilvr, inpaint
 from latentdiff.cli.generate import generate
@@ -33,6 +34,7 @@ app.command()(edit)
 app.command()(inpaint)
 app.command()(ilvr)
 app.command()(interpolate)
+app.command()(convert)
 app.command()(info)
 app.command()(solvers)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")

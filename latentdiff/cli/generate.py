@@ -69,7 +69,7 @@ def generate(
             "-m",
             "--model",
             metavar="MODEL",
-            help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
+            help="A folder, a file or a Hugging Face name. Default: the bundled emoji model.",
         ),
     ] = None,
     lora: options.Loras = None,

@@ -17,7 +17,7 @@ def info(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
+            help="A folder, a file or a Hugging Face name. Default: the bundled emoji model.",
         ),
     ] = None,
 ) -> None:
@@ -28,8 +28,12 @@ def info(
 
     bundle = Bundle.load(model, device="cpu")
     folder = find(model)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    rows = [("folder", f"{folder} ({size / 1e6:.1f} MB)"), *_describe(bundle)]
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    rows = [
+        ("file" if folder.is_file() else "folder", f"{folder} ({size / 1e6:.1f} MB)"),
+        *_describe(bundle),
+    ]
     rows += [("solvers", " ".join(solvers.names())), ("timetables", " ".join(timetable.names()))]
     for name, text in rows:
         print(f"{name:<11}{text}")

@@ -29,7 +29,7 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="MODEL",
-        help="A folder, or a Hugging Face name. Default: the bundled emoji model.",
+        help="A folder, a file or a Hugging Face name. Default: the bundled emoji model.",
     ),
 ]
 Loras = Annotated[

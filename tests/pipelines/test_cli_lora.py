@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_bundle
 
+from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
 from latentdiff.cli import main
 from latentdiff.cli.models import parse_lora
@@ -99,3 +102,32 @@ def test_a_lora_of_another_model_is_one_line(
     assert said.count("\n") == 1
     assert "another model" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_goes_both_ways_and_fuses(
+    model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder, mixed = tmp_path / "a.safetensors", tmp_path / "b", tmp_path / "c.safetensors"
+    assert main(["convert", str(model), str(file)]) == 0
+    assert main(["convert", str(file), str(folder)]) == 0
+    for part in (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+    ):
+        weights = [load_file(place / f"{part}.safetensors") for place in (model, folder)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert main(["convert", str(file), str(mixed), f"--lora={lora}:0.5", "--dtype=float16"]) == 0
+    assert {value.dtype for value in load_file(mixed).values()} == {torch.float16}
+    pipe = LatentDiffusionPipeline.from_pretrained(model)
+    pipe.load_lora(lora, 0.5)
+    wanted = pipe.fuse_loras().unet.state_dict()
+    got = Bundle.load(mixed).unet.state_dict()
+    assert all(torch.equal(got[name], wanted[name].half().float()) for name in wanted)
+    assert capsys.readouterr().out.split() == [str(file), str(folder), str(mixed)]
+
+    assert main(["info", str(mixed)]) == 0
+    assert main(["convert", str(model), str(folder)]) == 2
+    assert main(["convert", str(tmp_path / "none"), str(tmp_path / "d")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2

@@ -1,0 +1,40 @@
+"""`latentdiff convert`: a model from one layout to the other, with LoRAs in its weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentdiff.cli import options
+from latentdiff.cli.models import open_model
+from latentdiff.cli.output import check_writable
+from latentdiff.errors import UserError
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a .safetensors file, a Hugging Face name, or emoji64."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder to be, or a .safetensors file to be.")
+    ],
+    lora: options.Loras = None,
+    dtype: Annotated[
+        options.DtypeName, typer.Option(help="Of the weights in OUT; auto keeps float32.")
+    ] = "auto",
+) -> None:
+    """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111.
+
+    LoRAs given with --lora are added to its weights.
+    """
+    if out.exists():
+        raise UserError(f"{out}: it is there already; name another.")
+    check_writable(out.parent)
+    pipe = open_model(model, "cpu", "float32", lora)
+    import torch
+
+    bundle = pipe.fuse_loras() if lora else pipe.bundle
+    print(bundle.save(out, dtype=getattr(torch, "float32" if dtype == "auto" else dtype)))

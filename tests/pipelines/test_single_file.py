@@ -1,0 +1,305 @@
+"""Single-file checkpoints: held to diffusers' own reader, in both key layouts, and bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from tiny import clip_tokenizer, tiny_bundle
+from torch import Tensor
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+
+from latentdiff import UserError
+from latentdiff import process as processes
+from latentdiff.bundle import Bundle, Steps
+from latentdiff.models.vae import build_vae
+from latentdiff.text import ClipTower
+
+
+def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
+    """The blocks of Stable Diffusion 1 or 2, as small as group norms and heads allow."""
+    widths = (32, 64, 64, 64)[:levels]
+    crossing = [level < levels - 1 for level in range(levels)]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(version)
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=widths,
+            layers_per_block=layers,
+            down_block_types=tuple(
+                "CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossing
+            ),
+            up_block_types=tuple(
+                "CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crossing[::-1]
+            ),
+            cross_attention_dim=64,
+            use_linear_projection=version == 2,
+            attention_head_dim=(1,) * levels if version == 2 else 8,  # pyright: ignore[reportArgumentType]
+        )
+        vae = build_vae("kl", (32, 32, 64), 1, 4, 4, 64, codes=32)
+        tokenizer = clip_tokenizer()
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=1,
+            max_position_embeddings=12,
+            hidden_act="gelu" if version == 2 else "quick_gelu",
+        )
+        text = CLIPTextModel(config)
+    for network in (unet, vae, text):
+        network.eval().requires_grad_(False)
+    return Bundle(
+        vae=vae,
+        unet=unet,
+        text=ClipTower(text, tokenizer),
+        process=processes.create("vp-scaled-linear"),
+        prediction="eps",
+        steps=Steps("leading", 1, False),
+    )
+
+
+Saved = tuple[Bundle, Path, Path]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["sd1", "sd2"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A model, its folder and its file."""
+    place = tmp_path_factory.mktemp("single")
+    bundle = sd_like(request.param)
+    return bundle, bundle.save(place / "folder"), bundle.save(place / "one.safetensors")
+
+
+def tensors(bundle: Any) -> dict[str, Tensor]:
+    parts = {"unet": bundle.unet, "vae": bundle.vae}
+    parts["text"] = bundle.text.model if isinstance(bundle, Bundle) else bundle.text_encoder
+    return {f"{p}.{n}": v for p, network in parts.items() for n, v in network.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_diffusers_opens_the_file_with_every_bit(saved: Saved) -> None:
+    bundle, folder, file = saved
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(folder), local_files_only=True
+    )
+    assert same(tensors(bundle), tensors(pipe))
+
+
+def test_a_round_trip_keeps_every_bit(saved: Saved, tmp_path: Path) -> None:
+    """File to folder to file: the same tensors, configs, tokenizer and schedule."""
+    bundle, _, file = saved
+    opened = Bundle.load(file)
+    assert same(tensors(bundle), tensors(opened))
+    again = Bundle.load(opened.save(tmp_path / "folder")).save(tmp_path / "two.safetensors")
+    assert same(load_file(file), load_file(again))
+    assert (opened.prediction, opened.steps) == (bundle.prediction, bundle.steps)
+    assert opened.unet.config["sample_size"] == 64
+    states = [b.text.encode(["a red heart"]).states for b in (bundle, opened, Bundle.load(again))]
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+
+
+def test_keys_are_those_of_the_field(saved: Saved) -> None:
+    """Names that real checkpoints of either version have, and none of transformers 5."""
+    bundle, _, file = saved
+    names = set(load_file(file))
+    second = bundle.text.model.config.hidden_act == "gelu"
+    for name in (
+        "model.diffusion_model.input_blocks.3.0.op.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.output_blocks.2.1.conv.weight",
+        "model.diffusion_model.output_blocks.5.2.conv.weight",
+        "model.diffusion_model.output_blocks.8.1.norm.weight",
+        "model.diffusion_model.time_embed.2.bias",
+        "first_stage_model.decoder.up.1.block.0.nin_shortcut.weight",
+        "first_stage_model.encoder.mid.attn_1.proj_out.bias",
+        "cond_stage_model.model.transformer.resblocks.2.attn.in_proj_weight"
+        if second
+        else "cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc1.weight",
+    ):
+        assert name in names, name
+    assert load_file(file)["first_stage_model.encoder.mid.attn_1.q.weight"].ndim == 4
+
+
+def test_a_file_of_others_opens_by_its_shapes(saved: Saved, tmp_path: Path) -> None:
+    """No header, half precision, tensors nobody needs; the tokenizer in the folder beside it."""
+    bundle, folder, file = saved
+    foreign = foreign_file(file, tmp_path / "foreign.safetensors")
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    opened = Bundle.load(foreign)
+    halves = {n: v.half().float() for n, v in tensors(bundle).items()}
+    assert same(halves, tensors(opened))
+    assert (opened.prediction, opened.steps.family) == ("eps", "ddim")
+    for network, wanted in ((opened.unet, bundle.unet), (opened.vae, bundle.vae)):
+        for key in ("block_out_channels", "layers_per_block", "down_block_types"):
+            assert list(_each(network.config[key])) == list(_each(wanted.config[key])), key
+    random = torch.Generator().manual_seed(0)
+    x, states = torch.randn(1, 4, 8, 8, generator=random), torch.randn(1, 5, 64, generator=random)
+    told = opened.unet(x, 3, states).sample  # by the same number of heads
+    bundle = Bundle.load(folder, dtype=torch.float16).save(tmp_path / "half")
+    wanted = Bundle.load(bundle, dtype="float32").unet(x, 3, states).sample
+    assert torch.equal(told, wanted)
+
+
+def _each(value: object) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def foreign_file(file: Path, to: Path, **metadata: str) -> Path:
+    values = {name: value.half() for name, value in load_file(file).items()}
+    values["alphas_cumprod"] = torch.ones(1000)
+    values["model_ema.num_updates"] = torch.tensor(7)
+    if any("text_model" in name for name in values):
+        prefix = "cond_stage_model.transformer.text_model."
+        values[f"{prefix}embeddings.position_ids"] = torch.arange(12)[None]
+    else:
+        values["cond_stage_model.model.text_projection"] = torch.eye(64)
+        values["cond_stage_model.model.logit_scale"] = torch.ones(())
+    save_file(values, to, metadata or None)
+    return to
+
+
+def test_v_prediction_is_found_out(saved: Saved, tmp_path: Path) -> None:
+    """By the header of ModelSpec; in version 2 also by the telltale that ComfyUI looks at."""
+    _, folder, file = saved
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    told = {"modelspec.prediction_type": "v", "modelspec.resolution": "768x768"}
+    opened = Bundle.load(foreign_file(file, tmp_path / "a.safetensors", **told))
+    assert (opened.prediction, opened.unet.config["sample_size"]) == ("v", 96)
+
+
+def test_the_telltale_of_version_2(tmp_path: Path) -> None:
+    """It is the norm of the last block but two of the four-level U-Net."""
+    bundle = sd_like(2, levels=4)
+    norm = "up_blocks.3.attentions.2.transformer_blocks.0.norm1"
+    bias = bundle.unet.get_parameter(f"{norm}.bias")
+    random = torch.Generator().manual_seed(0)
+    folder = bundle.save(tmp_path / "folder")
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    for spread, wanted in ((0.02, "eps"), (0.2, "v")):
+        bias.copy_(spread * torch.randn(bias.shape, generator=random))
+        file = foreign_file(bundle.save(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+        assert Bundle.load(file).prediction == wanted
+
+
+def test_the_bundled_model_fits_in_one_file(tmp_path: Path) -> None:
+    """Levels, layers and channels are not those of Stable Diffusion; the table has them all."""
+    bundle = Bundle.load("emoji64")
+    opened = Bundle.load(bundle.save(tmp_path / "a.safetensors"))
+    assert same(tensors(bundle), tensors(opened))
+    assert (opened.prediction, opened.size) == (bundle.prediction, bundle.size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("model.diffusion_model.label_emb.0.0.weight", torch.ones(2), "Stable Diffusion XL"),
+        ("model.diffusion_model.extra.weight", torch.ones(2), "not in this network"),
+        ("model.diffusion_model.out.2.weight", None, "no Stable Diffusion 1.x or 2.x"),
+        ("model.diffusion_model.out.0.weight", None, "conv_norm_out.weight is not in the weights"),
+        ("model.diffusion_model.out.0.weight", torch.ones(3), "should be"),
+        ("model.diffusion_model.out.0.weight", torch.full((32,), torch.nan), "NaN"),
+        ("first_stage_model.decoder.conv_in.weight", None, "first_stage_model.decoder.conv_in"),
+        ("cond_stage_model.model.ln_final.weight", None, "final_layer_norm.weight is not"),
+    ],
+)
+def test_damage_is_one_line(name: str, value: Tensor | None, told: str, tmp_path: Path) -> None:
+    bundle = sd_like(2, levels=2, layers=1)
+    folder = bundle.save(tmp_path / "folder")
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    values = load_file(bundle.save(tmp_path / "a.safetensors"))
+    values.pop(name, None)
+    if value is not None:
+        values[name] = value
+    save_file(values, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=told) as caught:
+        Bundle.load(tmp_path / "b.safetensors")
+    assert "b.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [("{", "header is damaged"), ("[]", "header is damaged"), ('{"unet": 1e300}', "damaged")],
+)
+def test_a_damaged_header_is_one_line(header: str, told: str, tmp_path: Path) -> None:
+    values = load_file(sd_like(1, 2, 1).save(tmp_path / "a.safetensors"))
+    save_file(values, tmp_path / "b.safetensors", {"latentdiff": header})
+    with pytest.raises(UserError, match=told):
+        Bundle.load(tmp_path / "b.safetensors")
+
+
+def test_a_hostile_header_costs_nothing(tmp_path: Path) -> None:
+    """Billions of layers or channels, paths as names of files."""
+    file = sd_like(1, 2, 1).save(tmp_path / "a.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        config = json.loads(opened.metadata()["latentdiff"])
+    values = load_file(file)
+    for part, key, value in (
+        ("unet", "layers_per_block", 10**9),
+        ("unet", "block_out_channels", [64, 2**20 * 32]),
+        ("text_encoder", "num_hidden_layers", 10**6),
+        ("vae", "latent_channels", -4),
+        ("tokenizer", "../../x", "y"),
+    ):
+        hostile = json.loads(json.dumps(config))
+        hostile[part][key] = value
+        save_file(values, tmp_path / "b.safetensors", {"latentdiff": json.dumps(hostile)})
+        if part == "tokenizer":
+            Bundle.load(tmp_path / "b.safetensors")
+            assert not list(tmp_path.parent.glob("x"))
+        else:
+            with pytest.raises(UserError):
+                Bundle.load(tmp_path / "b.safetensors")
+
+
+def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "x.ckpt").write_bytes(b"PK")
+    (tmp_path / "y.safetensors").write_bytes(b"no")
+    for name, told in (
+        ("lora.safetensors", "--lora"),
+        ("x.ckpt", "pickle"),
+        ("y.safetensors", "damaged"),
+        ("z.safetensors", "no such model"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Bundle.load(tmp_path / name)
+
+
+def test_models_that_no_single_file_can_hold(tmp_path: Path) -> None:
+    for bundle in (tiny_bundle(tower="t5"), tiny_bundle(vae="vq")):
+        with pytest.raises(UserError, match="single file"):
+            bundle.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_tokenizer_or_network_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary of CLIP's size is looked for in the hub's cache, which is empty here."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    values = load_file(sd_like(1, 2, 1).save(tmp_path / "a.safetensors"))
+    save_file(values, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="tokens are not CLIP's; put the folder tokenizer/"):
+        Bundle.load(tmp_path / "b.safetensors")
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    values[name] = torch.zeros(49408, 64)
+    save_file(values, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="Hub; put the folder tokenizer/") as caught:
+        Bundle.load(tmp_path / "b.safetensors")
+    assert "\n" not in str(caught.value)
