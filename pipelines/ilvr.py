@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Keep the low frequencies of a reference.")
     parser.add_argument("picture", type=Path, help="the reference")
     parser.add_argument("prompt")
-    parser.add_argument("--factor", type=int, default=4, help="detail finer than this is free")
+    parser.add_argument("--factor", type=int, help="finer detail is free; default: 4 latents")
     parser.add_argument("--model", help="a folder; default: the bundled model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)

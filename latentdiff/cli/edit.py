@@ -166,8 +166,13 @@ def ilvr(
     reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="PNG, JPEG or WebP.")],
     prompt: options.Prompt,
     factor: Annotated[
-        int, typer.Option(min=1, help="How coarse: detail finer than this is free.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Finer detail than this is free. Default: 4 latents, or as many pixels as they "
+            "cover.",
+        ),
+    ] = None,
     until: Annotated[
         float, typer.Option(min=0, help="Let go where sigma / alpha is below this.")
     ] = 0.0,

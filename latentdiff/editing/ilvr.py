@@ -24,6 +24,8 @@ from latentdiff.registry import check_name
 
 Space = Literal["latents", "pixels"]
 
+_FACTOR = 4  # in latents: N where none is given
+
 
 @dataclass(frozen=True, eq=False)
 class ILVR:
@@ -32,8 +34,8 @@ class ILVR:
     Args:
         reference: whose coarse shapes and colours to keep: a picture, opened here, or latents
             [1 or B, C, h, w]. Bound to a run in "pixels" it is [1, 3, H, W].
-        factor: N, how much smaller the reference is made. In latents, the detail of factor * the
-            autoencoder's factor pixels is free.
+        factor: N, how much smaller the reference is made; finer detail is free. It counts latents,
+            or in "pixels" pixels. None: 4 latents, or as many pixels as they cover.
         until: sigma / alpha below which the run is left to itself; 0 holds it to the last step.
         space: "latents" puts the low frequencies of the noised reference into x after each step;
             "pixels" those of the reference into each estimate of the picture, through the
@@ -45,14 +47,14 @@ class ILVR:
     """
 
     reference: Picture | Tensor
-    factor: int = 4
+    factor: int | None = None
     until: float = 0.0
     space: Space = "latents"
     canvas: Canvas | None = None
 
     def __post_init__(self) -> None:
         check_name("space", self.space, get_args(Space))
-        if self.factor < 1:
+        if self.factor is not None and self.factor < 1:
             raise UserError(f"factor must be at least 1, not {self.factor}.")
         if not self.until >= 0:
             raise UserError(f"until is a sigma / alpha, so at least 0, not {self.until}.")
@@ -85,8 +87,8 @@ class ILVR:
             return x
         y = level.alpha * latents_like(self.reference, x)
         if level.sigma == 0:
-            return x + projection(y - x, self.factor)
-        return x + low_pass(y + level.sigma * noise.like(x) - x, self.factor)
+            return x + projection(y - x, self.factor or _FACTOR)
+        return x + low_pass(y + level.sigma * noise.like(x) - x, self.factor or _FACTOR)
 
     def denoiser(self, denoise: Denoiser) -> Denoiser:
         """The denoiser whose estimates have, decoded, the low frequencies of the reference."""
@@ -95,6 +97,7 @@ class ILVR:
         if self.canvas is None:
             raise UserError("ILVR in pixels needs an autoencoder: run it in the pipeline.")
         canvas, reference = self.canvas, self.reference
+        factor = self.factor or _FACTOR * canvas.factor
         assert isinstance(reference, Tensor)
 
         def corrected(x: Tensor, level: NoiseLevel) -> Tensor:
@@ -102,7 +105,7 @@ class ILVR:
             if level.ratio < self.until:
                 return x0
             seen = canvas.decode(x0)
-            wanted = seen + low_pass(reference.to(seen) - seen, self.factor)
+            wanted = seen + low_pass(reference.to(seen) - seen, factor)
             # The difference of two encodings: what the autoencoder itself loses cancels.
             return x0 + (canvas.encode(wanted) - canvas.encode(seen)).to(x0)
 

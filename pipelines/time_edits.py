@@ -1,0 +1,77 @@
+"""Seconds for edits of a 64-pixel picture on the bundled model.
+
+    python pipelines/time_edits.py
+
+20 steps of DPM-Solver++(2M), guidance 4: the least of five calls after loading; and of three of the
+whole command, Python's start, imports and loading included.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit
+from latentdiff.sampling import Edit
+
+PROMPT, CALLS, COMMANDS = "a red heart", 5, 3
+START = "import sys; from latentdiff.cli import run; sys.exit(run())"  # as the installed command
+
+
+def least(calls: int, run: Callable[[], object]) -> float:
+    """Wall time of the quickest of some calls."""
+    times: list[float] = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def edits(picture: Image.Image, mask: Image.Image) -> dict[str, Edit]:
+    """What is timed; SDEdit with strength 1 makes all 20 steps."""
+    return {
+        "SDEdit, strength 0.6": SDEdit(picture, 0.6),
+        "SDEdit, strength 1": SDEdit(picture, 1.0),
+        "ILVR": ILVR(picture),
+        "ILVR, in pixels": ILVR(picture, space="pixels"),
+        "Blend": Blend(picture, mask),
+        "RePaint, 10 resamples": RePaint(picture, mask),
+        "RePaint, 3 resamples": RePaint(picture, mask, resamples=3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time edits on the bundled model.")
+    parser.add_argument("--model", help="a folder; default: the bundled model")
+    given = parser.parse_args()
+    picture, mask = Image.new("RGB", (64, 64), "white"), Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(picture).ellipse((8, 8, 55, 55), fill="red")
+    ImageDraw.Draw(mask).rectangle((16, 16, 47, 47), fill=255)
+    pipe = LatentDiffusionPipeline.from_pretrained(given.model)
+    print("| after loading | seconds | network calls |\n|---|---|---|")
+    for name, edit in edits(picture, mask).items():
+        nfe = pipe(PROMPT, edits=[edit], seed=0, progress=False).nfe
+        seconds = least(CALLS, lambda edit=edit: pipe(PROMPT, edits=[edit], seed=0, progress=False))
+        print(f"| {name} | {seconds:.2f} | {nfe} |")
+    model = [] if given.model is None else ["--model", given.model]
+    print("\n| whole command | seconds |\n|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "picture.png")
+        picture.save(path)
+        for command in ("edit", "ilvr"):
+            line = [sys.executable, "-c", START, command, str(path), PROMPT]
+            line += ["--out", folder, *model]
+            seconds = least(
+                COMMANDS, lambda line=line: subprocess.run(line, check=True, capture_output=True)
+            )
+            print(f"| `latentdiff {command}` | {seconds:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
