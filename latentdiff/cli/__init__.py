@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli.convert import convert
-from latentdiff.cli.data import emoji
+from latentdiff.cli.data import emoji, shard
 from latentdiff.cli.edit import edit, ilvr, inpaint
 from latentdiff.cli.generate import generate
 from latentdiff.cli.info import info
@@ -39,7 +39,7 @@ app.command()(info)
 app.command()(solvers)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")
 data.command()(emoji)
-data.callback()(lambda: None)  # keeps `emoji` a word to type while it is the only one
+data.command()(shard)
 app.add_typer(data, name="data")
 
 

@@ -34,3 +34,17 @@ def emoji(
         annotations=annotations or noto.ANNOTATIONS,
     )
     print(f"{count} pictures in {out}")
+
+
+def shard(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of captioned pictures.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    size: Annotated[int, typer.Option(min=1, help="Pictures in a shard.")] = 1000,
+) -> None:
+    """Put a picture folder into WebDataset shards OUT/00000.tar, ...; train with
+    data.root='OUT/{00000..00099}.tar'."""
+    from latentdiff.data.shards import write_shards
+
+    count = write_shards(root, out, size)
+    last = f"{{00000..{count - 1:05}}}" if count > 1 else "00000"
+    print(f"{count} shards: {out}/{last}.tar")

@@ -141,7 +141,7 @@ class LatentCache:
         cache = TensorCache(self.folder, f"{self.weights}\n{self.transform}")
         return torch.stack(
             cache.fetch(
-                [_picture_hash(example.path) for example in examples],
+                [hashlib.sha256(example.read()).hexdigest() for example in examples],
                 lambda places: encode(torch.stack([load_picture(examples[i]) for i in places])),
                 batch_size=batch_size,
                 what="latents",
@@ -199,11 +199,3 @@ def _put(data: bytes, target: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             staged.unlink()
-
-
-def _picture_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot open picture {path}: {error.strerror or error}") from error

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
-from latentdiff.pictures import open_picture
 
 Trouble = Literal["broken", "tiny", "duplicate", "captionless"]
 
@@ -71,13 +70,13 @@ def check_pictures(
             fault = Fault(example, "broken", result)
         elif min(result[0]) < least:
             height, width = result[0]
-            line = f"{example.path} is tiny: {width} x {height} pixels, below {least}"
+            line = f"{example.name} is tiny: {width} x {height} pixels, below {least}"
             fault = Fault(example, "tiny", line)
         elif (same := first.setdefault(result[1], example)) is not example:
-            line = f"{example.path} is a duplicate of {same.path.name}"
+            line = f"{example.name} is a duplicate of {same.path.name}"
             fault = Fault(example, "duplicate", line)
         elif not example.captions:
-            fault = Fault(example, "captionless", f"{example.path} has no caption")
+            fault = Fault(example, "captionless", f"{example.name} has no caption")
         else:
             checked.examples.append(example)
             checked.sizes.append(result[0])
@@ -89,7 +88,7 @@ def check_pictures(
 def _look(example: Example) -> tuple[tuple[int, int], str] | str:
     """Height and width, and a digest of all pixels; or why it cannot be opened."""
     try:
-        image = open_picture(example.path)
+        image = example.open()
     except UserError as error:
         return str(error)
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()

@@ -17,11 +17,12 @@ from typing import cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.errors import UserError
-from latentdiff.pictures import centre_square, open_picture, to_uint8
+from latentdiff.pictures import MAX_BYTES, centre_square, open_picture, to_uint8
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _SHOWN = 3  # names quoted in a message before "..."
@@ -29,17 +30,59 @@ _SHOWN = 3  # names quoted in a message before "..."
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One picture, its captions (at least one, `text` first) and every field of its metadata."""
+    """One picture, its captions (at least one, `text` first) and every field of its metadata.
+
+    Attributes:
+        path: the picture's file; or a shard that holds it.
+        span: in a shard, the place of the picture's first byte and how many there are.
+    """
 
     path: Path
     captions: tuple[str, ...]
     fields: Mapping[str, object]
+    span: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages: the file, or the shard and the member."""
+        return str(self.path if self.span is None else f"{self.path}, {self.fields['file_name']}")
+
+    def read(self) -> bytes:
+        """The bytes of the picture's file, at most one more than `MAX_BYTES`.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        start, size = self.span or (0, MAX_BYTES + 1)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return file.read(min(size, MAX_BYTES + 1))
+        except OSError as error:
+            raise UserError(
+                f"cannot open picture {self.name}: {error.strerror or error}"
+            ) from error
+
+    def open(self) -> Image.Image:
+        """The picture as 8-bit RGB, see `open_picture`.
+
+        Raises:
+            UserError: it cannot be read or decoded.
+        """
+        if self.span is None:
+            return open_picture(self.path)
+        try:
+            return open_picture(self.read())
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
 
 
 def read_folder(
     root: str | Path, *, where: Mapping[str, tuple[str, ...]] | None = None
 ) -> list[Example]:
     """Lists a caption-picture folder in the order of its metadata (of its names, without metadata).
+
+    `root` may also name shards: `shards/{00000..00099}.tar`.
 
     Args:
         where: for each field named, the values to keep, compared as text; a missing value is "".
@@ -63,7 +106,11 @@ def list_folder(
         UserError: no folder, no pictures, repeated files, files outside the folder, malformed
             metadata, or a `where` that keeps nothing.
     """
+    from latentdiff.data.shards import list_shards, names_shards  # which reads what is here
+
     root = Path(root)
+    if names_shards(root):
+        return list_shards(root, where=where)
     if not root.is_dir():
         raise UserError(f"there is no picture folder {root}")
     files = [root / name for name in _READERS if (root / name).is_file()]
@@ -76,8 +123,8 @@ def list_folder(
     if not rows:
         raise UserError(f"{root} holds no pictures (PNG, JPEG or WebP)")
     _refuse(_duplicates(rows), "are listed more than once", root)
-    rows = _filter(rows, where or {}, root)
-    examples = [_example(root, row) for row in rows]
+    rows = filter_rows(rows, where or {}, root)
+    examples = [make_example(root, row) for row in rows]
     inside = os.path.realpath(root)
     _refuse_where(
         examples,
@@ -90,7 +137,7 @@ def list_folder(
 
 def load_picture(example: Example, size: int) -> Tensor:
     """The picture's middle square at `size` pixels a side: uint8 tensor [3, size, size]."""
-    return to_uint8(centre_square(open_picture(example.path), size))
+    return to_uint8(centre_square(example.open(), size))
 
 
 def load_pictures(examples: Sequence[Example], size: int, *, progress: bool = True) -> Tensor:
@@ -228,7 +275,7 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _filter(
+def filter_rows(
     rows: list[dict[str, object]], where: Mapping[str, tuple[str, ...]], root: Path
 ) -> list[dict[str, object]]:
     for key, allowed in where.items():
@@ -242,7 +289,7 @@ def _filter(
     return rows
 
 
-def _example(root: Path, row: dict[str, object]) -> Example:
+def make_example(root: Path, row: dict[str, object]) -> Example:
     name, text, more = row.get("file_name"), row.get("text"), row.get("captions")
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"{root}: a row of the metadata has no file_name: {row}"[:200])

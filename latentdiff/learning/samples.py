@@ -18,7 +18,7 @@ from latentdiff.learning.batches import to_range
 from latentdiff.learning.buckets import BucketOrder
 from latentdiff.learning.order import generator, sample_noise
 from latentdiff.models.vae import VAE, encode_moments
-from latentdiff.pictures import open_picture, to_uint8
+from latentdiff.pictures import to_uint8
 
 _ENCODED_AT_ONCE = 2**19  # pixels
 
@@ -108,9 +108,7 @@ def encode_samples(
             store = LatentCache(cache, weights, f"{variant.named(bucket)}; mean and std")
             found = store.latents(
                 [checked.examples[number] for number in members],
-                lambda example, v=variant, b=bucket: to_uint8(
-                    v.fill(open_picture(example.path), b)
-                ),
+                lambda example, v=variant, b=bucket: to_uint8(v.fill(example.open(), b)),
                 lambda pictures: encode_moments(vae, to_range(pictures).to(device)),
                 batch_size=max(1, min(64, _ENCODED_AT_ONCE // (bucket[0] * bucket[1]))),
             )
@@ -121,7 +119,7 @@ def encode_samples(
     if len(good) < len(stacked) and not skip:
         bad = next(n for n in range(len(stacked)) if n not in set(good))
         raise UserError(
-            f"the autoencoder makes latents that are not finite of {checked.examples[bad].path}: "
+            f"the autoencoder makes latents that are not finite of {checked.examples[bad].name}: "
             "take the picture out, or use --bad skip"
         )
     if not good:

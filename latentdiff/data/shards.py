@@ -1,0 +1,172 @@
+"""Captioned pictures in tar files, as WebDataset lays them out.
+
+The members of one sample follow each other and share a key, their name up to its first dot: a
+picture, and `.json` (the fields of `metadata.jsonl`) or `.txt` (one caption a line). Headers alone
+are read to list a shard; a picture is then read from its place in the file, so any order is as
+good as another and a position is a number.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+from latentdiff.data.folder import SUFFIXES, Example, filter_rows, make_example, read_folder
+from latentdiff.errors import UserError
+
+INDEX = "index.json"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_TEXT = 2**20
+
+
+def names_shards(root: Path) -> bool:
+    """Whether a `data.root` is a tar file or a pattern of some, and no folder."""
+    return root.suffix == ".tar"
+
+
+def expand(pattern: Path) -> list[Path]:
+    """`shards/{00000..00099}.tar` as its paths, in order; a plain path as itself.
+
+    Raises:
+        UserError: the range runs backwards.
+    """
+    found = _RANGE.search(str(pattern))
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if int(last) < int(first):
+        raise UserError(f"{pattern}: the range {found.group()} is empty")
+    head, tail = str(pattern)[: found.start()], str(pattern)[found.end() :]
+    numbers = range(int(first), int(last) + 1)
+    return [p for n in numbers for p in expand(Path(f"{head}{n:0{len(first)}}{tail}"))]
+
+
+def list_shards(
+    pattern: Path, *, where: Mapping[str, tuple[str, ...]] | None = None
+) -> list[Example]:
+    """Every sample of the shards, in their order.
+
+    Args:
+        where: as in `read_folder`.
+
+    Raises:
+        UserError: a shard is missing, damaged or no tar file, or `where` keeps nothing.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        lists = pool.map(lambda path: list(_rows(path)), expand(pattern))
+        rows = [row for part in lists for row in part]
+    if not rows:
+        raise UserError(f"{pattern} holds no pictures (PNG, JPEG or WebP)")
+    return [_example(pattern, row) for row in filter_rows(rows, where or {}, pattern)]
+
+
+def _example(pattern: Path, row: dict[str, object]) -> Example:
+    start, size = cast(tuple[int, int], row["span"])
+    example = make_example(pattern, row)
+    return replace(example, path=Path(str(row["shard"])), span=(start, size))
+
+
+def _rows(shard: Path) -> Iterator[dict[str, object]]:
+    """Fields of each sample; `file_name` is the member's, `shard` and `span` say where it lies."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = (member for member in tar if member.isreg() and not member.issparse())
+            for key, group in groupby(members, lambda member: _split(member.name)[0]):
+                yield _row(shard, key, tar, list(group))
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the shard {shard} cannot be read: {reason}") from None
+
+
+def _row(
+    shard: Path, key: str, tar: tarfile.TarFile, members: list[tarfile.TarInfo]
+) -> dict[str, object]:
+    row: dict[str, object] = {}
+    picture = None
+    for member in members:
+        extension = _split(member.name)[1].lower()
+        if f".{extension}" in SUFFIXES and picture is None:
+            picture = member
+        elif extension in {"json", "txt"} and member.size <= _MAX_TEXT:
+            file = tar.extractfile(member)
+            text = b"" if file is None else file.read()
+            if extension == "txt":
+                row.setdefault("captions", text.decode("utf-8-sig").splitlines())
+                continue
+            fields = json.loads(text)
+            if not isinstance(fields, dict):
+                raise UserError(f"{shard}: {member.name} is no JSON object")
+            row = {**row, **fields}
+    if picture is None:
+        raise UserError(f"{shard}: the sample {key!r} has no picture (PNG, JPEG or WebP)")
+    span = (picture.offset_data, picture.size)
+    return {**row, "file_name": picture.name, "shard": str(shard), "span": span}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension: a name up to the first dot of its last part, and what follows it."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def write_shards(root: Path, out: Path, size: int) -> int:
+    """Put a picture folder into `out/00000.tar`, ... of `size` samples; the number of shards.
+
+    The files' bytes are as they were, and the same folder gives the same shards to the byte.
+    `index.json`, written last, has the samples, bytes and sha256 of each.
+
+    Raises:
+        UserError: the folder is faulty, `out` holds something, or cannot be written.
+    """
+    examples = read_folder(root)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already and not empty: name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shards: list[dict[str, object]] = []
+        for first in range(0, len(examples), size):
+            part = examples[first : first + size]
+            name = f"{first // size:05}.tar"
+            data = _tar(first, part)
+            _write(out / name, data)
+            digest = hashlib.sha256(data).hexdigest()
+            sums: dict[str, object] = {"bytes": len(data), "sha256": digest}
+            shards.append({"name": name, "samples": len(part), **sums})
+        _write(out / INDEX, json.dumps({"shards": shards}, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+    return len(shards)
+
+
+def _tar(first: int, examples: list[Example]) -> bytes:
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, example in enumerate(examples, start=first):
+            fields = {"text": example.captions[0], **example.fields}
+            parts = {
+                example.path.suffix.lower(): example.read(),
+                ".json": json.dumps(fields, ensure_ascii=False, default=str).encode(),
+            }
+            for extension, data in parts.items():
+                member = tarfile.TarInfo(f"{number:09}{extension}")
+                member.size = len(data)
+                tar.addfile(member, BytesIO(data))
+    return buffer.getvalue()
+
+
+def _write(target: Path, data: bytes) -> None:
+    staged = target.with_name(f".{target.name}.part")
+    with staged.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.rename(target)
