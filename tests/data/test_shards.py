@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab import SCRIPTS, STAGES, Lab
+from webdataset.compat import WebDataset
+from webdataset.writer import ShardWriter
 
 from latentdiff.cli import main
 from latentdiff.data.folder import load_picture, read_folder
@@ -50,13 +51,13 @@ def test_shards_hold_the_folder_to_the_byte(lab: Lab, tmp_path: Path) -> None:
 
 def test_webdataset_reads_ours_and_we_read_its(lab: Lab, tmp_path: Path) -> None:
     folder = read_folder(lab.folder / "pictures")
-    theirs: Any = webdataset.WebDataset(str(pattern(lab)), shardshuffle=False)
+    theirs: Any = WebDataset(str(pattern(lab)), shardshuffle=False)
     samples = list(theirs)
     assert [sample["png"] for sample in samples] == [one.read() for one in folder]
     assert [json.loads(sample["json"])["text"] for sample in samples] == [
         one.captions[0] for one in folder
     ]
-    with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=7, verbose=0) as writer:
+    with ShardWriter(str(tmp_path / "%05d.tar"), maxcount=7, verbose=0) as writer:
         for number, one in enumerate(folder):
             text = {"txt": one.captions[0]} if number % 2 else {"json": {"text": one.captions[0]}}
             writer.write({"__key__": f"a/{number:04}", "png": one.read(), **text})
