@@ -30,7 +30,7 @@ from latentdiff.models.vae import encode_moments
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
 
-SPLITS = ("test_style", "test_tone", "test_colour", "test_novel")
+ALL_SPLITS = ("train", "test_style", "test_tone", "test_colour", "test_novel")
 HELD_OUT = ("test_style", "test_novel", "test_colour", "test_struct")
 START, END = "<!-- evaluation: written by training/evaluate.py -->", "<!-- end of evaluation -->"
 
@@ -115,36 +115,48 @@ def main(
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
+    splits: Annotated[
+        str, typer.Option(help="Whose captions are drawn, a comma between.")
+    ] = ",".join(ALL_SPLITS),
+    lora: Annotated[Path | None, typer.Option(help="A LoRA to measure the model with.")] = None,
     card: Annotated[bool, typer.Option(help="Write the numbers into MODEL/README.md.")] = True,
 ) -> None:
     """Measure a model on fixed prompts and seeds."""
     try:
-        evaluate(model, data, styles.split(","), out, count, steps, guidance_scale, seed, card)
+        pipe = LatentDiffusionPipeline.from_pretrained(model)
+        if lora is not None:
+            pipe.load_lora(lora)
+            card = False
+        chosen = splits.split(",")
+        text = evaluate(
+            pipe, data, styles.split(","), chosen, out, count, steps, guidance_scale, seed
+        )
+        if card:
+            write_card(model / "README.md", text)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
 def evaluate(
-    model: Path,
+    pipe: LatentDiffusionPipeline,
     data: Path,
     styles: list[str],
+    chosen: list[str],
     out: Path,
     count: int,
     steps: int,
     scale: float,
     seed: int,
-    card: bool,
-) -> None:
-    """Every number, a grid per split, `evaluation.json` and the card's section."""
-    pipe = LatentDiffusionPipeline.from_pretrained(model)
+) -> str:
+    """Every number, a grid per split, `evaluation.json`; returns the card's section."""
     real = RealPictures(data, pipe.bundle.size[0], styles)
     out.mkdir(parents=True, exist_ok=True)
     seen = real.numbers("train", untoned=True)
     training = [(n, _words(real.examples[n].captions[0])) for n in seen]
     held_out = [n for split in HELD_OUT for n in real.numbers(split, untoned=True)]
     report: dict[str, object] = {
-        "model": str(model),
+        "model": pipe.bundle.name,
         "steps": steps,
         "guidance_scale": scale,
         "seed": seed,
@@ -153,7 +165,7 @@ def evaluate(
         "vae_pictures": len(held_out),
     }
     splits: dict[str, dict[str, float]] = {}
-    for split in ("train", *SPLITS):
+    for split in chosen:
         numbers = choose(real, seen, count, seed) if split == "train" else real.numbers(split)
         if not numbers:
             continue
@@ -163,9 +175,9 @@ def evaluate(
         typer.echo(f"{split}: {splits[split]}")
     report["splits"] = splits
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    typer.echo(table(report, splits))
-    if card:
-        write_card(model / "README.md", table(report, splits))
+    text = table(report, splits)
+    typer.echo(text)
+    return text
 
 
 def choose(real: RealPictures, numbers: list[int], count: int, seed: int) -> list[int]:

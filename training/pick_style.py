@@ -87,7 +87,7 @@ def priors(data: Path, known: str, count: int, seed: int) -> list[str]:
     for place, number in enumerate(generator(seed, 13).permutation(len(examples))[:count]):
         captions = examples[int(number)].captions
         plain = [caption for caption in captions if known not in caption]
-        lines.append(captions[0] if place % 2 == 0 else plain[-1])
+        lines.append(captions[0] if place % 2 == 0 else plain[:2][-1])
     return lines
 
 
