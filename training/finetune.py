@@ -29,13 +29,21 @@ from latentdiff.data.cache import weights_hash
 from latentdiff.data.check import Checked, check_pictures
 from latentdiff.data.folder import list_folder
 from latentdiff.data.variants import Size, Variant, variants
+from latentdiff.editing import Inpaint
 from latentdiff.errors import UserError
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
 from latentdiff.learning.config import override, put, read_yaml
-from latentdiff.learning.denoising import Conditioned, draw_times, noised_batch, offset_noise
+from latentdiff.learning.denoising import (
+    Conditioned,
+    bound_terms,
+    draw_times,
+    noised_batch,
+    offset_noise,
+)
 from latentdiff.learning.ema import EMA, trained
 from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve
+from latentdiff.learning.holes import Holes
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.learning.methods import (
     make_optimizer,
@@ -48,8 +56,9 @@ from latentdiff.learning.outcome import save_outcome
 from latentdiff.learning.prior import draw_missing, prior_examples
 from latentdiff.learning.run import Run, learning_rate
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
-from latentdiff.pictures import grid
+from latentdiff.pictures import centre_square, grid, open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.sampling import Edit
 
 
 def main(
@@ -83,6 +92,9 @@ def main(
     rank: Annotated[int | None, typer.Option(help="LoRA's rank.  [default: 16]")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels a side.  [default: the model's]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all randomness.  [default: 0]")] = None,
+    inpaint: Annotated[
+        bool, typer.Option("--inpaint", help="Make an inpainting model of it (not by LoRA).")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file of the same keys.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any key, as optim.lr=1e-4.")
@@ -98,6 +110,7 @@ def main(
             "model": model,
             "out": None if out is None else str(out),
             "seed": seed,
+            "inpaint": inpaint or None,
             "data.root": None if data is None else str(data),
             "data.instance_prompt": instance_prompt,
             "data.bad": bad,
@@ -142,6 +155,10 @@ def fit(config: FinetuneConfig, run: Run) -> None:
     if not found:
         draw_samples(run, config, bundle, samples, 0)  # before
     bundle = make_trainable(bundle, config)
+    holes = None
+    if bundle.kind == "inpainting":
+        crops = variants(config.data.crops, config.data.flip)
+        holes = Holes(samples.examples, samples.buckets, crops)
     learns_text = any(p.requires_grad for p in bundle.text.model.parameters())
     texts = [example.captions for example in samples.examples]
     captions = Captions(bundle.text, texts, objective.caption_dropout, seed)
@@ -157,6 +174,8 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
         unpack_optimizer(optimizer, tensors["optimizer"])
         start = int(str(state["step"]))
+        if state["samples"] != samples.digest:
+            run.say("not the pictures and captions that this run began with: it goes on with these")
     wrapped, optimizer = run.accelerator.prepare(module, optimizer)
     ema.to(run.device)
 
@@ -166,7 +185,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
             "ema": ema.state_dict(),
             "optimizer": pack_optimizer(optimizer),
         }
-        run.save(step, tensors, {"ema_updates": ema.updates})
+        run.save(step, tensors, {"ema_updates": ema.updates, "samples": samples.digest})
 
     stop = min(start + 1, optim.steps) if run.dry else optim.steps
     shares = Shares(
@@ -179,25 +198,29 @@ def fit(config: FinetuneConfig, run: Run) -> None:
 
     def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
         """The loss of a micro-batch, a function of its keys and the weights."""
-        at = keys[0][0], [place for _, place, _ in keys], [sample for _, _, sample in keys]
-        step, places, chosen = at
-        latents, noise = samples.latents(bundle.vae, seed, *at)
+        step = keys[0][0]
+        places, numbers = [place for _, place, _ in keys], [sample for _, _, sample in keys]
+        at = seed, step, places
+        chosen = list(zip(numbers, samples.variants(*at, numbers), strict=True))
+        latents, noise = samples.latents(bundle.vae, *at, chosen)
         if objective.offset_noise:
-            noise += objective.offset_noise * offset_noise(seed, step, places, noise.shape[1])
-        uniform = spread_uniform(seed, step, places, optim.batch_size).to(run.device)
-        batch = noised_batch(
-            bundle.process,
-            bundle.prediction,
-            latents.to(run.device),
-            noise.to(run.device),
-            draw_times(bundle.process, uniform, objective.times),
-            gamma,
-        )
+            noise += objective.offset_noise * offset_noise(*at, noise.shape[1])
+        latents, noise = latents.to(run.device), noise.to(run.device)
+        uniform = spread_uniform(*at, optim.batch_size).to(run.device)
+        t = draw_times(bundle.process, uniform, objective.times)
+        batch = noised_batch(bundle.process, bundle.prediction, latents, noise, t, gamma)
+        seen = [batch.x] if holes is None else [batch.x, holes.beside(bundle, *at, chosen)]
+        words = (captions.tokens if states is None else states.of)(step, places, numbers)
         torch.manual_seed(int(generator(seed, 10, step, places[0]).integers(2**63)))  # dropout
-        words = captions.tokens(*at) if states is None else states.of(*at)
-        output = wrapped(batch.x, batch.t, words)
-        weights = batch.weights * samples.weights[chosen].to(run.device)
-        return {"loss": weighted_mse(output, batch.target, weights)}
+        output = wrapped(torch.cat(seen, 1), batch.t, words)
+        weights = batch.weights * samples.weights[numbers].to(run.device)
+        loss = weighted_mse(output[:, : latents.shape[1]], batch.target, weights)
+        if not bundle.learns_variance:
+            return {"loss": loss}
+        step_terms = bound_terms(bundle.process, bundle.prediction, output, latents, noise, t)
+        bound = (bundle.process.t_max + 1) * step_terms.mean()
+        # Nichol & Dhariwal 2021, eq. 16
+        return {"loss": loss + objective.bound_weight * bound, "bound": bound.detach()}
 
     module.train()
     with run.signals(), run.bar(start, stop) as bar:
@@ -257,6 +280,8 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     prior = config.prior
     if not prior.prompts:
         return samples
+    if bundle.kind != "text-to-image":
+        raise UserError(f"{bundle.name} draws no prior pictures: it is an {bundle.kind} model")
     source = f"{weights_hash(bundle.unet.state_dict())} {prior.steps} {prior.guidance_scale} {size}"
     examples = prior_examples(config.out / "prior", prior.prompts, prior.count, source)
 
@@ -284,11 +309,12 @@ def pictures_of(
     steps: int = 20,
     scale: float = 4.0,
     size: Size | None = None,
+    edits: Sequence[Edit] = (),
 ) -> list[Image.Image]:
-    """What the model draws at present."""
+    """What the model draws at present; with edits, the size is that of their pictures."""
     bundle.unet.eval()
+    height, width = (None, None) if edits else size or bundle.size
     with run.accelerator.autocast():
-        height, width = size or bundle.size
         return LatentDiffusionPipeline(bundle)(
             prompts,
             num_inference_steps=steps,
@@ -296,6 +322,7 @@ def pictures_of(
             height=height,
             width=width,
             seed=seeds,
+            edits=edits,
             progress=False,
         ).images
 
@@ -303,13 +330,33 @@ def pictures_of(
 def draw_samples(
     run: Run, config: FinetuneConfig, bundle: Bundle, samples: Samples, step: int
 ) -> None:
-    """A grid at fixed seeds: the configured prompts, or captions of the pictures."""
+    """A grid at fixed seeds: the configured prompts, or captions of the pictures.
+
+    An inpainting model fills the middle of the pictures.
+    """
     if not run.main:
         return
     prompts = config.sample_prompts or [e.captions[0] for e in samples.examples[:8]]
-    seeds = [config.seed] * len(prompts)
-    run.picture(step, "samples", grid(pictures_of(run, bundle, prompts, seeds), 8))
+    if bundle.kind == "text-to-image":
+        drawn = pictures_of(run, bundle, prompts, [config.seed] * len(prompts))
+    else:
+        drawn = []
+        for number, prompt in enumerate(prompts):
+            known = samples.examples[number % len(samples.examples)]
+            edit = Inpaint(
+                centre_square(open_picture(known.path), min(bundle.size)), middle(bundle)
+            )
+            drawn += pictures_of(run, bundle, [prompt], [config.seed], edits=[edit])
+    run.picture(step, "samples", grid(drawn, 8))
     bundle.unet.train()
+
+
+def middle(bundle: Bundle) -> Image.Image:
+    """A hole in the middle half of each side, white on black."""
+    side = min(bundle.size)
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 4, side // 4, 3 * side // 4, 3 * side // 4))
+    return mask
 
 
 def spell_out(prompts: list[str]) -> list[str]:

@@ -62,6 +62,7 @@ class FinetuneObjective(Strict):
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     offset_noise: float = Field(default=0.0, ge=0.0)
     zero_terminal_snr: bool = False
+    bound_weight: PositiveFloat = 0.001
 
 
 class FinetuneConfig(RunConfig):
@@ -74,6 +75,7 @@ class FinetuneConfig(RunConfig):
     objective: FinetuneObjective = FinetuneObjective()
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     train_text: bool = False
+    inpaint: bool = False
     gradient_checkpointing: bool = False
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)

@@ -12,6 +12,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.finetuning import FinetuneConfig, FinetuneObjective
+from latentdiff.learning.holes import with_mask_input
 from latentdiff.learning.run import adamw
 from latentdiff.learning.words import add_words
 from latentdiff.lora import add_lora
@@ -62,6 +63,15 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
     Raises:
         UserError: the method does not fit the model.
     """
+    if config.inpaint and bundle.kind != "inpainting":
+        if config.method in ("lora", "textual-inversion"):
+            raise UserError(
+                f"{bundle.name} has no input for masks, which {config.method} cannot give it: "
+                "--method full, or start from an inpainting model"
+            )
+        bundle = with_mask_input(bundle)
+    if bundle.kind == "instruct-pix2pix":
+        raise UserError(f"{bundle.name} is an instruct-pix2pix model, which is not trained here")
     for network in (bundle.unet, bundle.vae, bundle.text.model):
         network.requires_grad_(False)
     if config.method == "textual-inversion":

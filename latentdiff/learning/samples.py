@@ -1,5 +1,6 @@
 """The samples of a fine-tune: pictures as latents in every variant, with their weights."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,22 +41,38 @@ class Samples:
     shares: np.ndarray
     weights: Tensor
 
+    @property
+    def digest(self) -> str:
+        """Of the files' names, sizes and captions in their order: another one is another run."""
+        rows = [
+            f"{e.path.name} {b} {list(e.captions)}"
+            for e, b in zip(self.examples, self.buckets, strict=True)
+        ]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
     def order(self, seed: int) -> BucketOrder:
         """Which samples make up a step."""
         return BucketOrder(self.buckets, seed, self.shares)
 
-    def latents(
-        self, vae: VAE, seed: int, step: int, places: list[int], samples: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """x_0 [B, C, h, w], drawn from the posteriors of one variant each, and noise of its shape.
+    def variants(self, seed: int, step: int, places: list[int], samples: list[int]) -> list[int]:
+        """Which variant of each sample is trained: f(seed, step, place)."""
+        return [
+            int(generator(seed, 9, step, place).integers(len(self.moments[sample])))
+            for place, sample in zip(places, samples, strict=True)
+        ]
 
-        Both are functions of (seed, step, place), on the CPU.
+    def latents(
+        self, vae: VAE, seed: int, step: int, places: list[int], chosen: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """x_0 [B, C, h, w], drawn from the posteriors, and noise of its shape, on the CPU.
+
+        Both are functions of (seed, step, place).
+
+        Args:
+            chosen: number and variant of each sample.
         """
-        chosen: list[Tensor] = []
-        for place, sample in zip(places, samples, strict=True):
-            moments = self.moments[sample]
-            chosen.append(moments[generator(seed, 9, step, place).integers(len(moments))])
-        mean, std = torch.stack(chosen).chunk(2, 1)
+        moments = torch.stack([self.moments[number][variant] for number, variant in chosen])
+        mean, std = moments.chunk(2, 1)
         posterior, noise = sample_noise(seed, step, places, tuple(mean.shape[1:]), 2)
         gain, offset = latent_affine(vae)
         return (mean + std * posterior - offset) / gain, noise

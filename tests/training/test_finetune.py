@@ -7,17 +7,23 @@ import numpy as np
 import pytest
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import picture_folder, script
 from tiny import tiny_bundle
 from typer.testing import CliRunner
 
 from latentdiff.bundle import Bundle
+from latentdiff.data.folder import read_folder
+from latentdiff.data.variants import Variant
+from latentdiff.editing import Inpaint
+from latentdiff.editing.canvas import Canvas
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.finetuning import resolve
+from latentdiff.learning.holes import WHOLE, Holes, draw_mask, with_mask_input
 from latentdiff.learning.samples import Samples
+from latentdiff.pictures import open_picture, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.process import DiscreteVP
 
@@ -154,6 +160,59 @@ def test_textual_inversion_learns_one_row_and_changes_nothing_else(
     assert len(before) in bundle.text.tokenize(["a <thing> disc"]).ids[0]
 
 
+def test_a_new_inpainting_model_draws_as_before_and_then_learns_from_its_mask(
+    work: Path, tmp_path: Path
+) -> None:
+    old = Bundle.load(work / "model")
+    wide = with_mask_input(old)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    beside = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(1))
+    states = old.text.encode(["a red heart", "a cat"]).states
+    t = torch.tensor([1.0, 900.0])
+    with torch.no_grad():
+        plain = old.network()(x, t, {"states": states})
+        masked = wide.network()(x, t, {"states": states, "beside": beside})
+    assert (plain - masked).abs().max() < 1e-6
+
+    data = {"crops": 2, "flip": True}
+    model = finetune(work, tmp_path / "out", "full", data=data, inpaint=True) / "model"
+    weight = weights(model, "unet")["conv_in.weight"]
+    assert weight.shape[1] == 9
+    assert weight[:, 4:].abs().amin(dim=(0, 2, 3)).min() > 0
+    pipe = LatentDiffusionPipeline.from_pretrained(model)
+    picture = Image.open(work / "pictures/0.png")
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (8, 8, 24, 24))
+    edit = Inpaint(picture, mask)
+    made = pipe("a red disc", edits=[edit], num_inference_steps=2, seed=0, progress=False)
+    assert made.images[0].getpixel((2, 2)) == picture.getpixel((2, 2))
+
+
+def test_masks_are_of_every_kind_and_functions_of_their_place() -> None:
+    masks = torch.stack([draw_mask(3, 5, place, (32, 64)) for place in range(800)])
+    assert masks.shape == (800, 1, 32, 64)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    shares = masks.mean(dim=(1, 2, 3))
+    assert abs((shares == 1).float().mean() - WHOLE) < 0.05
+    assert (shares > 0).all()
+    assert ((shares > 0.05) & (shares < 0.6)).float().mean() > 0.4
+    assert torch.equal(draw_mask(3, 5, 7, (32, 64)), masks[7])
+    assert not torch.equal(draw_mask(3, 6, 7, (32, 64)), masks[7])
+
+
+def test_masked_pictures_are_encoded_as_the_edit_does_it(work: Path) -> None:
+    """What training shows the U-Net is what the pipeline's `Inpaint` shows it later."""
+    bundle = tiny_bundle()
+    examples = read_folder(work / "pictures")[:2]
+    holes = Holes(examples, [(16, 16)] * 2, [Variant(), Variant(flip=True)])
+    beside = holes.beside(bundle, 1, 2, [4, 5], [(0, 0), (1, 1)])
+    image = open_picture(examples[1].path).resize((16, 16), Image.Resampling.LANCZOS)
+    mask = to_pil(draw_mask(1, 2, 5, (16, 16)).expand(3, -1, -1) * 2 - 1).convert("L")
+    canvas = Canvas(16, 16, bundle.factor, bundle.encode, bundle.decode)
+    edit, _ = Inpaint(ImageOps.mirror(image), mask).bind(canvas)
+    assert (edit.beside(beside[1:, 1:]) - beside[1:]).abs().max() < 1e-5
+
+
 def test_prior_pictures_that_are_there_are_kept(work: Path, tmp_path: Path) -> None:
     settings = {
         "data": {"instance_prompt": "a sks disc"},
@@ -211,6 +270,7 @@ MISTAKES = {
     "--model nowhere/at/all": "nowhere",
     "optimizer=adamw-8bit": "pip install bitsandbytes",
     "objective.zero_terminal_snr=true objective.prediction=eps": "objective.prediction=v",
+    "--inpaint": "--method full",
     "objective.min_snr_gamma=5 objective.prediction=score": "set it to null",
 }
 
