@@ -30,7 +30,7 @@ from latentdiff.denoiser import (
 )
 from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
-from latentdiff.guidance import classifier_free, named
+from latentdiff.guidance import classifier_free, composed, named
 from latentdiff.guidance.named import Method
 from latentdiff.guides import Guide, SpoilsAttention, resolve, spoil_attention
 from latentdiff.inversion import invert
@@ -38,7 +38,14 @@ from latentdiff.models.attention import Attention
 from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 from latentdiff.process import NoiseLevel
-from latentdiff.prompts import check_negatives, check_prompts, encode_prompts
+from latentdiff.prompts import (
+    Also,
+    check_also,
+    check_negatives,
+    check_prompts,
+    encode_prompts,
+    seeing,
+)
 from latentdiff.registry import check_name
 from latentdiff.sampling import Callback, Edit, EditsInput, EditsTimetable, sample
 from latentdiff.solvers import Solver
@@ -148,6 +155,8 @@ class LatentDiffusionPipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        also: Sequence[Also] = (),
+        prompt_weights: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
@@ -173,6 +182,9 @@ class LatentDiffusionPipeline:
         Args:
             prompt: what to draw; several draw several, in their order.
             negative_prompt: what to steer away from, for all prompts or one for each.
+            also: further prompts for every picture and their weights beside the prompt's 1, as
+                ("a hat", 0.7) or "a hat:0.7"; see `latentdiff.guidance.composed`.
+            prompt_weights: read (x), (x:1.3) and [x] in all prompts as weights of their words.
             height: in pixels, a multiple of the autoencoder's factor; by default the model's own.
             width: likewise.
             num_inference_steps: 1 .. 1000.
@@ -227,8 +239,14 @@ class LatentDiffusionPipeline:
 
         seen, image_scale = _beside(edits, x)
         guided = guidance_scale != 1 or image_scale != 1
+        texts, weights = check_also(also, guided)
         conditions, cut = encode_prompts(
-            bundle.text, prompts, negatives if guided else None, per_prompt
+            bundle.text,
+            prompts,
+            negatives if guided else None,
+            per_prompt,
+            weights=prompt_weights,
+            also=texts,
         )
         spoiling = [guide for guide in resolve(guides) if isinstance(guide, SpoilsAttention)]
         network, calls = _counted(bundle.network([guide.perturbation for guide in spoiling]))
@@ -237,7 +255,8 @@ class LatentDiffusionPipeline:
         conditions = [mark(each, each is conditions[0]) for each in conditions]
         if spoiling:
             denoise = spoil_attention(denoise, spoiling, shape[0])
-        positive, negative, blind = _seeing(conditions, seen)
+        denoise = composed(denoise, list(zip(conditions[2:], weights, strict=True)))
+        positive, negative, blind = seeing(conditions, seen)
         denoise = named.create(
             guidance,
             denoise,
@@ -341,20 +360,6 @@ def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:
     if len(showing) > 1:
         raise UserError("edits: one Inpaint or Instruct is all that a network can be shown.")
     return showing[0].beside(x), showing[0].image_guidance_scale
-
-
-def _seeing(
-    conditions: list[Condition], seen: Tensor | None
-) -> tuple[Condition, Condition | None, Condition | None]:
-    """The positive condition; the negative one, if there is; and this without what is seen."""
-    positive, negative = conditions[0], conditions[1] if len(conditions) > 1 else None
-    if seen is None:
-        return positive, negative, None
-    positive = {**positive, "beside": seen}
-    if negative is None:
-        return positive, None, None
-    blind = {**negative, "beside": torch.zeros_like(seen)}
-    return positive, {**negative, "beside": seen}, blind
 
 
 def _counted(

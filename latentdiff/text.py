@@ -138,6 +138,17 @@ class T5Tower:
         return self.states(self.tokenize(prompts))
 
 
+def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:
+    """Which characters [start, end) each token of `tower.tokenize([prompt])` stands for.
+
+    Start and end marks stand for none: (0, 0). Two tokens may share a character.
+    """
+    encoded = tower.tokenizer.backend_tokenizer.encode(prompt)
+    marks = encoded.special_tokens_mask
+    spans = [(0, 0) if mark else span for mark, span in zip(marks, encoded.offsets, strict=True)]
+    return spans if len(spans) <= tower.window else spans[: tower.window - 1] + spans[-1:]
+
+
 def _declared_window(tokenizer: "TokenizersBackend", default: int) -> int:
     """What the tokenizer says; transformers writes 1e30 where it does not know."""
     declared = tokenizer.model_max_length

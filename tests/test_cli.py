@@ -81,6 +81,7 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
         model, out, "a red heart", "ein Herz ♥", "-n", "2", "--seed", "7", "--steps", "3",
         "--guidance-scale", "2.5", "--rescale", "0.5", "--negative", "blue", "--solver", "euler-a",
         "--timetable", "karras", "--guide", "seg:2", "--guide", "pag:1",
+        "--also", "a hat:0.7", "--also", "rain:-0.5", "--weights",
     )
     # fmt: on
     last = record(drawn[3])
@@ -108,6 +109,7 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
         ("--rescale 1", "guidance_rescale", 1.0),
         ("--guide pag:3", "guides", ["pag:3"]),
         ("--negative blue", "negative_prompt", "blue"),
+        ("--also blue:-0.5", "also", ["blue:-0.5"]),
         ("--solver ddpm", "solver", "ddpm"),
         ("--timetable exponential", "timetable", "exponential"),
         ("--dtype bfloat16", "dtype", "bfloat16"),
@@ -171,6 +173,12 @@ REFUSED = {
     "huge size": (["a cat", "--size", "1000000"], "4096"),
     "infinite guidance": (["a cat", "--guidance-scale", "inf"], "finite"),
     "unknown guide": (["a cat", "--guide", "pagg:1"], "did you mean 'pag'"),
+    "empty further prompt": (["a cat", "--also", ":2"], "also: it is empty"),
+    "further prompt unguided": (
+        ["a cat", "--also", "a hat", "--guidance-scale", "1"],
+        "through guidance",
+    ),
+    "huge weight": (["a (cat:99)", "--weights"], "between -10 and 10"),
     "guide without scale": (["a cat", "--guide", "pag"], "NAME:SCALE"),
     "unknown solver": (["a cat", "--solver", "eulr"], "did you mean 'euler'"),
     "unknown timetable": (["a cat", "--timetable", "zzz"], "karras"),

@@ -55,6 +55,8 @@ def edit(
     steps: options.StepCount = 20,
     guidance_scale: options.GuidanceScale = 4.0,
     negative: options.Negative = None,
+    also: options.AlsoPrompts = None,
+    weights: options.Weights = False,
     solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     model: options.Model = None,
@@ -77,7 +79,9 @@ def edit(
     if strength is None:
         strength = 1.0 if told else 0.6
     hole = None if mask is None else _mask(mask, picture, image)
-    run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
+    run = _Run(
+        prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
+    )
     given = [image] if hole is None else [image, hole]
     edits: list[Edit] = [SDEdit(image, strength, repeats, hole)]
     about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name}
@@ -129,6 +133,8 @@ def inpaint(
     steps: options.StepCount = 20,
     guidance_scale: options.GuidanceScale = 4.0,
     negative: options.Negative = None,
+    also: options.AlsoPrompts = None,
+    weights: options.Weights = False,
     solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     model: options.Model = None,
@@ -147,7 +153,9 @@ def inpaint(
 
     pipe, image = _begin(picture, model, lora, device, dtype, fit)
     hole = _mask(mask, picture, image)
-    run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
+    run = _Run(
+        prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
+    )
     edits: list[Edit] = []
     about: dict[str, object] = {"picture": picture.name, "mask": Path(mask).name}
     seeing = pipe.bundle.kind == "inpainting"
@@ -187,6 +195,8 @@ def ilvr(
     steps: options.StepCount = 20,
     guidance_scale: options.GuidanceScale = 4.0,
     negative: options.Negative = None,
+    also: options.AlsoPrompts = None,
+    weights: options.Weights = False,
     solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     model: options.Model = None,
@@ -200,7 +210,9 @@ def ilvr(
     from latentdiff.editing import ILVR
 
     pipe, image = _begin(reference, model, lora, device, dtype, fit)
-    run = _Run(prompt, number, steps, guidance_scale, negative, solver, timetable)
+    run = _Run(
+        prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
+    )
     edits = [ILVR(image, factor, until, space)]
     about = {
         "edit": "ILVR",
@@ -229,6 +241,8 @@ class _Run:
     num_inference_steps: int
     guidance_scale: float
     negative_prompt: str | None
+    also: list[str]
+    prompt_weights: bool
     solver: str | None
     timetable: str | None
 

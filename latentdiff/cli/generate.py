@@ -55,6 +55,8 @@ def generate(
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
     ] = None,
+    also: options.AlsoPrompts = None,
+    weights: options.Weights = False,
     solver: options.SolverName = None,
     timetable: options.TimetableName = None,
     size: Annotated[
@@ -94,6 +96,8 @@ def generate(
     own_height, own_width = pipe.bundle.size
     settings: _Settings = {
         "negative_prompt": negative,
+        "also": also or [],
+        "prompt_weights": weights,
         "num_inference_steps": steps,
         "guidance": guidance,
         "guidance_scale": guidance_scale,
@@ -120,6 +124,8 @@ class _Settings(TypedDict):
     """What is the same for all pictures of a command, by the pipeline's own names."""
 
     negative_prompt: str | None
+    also: list[str]
+    prompt_weights: bool
     num_inference_steps: int
     guidance: str
     guidance_scale: float

@@ -20,6 +20,22 @@ Fit = Annotated[
 StepCount = Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")]
 GuidanceScale = Annotated[float, typer.Option(help="1 is off.")]
 Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to steer away from.")]
+AlsoPrompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="TEXT:WEIGHT",
+        help="A further prompt and its weight beside PROMPT's 1, as 'a hat:0.7'; below 0 steers "
+        "away. May be given again.",
+    ),
+]
+Weights = Annotated[
+    bool,
+    typer.Option(
+        "--weights",
+        help="Read weights of words in prompts: (x) is 1.1, (x:1.3) 1.3, [x] 1/1.1, \\( a bracket.",
+    ),
+]
 _LISTED = "Of those that `latentdiff solvers` lists. Default: the model's own."
 SolverName = Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)]
 TimetableName = Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)]

@@ -3,6 +3,7 @@
 from latentdiff.guidance import named
 from latentdiff.guidance.batch import together
 from latentdiff.guidance.classifier_free import classifier_free
+from latentdiff.guidance.composed import composed
 from latentdiff.guidance.further import (
     cfg_plus_plus,
     from_classifier,
@@ -16,6 +17,7 @@ from latentdiff.guidance.perturbed import perturbed
 __all__ = [
     "cfg_plus_plus",
     "classifier_free",
+    "composed",
     "from_classifier",
     "from_weaker",
     "named",

@@ -1,6 +1,14 @@
 """Weights inside a prompt, in the syntax that the Stable Diffusion web UI (A1111) made common."""
 
 import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+
+LARGEST = 10.0
 
 _TOKEN = re.compile(
     r"\\[()\[\]\\]"  # an escaped bracket or backslash
@@ -11,6 +19,12 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _ROUND, _SQUARE = 1.1, 1 / 1.1
+_EXPLICIT = re.compile(r"\([^()]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)")
+
+
+def has_weights(prompt: str) -> bool:
+    """Whether a prompt holds an explicit weight, as (x:1.3), which nobody writes by chance."""
+    return _EXPLICIT.search(prompt) is not None
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
@@ -22,6 +36,9 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
     Returns:
         (text, weight) pairs, neighbours of one weight joined; [("", 1.0)] for no text.
+
+    Raises:
+        UserError: a weight beyond +-10.
     """
     pieces: list[tuple[str, float]] = []
     rounds: list[int] = []
@@ -48,7 +65,61 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     for opened, factor in ((rounds, _ROUND), (squares, _SQUARE)):
         for start in opened:
             multiply(start, factor)
+    for text, weight in pieces:
+        if not abs(weight) <= LARGEST:
+            raise UserError(
+                f"a prompt weight must lie between -{LARGEST:g} and {LARGEST:g}, not {weight:g}, "
+                f"that of {text.strip()[:40]!r}."
+            )
     return _joined(pieces)
+
+
+def token_weights(
+    pieces: Sequence[tuple[str, float]], spans: Sequence[tuple[int, int]]
+) -> list[float]:
+    """The weight of each token, out of the weights of pieces of text.
+
+    The text is tokenized as a whole, so that weights never change the tokens. A token weighs the
+    mean of its characters, spaces left out (some tokenizers count them to a word, some do not);
+    marks weigh 1.
+
+    Args:
+        pieces: (text, weight) pairs, as of `parse_weights`.
+        spans: of each token, its characters [start, end) in the joined text.
+    """
+    characters = [(letter, weight) for text, weight in pieces for letter in text]
+    weights: list[float] = []
+    for start, end in spans:
+        inside = characters[start:end]
+        seen = [weight for letter, weight in inside if not letter.isspace()]
+        seen = seen or [weight for _, weight in inside] or [1.0]
+        weights.append(sum(seen) / len(seen) if len(set(seen)) > 1 else seen[0])
+    return weights
+
+
+def emphasise(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
+    """Text states as far from those of the empty prompt as the weights say.
+
+    empty + w (states - empty), place by place: 1 changes nothing, and 0 says nothing. (The web UI
+    of A1111 multiplies the states by w and all of them by the factor that restores their mean. That
+    needs a mean away from 0, as in OpenAI's CLIP. In the bundled model it is -0.0004 beside a
+    deviation of 0.76, and to double one word multiplies every state by 1.4.)
+
+    Args:
+        states: [P, L, D].
+        empty: [L, D] of the empty prompt, place by place.
+        weights: [P, L].
+
+    Returns:
+        [P, L, D].
+    """
+    return states + (weights[..., None] - 1) * (states - empty)
+
+
+def padded_weights(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """The weights of P prompts' tokens [P, L] for states [P, L, D]; those of padding are 1."""
+    length = like.shape[1]
+    return torch.tensor([[*row, *[1.0] * (length - len(row))] for row in rows]).to(like)
 
 
 def _joined(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
