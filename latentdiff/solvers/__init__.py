@@ -62,7 +62,7 @@ class _Entry:
 
 
 _SOLVERS: dict[str, _Entry] = {
-    "ddpm": _Entry("ancestral sampling, the posterior's variance (Ho 2020)", DDPM),
+    "ddpm": _Entry("ancestral sampling, the posterior's variance or a learned one (Ho 2020)", DDPM),
     "ddim": _Entry("first order; also DPM-Solver-1 (Song 2021)", DDIM),
     "euler": _Entry("Euler in sigma / alpha (Karras 2022)", Euler),
     "euler-a": _Entry("ancestral Euler, DDIM with eta 1 (k-diffusion)", lambda: DDIM(eta=1.0)),

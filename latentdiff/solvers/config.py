@@ -12,7 +12,6 @@ _NOISE_FORM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _EQUIVALENTS: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("ddpm", "DDPM", {"variance_type": "fixed_small"}),
     ("ddpm", "DDPM", {"variance_type": "learned_range"}),
-    ("ddpm", "DDPM", {"variance_type": "learned_range"}),
     ("ddim", "DDIM", {}),
     ("euler", "EulerDiscrete", {}),
     ("euler", "FlowMatchEulerDiscrete", {}),
