@@ -19,7 +19,7 @@ def invert(
     timetable: Timetable,
     x: Tensor,
     *,
-    refinements: int = 3,
+    refinements: int = 1,
 ) -> Tensor:
     """The x at the first level from which the solver's steps lead to these data.
 

@@ -302,7 +302,7 @@ class LatentDiffusionPipeline:
         num_inference_steps: int = 50,
         solver: str | Solver = "heun",
         timetable: str = "karras",
-        refinements: int = 3,
+        refinements: int = 1,
     ) -> Tensor:
         """The noise out of which a run without guidance draws a picture again.
 
