@@ -50,7 +50,7 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
         ("window", f"{bundle.text.window} tokens"),
         ("size", f"{height} x {width} pixels, latents {latent}"),
         ("process", _process(bundle)),
-        ("prediction", bundle.prediction),
+        ("prediction", bundle.prediction + " and variances" * bundle.learns_variance),
         ("timetable", bundle.steps.spacing),
         ("solver", bundle.solver),
     ]

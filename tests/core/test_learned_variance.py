@@ -19,7 +19,8 @@ from latentdiff.denoiser import (
 )
 from latentdiff.errors import UserError
 from latentdiff.guidance import named
-from latentdiff.learning.denoising import bound_terms, check_learned_variance
+from latentdiff.learning.denoising import bound_terms, check_learned_variance, noised_batch
+from latentdiff.learning.losses import weighted_mse
 from latentdiff.likelihood import variational_bound
 from latentdiff.noise import NoiseStreams
 from latentdiff.oracles import Gaussian
@@ -166,6 +167,49 @@ def test_the_loss_moves_v_alone_and_to_the_best() -> None:
     shift = torch.full((4,), 0.05)
     assert bool((slope(optimum + shift) > 0).all())
     assert bool((slope(optimum - shift) < 0).all())
+
+
+def test_the_hybrid_loss_trains_a_network_to_the_best_bound() -> None:
+    """Of 20 steps: a network that can be exact, with v of each time free; all starts at zero."""
+    times = np.linspace(10, 999, 20).round().astype(int)
+    kept = VP.alphas_cumprod[times]
+    where = DiscreteVP(1 - kept / np.concatenate([[1.0], kept[:-1]]))
+    slope, shift, v = (torch.zeros(20, 1, 1, 1, requires_grad=True) for _ in range(3))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        at = t.long()
+        return torch.cat([slope[at] * x + shift[at], v[at].expand_as(x)], 1)
+
+    optimizer = torch.optim.Adam([slope, shift, v], lr=0.05)
+    stream, t = NoiseStreams(0, count=40), torch.arange(40, dtype=torch.float64) % 20
+    for _ in range(200):
+        latents, noise = 0.2 + SPREAD * stream.draw((1, 8, 8)), stream.draw((1, 8, 8))
+        batch = noised_batch(where, "x0", latents, noise, t, None)
+        output = network(batch.x, batch.t)
+        loss = weighted_mse(output[:, :1], batch.target, batch.weights)
+        loss = loss + 0.001 * 20 * bound_terms(where, "x0", output, latents, noise, t).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    x = 0.2 + SPREAD * NoiseStreams(3, count=2).draw((1, 100, 100))
+    levels = timetable.of_times(where, range(20)[::-1])
+    exact = math.log2(SPREAD * math.sqrt(2 * math.pi)) + 0.5 / math.log(2)
+    with torch.no_grad():
+        learned, small, large = (
+            variational_bound(
+                learned_variance_denoiser(network, where, "x0"),
+                x,
+                where,
+                levels,
+                NoiseStreams(1, count=2),
+                variance=kind,
+            ).total.mean()
+            for kind in (None, "fixed-small", "fixed-large")
+        )
+    assert abs(learned - exact) < 0.04
+    assert small > learned + 1
+    assert large > learned + 0.015
 
 
 def test_a_bound_that_is_not_defined_is_refused() -> None:
