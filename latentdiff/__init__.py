@@ -14,7 +14,7 @@ from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from latentdiff.editing import ILVR, Blend, Inpaint, Instruct, RePaint, SDEdit
-    from latentdiff.guides import PAG, SEG
+    from latentdiff.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
     from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
 
 __all__ = [
@@ -22,6 +22,10 @@ __all__ = [
     "PAG",
     "SEG",
     "Blend",
+    "Classifier",
+    "ClassifierGuide",
+    "Clip",
+    "ClipGuide",
     "Inpaint",
     "Instruct",
     "LatentDiffusionPipeline",
@@ -37,7 +41,9 @@ _ON_DEMAND = {
     **dict.fromkeys(
         ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"), "latentdiff.editing"
     ),
-    **dict.fromkeys(("PAG", "SEG"), "latentdiff.guides"),
+    **dict.fromkeys(
+        ("PAG", "SEG", "Classifier", "ClassifierGuide", "Clip", "ClipGuide"), "latentdiff.guides"
+    ),
     "LatentDiffusionPipeline": "latentdiff.pipeline",
     "PipelineOutput": "latentdiff.pipeline",
 }

@@ -32,7 +32,7 @@ from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free, composed, named
 from latentdiff.guidance.named import Method
-from latentdiff.guides import Guide, SpoilsAttention, resolve, spoil_attention
+from latentdiff.guides import Guide, Scene, SpoilsAttention, resolve, spoil_attention, steer
 from latentdiff.inversion import invert
 from latentdiff.models.attention import Attention
 from latentdiff.noise import NoiseStreams
@@ -248,7 +248,8 @@ class LatentDiffusionPipeline:
             weights=prompt_weights,
             also=texts,
         )
-        spoiling = [guide for guide in resolve(guides) if isinstance(guide, SpoilsAttention)]
+        steering = resolve(guides, bundle.device)
+        spoiling = [guide for guide in steering if isinstance(guide, SpoilsAttention)]
         network, calls = _counted(bundle.network([guide.perturbation for guide in spoiling]))
         heard: list[Tensor] = []
         denoise = conditioned_denoiser(network, bundle.process, bundle.prediction, heard)
@@ -269,6 +270,8 @@ class LatentDiffusionPipeline:
             blind=blind,
             image_scale=image_scale,
         )
+        scene = Scene([text for text in prompts for _ in range(per_prompt)], bundle.decode)
+        denoise = steer(denoise, steering, scene)
         if bundle.learns_variance:
             denoise = LearnedVarianceDenoiser(denoise, heard)
         with tqdm(total=_moves(timetable, edits), disable=not progress, leave=False) as bar:

@@ -179,7 +179,7 @@ REFUSED = {
         "through guidance",
     ),
     "huge weight": (["a (cat:99)", "--weights"], "between -10 and 10"),
-    "guide without scale": (["a cat", "--guide", "pag"], "NAME:SCALE"),
+    "guide without scale": (["a cat", "--guide", "pag"], "a guide reads"),
     "unknown solver": (["a cat", "--solver", "eulr"], "did you mean 'euler'"),
     "unknown timetable": (["a cat", "--timetable", "zzz"], "karras"),
     "unknown dtype": (["a cat", "--dtype", "int8"], "bfloat16"),

@@ -172,7 +172,7 @@ def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> C
 
 
 def _build_clip(config: Config, name: str, files: WeightFiles) -> CLIPTextModel:
-    arguments = _known(config, CLIPTextConfig)
+    arguments = known(config, CLIPTextConfig)
     layers = _count(config, "num_hidden_layers", 12)
     return build(lambda: CLIPTextModel(CLIPTextConfig(**arguments)), name, files, layers)
 
@@ -181,12 +181,12 @@ def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5En
     library = import_module(f"transformers.models.{kind}")
     configuration = getattr(library, f"{_T5_KINDS[kind]}Config")
     encoder = getattr(library, f"{_T5_KINDS[kind]}EncoderModel")
-    arguments = _known(config, configuration) | {"num_decoder_layers": 1}
+    arguments = known(config, configuration) | {"num_decoder_layers": 1}
     layers = _count(config, "num_layers", 6)
     return build(lambda: encoder(configuration(**arguments)), name, files, layers)
 
 
-def _known(config: Config, kind: type) -> Config:
+def known(config: Config, kind: type) -> Config:
     """What the architecture itself needs. The rest of a transformers config can name kernels and
     code to fetch, or quantisation, and must not reach the builder."""
     return {key: value for key, value in config.items() if key in kind.__annotations__}

@@ -48,19 +48,19 @@ def save_folder(
     replaceable = (folder / "model_index.json").is_file() or not folder.exists()
     if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: not a model folder, so it is not replaced; name another.")
-    with _staged(folder) as stage:
+    with staged(folder) as stage:
         vae = without_offset(vae)
         _save_diffusers(vae, stage / "vae", dtype)
         _save_diffusers(unet, stage / "unet", dtype)
         _save_text(text, stage, dtype)
-        _write_json(stage / "scheduler" / "scheduler_config.json", schedule)
+        write_json(stage / "scheduler" / "scheduler_config.json", schedule)
         index = _index(vae, unet, text, schedule)
-        _write_json(stage / "model_index.json", index)
+        write_json(stage / "model_index.json", index)
     return folder
 
 
 @contextlib.contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path) -> Iterator[Path]:
     """A folder beside the target that takes its place at the end."""
     token = secrets.token_hex(8)
     stage = folder.parent / f".{folder.name}.{token}.part"
@@ -92,7 +92,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
+def write_json(path: Path, value: dict[str, object]) -> None:
+    """A config as the others of a model folder are written."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
@@ -130,7 +131,12 @@ def _check_finite(values: dict[str, Tensor], name: str) -> None:
             raise UserError(f"{name}: {key} is not finite as {value.dtype}.")
 
 
-def _save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+def save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """Write tensors beside the `config.json` that is there already.
+
+    Raises:
+        UserError: one is not finite in that precision.
+    """
     converted = {
         name: value.detach().to("cpu", dtype or value.dtype).contiguous()
         for name, value in values.items()
@@ -147,7 +153,7 @@ def _save_diffusers(
 ) -> None:
     network.save_config(folder)
     path = folder / "diffusion_pytorch_model.safetensors"
-    _save_weights(network.state_dict(), path, dtype)
+    save_weights(network.state_dict(), path, dtype)
 
 
 def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
@@ -159,7 +165,7 @@ def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
         values = {f"text_model.{name}": value for name, value in values.items()}
     else:
         values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
-    _save_weights(values, stage / "text_encoder" / "model.safetensors", dtype)
+    save_weights(values, stage / "text_encoder" / "model.safetensors", dtype)
     text.tokenizer.save_pretrained(stage / "tokenizer")
     if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
         text.tokenizer.backend_tokenizer.model.save(str(stage / "tokenizer"))

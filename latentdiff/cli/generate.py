@@ -50,7 +50,11 @@ def generate(
     ] = 0.0,
     guide: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:SCALE", help="Beside it: pag:3 or seg:3; may be repeated."),
+        typer.Option(
+            metavar="NAME:SCALE",
+            help="Beside it: pag:3, seg:3, clip:SCALE:FOLDER, classifier:SCALE:FOLDER:LABEL; "
+            "may be repeated.",
+        ),
     ] = None,
     negative: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to steer away from.")

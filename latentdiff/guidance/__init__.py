@@ -12,6 +12,7 @@ from latentdiff.guidance.further import (
     thresholded,
     weighted,
 )
+from latentdiff.guidance.gradient import from_estimate
 from latentdiff.guidance.perturbed import perturbed
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "classifier_free",
     "composed",
     "from_classifier",
+    "from_estimate",
     "from_weaker",
     "named",
     "perturbed",

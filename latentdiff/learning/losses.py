@@ -53,3 +53,18 @@ def min_snr_weight(log_snr: Tensor, prediction: str, gamma: float = 5.0) -> Tens
 def weighted_mse(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean of per-picture squared errors times weights: [B, ...], [B, ...], [B] -> scalar."""
     return ((output.float() - target.float()).square().flatten(1).mean(1) * weights).mean()
+
+
+def contrastive(pictures: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
+    """Radford et al. 2021 (CLIP), figure 3: each picture's own text, and each text's own picture.
+
+    Args:
+        pictures, texts: unit vectors [B, D] of pairs; the others of the batch are the wrong ones.
+        temperature: what a cosine is multiplied by, a scalar.
+
+    Returns:
+        The mean cross-entropy of both directions, a scalar.
+    """
+    logits = temperature * pictures.float() @ texts.float().T
+    own = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
