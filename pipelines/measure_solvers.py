@@ -53,6 +53,13 @@ Few-step solvers (`consistency`, `lcm`, `tcd`) take x_0 for a draw of the data, 
 networks give it; the denoiser here gives the mean, so their KS is that of another method than they
 are made for. `pc` and `annealed-langevin` have the bias of Langevin steps of finite size. Adaptive
 solvers choose their own steps; their calls are those of the whole run.
+
+`dpmpp-2m` loses a factor ln(n) in n steps that are even in t from pure noise (alpha = 0) on: with
+s = alpha / sigma the step at s = k / n has the length 1 / k in log-SNR, so that its error is
+1 / (k n^2), and the sum of these is ln(n) / n^2. `tests/core/test_convergence.py` measures it.
+
+Beside diffusers, scheduler by scheduler: [schedulers.md](schedulers.md). On the bundled model, and
+why `dpmpp-2m` is the default: [comparison.md](comparison.md).
 """
 
 

@@ -11,7 +11,7 @@ Where diffusers deviates:
   middles. As "dpmsolver" it does not go to clean data. Its third order has another second stage
   than algorithm 2 of the paper.
 - PNDM averages a network's v, not the noise that each v means at its own level.
-- SASolver of order 2 adds a term that its paper does not have.
+- SASolver of order 2 adds a term that its paper does not have: see `every_scheduler.py`.
 - IPNDM has a schedule of its own, divides by alpha = 0 in its first step, and reads every output
   as v; it is given our levels.
 - TCD and LCM round their inner times and end at t = 0.
@@ -37,6 +37,7 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_tcd import TCDScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from parity.every_scheduler import TheirThirdOrder
 from schedulers import (
     CONFIG,
     PREDICTION_TYPES,
@@ -48,7 +49,6 @@ from schedulers import (
     theirs,
     visits,
 )
-from torch import Tensor
 
 from latentdiff import sampling, solvers, timetable
 from latentdiff.noise import NoiseStreams
@@ -112,19 +112,6 @@ def test_dpmpp_2m_sde(prediction: Prediction) -> None:
     )
     other = theirs(scheduler, lambda s: follows(s, LEVELS))
     assert_equal_trails(ours(solvers.create("dpmpp-2m-sde"), LEVELS, prediction), other)
-
-
-class TheirThirdOrder(DPMpp3M):
-    """With half of the second derivative."""
-
-    def _correction(self, x0: Tensor, h: float, history: list[tuple[Tensor, float]]) -> Tensor:
-        right = super()._correction(x0, h, history)
-        if len(history) == 1:
-            return right
-        (before, h_before), (oldest, h_oldest) = history
-        bend = (x0 - before) / h_before - (before - oldest) / h_oldest
-        bend = bend * h**2 / (h_before + h_oldest)
-        return right + ((math.expm1(-h) / h + 1) / h - 0.5) * bend
 
 
 def test_their_third_order_is_of_order_2() -> None:
