@@ -2,9 +2,9 @@
 
     python pipelines/time_edits.py
 
-20 steps of DPM-Solver++(2M), guidance 4: the least of five calls after loading; and of three of the
-whole command, Python's start, imports and loading included. CPU seconds are told beside the wall's,
-as a busy machine lengthens those far more.
+20 steps of DPM-Solver++(2M), guidance 4: the least of three calls after loading, and of three of
+the whole command, Python's start, imports and loading included. CPU seconds are told beside the
+wall's, as a busy machine lengthens those far more.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit
 from latentdiff.sampling import Edit
 
-PROMPT, CALLS, COMMANDS = "a red heart", 5, 3
+PROMPT, CALLS, COMMANDS = "a red heart", 3, 3
 START = "import sys; from latentdiff.cli import run; sys.exit(run())"  # as the installed command
 
 
