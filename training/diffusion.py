@@ -19,6 +19,7 @@ from torch import Tensor
 from latentdiff import process as processes
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import Example
+from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions
@@ -34,8 +35,9 @@ from latentdiff.learning.denoising import (
 )
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import weighted_mse
-from latentdiff.learning.order import Key, Shares, sample_noise, spread_uniform
+from latentdiff.learning.order import Key, Shares, WindowOrder, sample_noise, spread_uniform
 from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
 from latentdiff.models.attention import set_attention
 from latentdiff.models.text import build_text_encoder, train_tokenizer
 from latentdiff.models.unet import build_unet
@@ -82,6 +84,7 @@ class DiffusionConfig(RunConfig):
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    shards_at_hand: PositiveInt | None = None  # of data.root, for more than the disk holds
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)
 
@@ -114,21 +117,31 @@ def fit(config: DiffusionConfig, run: Run) -> None:
     optim, objective = config.optim, config.objective
     if objective.learned_variance:
         check_learned_variance(processes.create(objective.process), objective.times)
-    examples, _ = split_examples(config.data)
-    run.say(f"{len(examples)} pictures for training")
+    stream = open_stream(config, run)
+    examples = split_examples(config.data)[0] if stream is None else stream.of_shard(0)
+    count = len(examples) if stream is None else stream.starts[-1]
+    run.say(f"{count} pictures for training")
 
     torch.manual_seed(config.seed)  # the initial weights
     vae = load_vae(config.vae)
     torch.nn.Module.to(vae, run.device)  # diffusers' own `to` has no usable types
-    moments = encode_pictures(
-        vae, examples, config.data.size, config.out / "cache", run.accelerator
+    size, factor = config.data.size, 2 ** (len(vae.config["block_out_channels"]) - 1)
+    shape = (vae.config["latent_channels"], size // factor, size // factor)
+    moments = (
+        encode_pictures(vae, examples, size, config.out / "cache", run.accelerator)
+        if stream is None
+        else StreamedMoments(vae, stream, size, run.device)
     )
     scale = float(vae.config["scaling_factor"])
     shift = float(vae.config.get("shift_factor") or 0.0)
     bundle = build(config, vae, examples)
     process = bundle.process
-    captions = Captions(
-        bundle.text, [e.captions for e in examples], objective.caption_dropout, config.seed
+    captions = (
+        Captions(
+            bundle.text, [e.captions for e in examples], objective.caption_dropout, config.seed
+        )
+        if stream is None
+        else StreamedCaptions(bundle.text, stream, objective.caption_dropout, config.seed)
     )
 
     bundle.text.model.requires_grad_(config.text.train)
@@ -157,13 +170,14 @@ def fit(config: DiffusionConfig, run: Run) -> None:
 
     stop = min(start + 1, optim.steps) if run.dry else optim.steps
     shares = Shares(
-        sample_order(examples, config.data, config.seed),
+        sample_order(examples, config.data, config.seed)
+        if stream is None
+        else WindowOrder([s.samples for s in stream.shards], config.seed, stream.keep // 2),
         range(start, stop),
         optim.batch_size,
         run.accelerator.process_index,
         run.accelerator.num_processes,
     )
-    shape = (moments.shape[1] // 2, *moments.shape[2:])
 
     def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
         """The loss of a micro-batch, a function of its keys and the weights."""
@@ -215,6 +229,20 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         with ema.applied(module):
             bundle.save(config.out / "model", dtype=getattr(torch, config.save_dtype))
         run.say(f"wrote {config.out / 'model'}")
+
+
+def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
+    """The shards of `data.root`, if they are to be fetched as they are needed."""
+    data = config.data
+    if config.shards_at_hand is None:
+        return None
+    if data.where or data.held_out or data.balance:
+        raise UserError(
+            "data.where, held_out and balance need all captions: not with shards_at_hand"
+        )
+    folder = config.out / "shards" / f"process-{run.accelerator.process_index}"
+    # a step may reach from one window into the next
+    return ShardStream(find_shards(str(data.root)), folder, 2 * config.shards_at_hand)
 
 
 def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:

@@ -103,3 +103,46 @@ def spread_uniform(seed: int, step: int, places: list[int], batch_size: int) -> 
     """
     first = generator(seed, 3, step).random()
     return (first + torch.tensor(places, dtype=torch.float64) / batch_size) % 1.0
+
+
+class WindowOrder:
+    """An endless shuffled stream over shards of which only a few are at hand at a time.
+
+    In an epoch the shards come in a random order, in windows of `window`; the samples of a window
+    come in a random order. Both are functions of (seed, epoch), so a position is a number, and to
+    go on from it no earlier shard is needed. Samples are numbered through the shards.
+    """
+
+    def __init__(self, counts: list[int], seed: int, window: int) -> None:
+        self.counts = np.array(counts)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.count = int(self.starts[-1])
+        if self.count < 1:
+            raise ValueError("an order needs at least one sample")
+        self.seed = seed
+        self.size = window
+        self.windows = lru_cache(maxsize=2)(self._windows)
+        self.inside = lru_cache(maxsize=2)(self._inside)
+
+    def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in their order, and the position at which each window ends."""
+        shards: np.ndarray = generator(self.seed, 20, epoch).permutation(len(self.counts))
+        lasts = np.arange(self.size, len(shards) + self.size, self.size).clip(max=len(shards)) - 1
+        return shards, np.cumsum(self.counts[shards])[lasts]
+
+    def _inside(self, epoch: int, window: int) -> np.ndarray:
+        """The sample numbers of a window, in their order."""
+        shards = self.windows(epoch)[0][window * self.size : (window + 1) * self.size]
+        numbers = [np.arange(int(self.starts[s]), int(self.starts[s + 1])) for s in shards]
+        return generator(self.seed, 21, epoch, window).permutation(np.concatenate(numbers))
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        ends = self.windows(epoch)[1]
+        window = int(np.searchsorted(ends, place, side="right"))
+        start = int(ends[window - 1]) if window else 0
+        return int(self.inside(epoch, window)[place - start])
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """The `size` sample numbers of optimizer step `step` (counted from 0)."""
+        return [self._at(step * size + k) for k in range(size)]
