@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, distributed, nn
 
@@ -116,12 +115,9 @@ class Accumulation:
         return dict(zip(means, packed, strict=True))
 
     def _halve(self) -> None:
-        if self.micro == 1 or self.accelerator.distributed_type == DistributedType.FSDP:
-            advice = "lower data.size, set precision: bf16, or use more processes"
-            if self.micro > 1:  # other processes may be waiting inside the network's own exchanges
-                advice = "raise optim.accumulation; under FSDP it cannot be raised on the way"
+        if self.micro == 1:
             raise UserError(
-                f"out of memory with micro-batches of {self.micro}: {advice}; "
+                "out of memory with one picture at a time: lower data.size or set precision: bf16; "
                 "the same command then goes on from the last checkpoint"
             )
         self.micro //= 2

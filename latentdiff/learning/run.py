@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import Self, TextIO
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -22,6 +22,8 @@ from latentdiff.learning.accumulate import Accumulation, Item, Terms
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
 from latentdiff.learning.records import Records
+
+_WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # in every process: DDP
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -59,6 +61,12 @@ class Run:
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self.signal = 0
+        kind = self.accelerator.distributed_type
+        if kind not in (*_WHOLE_WEIGHTS, DistributedType.NO):
+            raise UserError(
+                f"{kind.value} splits the weights over the processes, which these loops do not "
+                "save: launch with training/configs/accelerate-ddp.yaml"
+            )
         optim, world = config.optim, self.accelerator.num_processes
         if optim.batch_size % (optim.accumulation * world):
             raise UserError(
