@@ -23,6 +23,7 @@ from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions
+from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
 from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
 from latentdiff.learning.denoising import (
@@ -229,6 +230,10 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         with ema.applied(module):
             bundle.save(config.out / "model", dtype=getattr(torch, config.save_dtype))
         run.say(f"wrote {config.out / 'model'}")
+        for line in share(
+            Outcome(config.out / "model", "model", "", examples, config.data.root), config
+        ):
+            run.say(line)
 
 
 def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:

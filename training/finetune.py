@@ -92,6 +92,9 @@ def main(
     rank: Annotated[int | None, typer.Option(help="LoRA's rank.  [default: 16]")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels a side.  [default: the model's]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all randomness.  [default: 0]")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the result at the end.")
+    ] = None,
     inpaint: Annotated[
         bool, typer.Option("--inpaint", help="Make an inpainting model of it (not by LoRA).")
     ] = False,
@@ -122,6 +125,7 @@ def main(
             "optim.batch_size": batch_size,
             "optim.lr": lr,
             "lora.rank": rank,
+            "card.push_to_hub": push_to_hub,
         }
         values = {} if config is None else read_yaml(config)
         for key, value in options.items():
@@ -249,7 +253,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         run.say("dry run: data, one step and one save are fine")
     elif run.main:
         with ema.applied(module):
-            for line in save_outcome(bundle, config):
+            for line in save_outcome(bundle, config, samples.examples):
                 run.say(line)
 
 

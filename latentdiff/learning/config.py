@@ -54,6 +54,13 @@ def _no_is_a_word(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare `no` as false
 
 
+class CardConfig(Strict):
+    """What the model's card cannot know by itself; and where to push it, if anywhere."""
+
+    licence: str = "unknown"
+    push_to_hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
 class RunConfig(Strict):
     """What every stage has: where it writes, how often, and from which seed."""
 
@@ -66,6 +73,7 @@ class RunConfig(Strict):
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: int = Field(default=2, ge=2)
     max_bad_steps: PositiveInt = 10
+    card: CardConfig = CardConfig()
 
 
 Config = TypeVar("Config", bound=BaseModel)

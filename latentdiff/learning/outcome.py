@@ -1,9 +1,13 @@
 """What a fine-tune leaves: the LoRA file or the learned words, and a model folder."""
 
+from collections.abc import Sequence
+
 import torch
 
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.save import save_tensors
+from latentdiff.data.folder import Example
+from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.finetuning import FinetuneConfig
 from latentdiff.learning.words import learned_rows, with_learned_words
 from latentdiff.lora import lora_of, save_lora
@@ -12,12 +16,26 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 WORDS_FILE = "learned_embeds.safetensors"
 
 
-def save_outcome(bundle: Bundle, config: FinetuneConfig) -> list[str]:
-    """Write it into `config.out`; returns lines that say what it is and how to use it.
+def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Example]) -> list[str]:
+    """Write it into `config.out` with its card, and push it if that was asked for.
+
+    Args:
+        pictures: what it learned from.
+
+    Returns:
+        Lines that say what it is and how to use it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or not be pushed.
     """
+    lines = _save(bundle, config)
+    lora = config.method == "lora"
+    folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
+    outcome = Outcome(folder, kind, config.model, pictures, config.data.root)
+    return [*lines, *share(outcome, config)]
+
+
+def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     out = config.out
     dtype = getattr(torch, config.save_dtype)
     base = "" if config.model is None else f" --model {config.model}"

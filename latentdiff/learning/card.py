@@ -1,0 +1,196 @@
+"""The card of a trained model: what it learned from, and how to use it; and the way to the Hub."""
+
+import json
+import math
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from latentdiff.bundle.weights import first_line
+from latentdiff.data.folder import Example
+from latentdiff.errors import UserError
+from latentdiff.learning.checkpoint import sync
+from latentdiff.learning.config import RunConfig
+from latentdiff.version import __version__
+
+SAMPLES = "samples.png"
+_SHOWN = 3  # captions
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run left to share.
+
+    Attributes:
+        folder: where it is.
+        kind: a LoRA beside other files of the run, or a model that fills its folder.
+        base: the model it began with; None for the bundled one, "" for none.
+        pictures: what it learned from.
+        root: the folder of the pictures.
+    """
+
+    folder: Path
+    kind: Literal["lora", "model"]
+    base: str | None
+    pictures: Sequence[Example]
+    root: Path
+
+    @property
+    def files(self) -> list[str] | None:
+        """Those that are shared; None: all."""
+        lora = ["README.md", SAMPLES, "pytorch_lora_weights.safetensors"]
+        return lora if self.kind == "lora" else None
+
+
+def write_card(outcome: Outcome, config: RunConfig) -> Path:
+    """README.md in the folder, and the newest grid of samples beside it.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    folder = outcome.folder
+    try:
+        grids = sorted((config.out / "pictures").glob("samples-*.png"))
+        if grids:
+            shutil.copyfile(grids[-1], folder / SAMPLES)
+        path = folder / "README.md"
+        staged = folder / f".README.{secrets.token_hex(8)}.part"
+        staged.write_text(card(outcome, config, bool(grids), sys.argv), "utf-8")
+        sync(staged)
+        staged.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write the card into {folder}: {error.strerror or error}") from None
+    return path
+
+
+def share(outcome: Outcome, config: RunConfig) -> list[str]:
+    """Write the card, and push if that was asked for; returns lines that say what was done.
+
+    Raises:
+        UserError: see `write_card` and `push`.
+    """
+    lines = [f"wrote {write_card(outcome, config)}"]
+    if config.card.push_to_hub:
+        lines.append(f"pushed to {push(outcome, config.card.push_to_hub)}")
+    return lines
+
+
+def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[str]) -> str:
+    """The text: YAML for the Hub, then Markdown for people."""
+    title = config.out.name or "model"
+    head: dict[str, object] = {
+        "license": config.card.licence,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["latentdiff", "text-to-image", *(["lora"] if outcome.kind == "lora" else [])],
+    }
+    if outcome.base and "/" in outcome.base and not Path(outcome.base).exists():
+        head["base_model"] = outcome.base
+    base = "the bundled emoji64" if outcome.base is None else outcome.base and _public(outcome.base)
+    made = f"from {base}" if base else "from nothing"
+    what = "A LoRA" if outcome.kind == "lora" else "A latent diffusion model"
+    parts = [
+        f"# {title}",
+        f"{what}, trained {made} with latentdiff {__version__}.",
+        f"![samples]({SAMPLES})" if samples else "",
+        "## Data",
+        describe_pictures(outcome.pictures, outcome.root),
+        "## Training",
+        _metrics(config),
+        "```sh\n" + shlex.join([_public(word) for word in command]) + "\n```",
+        "The whole configuration is in `config.yaml` of the run.",
+        "## Use",
+        _use(outcome),
+        "## Licence",
+        _licence(config.card.licence),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n{text}\n"
+
+
+def describe_pictures(pictures: Sequence[Example], root: Path) -> str:
+    """How many there are, and what their captions say."""
+    captions = list(dict.fromkeys(c for picture in pictures for c in picture.captions))
+    shown = "; ".join(f"“{' '.join(caption.split())}”" for caption in captions[:_SHOWN])
+    many = "different captions" if len(captions) != 1 else "caption"
+    said = f" with {len(captions)} {many}: {shown}" if captions else " without captions"
+    more = " …" if len(captions) > _SHOWN else ""
+    return f"{len(pictures)} pictures of the folder `{root.name}`{said}{more}"
+
+
+def _metrics(config: RunConfig) -> str:
+    """Steps, and the loss at the beginning and at the end, of log.jsonl."""
+    optim = config.optim
+    rows = [
+        ("steps", f"{optim.steps}"),
+        ("pictures a step", f"{optim.batch_size}"),
+        ("learning rate", f"{optim.lr:g}"),
+        ("seed", f"{config.seed}"),
+    ]
+    log = config.out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    if losses:
+        few = max(1, math.ceil(len(losses) / 10))
+        first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
+        rows.append(("loss, mean of the first and the last tenth", f"{first:.4f}, {last:.4f}"))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _use(outcome: Outcome) -> str:
+    here = outcome.folder.name
+    if outcome.kind == "lora":
+        base = "" if outcome.base is None else f" --model {shlex.quote(_public(outcome.base))}"
+        return (
+            f'```sh\nlatentdiff generate "…" --lora {shlex.quote(here)}{base}\n```\n\n'
+            f'and in diffusers, `pipe.load_lora_weights("{here}")`.'
+        )
+    return (
+        f'```sh\nlatentdiff generate "…" --model {shlex.quote(here)}\n```\n\n'
+        f'and in diffusers, `DiffusionPipeline.from_pretrained("{here}")`.'
+    )
+
+
+def _licence(licence: str) -> str:
+    if licence != "unknown":
+        return (
+            f"{licence}, as the trainer declared. The base model and the pictures have their own."
+        )
+    return (
+        "Not declared: before sharing it, look at the licences of the base model and of the "
+        "pictures, and say `card.licence=...` when training."
+    )
+
+
+def _public(word: str) -> str:
+    """A word of a command, without the name of the person's home."""
+    home = str(Path.home())
+    return word.replace(home, "~") if len(home) > 1 else word
+
+
+def push(outcome: Outcome, repo: str) -> str:
+    """Upload to the Hugging Face Hub, as the person who is logged in there; returns the address.
+
+    Raises:
+        UserError: it could not be; nothing here is changed.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=outcome.folder, allow_patterns=outcome.files)
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise UserError(
+            f"{repo}: not pushed to the Hugging Face Hub ({type(error).__name__}: "
+            f"{first_line(error)}); everything is in {outcome.folder}: log in with `hf auth login` "
+            "and run the same command again."
+        ) from None
+    return str(address)

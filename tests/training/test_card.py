@@ -1,0 +1,102 @@
+"""The card of a trained model, and the line of a push that fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from pydantic import ValidationError
+
+from latentdiff.data.folder import Example
+from latentdiff.errors import UserError
+from latentdiff.learning.card import Outcome, card, push, share
+from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig
+
+
+def a_run(folder: Path, **about: str) -> tuple[Outcome, RunConfig]:
+    """A finished LoRA run: losses 1.0 at first, 0.25 at last, two grids."""
+    config = RunConfig(
+        out=folder / "cats", seed=5, optim=OptimConfig(steps=40, lr=2e-3), card=CardConfig(**about)
+    )
+    (config.out / "pictures").mkdir(parents=True)
+    for step, colour in ((0, "red"), (40, "blue")):
+        grid = Image.new("RGB", (4, 4), colour)
+        grid.save(config.out / "pictures" / f"samples-{step:08d}.png")
+    losses = [1.0] * 2 + [0.5] * 16 + [0.25] * 2
+    lines = [json.dumps({"step": n, "loss": loss, "lr": 1}) for n, loss in enumerate(losses)]
+    (config.out / "log.jsonl").write_text("\n".join([*lines, '{"step": 40, "loss": null}\n']))
+    captions = ["a red cat", "a blue cat\nasleep", "a cat", "a cat: yellow"]
+    pictures = [Example(Path(f"{n}.png"), (caption,), {}) for n, caption in enumerate(captions)]
+    outcome = Outcome(config.out, "lora", None, [*pictures, pictures[0]], folder / "my cats")
+    return outcome, config
+
+
+def test_a_card_says_what_it_learned_from_and_how(tmp_path: Path) -> None:
+    outcome, config = a_run(tmp_path, licence="cc-by-4.0")
+    (line,) = share(outcome, config)
+    assert line == f"wrote {tmp_path / 'cats' / 'README.md'}"
+    text = (tmp_path / "cats" / "README.md").read_text("utf-8")
+    _, head, body = text.split("---\n", 2)
+    told = yaml.safe_load(head)
+    assert (told["license"], told["library_name"]) == ("cc-by-4.0", "diffusers")
+    assert "lora" in told["tags"]
+    assert "5 pictures of the folder `my cats` with 4 different captions" in body
+    assert "“a red cat”; “a blue cat asleep”; “a cat” …" in body
+    assert "| loss, mean of the first and the last tenth | 1.0000, 0.2500 |" in body
+    assert "| steps | 40 |" in body
+    assert "| learning rate | 0.002 |" in body
+    assert "cc-by-4.0" in body
+    assert 'latentdiff generate "…" --lora cats' in body
+    assert Image.open(tmp_path / "cats" / "samples.png").getpixel((0, 0)) == (0, 0, 255)
+    assert str(tmp_path) not in text
+    assert not list((tmp_path / "cats").glob(".*"))
+
+
+def test_the_command_of_a_card_can_be_typed_and_names_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    outcome, config = a_run(tmp_path)
+    text = card(outcome, config, False, ["finetune.py", "--data", "/home/someone/my cats"])
+    assert "finetune.py --data '~/my cats'" in text
+    assert "someone" not in text
+    assert "samples.png" not in text
+    assert "Not declared" in text
+
+
+def test_a_base_model_of_the_hub_is_named_for_it(tmp_path: Path) -> None:
+    outcome, config = a_run(tmp_path)
+    model = Outcome(tmp_path / "model", "model", "owner/base", outcome.pictures, outcome.root)
+    told = yaml.safe_load(card(model, config, True, []).split("---\n")[1])
+    assert told["base_model"] == "owner/base"
+    assert "base_model" not in yaml.safe_load(card(outcome, config, True, []).split("---\n")[1])
+
+
+def test_a_push_that_fails_is_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    outcome, config = a_run(tmp_path, push_to_hub="someone/cats")
+    with pytest.raises(UserError, match="someone/cats: not pushed") as caught:
+        share(outcome, config)
+    assert "\n" not in str(caught.value)
+    assert str(outcome.folder) in str(caught.value)
+    assert (outcome.folder / "README.md").is_file()
+    with pytest.raises(UserError, match="not pushed"):
+        push(outcome, "someone/cats")
+
+
+@pytest.mark.parametrize("name", ["cats", "a/b/c", "../x", "a b/c", ""])
+def test_a_name_that_is_none_is_refused_before_training(name: str) -> None:
+    with pytest.raises(ValidationError):
+        CardConfig(push_to_hub=name)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    outcome, config = a_run(tmp_path)
+    gone = Outcome(tmp_path / "gone", "model", "", outcome.pictures, outcome.root)
+    with pytest.raises(UserError, match="cannot write the card"):
+        share(gone, config)
