@@ -1,7 +1,7 @@
 r"""Draw the same prompts and seeds under guides of several strengths, and measure what each does.
 
-    python pipelines/compare_guides.py --clip assets/emoji64-guides/clip \
-        --classifier assets/emoji64-guides/classifier
+    python pipelines/compare_guides.py --clip runs/emoji64-clip/model \
+        --classifier runs/emoji64-classifier/model
 
 For every setting: CLIP's cosine of picture and prompt, the probability that the classifier gives
 the emoji's own label on the finished latents, and how many pictures have as their nearest real one
