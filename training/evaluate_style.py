@@ -14,7 +14,7 @@ of any style, is of the asked emoji. What the model keeps of other prompts is to
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -28,6 +28,8 @@ from latentdiff.learning.order import generator
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
+
+Shown = TypeVar("Shown")
 
 
 def main(
@@ -99,6 +101,12 @@ def prompt(example: Example, style: str) -> str:
     return f"{plain[:2][-1]}, {style} style"
 
 
+def spread(many: Sequence[Shown]) -> list[Shown]:
+    """Twelve of them, or all, evenly from first to last."""
+    shown = min(12, len(many))
+    return [many[number * len(many) // shown] for number in range(shown)]
+
+
 def draw(pipe: LatentDiffusionPipeline, prompts: list[str], settings: dict[str, float]) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1]; picture i has stream i of the seed."""
     parts: list[Tensor] = []
@@ -141,12 +149,12 @@ def evaluate(
         for when, tensor in drawn.items():
             report[f"{name}, {when}"] = real.measure(tensor, wanted, style)
             typer.echo(f"{name}, {when}: {report[f'{name}, {when}']} of {len(wanted)}")
-            rows += [to_pil(picture) for picture in tensor[:12]]
-        own = [real.examples.index(example) for example in wanted[:12]]
+            rows += [to_pil(picture) for picture in spread(list(tensor))]
+        own = [real.examples.index(example) for example in spread(wanted)]
         rows += [to_pil(picture) for picture in to_range(real.pictures[own])]
     (out / "style.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "style.png").unlink(missing_ok=True)
-    save_png(grid(rows, 12), out / "style.png")
+    save_png(grid(rows, min(12, len(seen))), out / "style.png")
 
 
 if __name__ == "__main__":

@@ -253,7 +253,8 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         run.say("dry run: data, one step and one save are fine")
     elif run.main:
         with ema.applied(module):
-            for line in save_outcome(bundle, config, samples.examples):
+            own = samples.examples[: samples.count]  # without prior pictures
+            for line in save_outcome(bundle, config, own):
                 run.say(line)
 
 

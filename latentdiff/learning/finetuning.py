@@ -83,7 +83,7 @@ class FinetuneConfig(RunConfig):
 
 # What each method needs to work on a few dozen pictures; larger models want smaller rates.
 _OPTIM: dict[Method, dict[str, object]] = {
-    "lora": {"lr": 1e-3, "steps": 400, "batch_size": 32, "ema_decay": 0.0},
+    "lora": {"lr": 2e-3, "steps": 400, "batch_size": 16, "ema_decay": 0.0},
     "full": {"lr": 1e-4, "steps": 400, "batch_size": 32, "ema_decay": 0.99},
     "dreambooth": {"lr": 5e-5, "steps": 400, "batch_size": 16, "ema_decay": 0.0},
     "textual-inversion": {

@@ -33,6 +33,7 @@ class Samples:
         moments: of each example [V, 2C, h, w], mean and std of its raw latents in V variants.
         shares: how often each is drawn, relative to the others [N].
         weights: of each one's loss [N].
+        count: of the pictures to learn from; those of the model's own come after them.
     """
 
     examples: list[Example]
@@ -40,6 +41,7 @@ class Samples:
     moments: list[Tensor]
     shares: np.ndarray
     weights: Tensor
+    count: int
 
     @property
     def digest(self) -> str:
@@ -85,6 +87,7 @@ class Samples:
             self.moments + prior.moments,
             np.concatenate([self.shares / self.shares.sum(), prior.shares / prior.shares.sum()]),
             torch.cat([self.weights, weight * prior.weights]),
+            self.count,
         )
 
 
@@ -147,4 +150,5 @@ def encode_samples(
         [stacked[n] for n in good],
         np.ones(len(good)),
         torch.ones(len(good)),
+        len(good),
     )

@@ -1,6 +1,8 @@
 """Every method of fine-tuning on twelve pictures and a tiny model: what changes, what stays."""
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -231,9 +233,34 @@ def test_prior_pictures_that_are_there_are_kept(work: Path, tmp_path: Path) -> N
     assert drawn[0].stat().st_mtime_ns == kept
 
 
+def test_pictures_and_cache_that_are_deleted_mid_run_change_nothing(
+    work: Path, tmp_path: Path
+) -> None:
+    pictures = picture_folder(tmp_path / "pictures")
+    settings = {"lora": {"rank": 2}, "data": {"root": str(pictures)}, "checkpoint_every": 1}
+    whole = finetune(work, tmp_path / "whole", "lora", **settings)
+    out = tmp_path / "out"
+    gone: list[str] = []
+
+    def delete() -> None:
+        while not checkpoints(out / "checkpoints"):
+            time.sleep(0.001)
+        gone.append(checkpoints(out / "checkpoints")[0].name)
+        shutil.rmtree(out / "cache")
+        shutil.rmtree(pictures)
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    finetune(work, out, "lora", **settings)
+    deleting.join()
+    assert gone[0] < "step-00000004"  # it was in the middle of the run
+    first, again = (load_file(o / "pytorch_lora_weights.safetensors") for o in (whole, out))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
 def test_half_of_all_draws_are_prior_ones_whose_loss_is_weighted() -> None:
     def some(count: int) -> Samples:
-        return Samples([], [(8, 8)] * count, [], np.ones(count), torch.ones(count))
+        return Samples([], [(8, 8)] * count, [], np.ones(count), torch.ones(count), count)
 
     both = some(40).joined(some(200), 0.5)
     drawn = [n for step in range(60) for n in both.order(0).batch(step, 8)]
