@@ -108,7 +108,9 @@ class PLMS:
 class PNDM:
     """PNDM: Liu et al. 2022 (PNDM), algorithm 2: three Runge-Kutta steps, then Adams steps.
 
-    Four evaluations in each of the first three steps, one in all others.
+    Four evaluations in each of the first three steps, one in all others. A Runge-Kutta step divides
+    by alpha four times: from a level with hardly any signal (the cosine schedule's first
+    sigma / alpha is 20,000) rounding alone grows to the size of x. There take another solver.
 
     Args:
         process: where the half steps lie, even in t.
