@@ -15,7 +15,11 @@ from scripts import picture_folder, script
 
 from latentdiff.learning.run import Run
 
-STAGES = {"autoencoder": "AutoencoderConfig", "diffusion": "DiffusionConfig"}
+STAGES = {
+    "autoencoder": "AutoencoderConfig",
+    "diffusion": "DiffusionConfig",
+    "finetune": "FinetuneConfig",
+}
 SCRIPTS = {stage: script(stage) for stage in STAGES}
 STEPS = 8  # three epochs of stage 1's ten pictures would be 7.5
 OPTIM = {"lr": 1e-3, "steps": STEPS, "warmup": 2, "batch_size": 4}
@@ -29,6 +33,12 @@ CONFIGS: dict[str, dict[str, object]] = {
         "data": {"size": 32, "held_out_fraction": 0.0},
         "unet": {"channels": [32, 32], "attention": [True, False], "head_dim": 16},
         "text": {"vocabulary": 540, "window": 8, "width": 32, "layers": 1, "heads": 2},
+        "sample_prompts": ["a red disc"],
+    },
+    "finetune": {
+        "method": "lora",
+        "data": {"size": 32, "flip": True},
+        "lora": {"rank": 2, "text_encoder": True},
         "sample_prompts": ["a red disc"],
     },
 }
@@ -62,7 +72,8 @@ class Lab:
         torch.set_num_threads(1)
         picture_folder(folder / "pictures")
         for stage, config in CONFIGS.items():
-            more = {"vae": str(folder / "vae")} if stage == "diffusion" else {}
+            needs = {"diffusion": "vae", "finetune": "model"}.get(stage)
+            more = {} if needs is None else {needs: str(folder / needs)}
             every = {"log_every": 1, "checkpoint_every": 1, "evaluate_every": 8}
             text = json.dumps({**config, **more, **every, "optim": OPTIM})
             (folder / f"{stage}.yaml").write_text(text)  # JSON is YAML
@@ -75,11 +86,14 @@ class Lab:
         def work() -> None:
             write_down_samples(self.folder / out)
             before()
-            module = SCRIPTS[stage]
+            module, path = SCRIPTS[stage], self.folder / f"{stage}.yaml"
             where = [f"out={self.folder / out}", f"data.root={self.folder / 'pictures'}"]
-            kind = getattr(module, STAGES[stage])
-            path = self.folder / f"{stage}.yaml"
-            module.train(module.load_config(kind, path, [*where, *overrides]), False)
+            changes = [*where, *overrides]
+            if stage == "finetune":
+                config = module.resolve(module.override(module.read_yaml(path), changes), stage)
+            else:
+                config = module.load_config(getattr(module, STAGES[stage]), path, changes)
+            module.train(config, False)
 
         return fork(work, self.folder / f"{out}.log")
 

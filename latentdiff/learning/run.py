@@ -12,6 +12,7 @@ from typing import Self, TextIO
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -55,7 +56,9 @@ class Run:
     def __init__(self, config: RunConfig, dry: bool = False) -> None:
         self.config = config
         self.dry = dry
-        self.accelerator = Accelerator(mixed_precision=config.precision)
+        # no exchange inside a forward pass: one that runs out of memory there leaves none waiting
+        alone = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[alone])
         self.main = self.accelerator.is_main_process
         self.out = config.out
         self.bad_steps = 0

@@ -9,6 +9,7 @@ one, so every line there is a fault point. Both are SIGKILL.
 """
 
 import argparse
+import json
 import mmap
 import os
 import random
@@ -27,7 +28,11 @@ from lab import STAGES, STEPS, Lab, cpu, samples_of
 from latentdiff.learning import checkpoint
 from latentdiff.learning.run import Run
 
-RESULT = {"autoencoder": "vae", "diffusion": "model"}
+RESULT = {
+    "autoencoder": "vae",
+    "diffusion": "model",
+    "finetune": "pytorch_lora_weights.safetensors",
+}
 
 
 def trace_saves(at_line: Callable[[int], object]) -> None:
@@ -80,8 +85,17 @@ def files_of(run: Path, stage: str) -> Iterator[tuple[str, bytes]]:
     assert checkpoint.find_fault(newest) is None
     yield "log", (run / "log.jsonl").read_bytes()
     for root in (newest, run / RESULT[stage]):
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
-            yield f"{root.name}/{path.relative_to(root)}", path.read_bytes()
+        for path in sorted(p for p in (root, *root.rglob("*")) if p.is_file()):
+            yield f"{root.name}/{path.relative_to(root)}", content(path)
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes; of safetensors the header sorted, whose metadata has no order of its own."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
 
 
 def compare(one: Path, other: Path, stage: str) -> None:
@@ -149,7 +163,8 @@ def kill(lab: Lab, stage: str, kills: int, lines: int, chance: random.Random) ->
 
 def stop_at_every_step(lab: Lab, stage: str, accumulation: int, workers: int) -> None:
     """A run stopped after each of its steps in turn; all is compared at every stop."""
-    ways = [f"optim.accumulation={accumulation}", f"data.workers={workers}"]
+    ways = [f"optim.accumulation={accumulation}"]
+    ways += [f"data.workers={workers}"] if workers else []
     whole, out = f"{stage}-kept-{accumulation}", f"{stage}-stopped-{accumulation}-{workers}"
     if not (lab.folder / whole).exists():
         lab.finish(stage, whole, ways[0], "keep_checkpoints=99")
@@ -191,22 +206,23 @@ def main() -> None:
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         lab = Lab(Path(name))
-        for stage in STAGES:
+        needed = {"autoencoder": "vae", "diffusion": "model"}
+        for number, stage in enumerate(STAGES):
             lines = run_whole(lab, stage)
-            if stage == "autoencoder":
-                (lab.folder / "vae").symlink_to(lab.folder / "autoencoder-whole/vae")
-            kills = (arguments.kills + (stage == "diffusion")) // 2
+            if stage in needed:  # by the next one
+                (lab.folder / needed[stage]).symlink_to(
+                    lab.folder / f"{stage}-whole/{needed[stage]}"
+                )
+            kills = (arguments.kills + number) // len(STAGES)
             struck = Counter(kill(lab, stage, kills, lines, chance))
-            print(
-                f"{stage}: {dict(struck)}: equal to the run left alone, {cpu():.0f} s CPU",
-                flush=True,
-            )
+            print(f"{stage}: {dict(struck)}: equal to the run left alone")
         signal_twice(lab)
         if arguments.every_step:
             for accumulation in (1, 4):
                 for workers in (0, 2):
                     stop_at_every_step(lab, "autoencoder", accumulation, workers)
                 stop_at_every_step(lab, "diffusion", accumulation, 0)
+                stop_at_every_step(lab, "finetune", accumulation, 0)
         print(f"{cpu():.0f} s of CPU time")
 
 

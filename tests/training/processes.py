@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python tests/training/processes.py
 
-Prints one JSON object: by run, the loss and the learning rate of every step.
+Prints one JSON object: by script and run, the loss and the learning rate of every step.
 """
 
 import json
@@ -40,7 +40,9 @@ def no_room_above(largest: int, backward: bool) -> None:
     nn.modules.module.register_module_forward_pre_hook(before)
 
 
-def run(lab: Lab, out: str, largest: list[int], backward: bool = False) -> list[list[float]]:
+def run(
+    lab: Lab, out: str, largest: list[int], backward: bool = False, stage: str = "diffusion"
+) -> list[list[float]]:
     """[loss, learning rate] of every step; `largest` is the room of each process, 0 for plenty."""
     world = len(largest)
     with socket.socket() as free:
@@ -63,8 +65,7 @@ def run(lab: Lab, out: str, largest: list[int], backward: bool = False) -> list[
             no_room_above(largest[rank], backward)
 
     children = [
-        lab.start("diffusion", out, *LONG, before=lambda at=rank: become(at))
-        for rank in range(world)
+        lab.start(stage, out, *LONG, before=lambda at=rank: become(at)) for rank in range(world)
     ]
     for child in children:
         lab.ended(child, out, 0)
@@ -77,16 +78,19 @@ def main() -> None:
         lab = Lab(Path(name))
         lab.finish("autoencoder", "first", "optim.steps=1")
         (lab.folder / "vae").symlink_to(lab.folder / "first/vae")
-        found = {
+        two = {
             "one": run(lab, "one", [0]),
             "one, no room in the backward pass": run(lab, "backward", [2], backward=True),
             "two": run(lab, "two", [0, 0]),
         }
         if "--all" in sys.argv:
-            found["one, no room in the forward pass"] = run(lab, "forward", [2])
-            found["two, no room in the second"] = run(lab, "both", [0, 2], backward=True)
-            said = (lab.folder / "both.log").read_text()
-            assert "micro-batches of 2 instead of 4" in said, said
+            two["one, no room in the forward pass"] = run(lab, "forward", [2])
+            for place in ("forward", "backward"):  # of the second process
+                out = f"both, {place}"
+                two[out] = run(lab, out, [0, 2], backward=place == "backward")
+                said = (lab.folder / f"{out}.log").read_text()
+                assert "micro-batches of 2 instead of 4" in said, said
+        found = {"diffusion": two}
         print(json.dumps(found))
 
 
