@@ -50,6 +50,7 @@ from latentdiff.learning.methods import (
     make_trainable,
     min_snr_gamma,
     with_objective,
+    without_lora,
 )
 from latentdiff.learning.order import Key, Shares, generator, spread_uniform
 from latentdiff.learning.outcome import save_outcome
@@ -200,6 +201,8 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         run.accelerator.num_processes,
     )
 
+    keeps_predictions = config.method == "lora" and config.prior.target != "picture"
+
     def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
         """The loss of a micro-batch, a function of its keys and the weights."""
         step = keys[0][0]
@@ -216,9 +219,15 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         seen = [batch.x] if holes is None else [batch.x, holes.beside(bundle, *at, chosen)]
         words = (captions.tokens if states is None else states.of)(step, places, numbers)
         torch.manual_seed(int(generator(seed, 10, step, places[0]).integers(2**63)))  # dropout
-        output = wrapped(torch.cat(seen, 1), batch.t, words)
+        x, target = torch.cat(seen, 1), batch.target
+        if keeps_predictions and any(number >= samples.count for number in numbers):
+            prior = torch.tensor([number >= samples.count for number in numbers]).to(run.device)
+            with torch.no_grad(), without_lora(module), run.accelerator.autocast():
+                before = module(x, batch.t, words)[:, : latents.shape[1]].float()
+            target = torch.where(prior.view(-1, 1, 1, 1), before, target)
+        output = wrapped(x, batch.t, words)
         weights = batch.weights * samples.weights[numbers].to(run.device)
-        loss = weighted_mse(output[:, : latents.shape[1]], batch.target, weights)
+        loss = weighted_mse(output[:, : latents.shape[1]], target, weights)
         if not bundle.learns_variance:
             return {"loss": loss}
         step_terms = bound_terms(bundle.process, bundle.prediction, output, latents, noise, t)

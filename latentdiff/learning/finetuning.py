@@ -43,8 +43,13 @@ class InversionConfig(Strict):
 
 
 class PriorConfig(Strict):
-    """Pictures of the model's own that it must not unlearn (Ruiz et al. 2023, sec. 3.2)."""
+    """Pictures of the model's own that it must not unlearn (Ruiz et al. 2023, sec. 3.2).
 
+    With the target "prediction" LoRA learns from them what the model says without it, which tells
+    all that the model knows and no noise; with "picture", the pictures.
+    """
+
+    target: Literal["auto", "prediction", "picture"] = "auto"
     prompts: list[str] = Field(default_factory=list)
     count: PositiveInt = 200
     weight: PositiveFloat = 1.0
@@ -148,5 +153,7 @@ def _check_together(config: FinetuneConfig) -> None:
             )
         if not config.prior.prompts:
             raise UserError("dreambooth needs --prior-prompt, the subject's kind: 'a dog'")
+    if config.method != "lora" and config.prior.target == "prediction":
+        raise UserError("only LoRA can be switched off: prior.target=prediction is for it alone")
     if config.method == "lora" and config.train_text:
         raise UserError("with LoRA the text encoder is trained by lora.text_encoder=true")

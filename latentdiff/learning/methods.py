@@ -1,9 +1,11 @@
 """What each method of fine-tuning trains, and with which optimizer."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -93,6 +95,19 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
     if config.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
     return bundle
+
+
+@contextmanager
+def without_lora(module: nn.Module) -> Iterator[None]:
+    """Inside the context the LoRA in a module's networks is off."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def make_optimizer(parameters: Iterator[nn.Parameter], config: FinetuneConfig) -> Optimizer:

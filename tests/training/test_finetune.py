@@ -258,6 +258,28 @@ def test_pictures_and_cache_that_are_deleted_mid_run_change_nothing(
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+def test_prior_predictions_keep_what_prior_pictures_do_not(work: Path, tmp_path: Path) -> None:
+    """The model is random, so its pictures are no data: learning them moves other prompts, while
+    learning its predictions holds them."""
+    old = Bundle.load(work / "model")
+    states = old.text.encode(["a cat", "a red heart"] * 4).states
+    x = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(10, 990, 8).round()
+    moved: dict[str, float] = {}
+    for target in ("picture", "prediction"):
+        prior = {"steps": 2, "count": 4, "prompts": ["a cat", "a red heart"], "target": target}
+        optim = {"steps": 30, "batch_size": 4, "lr": 2e-3, "warmup": 0}
+        out = finetune(work, tmp_path / target, "lora", prior=prior, optim=optim)
+        new = LatentDiffusionPipeline.from_pretrained(work / "model")
+        new.load_lora(out / "pytorch_lora_weights.safetensors")
+        with torch.no_grad():
+            before, after = (
+                bundle.network()(x, t, {"states": states}) for bundle in (old, new.bundle)
+            )
+        moved[target] = float((before - after).square().mean())
+    assert moved["prediction"] < 0.5 * moved["picture"]
+
+
 def test_half_of_all_draws_are_prior_ones_whose_loss_is_weighted() -> None:
     def some(count: int) -> Samples:
         return Samples([], [(8, 8)] * count, [], np.ones(count), torch.ones(count), count)
