@@ -119,13 +119,14 @@ def main(
         str, typer.Option(help="Whose captions are drawn, a comma between.")
     ] = ",".join(ALL_SPLITS),
     lora: Annotated[Path | None, typer.Option(help="A LoRA to measure the model with.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     card: Annotated[bool, typer.Option(help="Write the numbers into MODEL/README.md.")] = True,
 ) -> None:
     """Measure a model on fixed prompts and seeds."""
     try:
         pipe = LatentDiffusionPipeline.from_pretrained(model)
         if lora is not None:
-            pipe.load_lora(lora)
+            pipe.load_lora(lora, lora_scale)
             card = False
         chosen = splits.split(",")
         text = evaluate(

@@ -36,6 +36,7 @@ def main(
     style: Annotated[str, typer.Option(help="The new style, a value of the field `style`.")],
     pictures: Annotated[Path, typer.Option(metavar="DIR", help="What was learned from.")],
     lora: Annotated[Path | None, typer.Option(help="The LoRA file of the fine-tune.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
     model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji64"),
     data: Annotated[Path, typer.Option(metavar="DIR", help="Real pictures, all styles.")] = Path(
@@ -55,7 +56,7 @@ def main(
         before = LatentDiffusionPipeline.from_pretrained(model)
         after = LatentDiffusionPipeline.from_pretrained(tuned or model)
         if lora is not None:
-            after.load_lora(lora)
+            after.load_lora(lora, lora_scale)
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
         evaluate(before, after, Real(data, after.bundle.size[0]), style, pictures, out, settings)
     except UserError as error:

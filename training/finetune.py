@@ -11,8 +11,8 @@ Methods: lora (a small file beside the model: styles, subjects), dreambooth (one
 --instance-prompt "a sks dog" --prior-prompt "a dog"), textual-inversion (a new word, --token),
 full (every weight of the U-Net).
 
-Everything else is key=value, as in training/diffusion.py: optim.accumulation=4,
-objective.offset_noise=0.1, lora.targets=attention, prior.count=400 ... docs/finetune.md has all.
+Everything else is key=value: optim.accumulation=4, objective.offset_noise=0.1 and so on;
+docs/finetune.md has it all.
 """
 
 from collections.abc import Sequence
@@ -220,8 +220,8 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         words = (captions.tokens if states is None else states.of)(step, places, numbers)
         torch.manual_seed(int(generator(seed, 10, step, places[0]).integers(2**63)))  # dropout
         x, target = torch.cat(seen, 1), batch.target
-        if keeps_predictions and any(number >= samples.count for number in numbers):
-            prior = torch.tensor([number >= samples.count for number in numbers]).to(run.device)
+        prior = torch.tensor([number >= samples.count for number in numbers], device=run.device)
+        if keeps_predictions and prior.any():
             with torch.no_grad(), without_lora(module), run.accelerator.autocast():
                 before = module(x, batch.t, words)[:, : latents.shape[1]].float()
             target = torch.where(prior.view(-1, 1, 1, 1), before, target)
@@ -344,10 +344,7 @@ def pictures_of(
 def draw_samples(
     run: Run, config: FinetuneConfig, bundle: Bundle, samples: Samples, step: int
 ) -> None:
-    """A grid at fixed seeds: the configured prompts, or captions of the pictures.
-
-    An inpainting model fills the middle of the pictures.
-    """
+    """A grid at fixed seeds; an inpainting model fills the middle of the pictures."""
     if not run.main:
         return
     prompts = config.sample_prompts or [e.captions[0] for e in samples.examples[:8]]

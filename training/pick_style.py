@@ -27,7 +27,7 @@ def main(
     ] = Path("data/emoji128"),
     known: Annotated[str, typer.Option(help="The style that the model knows.")] = "noto",
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 40,
-    prior: Annotated[int, typer.Option(min=0, help="How many captions in prior.txt.")] = 200,
+    prior: Annotated[int, typer.Option(min=0, help="How many captions in prior.txt.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
 ) -> None:
     """Copy some pictures of one style, with captions."""

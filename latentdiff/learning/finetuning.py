@@ -51,9 +51,9 @@ class PriorConfig(Strict):
 
     target: Literal["auto", "prediction", "picture"] = "auto"
     prompts: list[str] = Field(default_factory=list)
-    count: PositiveInt = 200
+    count: PositiveInt = 400
     weight: PositiveFloat = 1.0
-    steps: PositiveInt = 20
+    steps: PositiveInt = 10
     guidance_scale: float = 4.0
 
 
@@ -113,19 +113,27 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
     values = {"method": "lora", **values}
     method = values["method"]
     chosen = _OPTIM.get(str(method), {}) | {"warmup": 20}  # pyright: ignore[reportCallIssue, reportArgumentType]
-    given = values.get("optim", {})
-    if not isinstance(given, dict):
-        raise UserError(f"{source}: optim is a section, not a value")
+    given = _section(values, "optim", source)
     for key, value in chosen.items():
         if key not in given:
             values = put(values, f"optim.{key}", value)
     data = values.get("data")
     if isinstance(data, dict) and "root" in data:
         values.setdefault("out", f"runs/{Path(str(data['root'])).name}-{method}")
+    if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
+        given = {"caption_dropout": 0.0, **_section(values, "objective", source)}
+        values = put(values, "objective", given)
     values.setdefault("precision", "bf16" if _has_bf16() else "no")
     config = validate(FinetuneConfig, values, source)
     _check_together(config)
     return config
+
+
+def _section(values: dict[str, object], name: str, source: str) -> dict[str, object]:
+    given = values.get(name, {})
+    if not isinstance(given, dict):
+        raise UserError(f"{source}: {name} is a section, not a value")
+    return given
 
 
 def _has_bf16() -> bool:
