@@ -210,7 +210,7 @@ def fit(config: AutoencoderConfig, run: Run) -> None:
             values = run.gradients([module, critic], both, items, terms)
             parts = [(optimizer, parameters), (critic_optimizer, critic_parameters)]
             if run.optimize(rate, *parts[: 1 + losses.adversarial_on(step)]):
-                ema.update(vae)
+                ema.update()
 
             bar.update()
             done = step + 1
@@ -219,7 +219,7 @@ def fit(config: AutoencoderConfig, run: Run) -> None:
                 run.record(done, {**means, "lr": rate})
                 bar.set_postfix({"l1": f"{means['l1']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied(vae):
+                with ema.applied():
                     evaluate(run, vae, held_out, config.data.size, done)
             stopping = run.stopping
             if done % config.checkpoint_every == 0 or done == stop or stopping:
@@ -230,7 +230,7 @@ def fit(config: AutoencoderConfig, run: Run) -> None:
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
         return
-    with ema.applied(vae):
+    with ema.applied():
         finish(run, vae, examples, config.data.size)
 
 

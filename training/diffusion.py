@@ -207,7 +207,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
             rate = learning_rate(optim, keys[0][0])
             values = run.gradients([wrapped], trained, keys, terms)
             if run.optimize(rate, (optimizer, trained)):
-                ema.update(module)
+                ema.update()
 
             bar.update()
             done = keys[0][0] + 1
@@ -216,7 +216,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
                 run.record(done, {**losses, "lr": rate})
                 bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied(module):
+                with ema.applied():
                     draw_samples(run, bundle, config, examples, done)
             stopping = run.stopping
             if done % config.checkpoint_every == 0 or done == stop or stopping:
@@ -227,7 +227,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
     elif run.main:
-        with ema.applied(module):
+        with ema.applied():
             bundle.save(config.out / "model", dtype=getattr(torch, config.save_dtype))
         run.say(f"wrote {config.out / 'model'}")
         for line in share(

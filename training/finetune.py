@@ -241,7 +241,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
             rate = learning_rate(optim, keys[0][0])
             values = run.gradients([wrapped], parameters, keys, terms)
             if run.optimize(rate, (optimizer, parameters)):
-                ema.update(module)
+                ema.update()
 
             bar.update()
             done = keys[0][0] + 1
@@ -250,7 +250,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
                 run.record(done, {**losses, "lr": rate})
                 bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied(module):
+                with ema.applied():
                     draw_samples(run, config, bundle, samples, done)
             stopping = run.stopping
             if done % config.checkpoint_every == 0 or done == stop or stopping:
@@ -261,7 +261,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
     elif run.main:
-        with ema.applied(module):
+        with ema.applied():
             own = samples.examples[: samples.count]  # without prior pictures
             for line in save_outcome(bundle, config, own):
                 run.say(line)

@@ -350,7 +350,7 @@ def fit(config: GuidesConfig, run: Run, task: Task) -> None:
             rate = learning_rate(optim, keys[0][0])
             values = run.gradients([wrapped], trained, keys, terms)
             if run.optimize(rate, (optimizer, trained)):
-                ema.update(module)
+                ema.update()
 
             bar.update()
             done = keys[0][0] + 1
@@ -359,7 +359,7 @@ def fit(config: GuidesConfig, run: Run, task: Task) -> None:
                 run.record(done, {"loss": loss, "lr": rate})
                 bar.set_postfix({"loss": f"{loss:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied(module):
+                with ema.applied():
                     found = task.evaluate()
                 run.record(done, found)
                 run.say(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -372,7 +372,7 @@ def fit(config: GuidesConfig, run: Run, task: Task) -> None:
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
     elif run.main:
-        with ema.applied(module):
+        with ema.applied():
             task.save(config.out / "model", getattr(torch, config.save_dtype))
         run.say(f"wrote {config.out / 'model'}")
 

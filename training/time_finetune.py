@@ -1,13 +1,16 @@
 """Pictures a second of a fine-tune, here and by diffusers' recipe, on the same model and pictures.
 
-    python training/time_finetune.py --data DIR
+    OMP_NUM_THREADS=1 python training/time_finetune.py --data DIR [--side 1024]
 
-Ours is training/finetune.py as it is: the same command with few and with many steps, and the
-difference. Theirs is the loop of diffusers' examples/text_to_image/train_text_to_image.py and
-train_text_to_image_lora.py without their options, written out in one function: each step opens its
-pictures, crops and flips, tokenizes, encodes pictures and captions, draws noise, and takes a step
-of AdamW; the full fine-tune with their EMA. torchvision's transforms are done by Pillow. Both
-sides: float32, batches of one size in one piece, LoRA of one rank in the attention, in turn.
+Ours is training/finetune.py as it is. Theirs is the loop of diffusers'
+examples/text_to_image/train_text_to_image.py and train_text_to_image_lora.py without their options,
+written out in one function: each step opens its pictures, resizes, crops and flips, tokenizes,
+encodes pictures and captions, draws noise, and takes a step of AdamW; the full fine-tune with their
+EMA. torchvision's transforms are done by Pillow, which torchvision itself calls on such pictures.
+Both sides: float32, batches of one size in one piece, LoRA of one rank in the attention, in turn,
+timed from the end of one step of the optimizer to the end of another. What ours does once before
+its first step (checking and encoding the pictures) is timed by itself. --side N has both sides read
+the same pictures enlarged to NxN, as JPEG: of the size that a camera's are, but smoother.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,20 @@ from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 
+from latentdiff.bundle import Bundle
 from latentdiff.bundle.find import find
+from latentdiff.data.check import check_pictures
 from latentdiff.data.folder import Example, list_folder
+from latentdiff.data.variants import variants
+from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.finetuning import resolve
+from latentdiff.learning.samples import encode_samples
+from latentdiff.pictures import open_picture
 
-RANK, PICTURES, FEW = 4, 64, 4
+RANK, PICTURES, FEW = 4, 32, 2
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 Clock = tuple[float, float]
@@ -56,22 +66,62 @@ def since(start: Clock) -> Clock:
     return cpu - start[0], wall - start[1]
 
 
+@contextlib.contextmanager
+def steps_timed() -> Iterator[list[Clock]]:
+    """The time at the end of each step that an optimizer takes inside the context."""
+    ends: list[Clock] = []
+    hook = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
+    try:
+        yield ends
+    finally:
+        hook.remove()
+
+
+def between(ends: list[Clock]) -> Clock:
+    """From the end of step FEW to that of the last."""
+    first, last = ends[FEW - 1], ends[-1]
+    return last[0] - first[0], last[1] - first[1]
+
+
 def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
-    """A whole run of training/finetune.py."""
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stderr(io.StringIO()):
+    """The time of `steps` steps of training/finetune.py, after FEW that are not counted."""
+    with tempfile.TemporaryDirectory() as out:
         values: dict[str, object] = {
             "method": method,
             "model": str(model),
             "out": out,
+            "precision": "no",  # not the default, which is bf16 where the processor has it
             "data": {"root": str(data), "flip": True},
-            "optim": {"steps": steps, "batch_size": batch, "warmup": 0, "schedule": "constant"},
+            "optim": {
+                "steps": FEW + steps,
+                "batch_size": batch,
+                "warmup": 0,
+                "schedule": "constant",
+            },
             "lora": {"rank": RANK, "targets": ATTENTION},
             "objective": {"caption_dropout": 0.0, "min_snr_gamma": None},
             "sample_prompts": ["a cat"],
         }
-        start = now()
-        with contextlib.redirect_stdout(io.StringIO()):
+        quiet = io.StringIO()
+        with (
+            contextlib.redirect_stderr(quiet),
+            contextlib.redirect_stdout(quiet),
+            steps_timed() as ends,
+        ):
             finetune.train(resolve(values, "time_finetune"), False)
+        return between(ends)
+
+
+def prepare(examples: Sequence[Example], model: Path) -> Clock:
+    """What ours does once, before its first step, with pictures and captions that are new."""
+    bundle = Bundle.load(model, dtype="float32")
+    with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stderr(io.StringIO()):
+        start = now()
+        checked = check_pictures(examples, min(bundle.size) // 2)
+        buckets = [bundle.size] * len(checked.examples)
+        encode_samples(bundle.vae, checked, buckets, variants(1, True), Path(cache))
+        texts = [example.captions for example in checked.examples]
+        CaptionStates(Captions(bundle.text, texts, 0.0, 0), bundle.text, Path(cache))
         return since(start)
 
 
@@ -86,7 +136,23 @@ class Pictures(Dataset[dict[str, Tensor]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        example = self.examples[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        """A whole batch, whose captions are tokenized in one go, as `datasets` has it."""
+        words = self.tokenizer(
+            [self.examples[index].captions[0] for index in indices],
+            max_length=self.tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        return [
+            {"pixel_values": self.pixels(self.examples[index]), "input_ids": ids}
+            for index, ids in zip(indices, words.input_ids, strict=True)
+        ]
+
+    def pixels(self, example: Example) -> Tensor:
         image = Image.open(example.path).convert("RGB")
         scale = self.size / min(image.size)
         sides = round(image.width * scale), round(image.height * scale)
@@ -95,15 +161,8 @@ class Pictures(Dataset[dict[str, Tensor]]):
         image = image.crop((left, top, left + self.size, top + self.size))
         if self.random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        words = self.tokenizer(
-            example.captions[0],
-            max_length=self.tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {"pixel_values": (pixels - 0.5) / 0.5, "input_ids": words.input_ids[0]}
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+        return (pixels - 0.5) / 0.5
 
 
 def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, steps: int) -> Clock:
@@ -127,59 +186,63 @@ def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, st
         ema.to(accelerator.device)
     unet.train()
     parameters = [p for p in unet.parameters() if p.requires_grad]
+    # Their LoRA script clips what is left of an iterator that the optimizer used up: nothing.
+    clipped = [] if method == "lora" else parameters
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2, eps=1e-8)
     size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     pictures = Pictures(examples, pipe.tokenizer, size)
     loader = DataLoader(pictures, batch, shuffle=True, drop_last=True)
     rate = get_scheduler("constant", optimizer)
     unet, optimizer, loader, rate = accelerator.prepare(unet, optimizer, loader, rate)
-    done, start = 0, now()
-    while True:
-        for part in loader:
-            if done == FEW:
-                start = now()
-            if done == FEW + steps:
-                return since(start)
-            with accelerator.accumulate(unet):
-                latents = vae.encode(part["pixel_values"]).latent_dist.sample()
-                latents = latents * vae.config.scaling_factor
-                noise = torch.randn_like(latents)
-                total = scheduler.config.num_train_timesteps
-                times = torch.randint(0, total, (len(latents),), device=latents.device)
-                noisy = scheduler.add_noise(latents, noise, times)
-                states = text_encoder(part["input_ids"], return_dict=False)[0]
-                target = noise
-                if scheduler.config.prediction_type == "v_prediction":
-                    target = scheduler.get_velocity(latents, noise, times)
-                answer = unet(noisy, times, states, return_dict=False)[0]
-                loss = F.mse_loss(answer.float(), target.float(), reduction="mean")
-                gathered: Any = accelerator.gather(loss.repeat(batch))  # for their log
-                gathered.mean().item()
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                rate.step()
-                optimizer.zero_grad()
-            if ema is not None:
-                ema.step(unet.parameters())
-            done += 1
+    with steps_timed() as ends:
+        while len(ends) < FEW + steps:
+            for part in loader:
+                with accelerator.accumulate(unet):
+                    latents = vae.encode(part["pixel_values"]).latent_dist.sample()
+                    latents = latents * vae.config.scaling_factor
+                    noise = torch.randn_like(latents)
+                    total = scheduler.config.num_train_timesteps
+                    times = torch.randint(0, total, (len(latents),), device=latents.device)
+                    noisy = scheduler.add_noise(latents, noise, times)
+                    states = text_encoder(part["input_ids"], return_dict=False)[0]
+                    target = noise
+                    if scheduler.config.prediction_type == "v_prediction":
+                        target = scheduler.get_velocity(latents, noise, times)
+                    answer = unet(noisy, times, states, return_dict=False)[0]
+                    loss = F.mse_loss(answer.float(), target.float(), reduction="mean")
+                    gathered: Any = accelerator.gather(loss.repeat(batch))  # for their log
+                    gathered.mean().item()
+                    accelerator.backward(loss)
+                    accelerator.clip_grad_norm_(clipped, 1.0)
+                    optimizer.step()
+                    rate.step()
+                    optimizer.zero_grad()
+                if ema is not None:
+                    ema.step(unet.parameters())
+                if len(ends) == FEW + steps:
+                    break
+    return between(ends)
 
 
-def some_pictures(data: Path, to: Path) -> list[Example]:
-    """A folder of the first pictures of another."""
-    examples = list_folder(data)[:PICTURES]
+def some_pictures(data: Path, to: Path, side: int | None) -> list[Example]:
+    """A folder of the first pictures of another, as they are or as JPEG of side x side."""
     lines: list[str] = []
-    for number, example in enumerate(examples):
-        name = f"{number:04d}{example.path.suffix}"
-        (to / name).write_bytes(example.path.read_bytes())
+    for number, example in enumerate(list_folder(data)[:PICTURES]):
+        name = f"{number:04d}{example.path.suffix if side is None else '.jpg'}"
+        if side is None:
+            (to / name).write_bytes(example.path.read_bytes())
+        else:
+            large = open_picture(example.path).resize((side, side), Image.Resampling.BICUBIC)
+            large.save(to / name, quality=95)
         lines.append(json.dumps({"file_name": name, "text": example.captions[0]}))
     (to / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    return examples
+    return list_folder(to)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="a folder of captioned pictures", required=True)
+    parser.add_argument("--side", type=int, help="enlarge them; default: as they are")
     parser.add_argument("--model", help="a folder; default: the bundled model")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=16, help="that are timed, each time")
@@ -187,15 +250,15 @@ def main() -> None:
     given = parser.parse_args()
     model = find(given.model)
     with tempfile.TemporaryDirectory() as folder:
-        examples = some_pictures(given.data, Path(folder))
+        examples = some_pictures(given.data, Path(folder), given.side)
+        once = [prepare(examples, model)[0] for _ in range(given.rounds)]
+        once = statistics.median(once) / len(examples)
+        print(f"latentdiff, before the first step: {once:.4f} CPU seconds a picture")
         for method in ("lora", "full"):
             times: dict[str, list[Clock]] = {"latentdiff": [], "diffusers' recipe": []}
             for _ in range(given.rounds):
-                many, few = (
-                    ours(method, Path(folder), model, given.batch, steps)
-                    for steps in (FEW + given.steps, FEW)
-                )
-                times["latentdiff"].append((many[0] - few[0], many[1] - few[1]))
+                spent = ours(method, Path(folder), model, given.batch, given.steps)
+                times["latentdiff"].append(spent)
                 spent = theirs(method, examples, model, given.batch, given.steps)
                 times["diffusers' recipe"].append(spent)
                 print(method, times, file=sys.stderr, flush=True)

@@ -15,6 +15,9 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 class EMA:
     """A float32 average of those of a module's parameters that are trained.
 
+    Which these are is settled here: to walk through the module at each step would take longer
+    than the average does.
+
     The decay warms up as (1 + n) / (10 + n) so that early averages are not the initial weights.
     Call `update` once per optimizer step, when gradients were synchronised.
     """
@@ -22,31 +25,32 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.names = list(trained(module))
-        self.shadow = [p.detach().float().clone() for p in trained(module).values()]
+        parameters = trained(module)
+        self.names = list(parameters)
+        self.live = list(parameters.values())
+        self.shadow = [p.detach().float().clone() for p in self.live]
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * parameter."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        live = [p.detach().float() for p in trained(module).values()]
-        for shadow, value in zip(self.shadow, live, strict=True):
-            shadow.lerp_(value, 1.0 - decay)
+        for shadow, live in zip(self.shadow, self.live, strict=True):
+            shadow.lerp_(live.float(), 1.0 - decay)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Inside the context the module holds the averaged weights."""
-        live = [p.detach().clone() for p in trained(module).values()]
-        self._copy(self.shadow, module)
+        live = [p.detach().clone() for p in self.live]
+        self._copy(self.shadow)
         try:
             yield
         finally:
-            self._copy(live, module)
+            self._copy(live)
 
     @torch.no_grad()
-    def _copy(self, source: list[Tensor], module: nn.Module) -> None:
-        for parameter, value in zip(trained(module).values(), source, strict=True):
+    def _copy(self, source: list[Tensor]) -> None:
+        for parameter, value in zip(self.live, source, strict=True):
             parameter.copy_(value)
 
     def to(self, device: torch.device) -> None:
