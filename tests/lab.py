@@ -64,6 +64,16 @@ def fork(work: Callable[[], object], log: Path) -> int:
         os._exit(code)
 
 
+def train(stage: str, path: Path, *changes: str) -> None:
+    """A stage's training, in this process."""
+    module = SCRIPTS[stage]
+    if stage == "finetune":
+        config = module.resolve(module.override(module.read_yaml(path), list(changes)), stage)
+    else:
+        config = module.load_config(getattr(module, STAGES[stage]), path, list(changes))
+    module.train(config, False)
+
+
 class Lab:
     """A folder of pictures and the runs on it."""
 
@@ -86,14 +96,8 @@ class Lab:
         def work() -> None:
             write_down_samples(self.folder / out)
             before()
-            module, path = SCRIPTS[stage], self.folder / f"{stage}.yaml"
             where = [f"out={self.folder / out}", f"data.root={self.folder / 'pictures'}"]
-            changes = [*where, *overrides]
-            if stage == "finetune":
-                config = module.resolve(module.override(module.read_yaml(path), changes), stage)
-            else:
-                config = module.load_config(getattr(module, STAGES[stage]), path, changes)
-            module.train(config, False)
+            train(stage, self.folder / f"{stage}.yaml", *where, *overrides)
 
         return fork(work, self.folder / f"{out}.log")
 

@@ -86,6 +86,8 @@ def files_of(run: Path, stage: str) -> Iterator[tuple[str, bytes]]:
     yield "log", (run / "log.jsonl").read_bytes()
     for root in (newest, run / RESULT[stage]):
         for path in sorted(p for p in (root, *root.rglob("*")) if p.is_file()):
+            if path.name == "README.md":  # the card, which names the run's folder
+                continue
             yield f"{root.name}/{path.relative_to(root)}", content(path)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from lab import SCRIPTS, STAGES, Lab
+from lab import Lab
+from lab import train as run_stage
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
@@ -33,10 +34,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def train(lab: Lab, stage: str, out: str, *overrides: str) -> None:
     where = [f"out={lab.folder / out}", f"data.root={lab.folder}/pictures", "optim.steps=4"]
-    module = SCRIPTS[stage]
-    kind = getattr(module, STAGES[stage])
-    path = lab.folder / f"{stage}.yaml"
-    module.train(module.load_config(kind, path, [*where, *overrides]), False)
+    run_stage(stage, lab.folder / f"{stage}.yaml", *where, *overrides)
 
 
 def steps_of(run: Path) -> list[str]:
