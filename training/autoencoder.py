@@ -137,7 +137,6 @@ def fit(config: AutoencoderConfig, run: Run) -> None:
     losses = Losses(config, run.device)
 
     module = Autoencoding(vae)
-    ema = EMA(vae, optim.ema_decay)
     start = 0
     optimizer = adamw(vae.parameters(), optim)
     critic_optimizer = adamw(critic.parameters(), optim)
@@ -145,14 +144,15 @@ def fit(config: AutoencoderConfig, run: Run) -> None:
         tensors, state = found
         vae.load_state_dict(tensors["vae"])
         critic.load_state_dict(tensors["critic"])
-        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
         unpack_optimizer(optimizer, tensors["optimizer"])
         unpack_optimizer(critic_optimizer, tensors["critic_optimizer"])
         start = int(str(state["step"]))
     module, critic, optimizer, critic_optimizer = run.accelerator.prepare(
         module, critic, optimizer, critic_optimizer
     )
-    ema.to(run.device)
+    ema = EMA(vae, optim.ema_decay)
+    if found:
+        ema.load_state_dict(found[0]["ema"], int(str(found[1]["ema_updates"])))
     parameters = list(module.parameters())
     critic_parameters = list(critic.parameters())
 

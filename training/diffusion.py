@@ -34,7 +34,7 @@ from latentdiff.learning.denoising import (
     draw_times,
     noised_batch,
 )
-from latentdiff.learning.ema import EMA
+from latentdiff.learning.ema import EMA, trained
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.learning.order import Key, Shares, WindowOrder, sample_noise, spread_uniform
 from latentdiff.learning.run import Run, adamw, learning_rate
@@ -109,7 +109,7 @@ def main(
 
 def train(config: DiffusionConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
-    with Run(config, dry) as run:
+    with Run(config, dry, may_split=True) as run:
         fit(config, run)
 
 
@@ -147,19 +147,20 @@ def fit(config: DiffusionConfig, run: Run) -> None:
 
     bundle.text.model.requires_grad_(config.text.train)
     module = Conditioned(bundle.unet, bundle.text)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    ema = EMA(module, optim.ema_decay)
-    optimizer = adamw(iter(trained), optim)
+    optimizer = adamw(iter(trained(module).values()), optim)
+    set_attention(bundle.unet, config.unet.backend)
     start = 0
     if found := run.resume():
+        module.load_state_dict(found[0]["model"])
+    shown = run.shown(bundle, module)
+    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
+    parameters = list(trained(module).values())
+    ema = EMA(module, optim.ema_decay)
+    if found:
         tensors, state = found
-        module.load_state_dict(tensors["model"])
         ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
         unpack_optimizer(optimizer, tensors["optimizer"])
         start = int(str(state["step"]))
-    set_attention(bundle.unet, config.unet.backend)
-    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
-    ema.to(run.device)
 
     def save(step: int) -> None:
         tensors = {
@@ -205,8 +206,8 @@ def fit(config: DiffusionConfig, run: Run) -> None:
     with run.signals(), run.bar(start, stop) as bar:
         for keys in shares:
             rate = learning_rate(optim, keys[0][0])
-            values = run.gradients([wrapped], trained, keys, terms)
-            if run.optimize(rate, (optimizer, trained)):
+            values = run.gradients([wrapped], parameters, keys, terms)
+            if run.optimize(rate, (optimizer, parameters)):
                 ema.update()
 
             bar.update()
@@ -216,8 +217,8 @@ def fit(config: DiffusionConfig, run: Run) -> None:
                 run.record(done, {**losses, "lr": rate})
                 bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied():
-                    draw_samples(run, bundle, config, examples, done)
+                with ema.applied(), shown.whole() as whole:
+                    draw_samples(run, whole, config, examples, done)
             stopping = run.stopping
             if done % config.checkpoint_every == 0 or done == stop or stopping:
                 save(done)
@@ -226,14 +227,19 @@ def fit(config: DiffusionConfig, run: Run) -> None:
 
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
-    elif run.main:
-        with ema.applied():
-            bundle.save(config.out / "model", dtype=getattr(torch, config.save_dtype))
-        run.say(f"wrote {config.out / 'model'}")
-        for line in share(
-            Outcome(config.out / "model", "model", "", examples, config.data.root), config
-        ):
-            run.say(line)
+        return
+    with ema.applied(), shown.whole() as whole:
+        if run.main:
+            save_model(config, whole, examples, run)
+
+
+def save_model(config: DiffusionConfig, bundle: Bundle, examples: list[Example], run: Run) -> None:
+    """The model's folder, with its card."""
+    folder = config.out / "model"
+    bundle.save(folder, dtype=getattr(torch, config.save_dtype))
+    run.say(f"wrote {folder}")
+    for line in share(Outcome(folder, "model", "", examples, config.data.root), config):
+        run.say(line)
 
 
 def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:

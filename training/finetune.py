@@ -57,6 +57,7 @@ from latentdiff.learning.outcome import save_outcome
 from latentdiff.learning.prior import draw_missing, prior_examples
 from latentdiff.learning.run import Run, learning_rate
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
+from latentdiff.learning.words import check_words
 from latentdiff.pictures import centre_square, grid, open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.sampling import Edit
@@ -144,7 +145,7 @@ main.__doc__ = __doc__
 
 def train(config: FinetuneConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
-    with Run(config, dry) as run:
+    with Run(config, dry, may_split=config.method != "textual-inversion") as run:
         fit(config, run)
 
 
@@ -166,27 +167,33 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         holes = Holes(samples.examples, samples.buckets, crops)
     learns_text = any(p.requires_grad for p in bundle.text.model.parameters())
     texts = [example.captions for example in samples.examples]
-    captions = Captions(bundle.text, texts, objective.caption_dropout, seed)
+    keeps_predictions = samples.count < len(texts) and config.prior.target == "prediction"
+    dropped = config.prior.caption_dropout if keeps_predictions else objective.caption_dropout
+    dropout = [
+        objective.caption_dropout if n < samples.count else dropped for n in range(len(texts))
+    ]
+    captions = Captions(bundle.text, texts, dropout, seed)
     states = None if learns_text else CaptionStates(captions, bundle.text, config.out / "cache")
     module = Conditioned(bundle.unet, bundle.text)
-    parameters = list(trained(module).values())
-    ema = EMA(module, optim.ema_decay)
-    optimizer = make_optimizer(iter(parameters), config)
+    optimizer = make_optimizer(iter(trained(module).values()), config)
     start = 0
     if found:
+        module.load_state_dict(found[0]["model"], strict=False)
+    shown = run.shown(bundle, module)
+    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
+    parameters = list(trained(module).values())
+    ema = EMA(module, optim.ema_decay)
+    if found:
         tensors, state = found
-        module.load_state_dict(tensors["model"], strict=False)
         ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
         unpack_optimizer(optimizer, tensors["optimizer"])
         start = int(str(state["step"]))
         if state["samples"] != samples.digest:
             run.say("not the pictures and captions that this run began with: it goes on with these")
-    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
-    ema.to(run.device)
 
     def save(step: int) -> None:
         tensors = {
-            "model": {name: p.detach() for name, p in trained(module).items()},
+            "model": dict(zip(ema.names, parameters, strict=True)),
             "ema": ema.state_dict(),
             "optimizer": pack_optimizer(optimizer),
         }
@@ -200,8 +207,6 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         run.accelerator.process_index,
         run.accelerator.num_processes,
     )
-
-    keeps_predictions = config.method == "lora" and config.prior.target != "picture"
 
     def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
         """The loss of a micro-batch, a function of its keys and the weights."""
@@ -221,7 +226,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         torch.manual_seed(int(generator(seed, 10, step, places[0]).integers(2**63)))  # dropout
         x, target = torch.cat(seen, 1), batch.target
         prior = torch.tensor([number >= samples.count for number in numbers], device=run.device)
-        if keeps_predictions and prior.any():
+        if keeps_predictions and (run.split or prior.any()):
             with torch.no_grad(), without_lora(module), run.accelerator.autocast():
                 before = module(x, batch.t, words)[:, : latents.shape[1]].float()
             target = torch.where(prior.view(-1, 1, 1, 1), before, target)
@@ -250,8 +255,8 @@ def fit(config: FinetuneConfig, run: Run) -> None:
                 run.record(done, {**losses, "lr": rate})
                 bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
             if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied():
-                    draw_samples(run, config, bundle, samples, done)
+                with ema.applied(), shown.whole() as whole:
+                    draw_samples(run, config, whole, samples, done)
             stopping = run.stopping
             if done % config.checkpoint_every == 0 or done == stop or stopping:
                 save(done)
@@ -260,11 +265,11 @@ def fit(config: FinetuneConfig, run: Run) -> None:
 
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
-    elif run.main:
-        with ema.applied():
-            own = samples.examples[: samples.count]  # without prior pictures
-            for line in save_outcome(bundle, config, own):
-                run.say(line)
+        return
+    with ema.applied(), shown.whole() as whole:
+        own = samples.examples[: samples.count]  # without prior pictures
+        for line in save_outcome(whole, config, own) if run.main else ():
+            run.say(line)
 
 
 def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples:
@@ -282,7 +287,9 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
         raise UserError(f"{checked.summary()} cannot be used: mend them, or use --bad skip")
     if not checked.examples:
         raise UserError(f"{data.root}: no picture is left to learn from")
-    check_words(config, [caption for e in checked.examples for caption in e.captions])
+    check_words(
+        config.inversion.tokens, [caption for e in checked.examples for caption in e.captions]
+    )
     run.say(f"{len(checked.examples)} pictures to learn from")
 
     cache, skip = config.out / "cache", data.bad == "skip"
@@ -382,15 +389,6 @@ def spell_out(prompts: list[str]) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the prompts of {prompt[1:]}: {error}") from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def check_words(config: FinetuneConfig, captions: Sequence[str]) -> None:
-    """A new word can be learned only from captions that hold it."""
-    for token in config.inversion.tokens:
-        if not any(token in caption for caption in captions):
-            raise UserError(
-                f"no caption holds {token}: --instance-prompt 'a picture in {token} style'"
-            )
 
 
 if __name__ == "__main__":

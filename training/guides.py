@@ -313,17 +313,17 @@ def fit(config: GuidesConfig, run: Run, task: Task) -> None:
     optim, module = config.optim, task.module
     run.say(f"{len(task.train)} pictures for training, {len(task.held_out)} held out")
     trained = [p for p in module.parameters() if p.requires_grad]
-    ema = EMA(module, optim.ema_decay)
     optimizer = adamw(iter(trained), optim)
     start = 0
     if found := run.resume():
         tensors, state = found
         module.load_state_dict(tensors["model"])
-        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
         unpack_optimizer(optimizer, tensors["optimizer"])
         start = int(str(state["step"]))
     wrapped, optimizer = run.accelerator.prepare(module, optimizer)
-    ema.to(run.device)
+    ema = EMA(module, optim.ema_decay)
+    if found:
+        ema.load_state_dict(found[0]["ema"], int(str(found[1]["ema_updates"])))
 
     def save(step: int) -> None:
         tensors = {

@@ -1,6 +1,8 @@
 """Pictures a second of a fine-tune, here and by diffusers' recipe, on the same model and pictures.
 
     OMP_NUM_THREADS=1 python training/time_finetune.py --data DIR [--side 1024]
+    OMP_NUM_THREADS=1 python training/time_finetune.py --data DIR --sd1 256 \\
+        --batch 4 --pictures 8 --steps 3 --methods lora
 
 Ours is training/finetune.py as it is. Theirs is the loop of diffusers'
 examples/text_to_image/train_text_to_image.py and train_text_to_image_lora.py without their options,
@@ -10,7 +12,9 @@ EMA. torchvision's transforms are done by Pillow, which torchvision itself calls
 Both sides: float32, batches of one size in one piece, LoRA of one rank in the attention, in turn,
 timed from the end of one step of the optimizer to the end of another. What ours does once before
 its first step (checking and encoding the pictures) is timed by itself. --side N has both sides read
-the same pictures enlarged to NxN, as JPEG: of the size that a camera's are, but smoother.
+the same pictures enlarged to NxN, as JPEG: of the size that a camera's are, but smoother. --sd1 N
+takes a model of the size and shape of Stable Diffusion 1.x, trained at NxN, with random weights,
+which take the same time as trained ones; the full fine-tune needs 24 GB at N = 256.
 """
 
 import argparse
@@ -24,12 +28,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import finetune  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -39,7 +45,9 @@ from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from latentdiff import process
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.find import find
 from latentdiff.data.check import check_pictures
@@ -48,9 +56,12 @@ from latentdiff.data.variants import variants
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.finetuning import resolve
 from latentdiff.learning.samples import encode_samples
+from latentdiff.models.text import build_text_encoder
+from latentdiff.models.vae import build_vae
 from latentdiff.pictures import open_picture
+from latentdiff.text import ClipTower
 
-RANK, PICTURES, FEW = 4, 32, 2
+RANK, FEW = 4, 2
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 Clock = tuple[float, float]
@@ -67,10 +78,20 @@ def since(start: Clock) -> Clock:
 
 
 @contextlib.contextmanager
-def steps_timed() -> Iterator[list[Clock]]:
-    """The time at the end of each step that an optimizer takes inside the context."""
+def steps_timed(most: int) -> Iterator[list[Clock]]:
+    """The time at the end of each step that an optimizer takes inside the context.
+
+    Raises:
+        Enough: `most` were taken.
+    """
     ends: list[Clock] = []
-    hook = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
+
+    def note(*_: object) -> None:
+        ends.append(now())
+        if len(ends) == most:
+            raise Enough
+
+    hook = register_optimizer_step_post_hook(note)
     try:
         yield ends
     finally:
@@ -83,6 +104,19 @@ def between(ends: list[Clock]) -> Clock:
     return last[0] - first[0], last[1] - first[1]
 
 
+def sd1(size: int, tokenizer: Path) -> Bundle:
+    """The shape of Stable Diffusion 1.x (Rombach et al. 2022, table 15), weights at random."""
+    words = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77)
+    unet = UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768)  # else its shape
+    vae = build_vae("kl", (128, 256, 512, 512), 2, 4, 32, size)
+    encoder = build_text_encoder(words, 768, 12, 12)
+    return Bundle(vae, unet, ClipTower(encoder, words), process.create("vp-scaled-linear"), "eps")
+
+
+class Enough(Exception):
+    """The steps that were wanted are done."""
+
+
 def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
     """The time of `steps` steps of training/finetune.py, after FEW that are not counted."""
     with tempfile.TemporaryDirectory() as out:
@@ -93,7 +127,7 @@ def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
             "precision": "no",  # not the default, which is bf16 where the processor has it
             "data": {"root": str(data), "flip": True},
             "optim": {
-                "steps": FEW + steps,
+                "steps": FEW + steps + 1,  # the last is not begun
                 "batch_size": batch,
                 "warmup": 0,
                 "schedule": "constant",
@@ -106,7 +140,9 @@ def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
         with (
             contextlib.redirect_stderr(quiet),
             contextlib.redirect_stdout(quiet),
-            steps_timed() as ends,
+            steps_timed(FEW + steps) as ends,
+            mock.patch.object(finetune, "draw_samples"),
+            contextlib.suppress(Enough),
         ):
             finetune.train(resolve(values, "time_finetune"), False)
         return between(ends)
@@ -194,8 +230,8 @@ def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, st
     loader = DataLoader(pictures, batch, shuffle=True, drop_last=True)
     rate = get_scheduler("constant", optimizer)
     unet, optimizer, loader, rate = accelerator.prepare(unet, optimizer, loader, rate)
-    with steps_timed() as ends:
-        while len(ends) < FEW + steps:
+    with contextlib.suppress(Enough), steps_timed(FEW + steps) as ends:
+        while True:
             for part in loader:
                 with accelerator.accumulate(unet):
                     latents = vae.encode(part["pixel_values"]).latent_dist.sample()
@@ -219,15 +255,13 @@ def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, st
                     optimizer.zero_grad()
                 if ema is not None:
                     ema.step(unet.parameters())
-                if len(ends) == FEW + steps:
-                    break
     return between(ends)
 
 
-def some_pictures(data: Path, to: Path, side: int | None) -> list[Example]:
+def some_pictures(data: Path, to: Path, count: int, side: int | None) -> list[Example]:
     """A folder of the first pictures of another, as they are or as JPEG of side x side."""
     lines: list[str] = []
-    for number, example in enumerate(list_folder(data)[:PICTURES]):
+    for number, example in enumerate(list_folder(data)[:count]):
         name = f"{number:04d}{example.path.suffix if side is None else '.jpg'}"
         if side is None:
             (to / name).write_bytes(example.path.read_bytes())
@@ -242,22 +276,30 @@ def some_pictures(data: Path, to: Path, side: int | None) -> list[Example]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="a folder of captioned pictures", required=True)
+    parser.add_argument("--pictures", type=int, default=32, help="how many of them")
     parser.add_argument("--side", type=int, help="enlarge them; default: as they are")
     parser.add_argument("--model", help="a folder; default: the bundled model")
+    parser.add_argument("--sd1", type=int, metavar="N", help="or Stable Diffusion 1's shape at NxN")
+    parser.add_argument("--methods", nargs="+", default=["lora", "full"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=16, help="that are timed, each time")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    model = find(given.model)
-    with tempfile.TemporaryDirectory() as folder:
-        examples = some_pictures(given.data, Path(folder), given.side)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "pictures"
+        folder.mkdir()
+        model = find(given.model)
+        if given.sd1 is not None:
+            torch.manual_seed(0)
+            model = sd1(given.sd1, model / "tokenizer").save(Path(name) / "sd1")
+        examples = some_pictures(given.data, folder, given.pictures, given.side)
         once = [prepare(examples, model)[0] for _ in range(given.rounds)]
         once = statistics.median(once) / len(examples)
         print(f"latentdiff, before the first step: {once:.4f} CPU seconds a picture")
-        for method in ("lora", "full"):
+        for method in given.methods:
             times: dict[str, list[Clock]] = {"latentdiff": [], "diffusers' recipe": []}
             for _ in range(given.rounds):
-                spent = ours(method, Path(folder), model, given.batch, given.steps)
+                spent = ours(method, folder, model, given.batch, given.steps)
                 times["latentdiff"].append(spent)
                 spent = theirs(method, examples, model, given.batch, given.steps)
                 times["diffusers' recipe"].append(spent)

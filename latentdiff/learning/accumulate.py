@@ -1,7 +1,7 @@
 """The gradients of one step, in micro-batches as large as memory takes."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -11,6 +11,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, distributed, nn
 
 from latentdiff.errors import UserError
+
+_BUCKET = 2**25  # bytes
 
 Item = TypeVar("Item")
 Terms = Callable[[Sequence[Item]], dict[str, Tensor]]
@@ -23,11 +25,16 @@ class Accumulation:
     Where one is too large for the memory of any process, the step starts again from its beginning
     with micro-batches half as large on every process. What a step computes is a function of its
     items alone, so the global batch, the losses and the gradients stay what they were.
+
+    Args:
+        split: FSDP2 splits the weights. It then exchanges them, and averages the gradients, in the
+            middle of each micro-batch, where processes cannot agree to begin again.
     """
 
-    def __init__(self, accelerator: Accelerator, micro: int) -> None:
+    def __init__(self, accelerator: Accelerator, micro: int, *, split: bool = False) -> None:
         self.accelerator = accelerator
         self.micro = micro
+        self.split = split
         self.signal = 0  # the highest that any process had noted when the last step was agreed on
 
     def gradients(
@@ -49,10 +56,17 @@ class Accumulation:
             The mean of every term over the global batch.
 
         Raises:
-            UserError: not even one item fits into memory.
+            UserError: not even one item fits into memory, or a micro-batch does not and the
+                weights are split.
         """
         while True:
             means = self._try(modules, share, terms)
+            if means is None and self.split:
+                raise UserError(
+                    f"out of memory with micro-batches of {self.micro}, which cannot shrink where "
+                    "the weights are split: raise optim.accumulation; the same command then goes "
+                    "on from the last checkpoint"
+                )
             failed, self.signal = self._agree(int(means is None), signal)
             if means is not None and not failed:
                 return self._average(parameters, means)
@@ -65,12 +79,13 @@ class Accumulation:
     ) -> dict[str, Tensor] | None:
         """Gradients and means over the share; None where memory ran out, with nothing kept alive.
 
-        Processes exchange nothing in here: one that fails in the middle leaves none waiting.
+        With whole weights processes exchange nothing in here: one that fails in the middle leaves
+        none waiting.
         """
         sums: dict[str, Tensor] = {}
         try:
             with ExitStack() as stack:
-                for module in modules:
+                for module in modules if not self.split else ():
                     stack.enter_context(self.accelerator.no_sync(module))
                 for first in range(0, len(share), self.micro):
                     part = share[first : first + self.micro]
@@ -98,20 +113,20 @@ class Accumulation:
     ) -> dict[str, Tensor]:
         """Gradients, in place, and means over the processes.
 
-        Each gradient by itself: the buckets of DDP change after its first step, and with them the
+        In buckets that stay the same: those of DDP change after its first step, and with them the
         order of the sums, so that a resumed run would not be the uninterrupted one.
         """
         world = self.accelerator.num_processes
         if world == 1:
             return means
         packed = torch.stack(list(means.values()))
-        tensors = [packed, *(p.grad for p in parameters if p.grad is not None)]
-        pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for work in pending:
-            if work is not None:
-                work.wait()
-        for tensor in tensors:
-            tensor.div_(world)
+        own = () if self.split else parameters  # FSDP2 has averaged them
+        for bucket in _buckets([packed, *(p.grad for p in own if p.grad is not None)]):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            distributed.all_reduce(flat)
+            parts = flat.div_(world).split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
         return dict(zip(means, packed, strict=True))
 
     def _halve(self) -> None:
@@ -124,3 +139,16 @@ class Accumulation:
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of one type and at most _BUCKET bytes, or of one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > _BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    yield bucket

@@ -18,26 +18,30 @@ class Captions:
     Args:
         captions: of each sample.
         dropout: probability of the empty caption instead, for classifier-free guidance (Ho &
-            Salimans 2022, algorithm 1).
+            Salimans 2022, algorithm 1); one for all, or of each sample.
     """
 
     def __init__(
-        self, tower: TextTower, captions: Sequence[Sequence[str]], dropout: float, seed: int
+        self,
+        tower: TextTower,
+        captions: Sequence[Sequence[str]],
+        dropout: float | Sequence[float],
+        seed: int,
     ) -> None:
         unique = {"": 0}
         for caption in (caption for own in captions for caption in own):
             unique.setdefault(caption, len(unique))
         self.rows = [[unique[caption] for caption in own] or [0] for own in captions]
         self.all = tower.tokenize(list(unique))
-        self.dropout = dropout
+        self.dropout = dropout if isinstance(dropout, Sequence) else [dropout] * len(captions)
         self.seed = seed
 
     def choose(self, step: int, places: list[int], samples: list[int]) -> list[int]:
-        """A row of `all` per sample; row 0, the empty caption, with probability `dropout`."""
+        """A row of `all` per sample; row 0, the empty caption, with its probability."""
         rows: list[int] = []
         for place, sample in zip(places, samples, strict=True):
             random = generator(self.seed, 4, step, place)
-            dropped = random.random() < self.dropout
+            dropped = random.random() < self.dropout[sample]
             row = self.rows[sample][random.integers(len(self.rows[sample]))]
             rows.append(0 if dropped else row)
         return rows

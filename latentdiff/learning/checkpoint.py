@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.learning.sharding import split_like
 
 Tensors = dict[str, Tensor]
 MANIFEST = "manifest.json"
@@ -145,10 +146,11 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
 def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Tensors) -> None:
     """Put what `pack_optimizer` gave back; hyper-parameters stay as they are."""
     whole = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Tensors] = {}
     for name, value in packed.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = split_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 

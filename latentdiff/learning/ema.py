@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from latentdiff.learning.sharding import split_like
+
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that require gradients."""
@@ -15,8 +17,8 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 class EMA:
     """A float32 average of those of a module's parameters that are trained.
 
-    Which these are is settled here: to walk through the module at each step would take longer
-    than the average does.
+    Which these are is settled here, so make it when the module is where it is trained: to walk
+    through the module at each step would take longer than the average does.
 
     The decay warms up as (1 + n) / (10 + n) so that early averages are not the initial weights.
     Call `update` once per optimizer step, when gradients were synchronised.
@@ -53,10 +55,6 @@ class EMA:
         for parameter, value in zip(self.live, source, strict=True):
             parameter.copy_(value)
 
-    def to(self, device: torch.device) -> None:
-        """Move the averages to a device."""
-        self.shadow = [value.to(device) for value in self.shadow]
-
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> averaged parameter."""
         return dict(zip(self.names, self.shadow, strict=True))
@@ -64,5 +62,5 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
         """Put a saved average back."""
         for name, shadow in zip(self.names, self.shadow, strict=True):
-            shadow.copy_(state[name])
+            shadow.copy_(split_like(state[name], shadow))
         self.updates = updates

@@ -46,15 +46,17 @@ class PriorConfig(Strict):
     """Pictures of the model's own that it must not unlearn (Ruiz et al. 2023, sec. 3.2).
 
     With the target "prediction" LoRA learns from them what the model says without it, which tells
-    all that the model knows and no noise; with "picture", the pictures.
+    all that the model knows and no noise, without words too: `caption_dropout` is the share of
+    that. With "picture" it learns the pictures.
     """
 
-    target: Literal["auto", "prediction", "picture"] = "auto"
+    target: Literal["prediction", "picture"] = "picture"
     prompts: list[str] = Field(default_factory=list)
     count: PositiveInt = 400
     weight: PositiveFloat = 1.0
     steps: PositiveInt = 10
     guidance_scale: float = 4.0
+    caption_dropout: float = Field(default=0.15, ge=0.0, le=1.0)
 
 
 class FinetuneObjective(Strict):
@@ -88,7 +90,7 @@ class FinetuneConfig(RunConfig):
 
 # What each method needs to work on a few dozen pictures; larger models want smaller rates.
 _OPTIM: dict[Method, dict[str, object]] = {
-    "lora": {"lr": 2e-3, "steps": 400, "batch_size": 16, "ema_decay": 0.0},
+    "lora": {"lr": 2e-3, "steps": 700, "batch_size": 24, "ema_decay": 0.0},
     "full": {"lr": 1e-4, "steps": 400, "batch_size": 32, "ema_decay": 0.99},
     "dreambooth": {"lr": 5e-5, "steps": 400, "batch_size": 16, "ema_decay": 0.0},
     "textual-inversion": {
@@ -123,6 +125,10 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
     if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
         given = {"caption_dropout": 0.0, **_section(values, "objective", source)}
         values = put(values, "objective", given)
+        given = {"target": "prediction", **_section(values, "prior", source)}
+        if given["target"] == "prediction":
+            given = {"weight": 3.0, **given}
+        values = put(values, "prior", given)
     values.setdefault("precision", "bf16" if _has_bf16() else "no")
     config = validate(FinetuneConfig, values, source)
     _check_together(config)

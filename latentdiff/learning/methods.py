@@ -101,13 +101,13 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
 def without_lora(module: nn.Module) -> Iterator[None]:
     """Inside the context the LoRA in a module's networks is off."""
     layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    for layer in layers:  # enable_adapters would freeze weights, of which FSDP2 has two of each
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def make_optimizer(parameters: Iterator[nn.Parameter], config: FinetuneConfig) -> Optimizer:

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
+from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import Accumulation, Item, Terms
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
+from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.records import Records
+from latentdiff.learning.sharding import Shown, gathered
 
-_WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # in every process: DDP
+_WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -49,11 +52,15 @@ class Run:
     Nothing of the method is in here; the loop stands in the script. The folder is this run's
     alone from `with Run(...) as run:` to the end of the block, or of the process.
 
+    Args:
+        may_split: whether the loop can do with weights that FSDP2 splits over the processes.
+
     Raises:
-        UserError: the folder cannot be written, another run has it, or the batch does not divide.
+        UserError: the folder cannot be written, another run has it, the batch does not divide, or
+            the launch splits weights that must be whole.
     """
 
-    def __init__(self, config: RunConfig, dry: bool = False) -> None:
+    def __init__(self, config: RunConfig, dry: bool = False, *, may_split: bool = False) -> None:
         self.config = config
         self.dry = dry
         # no exchange inside a forward pass: one that runs out of memory there leaves none waiting
@@ -64,11 +71,13 @@ class Run:
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self.signal = 0
+        self.split = may_split and self.accelerator.is_fsdp2
         kind = self.accelerator.distributed_type
-        if kind not in (*_WHOLE_WEIGHTS, DistributedType.NO):
+        if kind not in _WHOLE_WEIGHTS and not self.split:
             raise UserError(
-                f"{kind.value} splits the weights over the processes, which these loops do not "
-                "save: launch with training/configs/accelerate-ddp.yaml"
+                f"this run cannot split its weights over the processes by {kind.value}: launch "
+                "with training/configs/accelerate-ddp.yaml (accelerate-fsdp.yaml for "
+                "diffusion.py, and for finetune.py but textual inversion)"
             )
         optim, world = config.optim, self.accelerator.num_processes
         if optim.batch_size % (optim.accumulation * world):
@@ -77,7 +86,7 @@ class Run:
                 f"{optim.accumulation} x {world} processes"
             )
         micro = optim.batch_size // (optim.accumulation * world)
-        self.accumulation = Accumulation(self.accelerator, micro)
+        self.accumulation = Accumulation(self.accelerator, micro, split=self.split)
         self.records: Records | None = None
         self._lock: TextIO | None = None
 
@@ -129,6 +138,10 @@ class Run:
         if self.main:
             tqdm.write(line)
 
+    def shown(self, bundle: Bundle, module: Conditioned) -> Shown:
+        """The model as a whole, whatever becomes of `module` when Accelerate prepares it."""
+        return Shown(bundle, module, self.device, split=self.split, main=self.main)
+
     def resume(self) -> tuple[dict[str, Tensors], dict[str, object]] | None:
         """The newest whole checkpoint of this run's folder, or None; opens the records there."""
         found = load_newest(self.out / "checkpoints", self.say)
@@ -151,7 +164,8 @@ class Run:
         return found
 
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
-        """Write a checkpoint from the main process."""
+        """Write a checkpoint from the main process, of what all processes hold."""
+        tensors = {name: self._collect(group) for name, group in tensors.items()}
         if self.main:
             size = sum(t.nbytes for group in tensors.values() for t in group.values())
             free = shutil.disk_usage(self.out).free
@@ -177,6 +191,17 @@ class Run:
                 self.config.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
+
+    def _collect(self, group: Tensors) -> Tensors:
+        """Tensors as a whole, for the main process; split ones by way of the computer's memory."""
+        if not self.split:
+            return group
+        found: Tensors = {}
+        for name, tensor in group.items():
+            whole = gathered(tensor)
+            if self.main:
+                found[name] = whole.cpu()
+        return found
 
     def gradients(
         self,
@@ -213,7 +238,9 @@ class Run:
             self.accelerator.clip_grad_norm_(parameters, self.config.optim.clip)
             for _, parameters in parts
         ]
-        good = all(norm is None or bool(torch.isfinite(torch.as_tensor(norm))) for norm in norms)
+        good = all(
+            norm is None or bool(torch.isfinite(gathered(torch.as_tensor(norm)))) for norm in norms
+        )
         for optimizer, _ in parts:
             for group in optimizer.param_groups:
                 group["lr"] = rate

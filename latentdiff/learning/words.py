@@ -89,3 +89,16 @@ def with_learned_words(bundle: Bundle) -> Bundle:
     assert isinstance(words, WordRows)
     model.set_input_embeddings(words.merged())
     return replace(bundle, text=ClipTower(model, bundle.text.tokenizer))
+
+
+def check_words(tokens: Sequence[str], captions: Sequence[str]) -> None:
+    """A new word can be learned only from captions that hold it.
+
+    Raises:
+        UserError: no caption holds one.
+    """
+    for token in tokens:
+        if not any(token in caption for caption in captions):
+            raise UserError(
+                f"no caption holds {token}: --instance-prompt 'a picture in {token} style'"
+            )

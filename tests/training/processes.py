@@ -1,4 +1,5 @@
-"""One process and two, with enough memory and with too little: the same losses.
+"""One process and two, with whole and split weights, with enough memory and with too little: the
+same losses.
 
     PYTHONPATH=.:tests python tests/training/processes.py
 
@@ -7,6 +8,7 @@ Prints one JSON object: by script and run, the loss and the learning rate of eve
 
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -14,12 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from lab import Lab
+from scripts import ROOT
 from torch import nn
 
+CONFIGS = ROOT / "training/configs"
 LONG = ["optim.steps=20", "optim.batch_size=8", "optim.warmup=5"]
-LONG += ["checkpoint_every=20", "evaluate_every=20"]
+LONG += ["precision=no", "checkpoint_every=20", "evaluate_every=20"]
+MORE = {
+    "diffusion": [],
+    "finetune": ["prior.prompts=[a red disc]", "prior.count=4", "prior.steps=2"],
+}
 
 
 def no_room_above(largest: int, backward: bool) -> None:
@@ -40,8 +51,34 @@ def no_room_above(largest: int, backward: bool) -> None:
     nn.modules.module.register_module_forward_pre_hook(before)
 
 
+def split_weights() -> None:
+    """Have Accelerate split weights over processors, which it does over accelerators only."""
+    made = AcceleratorState.__init__
+
+    def split(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        plan = yaml.safe_load((CONFIGS / "accelerate-fsdp.yaml").read_text())["fsdp_config"]
+        self.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=plan["fsdp_version"],
+            auto_wrap_policy=plan["fsdp_auto_wrap_policy"],
+            transformer_cls_names_to_wrap=plan["fsdp_transformer_layer_cls_to_wrap"].split(","),
+            reshard_after_forward=plan["fsdp_reshard_after_forward"],
+            cpu_ram_efficient_loading=plan["fsdp_cpu_ram_efficient_loading"],
+        )
+        self.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = split
+
+
 def run(
-    lab: Lab, out: str, largest: list[int], backward: bool = False, stage: str = "diffusion"
+    lab: Lab,
+    out: str,
+    largest: list[int],
+    *changes: str,
+    stage: str = "diffusion",
+    backward: bool = False,
+    split: bool = False,
 ) -> list[list[float]]:
     """[loss, learning rate] of every step; `largest` is the room of each process, 0 for plenty."""
     world = len(largest)
@@ -56,16 +93,21 @@ def run(
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "OMP_NUM_THREADS": "1",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "ACCELERATE_USE_CPU": "true",
                 "GLOO_SOCKET_IFNAME": "lo",
             }
+        if split:
+            split_weights()
         if largest[rank]:
             no_room_above(largest[rank], backward)
 
     children = [
-        lab.start(stage, out, *LONG, before=lambda at=rank: become(at)) for rank in range(world)
+        lab.start(stage, out, *LONG, *MORE[stage], *changes, before=lambda at=rank: become(at))
+        for rank in range(world)
     ]
     for child in children:
         lab.ended(child, out, 0)
@@ -73,24 +115,44 @@ def run(
     return [[row["loss"], row["lr"]] for row in rows if "loss" in row]
 
 
+def resumed(lab: Lab, out: str, stage: str) -> None:
+    """A run of split weights that goes on from its middle ends as it did, to the bit."""
+    folder = lab.folder / out
+    written = next(iter(folder.glob("model/unet/*.safetensors")), None)
+    result = written or folder / "pytorch_lora_weights.safetensors"
+    before = result.read_bytes()
+    shutil.rmtree(folder / "checkpoints" / "step-00000020")
+    result.unlink()
+    run(lab, out, [0, 0], "checkpoint_every=10", stage=stage, split=True)
+    assert f"resuming {folder} at step 10" in (lab.folder / f"{out}.log").read_text()
+    assert result.read_bytes() == before, f"{out}: not the same weights after a resume"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         lab = Lab(Path(name))
         lab.finish("autoencoder", "first", "optim.steps=1")
         (lab.folder / "vae").symlink_to(lab.folder / "first/vae")
-        two = {
-            "one": run(lab, "one", [0]),
-            "one, no room in the backward pass": run(lab, "backward", [2], backward=True),
-            "two": run(lab, "two", [0, 0]),
-        }
-        if "--all" in sys.argv:
-            two["one, no room in the forward pass"] = run(lab, "forward", [2])
+        lab.finish("diffusion", "second", "optim.steps=1")
+        (lab.folder / "model").symlink_to(lab.folder / "second/model")
+        found: dict[str, dict[str, list[list[float]]]] = {}
+        for stage in ("diffusion", "finetune"):
+            runs = found[stage] = {
+                "one": run(lab, f"{stage} one", [0], stage=stage),
+                "no room": run(lab, f"{stage} backward", [2], stage=stage, backward=True),
+                "two": run(lab, f"{stage} two", [0, 0], stage=stage),
+            }
+            out = f"{stage} split"
+            runs["split"] = run(lab, out, [0, 0], "checkpoint_every=10", stage=stage, split=True)
+            if "--all" not in sys.argv:
+                continue
+            resumed(lab, out, stage)
+            runs["no room in the forward pass"] = run(lab, f"{stage} forward", [2], stage=stage)
             for place in ("forward", "backward"):  # of the second process
-                out = f"both, {place}"
-                two[out] = run(lab, out, [0, 2], backward=place == "backward")
+                out = f"{stage} both, {place}"
+                runs[out] = run(lab, out, [0, 2], stage=stage, backward=place == "backward")
                 said = (lab.folder / f"{out}.log").read_text()
                 assert "micro-batches of 2 instead of 4" in said, said
-        found = {"diffusion": two}
         print(json.dumps(found))
 
 

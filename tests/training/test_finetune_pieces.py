@@ -61,6 +61,13 @@ def test_cached_states_are_those_of_the_tower(tower: str, tmp_path: Path) -> Non
     assert chosen == {0, 1, 2, 3, 4}
 
 
+def test_each_sample_loses_its_caption_with_its_own_probability() -> None:
+    captions = Captions(tiny_bundle().text, [("a cat",), ("a heart",), ("a dog",)], [0, 1, 0.5], 1)
+    rows = [captions.choose(step, [0, 1, 2], [0, 1, 2]) for step in range(200)]
+    assert {row[:2] for row in map(tuple, rows)} == {(1, 0)}
+    assert 70 < sum(row[2] == 0 for row in rows) < 130
+
+
 def test_offset_noise_is_standard_and_a_function_of_its_place() -> None:
     noise = offset_noise(5, 2, list(range(4000)), 3)
     assert noise.shape == (4000, 3, 1, 1)

@@ -17,7 +17,7 @@ CONFIGS = sorted((ROOT / "training/configs").glob("accelerate-*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_every_config(path: Path) -> None:
     config = load_config_from_file(str(path))  # an unknown key is an error
-    assert config.distributed_type == "MULTI_GPU"
+    assert config.distributed_type == ("FSDP" if "fsdp" in path.stem else "MULTI_GPU")
     assert config.use_cpu == (path.stem == "accelerate-cpu")
     assert config.mixed_precision == "no"  # the run's own `precision` decides
 
