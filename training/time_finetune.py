@@ -19,6 +19,7 @@ which take the same time as trained ones; the full fine-tune needs 24 GB at N = 
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import statistics
@@ -299,8 +300,10 @@ def main() -> None:
         for method in given.methods:
             times: dict[str, list[Clock]] = {"latentdiff": [], "diffusers' recipe": []}
             for _ in range(given.rounds):
+                gc.collect()  # of one side, before the other's
                 spent = ours(method, folder, model, given.batch, given.steps)
                 times["latentdiff"].append(spent)
+                gc.collect()
                 spent = theirs(method, examples, model, given.batch, given.steps)
                 times["diffusers' recipe"].append(spent)
                 print(method, times, file=sys.stderr, flush=True)
@@ -314,7 +317,7 @@ def report(method: str, times: dict[str, list[Clock]], pictures: int) -> None:
         for side, rounds in times.items()
     }
     for side, (cpu, wall) in rates.items():
-        print(f"{method}: {side}: {cpu:.1f} pictures a CPU second, {wall:.1f} a second")
+        print(f"{method}: {side}: {cpu:.3g} pictures a CPU second, {wall:.3g} a second")
     one, other = rates.values()
     print(f"{method}: latentdiff / diffusers: {one[0] / other[0]:.2f}, {one[1] / other[1]:.2f}")
 
