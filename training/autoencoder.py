@@ -111,6 +111,8 @@ def main(
 
 def train(config: AutoencoderConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
+    if config.precision == "fp16" and config.loss.adversarial > 0.0:  # one scale for two losses
+        raise UserError("loss.adversarial does not go with precision fp16: set precision: bf16")
     with Run(config, dry) as run:
         fit(config, run)
 
@@ -152,7 +154,9 @@ def fit(config: AutoencoderConfig, run: Run) -> None:
     )
     ema = EMA(vae, optim.ema_decay)
     if found:
-        ema.load_state_dict(found[0]["ema"], int(str(found[1]["ema_updates"])))
+        tensors, state = found
+        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
+        del found, tensors  # of the size of all that is trained, thrice
     parameters = list(module.parameters())
     critic_parameters = list(critic.parameters())
 

@@ -161,6 +161,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
         unpack_optimizer(optimizer, tensors["optimizer"])
         start = int(str(state["step"]))
+        del found, tensors
 
     def save(step: int) -> None:
         tensors = {

@@ -190,6 +190,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         start = int(str(state["step"]))
         if state["samples"] != samples.digest:
             run.say("not the pictures and captions that this run began with: it goes on with these")
+        del found, tensors
 
     def save(step: int) -> None:
         tensors = {

@@ -201,6 +201,8 @@ class PicturesAndTexts:
     def __init__(self, run: Run, config: GuidesConfig, task: ClipTask) -> None:
         if config.optim.accumulation != 1:
             raise UserError("a CLIP learns from all pairs of a batch: set optim.accumulation: 1")
+        if run.accelerator.num_processes > 1:
+            raise UserError("a CLIP learns from all pairs of a batch: launch it as one process")
         self.config, self.run, self.task = config, run, task
         self.train, self.held_out = split(config)
         self.pictures, self.held_pictures = (
@@ -301,7 +303,7 @@ def main(
 
 def train(config: GuidesConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
-    with Run(config, dry) as run:
+    with Run(config, dry, may_shrink=config.task.kind != "clip") as run:
         if isinstance(config.task, ClassifierTask):
             fit(config, run, LatentLabels(run, config, config.task))
         else:
@@ -323,7 +325,9 @@ def fit(config: GuidesConfig, run: Run, task: Task) -> None:
     wrapped, optimizer = run.accelerator.prepare(module, optimizer)
     ema = EMA(module, optim.ema_decay)
     if found:
-        ema.load_state_dict(found[0]["ema"], int(str(found[1]["ema_updates"])))
+        tensors, state = found
+        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
+        del found, tensors
 
     def save(step: int) -> None:
         tensors = {

@@ -29,12 +29,21 @@ class Accumulation:
     Args:
         split: FSDP2 splits the weights. It then exchanges them, and averages the gradients, in the
             middle of each micro-batch, where processes cannot agree to begin again.
+        shrinks: the mean loss of smaller micro-batches is that of the whole.
     """
 
-    def __init__(self, accelerator: Accelerator, micro: int, *, split: bool = False) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        micro: int,
+        *,
+        split: bool = False,
+        shrinks: bool = True,
+    ) -> None:
         self.accelerator = accelerator
         self.micro = micro
         self.split = split
+        self.shrinks = shrinks
         self.signal = 0  # the highest that any process had noted when the last step was agreed on
 
     def gradients(
@@ -56,8 +65,8 @@ class Accumulation:
             The mean of every term over the global batch.
 
         Raises:
-            UserError: not even one item fits into memory, or a micro-batch does not and the
-                weights are split.
+            UserError: not even one item fits into memory, or a micro-batch does not and cannot
+                shrink.
         """
         while True:
             means = self._try(modules, share, terms)
@@ -66,6 +75,11 @@ class Accumulation:
                     f"out of memory with micro-batches of {self.micro}, which cannot shrink where "
                     "the weights are split: raise optim.accumulation; the same command then goes "
                     "on from the last checkpoint"
+                )
+            if means is None and not self.shrinks:
+                raise UserError(
+                    f"out of memory with a batch of {self.micro}, which cannot shrink where a "
+                    "picture's loss is of the whole batch: lower optim.batch_size or data.size"
                 )
             failed, self.signal = self._agree(int(means is None), signal)
             if means is not None and not failed:

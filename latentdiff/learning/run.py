@@ -7,26 +7,30 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Self, TextIO
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import Accumulation, Item, Terms
-from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint
+from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint, sync
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.records import Records
+from latentdiff.learning.settings import check_settings, settings_of
 from latentdiff.learning.sharding import Shown, gathered
 
+_PATIENCE = timedelta(hours=6)  # of processes, while the main one encodes or draws alone
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
 
 
@@ -54,18 +58,29 @@ class Run:
 
     Args:
         may_split: whether the loop can do with weights that FSDP2 splits over the processes.
+        may_shrink: whether the mean loss of smaller micro-batches is that of the whole.
 
     Raises:
         UserError: the folder cannot be written, another run has it, the batch does not divide, or
             the launch splits weights that must be whole.
     """
 
-    def __init__(self, config: RunConfig, dry: bool = False, *, may_split: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        dry: bool = False,
+        *,
+        may_split: bool = False,
+        may_shrink: bool = True,
+    ) -> None:
         self.config = config
         self.dry = dry
         # no exchange inside a forward pass: one that runs out of memory there leaves none waiting
         alone = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[alone])
+        patient = InitProcessGroupKwargs(timeout=_PATIENCE)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision, kwargs_handlers=[alone, patient]
+        )
         self.main = self.accelerator.is_main_process
         self.out = config.out
         self.bad_steps = 0
@@ -79,6 +94,12 @@ class Run:
                 "with training/configs/accelerate-ddp.yaml (accelerate-fsdp.yaml for "
                 "diffusion.py, and for finetune.py but textual inversion)"
             )
+        if config.precision == "fp16" and self.device.type == "cpu":
+            raise UserError("precision fp16 is for GPUs: set precision: bf16 or no")
+        if self.split:  # autocast casts where it should; FSDP2 would round times and gradients, too
+            plugin = self.accelerator.state.fsdp_plugin
+            assert plugin is not None
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
         optim, world = config.optim, self.accelerator.num_processes
         if optim.batch_size % (optim.accumulation * world):
             raise UserError(
@@ -86,7 +107,9 @@ class Run:
                 f"{optim.accumulation} x {world} processes"
             )
         micro = optim.batch_size // (optim.accumulation * world)
-        self.accumulation = Accumulation(self.accelerator, micro, split=self.split)
+        self.accumulation = Accumulation(
+            self.accelerator, micro, split=self.split, shrinks=may_shrink
+        )
         self.records: Records | None = None
         self._lock: TextIO | None = None
 
@@ -95,9 +118,15 @@ class Run:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._lock = (self.out / ".lock").open("w")
-                self._keep_config()
+                # of the process, freed at its death; a child such as a loader has no part in it
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is writing to {self.out}: name another `out`"
+                ) from None
             except OSError as error:
                 raise UserError(f"cannot write to {self.out}: {error.strerror}") from None
+        self.accelerator.wait_for_everyone()  # none touches the folder before it is this run's
         return self
 
     def __exit__(
@@ -116,17 +145,20 @@ class Run:
             self.accelerator.end_training()
 
     def _keep_config(self) -> None:
-        """Take the folder, and keep the resolved configuration in it."""
-        assert self._lock is not None
-        try:  # of the process, freed at its death; a child such as a loader has no part in it
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {self.out}: name another `out`") from None
+        """The resolved configuration in the folder, and the one before it, which it replaces."""
         text = dump_config(self.config)
         kept = self.out / "config.yaml"
-        if kept.exists() and kept.read_text() != text and not self.dry:
-            kept.replace(self.out / "config.previous.yaml")
-        kept.write_text(text)
+        if kept.exists() and (self.dry or kept.read_text() == text):
+            return
+        staged = self.out / ".config.yaml.part"
+        try:
+            staged.write_text(text)
+            sync(staged)
+            if kept.exists():
+                kept.replace(self.out / "config.previous.yaml")
+            staged.replace(kept)
+        except OSError as error:
+            raise UserError(f"cannot write {kept}: {error.strerror}") from None
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +175,11 @@ class Run:
         return Shown(bundle, module, self.device, split=self.split, main=self.main)
 
     def resume(self) -> tuple[dict[str, Tensors], dict[str, object]] | None:
-        """The newest whole checkpoint of this run's folder, or None; opens the records there."""
+        """The newest whole checkpoint of this run's folder, or None; opens the records there.
+
+        Raises:
+            UserError: none is whole, or it is of a run with other settings; see `check_settings`.
+        """
         found = load_newest(self.out / "checkpoints", self.say)
         state = {} if found is None else found[1]
         self.bad_steps, self.bad_in_a_row, micro, start = (
@@ -153,14 +189,17 @@ class Run:
                 *(("micro", self.accumulation.micro), ("step", 0)),
             )
         )
-        self.accumulation.micro = min(micro, self.accumulation.micro)
+        other = check_settings(self.config, state.get("settings"), start)
+        if self.accumulation.shrinks:
+            self.accumulation.micro = min(micro, self.accumulation.micro)
         scaler = state.get("scaler")
         if self.accelerator.scaler is not None and isinstance(scaler, dict):
             self.accelerator.scaler.load_state_dict(scaler)
         if self.main:
+            self._keep_config()
             self.records = Records(self.out, start)
         if found is not None:
-            self.say(f"resuming {self.out} at step {start}")
+            self.say(f"resuming {self.out} at step {start}" + (f", {other}" if other else ""))
         return found
 
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
@@ -186,6 +225,7 @@ class Run:
                     "bad_steps": self.bad_steps,
                     "bad_in_a_row": self.bad_in_a_row,
                     "micro": self.accumulation.micro,
+                    "settings": settings_of(self.config),
                     "scaler": None if scaler is None else scaler.state_dict(),
                 },
                 self.config.keep_checkpoints,

@@ -6,12 +6,14 @@ same losses.
 Prints one JSON object: by script and run, the loss and the learning rate of every step.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from lab import Lab
+from lab import SCRIPTS, Lab
 from scripts import ROOT
-from torch import nn
+from torch import distributed, nn
+
+from latentdiff.learning.run import Run
 
 CONFIGS = ROOT / "training/configs"
 LONG = ["optim.steps=20", "optim.batch_size=8", "optim.warmup=5"]
@@ -56,7 +60,10 @@ def split_weights() -> None:
     made = AcceleratorState.__init__
 
     def split(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        known = AcceleratorState._shared_state != {}
         made(self, *args, **kwargs)
+        if known:  # all of them share one state
+            return
         plan = yaml.safe_load((CONFIGS / "accelerate-fsdp.yaml").read_text())["fsdp_config"]
         self.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=plan["fsdp_version"],
@@ -65,10 +72,43 @@ def split_weights() -> None:
             reshard_after_forward=plan["fsdp_reshard_after_forward"],
             cpu_ram_efficient_loading=plan["fsdp_cpu_ram_efficient_loading"],
         )
+        if self._mixed_precision != "no":
+            self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = split
+
+
+def refuse_rounded_times() -> None:
+    """Have this process fail where the U-Net is told rounded times: bfloat16 has 8 bits of 1000."""
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            assert inputs[1].dtype == torch.float32, inputs[1]
+
+    nn.modules.module.register_module_forward_pre_hook(look)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def be_process(rank: int, world: int, port: int) -> None:
+    """What `accelerate launch --cpu --num_processes` sets."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
 
 
 def run(
@@ -82,26 +122,14 @@ def run(
 ) -> list[list[float]]:
     """[loss, learning rate] of every step; `largest` is the room of each process, 0 for plenty."""
     world = len(largest)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def become(rank: int) -> None:
-        """What `accelerate launch --cpu --num_processes` sets."""
         if world > 1:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "true",
-                "GLOO_SOCKET_IFNAME": "lo",
-            }
+            be_process(rank, world, port)
         if split:
             split_weights()
+        refuse_rounded_times()
         if largest[rank]:
             no_room_above(largest[rank], backward)
 
@@ -113,6 +141,48 @@ def run(
         lab.ended(child, out, 0)
     rows = [json.loads(line) for line in (lab.folder / out / "log.jsonl").read_text().splitlines()]
     return [[row["loss"], row["lr"]] for row in rows if "loss" in row]
+
+
+def short_in_bf16(lab: Lab) -> None:
+    """Split weights have in bf16 what whole ones have."""
+    short = ["precision=bf16", "optim.steps=2"]
+    one = run(lab, "bf16 one", [0], *short)
+    split = run(lab, "bf16 split", [0, 0], *short, split=True)
+    gaps = [abs(a - b) for (a, _), (b, _) in zip(one, split, strict=True)]
+    assert max(gaps) < 3e-3, gaps
+
+
+def refused(lab: Lab) -> None:
+    """Of a second launch no process begins, whatever its rank; and no fp16 on a CPU."""
+    out, began = lab.folder / "taken", lab.folder / "began"
+
+    def begin(config: Any, run: Run) -> None:
+        group = distributed.distributed_c10d._get_default_group()
+        patience = group._get_backend(run.device).options._timeout
+        assert patience > timedelta(hours=1), patience
+        began.touch()
+
+    def two(expect: int) -> None:
+        port = free_port()
+
+        def become(rank: int) -> None:
+            be_process(rank, 2, port)
+            vars(SCRIPTS["diffusion"])["fit"] = begin
+
+        for child in [
+            lab.start("diffusion", out.name, before=lambda at=rank: become(at)) for rank in (0, 1)
+        ]:
+            lab.ended(child, out.name, expect)
+
+    out.mkdir()
+    with (out / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        two(70)
+    assert not began.exists()
+    two(0)
+    assert began.exists()
+    lab.finish("diffusion", "half", "precision=fp16", expect=70)
+    assert "precision fp16 is for GPUs" in (lab.folder / "half.log").read_text()
 
 
 def resumed(lab: Lab, out: str, stage: str) -> None:
@@ -135,6 +205,8 @@ def main() -> None:
         (lab.folder / "vae").symlink_to(lab.folder / "first/vae")
         lab.finish("diffusion", "second", "optim.steps=1")
         (lab.folder / "model").symlink_to(lab.folder / "second/model")
+        refused(lab)
+        short_in_bf16(lab)
         found: dict[str, dict[str, list[list[float]]]] = {}
         for stage in ("diffusion", "finetune"):
             runs = found[stage] = {

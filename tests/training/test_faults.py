@@ -1,10 +1,12 @@
 """A run on a bad day: no disk, no picture, NaN, another run. One line, and nothing is lost."""
 
+import hashlib
 import json
 import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from lab import train as run_stage
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.learning.checkpoint import checkpoints, find_fault
+from latentdiff.learning.checkpoint import checkpoints, find_fault, load_newest
 from latentdiff.learning.run import Run
 
 
@@ -34,6 +36,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def train(lab: Lab, stage: str, out: str, *overrides: str) -> None:
     where = [f"out={lab.folder / out}", f"data.root={lab.folder}/pictures", "optim.steps=4"]
+    where += ["precision=no"]
     run_stage(stage, lab.folder / f"{stage}.yaml", *where, *overrides)
 
 
@@ -45,8 +48,15 @@ def steps_of(run: Path) -> list[str]:
 
 def assert_equal(one: Path, other: Path) -> None:
     """The last checkpoint, with averages and optimizer, and every loss."""
-    manifests = [checkpoints(run / "checkpoints")[0] / "manifest.json" for run in (one, other)]
-    assert manifests[0].read_text() == manifests[1].read_text()
+    sums, states = [], []
+    for run in (one, other):
+        newest = checkpoints(run / "checkpoints")[0]
+        found = json.loads((newest / "manifest.json").read_text())["sha256"]
+        sums.append({name: sum for name, sum in found.items() if name != "state.json"})
+        states.append(json.loads((newest / "state.json").read_text()))
+        del states[-1]["settings"]["data.root"]
+    assert sums[0] == sums[1]
+    assert states[0] == states[1]
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
 
 
@@ -197,3 +207,79 @@ def test_stage_2_has_its_latents_and_needs_no_picture(
     after_step(monkeypatch, 1, lambda: [path.unlink() for path in copied.glob("*.png")])
     train(lab, "diffusion", "latents", f"data.root={copied}")
     assert_equal(lab.folder / "whole", lab.folder / "latents")
+
+
+def test_a_run_goes_on_as_the_run_that_it_was_or_says_so(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other shapes are refused in one line; so is all that a finished run was not trained with."""
+    (lab.folder / "model").symlink_to(lab.folder / "whole/model")
+    train(lab, "finetune", "lora", "optim.steps=1")
+    log = {
+        out: (lab.folder / out / "config.yaml").read_text() for out in ("first", "whole", "lora")
+    }
+    refused = {
+        ("finetune", "lora", "lora.rank=3"): "lora.rank=2, not 3",
+        ("finetune", "lora", "lora.targets=attention"): "lora.targets=all, not attention",
+        ("finetune", "lora", "method=full"): "method=lora, not full",
+        (
+            "autoencoder",
+            "first",
+            "model.channels=[8,16]",
+        ): r"model.channels=\[8, 8\], not \[8, 16\]",
+        ("diffusion", "whole", "text.width=64"): "text.width=32, not 64",
+        ("diffusion", "whole", "unet.channels=[32,64]"): r"unet.channels=\[32, 32\]",
+        ("diffusion", "whole", "optim.lr=0.5"): "finished, and was trained with optim.lr=0.001",
+        ("diffusion", "whole", "optim.steps=3"): "trained for 4 steps, more than optim.steps=3",
+    }
+    for (stage, out, change), line in refused.items():
+        steps = {"autoencoder": 1, "finetune": 1, "diffusion": 4}[stage]
+        with pytest.raises(UserError, match=line) as error:
+            train(lab, stage, out, f"optim.steps={steps}", change)
+        assert "name another out" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert (lab.folder / out / "config.yaml").read_text() == log[out]  # nothing was done
+    with pytest.raises(UserError, match=r"loss.adversarial does not go with precision fp16"):
+        train(lab, "autoencoder", "half", "precision=fp16")
+
+    out = lab.folder / "longer"
+    shutil.copytree(lab.folder / "whole", out)
+    train(lab, "diffusion", "longer", "checkpoint_every=7", "sample_prompts=[a blue disc]")
+    train(
+        lab, "diffusion", "longer", "optim.steps=5", "optim.lr=0.01", f"vae={lab.folder}/first/vae"
+    )
+    said = capsys.readouterr().out
+    assert "at step 4, from here on with optim.lr=0.01 instead of 0.001\n" in said
+    newest = checkpoints(out / "checkpoints")[0]
+    state = json.loads((newest / "state.json").read_text())
+    del state["settings"]  # as checkpoints of before have none
+    (newest / "state.json").write_text(json.dumps(state))
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.iterdir()}
+    del sums["manifest.json"]
+    own = hashlib.sha256(json.dumps(sums, indent=1).encode()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps({"sha256": sums, "own": own}, indent=1))
+    train(lab, "diffusion", "longer", "optim.steps=6", "optim.lr=0.02")
+    assert steps_of(out)[0] == "6"
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion", "finetune"])
+def test_a_resumed_run_does_not_hold_its_checkpoint(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def noted(*where: Any) -> Any:
+        found = load_newest(*where)
+        assert found is not None
+        held.extend(weakref.ref(tensor) for tensor in found[0]["ema"].values())
+        return found
+
+    out = {"autoencoder": "first", "diffusion": "whole", "finetune": "lora"}[stage]
+    copied = f"held-{stage}"
+    shutil.copytree(lab.folder / out, lab.folder / copied)
+    monkeypatch.setattr("latentdiff.learning.run.load_newest", noted)
+    alive: list[int] = []
+    after_step(monkeypatch, 1, lambda: alive.append(sum(ref() is not None for ref in held)))
+    train(lab, stage, copied, "optim.steps=5")
+    assert len(held) > 10
+    assert alive == [0]

@@ -149,10 +149,28 @@ def test_a_dry_run_and_what_is_refused(work: Path, tmp_path: Path) -> None:
         run(work, "classifier", tmp_path / "a", "task.label=shape")
     with pytest.raises(UserError, match="learns from all pairs of a batch"):
         run(work, "clip", tmp_path / "b", "optim.accumulation=2")
+    with pytest.raises(UserError, match=r"lower optim.batch_size"):
+        run_out_of_memory(work, "clip", tmp_path / "b")
+    run_out_of_memory(work, "classifier", tmp_path / "memory")  # whose micro-batches shrink
     with pytest.raises(UserError, match="no picture is held out"):
         run(work, "clip", tmp_path / "b", "data.held_out={}", "data.held_out_fraction=0.0")
     with pytest.raises(UserError, match="task"):
         run(work, "clip", tmp_path / "c", "task.kind=vae")
+
+
+def run_out_of_memory(work: Path, kind: str, out: Path) -> None:
+    """A run whose network has no room for more than four pictures while it learns."""
+
+    def refuse(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        known = type(module).__name__ in ("PairNetwork", "LatentClassifier")
+        if known and torch.is_grad_enabled() and len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError("no room")
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        run(work, kind, out, "optim.steps=1")
+    finally:
+        handle.remove()
 
 
 def test_the_contrastive_loss_by_hand() -> None:
