@@ -18,6 +18,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
+from latentdiff.bundle.save import save_network
 from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import (
@@ -283,7 +284,7 @@ def finish(run: Run, vae: VAE, examples: list[Example], size: int) -> None:
     else:
         scale = float((std.square() + mean.square()).mean().rsqrt())
         vae.register_to_config(scaling_factor=scale)
-    vae.save_pretrained(run.out / "vae", safe_serialization=True)
+    save_network(vae, run.out / "vae")
     run.say(f"latents had mean {mean.mean():.3f} and std {std.mean():.3f}; wrote {run.out / 'vae'}")
 
 

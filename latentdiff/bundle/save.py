@@ -59,6 +59,16 @@ def save_folder(
     return folder
 
 
+def save_network(network: "AutoencoderKL | VQModel", folder: Path) -> None:
+    """Write one network as diffusers lays it out: all of it, or nothing.
+
+    Raises:
+        UserError: the folder cannot be written, or a weight is not finite.
+    """
+    with staged(folder) as stage:
+        _save_diffusers(network, stage, None)
+
+
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder beside the target that takes its place at the end."""

@@ -135,9 +135,14 @@ class LatentCache:
             load_picture: example -> uint8 [3, H, W].
             encode: uint8 [B, 3, H, W] -> [B, ...], deterministic (moments or their mean, no draw).
 
+        Returns:
+            [N, ...]; of no examples, [0].
+
         Raises:
             UserError: a picture cannot be read, or the cache cannot be written.
         """
+        if not examples:  # a process's part of fewer pictures than there are processes
+            return torch.empty(0)
         cache = TensorCache(self.folder, f"{self.weights}\n{self.transform}")
         return torch.stack(
             cache.fetch(

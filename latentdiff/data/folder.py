@@ -116,8 +116,11 @@ def list_folder(
     files = [root / name for name in _READERS if (root / name).is_file()]
     if len(files) > 1:
         raise UserError(f"{root} has both {files[0].name} and {files[1].name}: keep one")
+    inside = os.path.realpath(root)
+    if files and not _is_inside(files[0], inside):
+        raise UserError(f"{files[0]} lies outside the folder: put a copy into it")
     try:
-        rows = _READERS[files[0].name](files[0]) if files else _rows_from_texts(root)
+        rows = _READERS[files[0].name](files[0]) if files else _rows_from_texts(root, inside)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{files[0] if files else root} cannot be read: {error}") from error
     if not rows:
@@ -125,7 +128,6 @@ def list_folder(
     _refuse(_duplicates(rows), "are listed more than once", root)
     rows = filter_rows(rows, where or {}, root)
     examples = [make_example(root, row) for row in rows]
-    inside = os.path.realpath(root)
     _refuse_where(
         examples,
         lambda example: not _is_inside(example.path, inside),
@@ -182,6 +184,18 @@ def balanced_weights(
     return np.array([1.0 / (sizes[group] * len(sizes)) for group in groups], dtype=np.float64)
 
 
+def parse_json(text: str | bytes) -> object:
+    """JSON that nobody vouches for.
+
+    Raises:
+        ValueError: it is none, nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def _rows_from_jsonl(path: Path) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     with path.open(encoding="utf-8") as file:
@@ -189,8 +203,8 @@ def _rows_from_jsonl(path: Path) -> list[dict[str, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: not a JSON object")
@@ -208,8 +222,8 @@ def _rows_from_csv(path: Path) -> list[dict[str, object]]:
                 raise UserError(f"{path}: a row has more cells than the header")
             if fields.get("captions"):
                 try:
-                    fields["captions"] = json.loads(str(fields["captions"]))
-                except json.JSONDecodeError as error:
+                    fields["captions"] = parse_json(str(fields["captions"]))
+                except ValueError as error:
                     raise UserError(f"{path}: `captions` must be a JSON list ({error})") from error
             rows.append(fields)
     return rows
@@ -227,10 +241,12 @@ def _rows_from_parquet(path: Path) -> list[dict[str, object]]:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 
 
-def _rows_from_texts(root: Path) -> list[dict[str, object]]:
+def _rows_from_texts(root: Path, inside: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for picture in sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES):
         caption = picture.with_suffix(".txt")
+        if caption.is_file() and not _is_inside(caption, inside):
+            raise UserError(f"{caption} lies outside the folder: put a copy into it")
         lines = caption.read_text("utf-8-sig").splitlines() if caption.is_file() else []
         rows.append({"file_name": picture.relative_to(root).as_posix(), "captions": lines})
     return rows

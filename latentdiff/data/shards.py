@@ -19,8 +19,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import cast
 
-from latentdiff.data.folder import SUFFIXES, Example, filter_rows, make_example, read_folder
+from latentdiff.data.folder import (
+    SUFFIXES,
+    Example,
+    filter_rows,
+    make_example,
+    parse_json,
+    read_folder,
+)
 from latentdiff.errors import UserError
+from latentdiff.pictures import MAX_BYTES
 
 INDEX = "index.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -70,7 +78,8 @@ def list_shards(
 
 def _example(pattern: Path, row: dict[str, object]) -> Example:
     start, size = cast(tuple[int, int], row["span"])
-    example = make_example(pattern, row)
+    fields = {key: value for key, value in row.items() if key not in ("span", "shard")}
+    example = make_example(pattern, fields)
     return replace(example, path=Path(str(row["shard"])), span=(start, size))
 
 
@@ -101,7 +110,7 @@ def _row(
             if extension == "txt":
                 row.setdefault("captions", text.decode("utf-8-sig").splitlines())
                 continue
-            fields = json.loads(text)
+            fields = parse_json(text)
             if not isinstance(fields, dict):
                 raise UserError(f"{shard}: {member.name} is no JSON object")
             row = {**row, **fields}
@@ -121,11 +130,13 @@ def _split(name: str) -> tuple[str, str]:
 def write_shards(root: Path, out: Path, size: int) -> int:
     """Put a picture folder into `out/00000.tar`, ... of `size` samples; the number of shards.
 
-    The files' bytes are as they were, and the same folder gives the same shards to the byte.
+    The files' bytes are as they were, and the same folder gives the same shards to the byte. A
+    member's extension tells what the picture is, whatever its file was called.
     `index.json`, written last, has the samples, bytes and sha256 of each.
 
     Raises:
-        UserError: the folder is faulty, `out` holds something, or cannot be written.
+        UserError: the folder is faulty, a file is no picture or too large, `out` holds something,
+            or cannot be written.
     """
     examples = read_folder(root)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -152,8 +163,9 @@ def _tar(first: int, examples: list[Example]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, example in enumerate(examples, start=first):
             fields = {"text": example.captions[0], **example.fields}
+            picture = example.read()
             parts = {
-                example.path.suffix.lower(): example.read(),
+                _extension(example, picture): picture,
                 ".json": json.dumps(fields, ensure_ascii=False, default=str).encode(),
             }
             for extension, data in parts.items():
@@ -161,6 +173,19 @@ def _tar(first: int, examples: list[Example]) -> bytes:
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
     return buffer.getvalue()
+
+
+def _extension(example: Example, data: bytes) -> str:
+    """By the first bytes, as `open_picture` tells them apart."""
+    if len(data) > MAX_BYTES:
+        raise UserError(f"picture {example.name} has more than {MAX_BYTES} bytes")
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    raise UserError(f"{example.name} is no PNG, JPEG or WebP picture")
 
 
 def _write(target: Path, data: bytes) -> None:

@@ -1,7 +1,6 @@
 """Shards that are too many for the disk: fetched when their turn comes, and removed after it."""
 
 import hashlib
-import json
 import shutil
 import time
 from bisect import bisect_right
@@ -10,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import cast
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from latentdiff.data.folder import Example
+from latentdiff.data.folder import Example, parse_json
 from latentdiff.data.shards import INDEX, expand, list_shards
 from latentdiff.errors import UserError
 
 _TRIES = 3
-_MAX_INDEX = 256 * 2**20
+_MAX_INDEX = 64 * 2**20
+_MAX_SHARD = 8 * 2**30  # it passes through memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,9 @@ def find_shards(pattern: str) -> list[Shard]:
     if not _remote(places[0]) and not Path(index).is_file():
         return [Shard(place, len(list_shards(Path(place)))) for place in places]
     try:
-        rows = json.loads(_read(index))["shards"]
-        known = {row["name"]: (int(row["samples"]), str(row["sha256"])) for row in rows}
+        content = parse_json(_read(index, _MAX_INDEX))
+        rows = cast(dict[str, list[dict[str, str | int]]], content)["shards"]
+        known = {str(row["name"]): (int(row["samples"]), str(row["sha256"])) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is no index of shards ({error!r})") from None
     names = [place.rpartition("/")[2] for place in places]
@@ -99,7 +101,7 @@ class ShardStream:
         shard, path = self.shards[number], Path(self.shards[number].place)
         if _remote(shard.place):
             path = self._path(number)
-            data = _read(shard.place)
+            data = _read(shard.place, _MAX_SHARD)
             if shard.sha256 is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
                 raise UserError(f"{shard.place} does not match the sha256 of its index")
             try:
@@ -128,8 +130,12 @@ def _address(path: Path) -> str:
     return text
 
 
-def _read(place: str, wait: Callable[[float], None] = time.sleep) -> bytes:
-    """All of a file or an address, which is tried again when the connection breaks."""
+def _read(place: str, most: int, wait: Callable[[float], None] = time.sleep) -> bytes:
+    """All of a file or an address, which is tried again when the connection breaks.
+
+    Raises:
+        UserError: it cannot be read, or an address sends more than `most` bytes.
+    """
     if not _remote(place):
         try:
             return Path(place).read_bytes()
@@ -138,9 +144,13 @@ def _read(place: str, wait: Callable[[float], None] = time.sleep) -> bytes:
     for attempt in range(_TRIES):
         try:
             with urlopen(place, timeout=60) as answer:
-                return answer.read()
+                data = answer.read(most + 1)
         except (URLError, HTTPException, OSError) as error:
             if attempt == _TRIES - 1:
                 raise UserError(f"cannot fetch {place}: {error}") from None
             wait(2.0**attempt)
+        else:
+            if len(data) > most:
+                raise UserError(f"{place} has more than {most:,} bytes")
+            return data
     raise AssertionError

@@ -1,10 +1,11 @@
 """From a picture folder to the micro-batches of a step."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -86,16 +87,27 @@ def shares_of_pictures(
     ahead = DataLoader(
         dataset,
         batch_sampler=shares,
-        collate_fn=list,
+        collate_fn=_together,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
     )
-    for items in ahead:
-        pictures = [(picture, key) for picture, key in items if isinstance(picture, Tensor)]
-        for picture, _ in items:
-            if isinstance(picture, UserError):
-                raise picture
-        yield pictures
+    for batch in ahead:
+        if isinstance(batch, UserError):
+            raise batch
+        yield list(zip(*batch, strict=True))
+
+
+def _together(
+    items: Sequence[tuple[Tensor | UserError, Key]],
+) -> tuple[Tensor, list[Key]] | UserError:
+    """One tensor for a step: each that leaves a worker holds an open file while it lives, and the
+    pictures that a worker keeps live long."""
+    pictures: list[Tensor] = []
+    for picture, _ in items:
+        if isinstance(picture, UserError):
+            return picture
+        pictures.append(picture)
+    return torch.stack(pictures), [key for _, key in items]
 
 
 def _ignore_signals(worker: int) -> None:

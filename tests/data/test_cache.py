@@ -58,6 +58,7 @@ def test_latents_are_encoded_once_and_read_in_any_order(
     assert torch.equal(get(store, [examples[i] for i in order], encoder), every[order])
     assert encoder.seen == 7
     assert not list((tmp_path / "cache").rglob("*.part"))
+    assert get(store, [], encoder).shape == (0,)
 
 
 def test_other_weights_transforms_and_pictures_are_encoded_anew(

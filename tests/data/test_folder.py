@@ -115,6 +115,17 @@ def _outside_by_link(root: Path) -> None:
     write_jsonl(root, [{"file_name": "link.png", "text": "x"}])
 
 
+def _linked(name: str) -> Callable[[Path], None]:
+    """A file of the folder that is a link to somebody's secret, which parses."""
+
+    def spoil(root: Path) -> None:
+        outside = root.parent / f"{root.name}-secret"
+        outside.write_text('{"file_name": "a.png", "text": "secret"}')
+        (root / name).symlink_to(outside)
+
+    return spoil
+
+
 def _latin(root: Path) -> None:
     (root / "metadata.jsonl").write_bytes(
         '{"file_name": "a.png", "text": "café"}'.encode("latin-1")
@@ -142,6 +153,8 @@ LOST: list[Row] = [{"file_name": f"lost{i}.png", "text": "x"} for i in range(5)]
         (_rows(A | {"file_name": "../a.png"}), "lie outside the folder: ../a.png"),
         (_rows(A | {"file_name": "/etc/passwd"}), "lie outside the folder: /etc/passwd"),
         (_outside_by_link, "lie outside the folder: link.png"),
+        (_linked("metadata.jsonl"), "metadata.jsonl lies outside the folder"),
+        (_linked("a.txt"), "a.txt lies outside the folder"),
         (_rows({"file_name": "a.png", "text": " "}), "1 pictures .* have no caption: a.png"),
         (_rows({"text": "no name"}), "no file_name"),
         (_rows(A | {"file_name": "a\0.png"}), "no file_name"),
@@ -150,6 +163,8 @@ LOST: list[Row] = [{"file_name": f"lost{i}.png", "text": "x"} for i in range(5)]
         (_rows(A | {"captions": [1]}), "the captions of a.png are not a list"),
         (_text("metadata.jsonl", '{"file_name": \n'), "line 1: not JSON"),
         (_text("metadata.jsonl", "[1]\n"), "line 1: not a JSON object"),
+        (_text("metadata.jsonl", '{"n": ' + "7" * 5000 + "}"), "line 1: not JSON"),
+        (_text("metadata.jsonl", "[" * 200_000), r"line 1: not JSON \(it is nested too deep"),
         (_text("metadata.jsonl", ""), "holds no pictures"),
         (_text("metadata.csv", "file_name,text\na.png,x,y\n"), "more cells than the header"),
         (_text("metadata.csv", "file_name,captions\na.png,[x\n"), "must be a JSON list"),

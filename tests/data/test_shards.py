@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab import STAGES, Lab, train
+from PIL import Image
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
@@ -105,6 +106,28 @@ def test_the_command_line_writes_shards_and_replaces_nothing(
     assert (tmp_path / "out/00000.tar").stat().st_mtime_ns == before
 
 
+def test_shards_of_shards_and_of_odd_names_can_be_read_back(lab: Lab, tmp_path: Path) -> None:
+    write_shards(lab.folder / "shards/00000.tar", tmp_path / "again", 5)
+    before, again = (
+        read_folder(lab.folder / "shards/00000.tar"),
+        read_folder(tmp_path / "again/00000.tar"),
+    )
+    assert [one.read() for one in again] == [one.read() for one in before]
+    assert [one.fields for one in again] == [one.fields for one in before]
+    assert not {"span", "shard"} & set(again[0].fields)
+    (tmp_path / "folder").mkdir()
+    for number, kind in enumerate(("JPEG", "WebP", "PNG")):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"folder/{number}.jfif", kind)
+    rows = [json.dumps({"file_name": f"{n}.jfif", "text": "black"}) for n in range(3)]
+    (tmp_path / "folder/metadata.jsonl").write_text("\n".join(rows))
+    write_shards(tmp_path / "folder", tmp_path / "out", 5)
+    found = [one.fields["file_name"] for one in read_folder(tmp_path / "out/00000.tar")]
+    assert found == ["000000000.jpg", "000000001.webp", "000000002.png"]
+    (tmp_path / "folder/1.jfif").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"1\.jfif is no PNG, JPEG or WebP"):
+        write_shards(tmp_path / "folder", tmp_path / "no", 5)
+
+
 def tar_of(path: Path, *members: tuple[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in members:
@@ -120,6 +143,8 @@ def tar_of(path: Path, *members: tuple[str, bytes]) -> Path:
         ([("a.json", b"{}")], "has no picture"),
         ([("a.png", b"x"), ("a.json", b"[1]")], "no JSON object"),
         ([("a.png", b"x"), ("a.json", b"{")], "cannot be read"),
+        ([("a.png", b"x"), ("a.json", b"[" * 200_000)], "nested too deep"),
+        ([("a.png", b"x"), ("a.json", b'{"n": ' + b"7" * 5000 + b"}")], "cannot be read"),
         ([("a.png", b"x"), ("a.txt", b"\xff")], "cannot be read"),
         ([("a.png", b"x")], "no caption"),
         ([], "holds no pictures"),

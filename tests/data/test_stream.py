@@ -124,6 +124,10 @@ def test_what_cannot_be_fetched_is_one_line(lab: Lab, address: str, tmp_path: Pa
         stream = ShardStream(find_shards(address), tmp_path / "a", 2)
         with pytest.raises(UserError, match=r"00001\.tar does not match"):
             stream.of_shard(1)
+        with index.open("w") as file:
+            file.truncate(65 * 2**20)
+        with pytest.raises(UserError, match="more than 67,108,864 bytes"):
+            find_shards(address)
         index.write_text("[]")
         with pytest.raises(UserError, match="no index"):
             find_shards(address)

@@ -103,6 +103,23 @@ def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(lab: Lab) -> 
     assert_equal(lab.folder / "whole", out)
 
 
+def test_a_full_disk_at_the_end_of_stage_1_leaves_no_half_of_an_autoencoder(lab: Lab) -> None:
+    with pytest.MonkeyPatch.context() as patch, room_again_afterwards():
+        save = Run.save
+
+        def last(self: Run, *arguments: Any) -> None:
+            save(self, *arguments)
+            files_no_larger_than(30_000)
+
+        patch.setattr(Run, "save", last)
+        with pytest.raises(UserError, match=r"cannot write .*vae") as error:
+            train(lab, "autoencoder", "full-1", "optim.steps=1")
+    assert "\n" not in str(error.value)
+    assert not list((lab.folder / "full-1").glob("*vae*"))
+    train(lab, "autoencoder", "full-1", "optim.steps=1")
+    assert (lab.folder / "full-1/vae/config.json").is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(lab: Lab) -> None:
     with pytest.raises(UserError, match=r"cannot write to /proc/mine"):  # also for root
         train(lab, "diffusion", "/proc/mine")
