@@ -231,15 +231,22 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         return
     with ema.applied(), shown.whole() as whole:
         if run.main:
-            save_model(config, whole, examples, run)
+            save_model(config, whole, examples, None if stream is None else count, run)
 
 
-def save_model(config: DiffusionConfig, bundle: Bundle, examples: list[Example], run: Run) -> None:
-    """The model's folder, with its card."""
+def save_model(
+    config: DiffusionConfig,
+    bundle: Bundle,
+    examples: list[Example],
+    count: int | None,
+    run: Run,
+) -> None:
+    """The model's folder, with its card; `count` where the examples are only some."""
     folder = config.out / "model"
     bundle.save(folder, dtype=getattr(torch, config.save_dtype))
     run.say(f"wrote {folder}")
-    for line in share(Outcome(folder, "model", "", examples, config.data.root), config):
+    outcome = Outcome(folder, "model", "", examples, config.data.root, count)
+    for line in share(outcome, config):
         run.say(line)
 
 

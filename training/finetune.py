@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.bundle import Bundle
-from latentdiff.data.cache import weights_hash
 from latentdiff.data.check import Checked, check_pictures
 from latentdiff.data.folder import list_folder
 from latentdiff.data.variants import Size, Variant, variants
@@ -42,23 +41,24 @@ from latentdiff.learning.denoising import (
     offset_noise,
 )
 from latentdiff.learning.ema import EMA, trained
-from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve
-from latentdiff.learning.holes import Holes
+from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve, spell_out
+from latentdiff.learning.holes import Holes, middle
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.learning.methods import (
     make_optimizer,
     make_trainable,
     min_snr_gamma,
     with_objective,
+    without_dropout,
     without_lora,
 )
 from latentdiff.learning.order import Key, Shares, generator, spread_uniform
 from latentdiff.learning.outcome import save_outcome
-from latentdiff.learning.prior import draw_missing, prior_examples
+from latentdiff.learning.prior import draw_missing, drawn_from, prior_examples
 from latentdiff.learning.run import Run, learning_rate
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
 from latentdiff.learning.words import check_words
-from latentdiff.pictures import centre_square, grid, open_picture
+from latentdiff.pictures import centre_square, grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.sampling import Edit
 
@@ -152,14 +152,14 @@ def train(config: FinetuneConfig, dry: bool) -> None:
 def fit(config: FinetuneConfig, run: Run) -> None:
     """Build -> prepare -> loop -> save."""
     optim, objective, seed = config.optim, config.objective, config.seed
-    bundle = with_objective(
-        Bundle.load(config.model, dtype="float32", device=run.device), objective
-    )
+    loaded = Bundle.load(config.model, dtype="float32", device=run.device)
+    bundle = with_objective(loaded, objective)
     gamma = min_snr_gamma(bundle, objective)
-    samples = collect_samples(run, config, bundle)
+    samples = collect_samples(run, config, loaded)  # draws its own pictures as it is
     found = run.resume()
+    masked = pictures_to_mask(config, bundle, samples)
     if not found:
-        draw_samples(run, config, bundle, samples, 0)  # before
+        draw_samples(run, config, bundle, samples, masked, 0)  # before
     bundle = make_trainable(bundle, config)
     holes = None
     if bundle.kind == "inpainting":
@@ -199,6 +199,13 @@ def fit(config: FinetuneConfig, run: Run) -> None:
             "optimizer": pack_optimizer(optimizer),
         }
         run.save(step, tensors, {"ema_updates": ema.updates, "samples": samples.digest})
+
+    def draw(step: int) -> None:
+        with ema.applied(), shown.whole() as whole:
+            draw_samples(run, config, whole, samples, masked, step)
+
+    if start and (start % config.evaluate_every == 0 or start == optim.steps):
+        draw(start)  # the run may have been killed between its save and this
 
     stop = min(start + 1, optim.steps) if run.dry else optim.steps
     shares = Shares(
@@ -255,12 +262,11 @@ def fit(config: FinetuneConfig, run: Run) -> None:
                 losses = {name: value.item() for name, value in values.items()}
                 run.record(done, {**losses, "lr": rate})
                 bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
-            if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied(), shown.whole() as whole:
-                    draw_samples(run, config, whole, samples, done)
             stopping = run.stopping
             if done % config.checkpoint_every == 0 or done == stop or stopping:
                 save(done)
+            if done % config.evaluate_every == 0 or done == stop:
+                draw(done)
             if stopping:
                 raise SystemExit(128 + stopping)
 
@@ -304,7 +310,7 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
         return samples
     if bundle.kind != "text-to-image":
         raise UserError(f"{bundle.name} draws no prior pictures: it is an {bundle.kind} model")
-    source = f"{weights_hash(bundle.unet.state_dict())} {prior.steps} {prior.guidance_scale} {size}"
+    source = f"{drawn_from(bundle)} {config.seed} {prior.steps} {prior.guidance_scale} {size}"
     examples = prior_examples(config.out / "prior", prior.prompts, prior.count, source)
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
@@ -334,9 +340,8 @@ def pictures_of(
     edits: Sequence[Edit] = (),
 ) -> list[Image.Image]:
     """What the model draws at present; with edits, the size is that of their pictures."""
-    bundle.unet.eval()
     height, width = (None, None) if edits else size or bundle.size
-    with run.accelerator.autocast():
+    with run.accelerator.autocast(), without_dropout(bundle):
         return LatentDiffusionPipeline(bundle)(
             prompts,
             num_inference_steps=steps,
@@ -349,8 +354,21 @@ def pictures_of(
         ).images
 
 
+def pictures_to_mask(config: FinetuneConfig, bundle: Bundle, samples: Samples) -> list[Image.Image]:
+    """Squares that samples of an inpainting model are drawn into; they may be gone later."""
+    if bundle.kind == "text-to-image" and not config.inpaint:
+        return []
+    some = samples.examples[: len(config.sample_prompts) or 8]
+    return [centre_square(example.open(), min(bundle.size)) for example in some]
+
+
 def draw_samples(
-    run: Run, config: FinetuneConfig, bundle: Bundle, samples: Samples, step: int
+    run: Run,
+    config: FinetuneConfig,
+    bundle: Bundle,
+    samples: Samples,
+    masked: list[Image.Image],
+    step: int,
 ) -> None:
     """A grid at fixed seeds; an inpainting model fills the middle of the pictures."""
     if not run.main:
@@ -361,35 +379,9 @@ def draw_samples(
     else:
         drawn = []
         for number, prompt in enumerate(prompts):
-            known = samples.examples[number % len(samples.examples)]
-            edit = Inpaint(
-                centre_square(open_picture(known.path), min(bundle.size)), middle(bundle)
-            )
+            edit = Inpaint(masked[number % len(masked)], middle(bundle))
             drawn += pictures_of(run, bundle, [prompt], [config.seed], edits=[edit])
     run.picture(step, "samples", grid(drawn, 8))
-    bundle.unet.train()
-
-
-def middle(bundle: Bundle) -> Image.Image:
-    """A hole in the middle half of each side, white on black."""
-    side = min(bundle.size)
-    mask = Image.new("L", (side, side))
-    mask.paste(255, (side // 4, side // 4, 3 * side // 4, 3 * side // 4))
-    return mask
-
-
-def spell_out(prompts: list[str]) -> list[str]:
-    """Prompts, with @FILE replaced by the file's lines."""
-    lines: list[str] = []
-    for prompt in prompts:
-        if not prompt.startswith("@"):
-            lines.append(prompt)
-            continue
-        try:
-            lines += Path(prompt[1:]).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompts of {prompt[1:]}: {error}") from None
-    return [line.strip() for line in lines if line.strip()]
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Outcome:
         base: the model it began with; None for the bundled one, "" for none.
         pictures: what it learned from.
         root: the folder of the pictures.
+        count: how many there are, where `pictures` are only some of them.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Outcome:
     base: str | None
     pictures: Sequence[Example]
     root: Path
+    count: int | None = None
 
     @property
     def files(self) -> list[str] | None:
@@ -101,7 +103,7 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
         f"{what}, trained {made} with latentdiff {__version__}.",
         f"![samples]({SAMPLES})" if samples else "",
         "## Data",
-        describe_pictures(outcome.pictures, outcome.root),
+        describe_pictures(outcome.pictures, outcome.root, outcome.count),
         "## Training",
         _metrics(config),
         "```sh\n" + shlex.join([_public(word) for word in command]) + "\n```",
@@ -115,12 +117,14 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n{text}\n"
 
 
-def describe_pictures(pictures: Sequence[Example], root: Path) -> str:
-    """How many there are, and what their captions say."""
+def describe_pictures(pictures: Sequence[Example], root: Path, count: int | None = None) -> str:
+    """How many there are, and what their captions say; `count` where `pictures` are only some."""
     captions = list(dict.fromkeys(c for picture in pictures for c in picture.captions))
     shown = "; ".join(f"“{' '.join(caption.split())}”" for caption in captions[:_SHOWN])
     many = "different captions" if len(captions) != 1 else "caption"
     said = f" with {len(captions)} {many}: {shown}" if captions else " without captions"
+    if count is not None:
+        return f"{count} pictures of `{root.name}`, with captions such as {shown}"
     more = " …" if len(captions) > _SHOWN else ""
     return f"{len(pictures)} pictures of the folder `{root.name}`{said}{more}"
 

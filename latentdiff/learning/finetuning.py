@@ -169,5 +169,30 @@ def _check_together(config: FinetuneConfig) -> None:
             raise UserError("dreambooth needs --prior-prompt, the subject's kind: 'a dog'")
     if config.method != "lora" and config.prior.target == "prediction":
         raise UserError("only LoRA can be switched off: prior.target=prediction is for it alone")
+    objective = config.objective
+    changed = objective.process or objective.prediction or objective.zero_terminal_snr
+    if config.prior.prompts and config.prior.target == "prediction" and changed:
+        raise UserError(
+            "the model's own predictions are not those of another objective: with "
+            "objective.process, prediction or zero_terminal_snr set prior.target=picture"
+        )
     if config.method == "lora" and config.train_text:
         raise UserError("with LoRA the text encoder is trained by lora.text_encoder=true")
+
+
+def spell_out(prompts: list[str]) -> list[str]:
+    """Prompts, with @FILE replaced by the file's lines.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    lines: list[str] = []
+    for prompt in prompts:
+        if not prompt.startswith("@"):
+            lines.append(prompt)
+            continue
+        try:
+            lines += Path(prompt[1:]).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompts of {prompt[1:]}: {error}") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -18,7 +18,7 @@ from latentdiff.editing.masks import inpainting_channels, masked_picture
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import generator
-from latentdiff.pictures import open_picture, to_uint8
+from latentdiff.pictures import to_uint8
 
 WHOLE = 0.25  # of all masks, so that the model still draws from words alone
 
@@ -46,6 +46,14 @@ def draw_mask(seed: int, step: int, place: int, size: Size) -> Tensor:
             thick = max(1, int(random.uniform(0.05, 0.25) * min(size)))
             pencil.line((*at, *to), fill=255, width=thick)
     return to_uint8(image.convert("RGB"))[:1].float() / 255
+
+
+def middle(bundle: Bundle) -> Image.Image:
+    """A hole in the middle half of each side, white on black."""
+    side = min(bundle.size)
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 4, side // 4, 3 * side // 4, 3 * side // 4))
+    return mask
 
 
 def with_mask_input(bundle: Bundle) -> Bundle:
@@ -88,7 +96,7 @@ class Holes:
     ) -> None:
         self.pictures: list[list[Tensor]] = []
         for example, bucket in zip(examples, buckets, strict=True):
-            image = open_picture(example.path)
+            image = example.open()
             self.pictures.append([to_uint8(variant.fill(image, bucket)) for variant in variants])
 
     @torch.no_grad()

@@ -110,6 +110,20 @@ def without_lora(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def without_dropout(bundle: Bundle) -> Iterator[None]:
+    """Inside the context the U-Net and the text encoder compute as they do after training."""
+    networks = bundle.unet, bundle.text.model
+    modes = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, mode in zip(networks, modes, strict=True):
+            network.train(mode)
+
+
 def make_optimizer(parameters: Iterator[nn.Parameter], config: FinetuneConfig) -> Optimizer:
     """AdamW, fused, or in 8 bits by bitsandbytes.
 

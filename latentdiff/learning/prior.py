@@ -7,9 +7,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+from latentdiff.bundle import Bundle
+from latentdiff.data.cache import weights_hash
 from latentdiff.data.folder import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
@@ -19,6 +22,16 @@ _AT_ONCE = 20
 
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
 """Prompts and a seed for each -> pictures."""
+
+
+def drawn_from(bundle: Bundle) -> str:
+    """A text that says of a model all that its pictures depend on."""
+    process = bundle.process
+    times = torch.linspace(process.t_min, process.t_max, 9, dtype=torch.float64)
+    parts = [weights_hash(dict(zip(("alpha", "sigma"), process.alpha_sigma(times), strict=True)))]
+    networks = bundle.unet, bundle.vae, bundle.text.model
+    parts += [weights_hash(network.state_dict()) for network in networks]
+    return " ".join([*parts, bundle.prediction])
 
 
 def prior_examples(folder: Path, prompts: Sequence[str], count: int, source: str) -> list[Example]:

@@ -95,6 +95,7 @@ def train(lab: Lab, out: str, root: str, *overrides: str) -> None:
 def test_a_run_on_fetched_shards_goes_on_where_it_was(lab: Lab, address: str) -> None:
     local = str(lab.folder / "shards/{00000..00005}.tar")
     train(lab, "local", local)
+    assert "\n12 pictures of" in (lab.folder / "local/model/README.md").read_text()
     train(lab, "fetched", address, "optim.schedule=constant", "optim.steps=2")
     train(lab, "whole", address, "optim.schedule=constant")
     train(lab, "fetched", address, "optim.schedule=constant")

@@ -26,11 +26,13 @@ from latentdiff.learning.run import Run
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Pictures, stage 1 trained for one step, and stage 2 for four."""
+    """Pictures, stage 1 and a LoRA trained for one step, and stage 2 for four."""
     lab = Lab(tmp_path_factory.mktemp("faults"))
     train(lab, "autoencoder", "first", "optim.steps=1")
     (lab.folder / "vae").symlink_to(lab.folder / "first/vae")
     train(lab, "diffusion", "whole")
+    (lab.folder / "model").symlink_to(lab.folder / "whole/model")
+    train(lab, "finetune", "lora", "optim.steps=1")
     return lab
 
 
@@ -230,8 +232,6 @@ def test_a_run_goes_on_as_the_run_that_it_was_or_says_so(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other shapes are refused in one line; so is all that a finished run was not trained with."""
-    (lab.folder / "model").symlink_to(lab.folder / "whole/model")
-    train(lab, "finetune", "lora", "optim.steps=1")
     log = {
         out: (lab.folder / out / "config.yaml").read_text() for out in ("first", "whole", "lora")
     }

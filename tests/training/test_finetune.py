@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import read_folder
+from latentdiff.data.shards import write_shards
 from latentdiff.data.variants import Variant
 from latentdiff.editing import Inpaint
 from latentdiff.editing.canvas import Canvas
@@ -24,6 +26,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.finetuning import resolve
 from latentdiff.learning.holes import WHOLE, Holes, draw_mask, with_mask_input
+from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples
 from latentdiff.pictures import open_picture, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -100,6 +103,10 @@ def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
     pipe.load_lora(file)
     styled = pipe("a red disc", num_inference_steps=2, seed=0, output_type="pt", progress=False)
     assert (plain.images - styled.images).abs().max() > 1e-3
+    whole = pipe("a red disc", num_inference_steps=20, guidance_scale=4.0, seed=0, progress=False)
+    shown = open_picture(out / "pictures/samples-00000004.png")
+    gap = np.abs(np.asarray(shown, int) - np.asarray(whole.images[0], int)).max()
+    assert gap <= 1  # samples are drawn without dropout, in the text encoder too
 
     newest = checkpoints(out / "checkpoints")[0]
     assert newest.name == "step-00000004"
@@ -233,6 +240,47 @@ def test_prior_pictures_that_are_there_are_kept(work: Path, tmp_path: Path) -> N
     assert drawn[0].stat().st_mtime_ns == kept
 
 
+def test_prior_pictures_are_those_of_the_model_as_it_is(work: Path, tmp_path: Path) -> None:
+    """Whatever objective it is moved to; and another seed has others."""
+    prior = {"steps": 2, "prompts": ["a disc"], "count": 2}
+    optim = {"steps": 1, "batch_size": 2}
+    found: list[dict[str, bytes]] = []
+    for name, changes in {
+        "as it is": {},
+        "moved": {"objective": {"prediction": "x0", "process": "vp-cosine"}},
+        "seed": {"seed": 1},
+    }.items():
+        finetune(work, tmp_path / name, "full", prior=prior, optim=optim, **changes)
+        folder = tmp_path / name / "prior"
+        paths = sorted(folder.rglob("*.png"))
+        found.append({str(path.relative_to(folder)): path.read_bytes() for path in paths})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+    assert not set(found[0]) & set(found[2])
+
+
+def test_pictures_to_inpaint_may_be_in_shards_and_go_mid_run(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = picture_folder(tmp_path / "pictures")
+    write_shards(pictures, tmp_path / "shards", 6)
+    settings = {"inpaint": True, "evaluate_every": 2}
+    whole = finetune(work, tmp_path / "whole", "full", data={"root": str(pictures)}, **settings)
+    optimize = Run.optimize
+
+    def then_delete(self: Run, rate: float, *parts: Any) -> bool:
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+        return optimize(self, rate, *parts)
+
+    monkeypatch.setattr(Run, "optimize", then_delete)
+    shards = {"root": str(tmp_path / "shards/{00000..00001}.tar")}
+    out = finetune(work, tmp_path / "out", "full", data=shards, **settings)
+    first, again = (weights(o / "model", "unet") for o in (whole, out))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    grids = [(o / "pictures/samples-00000002.png").read_bytes() for o in (whole, out)]
+    assert grids[0] == grids[1]
+
+
 def test_pictures_and_cache_that_are_deleted_mid_run_change_nothing(
     work: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +368,7 @@ MISTAKES = {
     "optimizer=adamw-8bit": "pip install bitsandbytes",
     "objective.zero_terminal_snr=true objective.prediction=eps": "objective.prediction=v",
     "--inpaint": "--method full",
+    "objective.prediction=x0 --prior-prompt disc": "prior.target=picture",
     "objective.min_snr_gamma=5 objective.prediction=score": "set it to null",
 }
 

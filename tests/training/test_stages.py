@@ -189,7 +189,13 @@ def test_a_dry_run_reads_all_data_steps_once_and_saves_once(work: Path, tmp_path
     out = tmp_path / "dry"
     run_stage("autoencoder", STAGE_1, work, f"out={out}", f"data.root={work}/pictures", dry=True)
     assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-00000001"]
+    assert not list(out.glob(".*.part"))
     assert not (out / "vae").exists()
+    kept = (out / "config.yaml").read_text()
+    where = [f"out={out}", f"data.root={work}/pictures"]
+    run_stage("autoencoder", STAGE_1, work, *where, "optim.lr=0.5", dry=True)
+    assert (out / "config.yaml").read_text() == kept
+    assert not list(out.glob("*.previous.yaml"))
     broken = picture_folder(tmp_path / "broken")
     (broken / "7.png").write_bytes((broken / "7.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"7\.png"):
