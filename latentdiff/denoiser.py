@@ -19,6 +19,11 @@ Condition = Mapping[str, Tensor]
 POSITIVE = "positive"
 """In a condition: bool [B], whether it is what the pictures shall show; see `mark`."""
 
+ASK_TOGETHER = (
+    "guides and further prompts need a guidance that asks all its conditions at once: "
+    "latentdiff.guidance.together"
+)
+
 
 class ConditionedDenoiser(Protocol):
     """A denoiser that is told its condition at each call; guidance makes a `Denoiser` of it."""
@@ -122,7 +127,7 @@ class LearnedVarianceDenoiser:
     def with_variance(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         self.heard.clear()
         x0 = self.denoise(x, level)
-        return x0, self.heard[0][: len(x)]
+        return x0, next(values for values in self.heard if len(values))[: len(x)]
 
     def around(self, denoise: Denoiser) -> Self:
         return replace(self, denoise=denoise)

@@ -11,7 +11,7 @@ from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free
 from latentdiff.inversion import slerp
 from latentdiff.noise import NoiseStreams
-from latentdiff.pictures import Picture
+from latentdiff.pictures import Picture, open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.prompts import check_prompts
 from latentdiff.sampling import sample
@@ -42,18 +42,21 @@ def between_pictures(
     Raises:
         UserError: the pictures are of two sizes, or see `LatentDiffusionPipeline.invert`.
     """
+    width, height = open_picture(a).size
+    if open_picture(b).size != (width, height):
+        raise UserError("the two pictures must be of one size: resize one of them.")
+    if not weights:
+        raise UserError("weights: name at least one place between the pictures.")
     start = pipe.invert(a, prompt, num_inference_steps=num_inference_steps)
     end = pipe.invert(b, prompt, num_inference_steps=num_inference_steps)
-    if start.shape != end.shape:
-        raise UserError("the two pictures must be of one size: resize one of them.")
-    height, width = (side * pipe.bundle.factor for side in start.shape[-2:])
+    sides = [side * pipe.bundle.factor for side in start.shape[-2:]]
     output = pipe(
         prompt,
         latents=torch.cat([slerp(start, end, weight) for weight in weights]),
         num_images_per_prompt=len(weights),
         num_inference_steps=num_inference_steps,
-        height=height,
-        width=width,
+        height=sides[0],
+        width=sides[1],
         guidance_scale=1,
         solver="heun",
         timetable="karras",
@@ -61,7 +64,7 @@ def between_pictures(
         output_type="pt",
         progress=False,
     )
-    return output.images
+    return output.images[..., :height, :width]
 
 
 @torch.no_grad()
@@ -93,6 +96,8 @@ def between_prompts(
     Raises:
         UserError: an empty prompt, or no step.
     """
+    if not weights:
+        raise UserError("weights: name at least one place between the prompts.")
     text = bundle.text.encode([*check_prompts([a, b]), ""])
     first, last, empty = text.states.split(1)
     positive: dict[str, Tensor] = {

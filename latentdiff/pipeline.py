@@ -1,7 +1,6 @@
 """Words in, pictures out."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free, composed, named
 from latentdiff.guidance.named import Method
+from latentdiff.guidance.prompt_weights import without_weights
 from latentdiff.guides import Guide, Scene, SpoilsAttention, resolve, spoil_attention, steer
 from latentdiff.inversion import invert
 from latentdiff.models.attention import Attention
@@ -121,7 +121,7 @@ class LatentDiffusionPipeline:
         Raises:
             UserError: no such file, no LoRA for this model, or the name is taken; nothing changed.
         """
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", Path(path).stem)[:64] if name is None else name
+        name = lora.default_name(path) if name is None else name
         lora.attach_lora(self.bundle, lora.load_lora(path, self.bundle), name, scale)
         return name
 
@@ -270,7 +270,8 @@ class LatentDiffusionPipeline:
             blind=blind,
             image_scale=image_scale,
         )
-        scene = Scene([text for text in prompts for _ in range(per_prompt)], bundle.decode)
+        said = [without_weights(text) for text in prompts] if prompt_weights else prompts
+        scene = Scene([text for text in said for _ in range(per_prompt)], bundle.decode)
         denoise = steer(denoise, steering, scene)
         if bundle.learns_variance:
             denoise = LearnedVarianceDenoiser(denoise, heard)

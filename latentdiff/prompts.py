@@ -73,7 +73,8 @@ def check_also(also: Sequence[Also], guided: bool) -> tuple[list[str], list[floa
         raise UserError("also: give a list of further prompts, as [('a hat', 0.7)].")
     for one in also:
         if isinstance(one, str):
-            match = re.fullmatch(r"(.*?)(?::\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*)?", one, re.DOTALL)
+            check_prompts(one, "also")  # of a length that is quick to search
+            match = re.fullmatch(r"(.*?)(?::\s*([+-]?(?:\d++\.?+\d*+|\.\d++))\s*)?", one, re.DOTALL)
             text, weight = match.groups(default="1") if match else (one, "1")
         elif isinstance(one, Sequence) and len(one) == 2:
             text, weight = one

@@ -90,6 +90,18 @@ def mask_tensor(mask: Picture | Tensor | None) -> Tensor:
     return torch.from_numpy(np.array(mask)).float()[None, None] / 255
 
 
+def check_mask(mask: Tensor) -> None:
+    """Pass a mask given as a tensor.
+
+    Raises:
+        UserError: it has not four dimensions, or not values in [0, 1].
+    """
+    if mask.ndim != 4:
+        raise UserError(f"a mask must be [1 or B, 1 or C, h, w], not {list(mask.shape)}.")
+    if not (mask.min() >= 0 and mask.max() <= 1):
+        raise UserError("a mask must lie between 0 and 1.")
+
+
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
     """[1, 1, H, W] -> [1, 1, H / factor, W / factor] of 0 and 1.
 

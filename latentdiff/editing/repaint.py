@@ -16,6 +16,7 @@ from latentdiff.editing.canvas import (
 )
 from latentdiff.editing.jumps import with_jumps
 from latentdiff.editing.masks import (
+    check_mask,
     composite,
     constrains_nothing,
     fill,
@@ -56,6 +57,7 @@ class Hole:
     def __post_init__(self) -> None:
         if isinstance(self.mask, Tensor) and isinstance(self.image, Tensor):
             opened(self.image)
+            check_mask(self.mask)
             return
         if isinstance(self.mask, Tensor) or isinstance(self.image, Tensor):
             raise UserError("give picture and mask both as pictures, or both as latents.")

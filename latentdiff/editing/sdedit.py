@@ -16,6 +16,7 @@ from latentdiff.editing.canvas import (
 )
 from latentdiff.editing.jumps import first_visits
 from latentdiff.editing.masks import (
+    check_mask,
     composite,
     latent_mask,
     mask_like,
@@ -60,6 +61,8 @@ class SDEdit:
         object.__setattr__(self, "image", opened(self.image))
         if isinstance(self.mask, Tensor) and not isinstance(self.image, Tensor):
             raise UserError("give picture and mask both as pictures, or both as latents.")
+        if isinstance(self.mask, Tensor) and isinstance(self.image, Tensor):
+            check_mask(self.mask)
         if self.mask is not None and not isinstance(self.mask, Tensor):
             object.__setattr__(self, "mask", mask_like(open_mask(self.mask), self.image))
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import POSITIVE, Condition, ConditionedDenoiser
+from latentdiff.denoiser import ASK_TOGETHER, POSITIVE, Condition, ConditionedDenoiser
+from latentdiff.errors import UserError
 from latentdiff.process import NoiseLevel
 
 
@@ -30,6 +31,8 @@ def composed(
 
     def shifted(x: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         positive = condition[POSITIVE]
+        if not positive.any():
+            raise UserError(ASK_TOGETHER)
         if bool(positive.all()):
             return denoise(x, level, condition)
         rows, others = (which.nonzero().flatten() for which in (positive, ~positive))

@@ -138,8 +138,10 @@ def cfg_plus_plus(
 
     DDIM's step with x_0 = negative + strength (positive - negative) and the noise of the negative
     condition is the step with classifier-free guidance of scale strength / (1 - q), where
-    q = alpha sigma' / (alpha' sigma) and primes mark the next level; so it goes with every solver.
-    Between two levels of the timetable the scale is that of the interval.
+    q = alpha sigma' / (alpha' sigma) and primes mark the next level; so it goes with every solver
+    that draws no noise. (One that does keeps less of the negative condition's noise, and the
+    step is one of a strength of up to (1 + q) times as much.) Between two levels of the timetable
+    the scale is that of the interval.
 
     Args:
         denoise: the denoiser to guide.

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import POSITIVE, Condition, ConditionedDenoiser
+from latentdiff.denoiser import ASK_TOGETHER, POSITIVE, Condition, ConditionedDenoiser
 from latentdiff.errors import UserError
 from latentdiff.process import NoiseLevel
 
@@ -38,7 +38,8 @@ def perturbed(
         interval: only where low < sigma / alpha <= high.
 
     Raises:
-        UserError: a scale or an interval out of range.
+        UserError: a scale or an interval out of range; in the run, a method of guidance that asks
+            its conditions one by one.
     """
     low, high = interval
     if not math.isfinite(scale) or not 0 <= low <= high:
@@ -51,6 +52,8 @@ def perturbed(
         if scale == 0 or not low < level.ratio <= high:
             return denoise(x, level, condition)
         rows = condition[POSITIVE].nonzero().flatten()
+        if not len(rows):
+            raise UserError(ASK_TOGETHER)
         joined = {name: torch.cat([part, part[rows]]) for name, part in condition.items()}
         joined[POSITIVE][len(x) :] = False  # another perturbation leaves these rows alone
         spoilt = condition.get(SPOILT, torch.zeros(len(x), dtype=torch.int64))

@@ -12,14 +12,14 @@ LARGEST = 10.0
 
 _TOKEN = re.compile(
     r"\\[()\[\]\\]"  # an escaped bracket or backslash
-    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"  # the end of (text:weight)
+    r"|:\s*(?P<weight>[+-]?(?:\d++\.?+\d*+|\.\d++))\s*+\)"  # the end of (text:weight)
     r"|[()\[\]]"
     r"|[^\\()\[\]:]+"
     r"|.",  # a colon or a backslash of the text itself
     re.DOTALL,
 )
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-_EXPLICIT = re.compile(r"\([^()]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)")
+_EXPLICIT = re.compile(r"\([^():]*+(?::[^():]*+)*:\s*+[+-]?(?:\d++\.?+\d*+|\.\d++)\s*+\)")
 
 
 def has_weights(prompt: str) -> bool:
@@ -72,6 +72,15 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
                 f"that of {text.strip()[:40]!r}."
             )
     return _joined(pieces)
+
+
+def without_weights(prompt: str) -> str:
+    """The text of a prompt, as `parse_weights` reads it.
+
+    Raises:
+        UserError: as `parse_weights`.
+    """
+    return "".join(text for text, _ in parse_weights(prompt))
 
 
 def token_weights(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from latentdiff.denoiser import ConditionedDenoiser
+from latentdiff.errors import UserError
 from latentdiff.guidance.perturbed import perturbed
 from latentdiff.models.perturbation import MID, BlurredQueries, IdentityAttention, Perturbation
 
@@ -52,12 +53,19 @@ class SEG:
         blur: standard deviation of the blur of the queries, in places of the layer's grid.
         layers: how the names of the layers begin that are spoilt.
         interval: of sigma / alpha, above the first and up to the second.
+
+    Raises:
+        UserError: a blur that is not above 0.
     """
 
     scale: float = 3.0
     blur: float = math.inf
     layers: tuple[str, ...] = MID
     interval: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        if not self.blur > 0:
+            raise UserError(f"the blur of SEG must be above 0, not {self.blur}.")
 
     @property
     def perturbation(self) -> Perturbation:

@@ -22,6 +22,7 @@ Layout = Literal["diffusers", "kohya"]
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
+_LARGEST_ALPHA = 1e6
 _METADATA = "lora_adapter_metadata"
 _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
@@ -70,6 +71,9 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
                 raise UserError(f"{name}: no such layer; the LoRA was made for another model.")
             if (part, module, "up") not in keys:
                 raise UserError(f"{name} is there without its other half.")
+            for half in ("down", "up"):
+                if len(stored.shapes[keys[part, module, half]]) not in (2, 4):
+                    raise UserError(f"{keys[part, module, half]}: its shape is not a LoRA's.")
             down, up = (
                 stored.read(keys[part, module, half], torch.float32, torch.device("cpu"))
                 for half in ("down", "up")
@@ -78,6 +82,12 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
             alpha = alphas(part, layer[0], len(down)) if told is None else stored.number(told)
             found[part][layer[0]] = fitting(name, Factors(down, up, alpha), layer[1])
         return Lora(found["unet"], found["text_encoder"], stored.metadata)
+
+
+def default_name(path: str | Path) -> str:
+    """What a LoRA is called unless told otherwise: as its file, or its folder."""
+    where = Path(path)
+    return re.sub(r"[^A-Za-z0-9_-]", "_", where.name if where.is_dir() else where.stem)[:64]
 
 
 def _find(path: Path) -> Path:
@@ -153,6 +163,8 @@ def _declared_alphas(metadata: Mapping[str, str]) -> Callable[[Part, str, int], 
                 break
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{module}: its alpha is {value!s:.40}, not a number.")
+        if not abs(value) <= _LARGEST_ALPHA:
+            raise UserError(f"{module}: its alpha is too large or not a number.")
         return float(value) * (math.sqrt(rank) if config.get(f"{part}.use_rslora") else 1.0)
 
     return alpha

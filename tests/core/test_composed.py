@@ -6,6 +6,7 @@ from torch import Tensor
 
 from latentdiff import guidance, process, timetable
 from latentdiff.denoiser import Condition, bind, mark
+from latentdiff.errors import UserError
 from latentdiff.guidance import named
 from latentdiff.noise import NoiseStreams
 from latentdiff.oracles import Gaussian
@@ -92,3 +93,12 @@ def test_with_image_guidance_the_negative_that_sees_the_picture_is_the_base() ->
     )
     mean = NONE + 2 + 3 * (CAT - NONE + 0.5 * (HAT - NONE)) + 0.5 * 2
     torch.testing.assert_close(guided(X, LEVEL), torch.tanh(X) + mean[:, None, None])
+
+
+def test_a_guidance_that_asks_one_by_one_is_refused_instead_of_nan() -> None:
+    for denoise in (
+        guidance.composed(Denoise(), [(about(HAT), 0.7)]),
+        guidance.perturbed(Denoise(), 1, 3, scale=3.0),
+    ):
+        with pytest.raises(UserError, match="together"):
+            denoise(X, LEVEL, about(NONE))

@@ -1,10 +1,14 @@
 """Weights inside prompts: the examples of the web UI, nesting, escapes, and any text at all."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentdiff.guidance.prompt_weights import parse_weights
+from latentdiff.errors import UserError
+from latentdiff.guidance.prompt_weights import has_weights, parse_weights
+from latentdiff.prompts import check_also
 
 
 @pytest.mark.parametrize(
@@ -56,3 +60,13 @@ def test_any_text_parses_and_no_letter_is_lost(prompt: str) -> None:
 @given(st.text(st.characters(exclude_characters="()[]\\")))
 def test_text_without_brackets_is_itself(prompt: str) -> None:
     assert parse_weights(prompt) == [(prompt, 1.0)]
+
+
+@pytest.mark.parametrize("text", ["(a:" + "1" * 9000 + "x", ":1" * 5000, "a:" * 5000])
+def test_no_text_takes_long_to_read(text: str) -> None:
+    start = time.process_time()
+    has_weights(text)
+    parse_weights(text)
+    with pytest.raises(UserError):
+        check_also([text * 10], True)
+    assert time.process_time() - start < 0.5

@@ -147,3 +147,6 @@ def test_bad_guides_are_told() -> None:
         draw(guides=[3.0])
     with pytest.raises(UserError, match="finite scale"):
         draw(guides=[SEG(math.inf)])
+    for blur in (0.0, -1.0, math.nan):
+        with pytest.raises(UserError, match="blur of SEG must be above 0"):
+            SEG(blur=blur)

@@ -310,6 +310,11 @@ def _infinite(values: Values) -> None:
     values[next(iter(values))].fill_(float("nan"))
 
 
+def _scalar(values: Values) -> None:
+    name = next(name for name in values if "lora_A" in name)
+    values[name] = torch.tensor(1.0)
+
+
 def _half(values: Values) -> None:
     del values[next(n for n in values if "lora_B" in n)]
 
@@ -343,6 +348,7 @@ def _whole_numbers(values: Values) -> None:
         (_no_such_layer, "no such layer"),
         (_infinite, "NaN"),
         (_half, "other half"),
+        (_scalar, "shape is not a LoRA's"),
         (_other_half, "other half"),
         (_xl, "Stable Diffusion XL"),
         (_locon, "plain LoRA"),
@@ -369,6 +375,8 @@ def test_a_bad_file_is_one_line_and_changes_nothing(damage: Any, told: str, tmp_
         ("[1]", "no JSON object"),
         ('{"unet.use_dora": true}', "use_dora"),
         ('{"unet.lora_alpha": "four"}', "not a number"),
+        ('{"unet.lora_alpha": NaN}', "too large"),
+        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "too large"),
     ],
 )
 def test_bad_metadata_is_one_line(config: str, told: str, tmp_path: Path) -> None:
