@@ -9,12 +9,12 @@ latents and writing `OUT/vae` in the diffusers layout. Run the same command agai
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
 import typer
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,6 +56,12 @@ class ModelConfig(Strict):
     norm_groups: PositiveInt = 8
     codes: PositiveInt = 1024
 
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Self:
+        if any(width % self.norm_groups for width in self.channels):
+            raise ValueError(f"norm_groups={self.norm_groups} does not divide all of the channels")
+        return self
+
 
 class LossConfig(Strict):
     l1: float = 1.0
@@ -70,6 +76,16 @@ class AutoencoderConfig(RunConfig):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _size_halves(self) -> Self:
+        factor = 2 ** (len(self.model.channels) - 1)
+        if self.data.size % factor:
+            raise ValueError(
+                f"data.size={self.data.size} is no multiple of {factor}, by which "
+                f"{len(self.model.channels)} model.channels reduce it"
+            )
+        return self
 
 
 class Losses:

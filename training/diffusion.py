@@ -9,11 +9,11 @@ theirs). Ends by writing `OUT/model` in the diffusers layout. Run the same comma
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 import typer
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from latentdiff import process as processes
@@ -35,7 +35,7 @@ from latentdiff.learning.denoising import (
     noised_batch,
 )
 from latentdiff.learning.ema import EMA, trained
-from latentdiff.learning.losses import weighted_mse
+from latentdiff.learning.losses import min_snr_gamma, weighted_mse
 from latentdiff.learning.order import Key, Shares, WindowOrder, sample_noise, spread_uniform
 from latentdiff.learning.run import Run, adamw, learning_rate
 from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
@@ -56,24 +56,40 @@ class UNetConfig(Strict):
     head_dim: PositiveInt = 64
     backend: Literal["auto", "eager", "sdpa", "xformers"] = "auto"
 
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if len(self.channels) != len(self.attention):
+            raise ValueError(
+                f"channels has {len(self.channels)} levels and attention {len(self.attention)}"
+            )
+        if any(width % 32 for width in self.channels):
+            raise ValueError("channels must be multiples of 32")
+        return self
+
 
 class TextConfig(Strict):
     """A fresh tower's shape; or `pretrained`, the folder of a model whose tower is used."""
 
     pretrained: Path | None = None
     train: bool = True
-    vocabulary: PositiveInt = 3072
+    vocabulary: int = Field(default=3072, ge=514)  # every byte, twice
     window: PositiveInt = 24
     width: PositiveInt = 192
     layers: PositiveInt = 3
     heads: PositiveInt = 3
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        return self
 
 
 class ObjectiveConfig(Strict):
     process: str = "vp-scaled-linear"
     prediction: Prediction = "v"
     times: Times = "uniform"
-    min_snr_gamma: PositiveFloat | None = 5.0
+    min_snr_gamma: PositiveFloat | Literal["auto"] | None = "auto"
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     learned_variance: bool = False
     bound_weight: PositiveFloat = 0.001
@@ -116,6 +132,7 @@ def train(config: DiffusionConfig, dry: bool) -> None:
 def fit(config: DiffusionConfig, run: Run) -> None:
     """Build -> prepare -> loop -> save."""
     optim, objective = config.optim, config.objective
+    gamma = min_snr_gamma(objective.min_snr_gamma, objective.prediction)
     if objective.learned_variance:
         check_learned_variance(processes.create(objective.process), objective.times)
     stream = open_stream(config, run)
@@ -127,6 +144,8 @@ def fit(config: DiffusionConfig, run: Run) -> None:
     vae = load_vae(config.vae)
     torch.nn.Module.to(vae, run.device)  # diffusers' own `to` has no usable types
     size, factor = config.data.size, 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if size % factor:
+        raise UserError(f"data.size={size} is no multiple of {factor}, as {config.vae} needs")
     shape = (vae.config["latent_channels"], size // factor, size // factor)
     moments = (
         encode_pictures(vae, examples, size, config.out / "cache", run.accelerator)
@@ -192,9 +211,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         latents = (mean + std * posterior - shift) * scale
         uniform = spread_uniform(config.seed, step, places, optim.batch_size).to(run.device)
         t = draw_times(process, uniform, objective.times)
-        batch = noised_batch(
-            process, objective.prediction, latents, noise, t, objective.min_snr_gamma
-        )
+        batch = noised_batch(process, objective.prediction, latents, noise, t, gamma)
         output = wrapped(batch.x, batch.t, captions.tokens(step, places, samples))
         loss = weighted_mse(output[:, : shape[0]], batch.target, batch.weights)
         if not objective.learned_variance:

@@ -35,11 +35,14 @@ class DataConfig(Strict):
     workers: int = Field(default=0, ge=0)  # processes that decode pictures ahead of stage 1
 
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimConfig(Strict):
     """AdamW and its learning-rate curve; `batch_size` is the global one."""
 
     lr: PositiveFloat = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: float = Field(default=0.01, ge=0.0)
     steps: PositiveInt = 10_000
     warmup: int = Field(default=100, ge=0)
@@ -95,10 +98,10 @@ def read_yaml(path: Path) -> dict[str, object]:
         UserError: it is missing or holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines")
@@ -148,7 +151,8 @@ def validate(kind: type[Config], values: dict[str, object], source: str) -> Conf
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{source}: {where}: {first['msg']}") from None
+        told = first["msg"].removeprefix("Value error, ")
+        raise UserError(": ".join(part for part in (source, where, told) if part)) from None
 
 
 def dump_config(config: BaseModel) -> str:

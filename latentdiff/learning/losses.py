@@ -1,8 +1,13 @@
 """Losses of both stages."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.prediction import Prediction
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
@@ -22,6 +27,23 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     (of_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (of_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+def min_snr_gamma(gamma: float | Literal["auto"] | None, prediction: Prediction) -> float | None:
+    """Gamma of the loss weights: "auto" is 5 where min-SNR weighting is defined, else None.
+
+    Raises:
+        UserError: it is not defined for what the model predicts.
+    """
+    defined = prediction in ("eps", "x0", "v")
+    if gamma == "auto":
+        return 5.0 if defined else None
+    if gamma is not None and not defined:
+        raise UserError(
+            f"objective.min_snr_gamma is for eps, x0 and v, and this model predicts "
+            f"{prediction}: set it to null"
+        )
+    return gamma
 
 
 def min_snr_weight(log_snr: Tensor, prediction: str, gamma: float = 5.0) -> Tensor:

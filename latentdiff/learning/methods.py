@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from latentdiff import process as processes
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
+from latentdiff.learning import losses
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.finetuning import FinetuneConfig, FinetuneObjective
 from latentdiff.learning.holes import with_mask_input
@@ -47,16 +48,7 @@ def min_snr_gamma(bundle: Bundle, objective: FinetuneObjective) -> float | None:
     Raises:
         UserError: it is not defined for what the model predicts.
     """
-    defined = bundle.prediction in ("eps", "x0", "v")
-    gamma = objective.min_snr_gamma
-    if gamma == "auto":
-        return 5.0 if defined else None
-    if gamma is not None and not defined:
-        raise UserError(
-            f"objective.min_snr_gamma is for eps, x0 and v, and this model predicts "
-            f"{bundle.prediction}: set it to null"
-        )
-    return gamma
+    return losses.min_snr_gamma(objective.min_snr_gamma, bundle.prediction)
 
 
 def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:

@@ -21,7 +21,7 @@ from latentdiff.learning.checkpoint import (
 from latentdiff.learning.config import DataConfig, OptimConfig, RunConfig, load_config
 from latentdiff.learning.denoising import draw_times, noised_batch
 from latentdiff.learning.ema import EMA
-from latentdiff.learning.losses import adaptive_weight, min_snr_weight, weighted_mse
+from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_weight, weighted_mse
 from latentdiff.learning.order import SampleOrder, Shares, sample_noise, spread_uniform
 from latentdiff.learning.run import learning_rate
 from latentdiff.models.discriminator import PatchDiscriminator
@@ -96,6 +96,7 @@ def test_min_snr_weights_one_x0_error_alike_in_every_prediction(process: str) ->
 def test_min_snr_refuses_what_it_is_not_defined_for() -> None:
     with pytest.raises(ValueError, match="flow"):
         min_snr_weight(torch.zeros(1), "flow")
+    assert [min_snr_gamma("auto", name) for name in ("v", "flow", "score")] == [5.0, None, None]
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
@@ -223,6 +224,9 @@ def test_a_config_takes_overrides_and_refuses_what_it_does_not_know(tmp_path: Pa
             load_config(Config, path, [override])
     with pytest.raises(UserError, match="cannot read"):
         load_config(Config, tmp_path / "none.yaml", [])
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_config(Config, path, [])
 
 
 @settings(max_examples=200, deadline=None)
