@@ -20,9 +20,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.folder import Example, balanced_weights, load_pictures, read_folder
+from latentdiff.data.folder import (
+    Example,
+    balanced_weights,
+    check_fields,
+    load_pictures,
+    read_folder,
+)
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
+from latentdiff.learning.card import around, write_between
 from latentdiff.learning.order import generator
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.metrics.psnr import psnr
@@ -40,6 +47,7 @@ class RealPictures:
 
     def __init__(self, root: Path, size: int, styles: Sequence[str]) -> None:
         self.examples = read_folder(root)
+        check_fields(self.examples, ("style", "split", "codepoints", "skin_tone"), root)
         self.pictures = load_pictures(self.examples, size)
         self.thumbnails = blurred_thumbnails(self.pictures)
         self.styles = set(styles)
@@ -116,24 +124,27 @@ def main(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
     splits: Annotated[
-        str, typer.Option(help="Whose captions are drawn, a comma between.")
-    ] = ",".join(ALL_SPLITS),
+        str | None,
+        typer.Option(help=f"Whose captions are drawn.  [default: {','.join(ALL_SPLITS)}]"),
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA to measure the model with.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     card: Annotated[bool, typer.Option(help="Write the numbers into MODEL/README.md.")] = True,
 ) -> None:
     """Measure a model on fixed prompts and seeds."""
     try:
+        card = card and lora is None
+        if card:
+            around(model / "README.md", START, END)  # before the work
         pipe = LatentDiffusionPipeline.from_pretrained(model)
         if lora is not None:
             pipe.load_lora(lora, lora_scale)
-            card = False
-        chosen = splits.split(",")
+        chosen = None if splits is None else splits.split(",")
         text = evaluate(
             pipe, data, styles.split(","), chosen, out, count, steps, guidance_scale, seed
         )
         if card:
-            write_card(model / "README.md", text)
+            write_between(model / "README.md", START, END, text)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -143,7 +154,7 @@ def evaluate(
     pipe: LatentDiffusionPipeline,
     data: Path,
     styles: list[str],
-    chosen: list[str],
+    chosen: list[str] | None,
     out: Path,
     count: int,
     steps: int,
@@ -152,6 +163,7 @@ def evaluate(
 ) -> str:
     """Every number, a grid per split, `evaluation.json`; returns the card's section."""
     real = RealPictures(data, pipe.bundle.size[0], styles)
+    chosen = choose_splits(real, chosen)
     out.mkdir(parents=True, exist_ok=True)
     seen = real.numbers("train", untoned=True)
     training = [(n, _words(real.examples[n].captions[0])) for n in seen]
@@ -162,14 +174,13 @@ def evaluate(
         "guidance_scale": scale,
         "seed": seed,
         "styles": styles,
-        "vae_psnr_db": round(measure_vae(pipe, real.pictures[held_out]), 2),
         "vae_pictures": len(held_out),
     }
+    if held_out:
+        report["vae_psnr_db"] = round(measure_vae(pipe, real.pictures[held_out]), 2)
     splits: dict[str, dict[str, float]] = {}
     for split in chosen:
         numbers = choose(real, seen, count, seed) if split == "train" else real.numbers(split)
-        if not numbers:
-            continue
         splits[split] = measure(
             pipe, real, numbers, training, out / f"{split}.png", steps, scale, seed
         )
@@ -179,6 +190,21 @@ def evaluate(
     text = table(report, splits)
     typer.echo(text)
     return text
+
+
+def choose_splits(real: RealPictures, asked: list[str] | None) -> list[str]:
+    """Those that were asked for; or those of `ALL_SPLITS` that there are pictures of.
+
+    Raises:
+        UserError: there are none of a split, or of the styles.
+    """
+    there = {str(e.fields["split"]) for e in real.examples if str(e.fields["style"]) in real.styles}
+    told = f"of the styles {', '.join(sorted(real.styles))} there are {sorted(there)}"
+    if missing := [split for split in asked or () if split not in there]:
+        raise UserError(f"no picture is of the split {missing[0]!r}; {told}")
+    if not real.numbers("train", untoned=True):
+        raise UserError(f"no picture without a skin tone is of the split 'train'; {told}")
+    return asked or [split for split in ALL_SPLITS if split in there]
 
 
 def choose(real: RealPictures, numbers: list[int], count: int, seed: int) -> list[int]:
@@ -231,9 +257,13 @@ def pairs(drawn: Tensor, real: Tensor) -> Image.Image:
 def table(report: dict[str, object], splits: dict[str, dict[str, float]]) -> str:
     """The numbers as Markdown."""
     lines = [
-        f"{report['steps']} steps, guidance {report['guidance_scale']}, seed {report['seed']}. "
-        f"Autoencoder: PSNR {report['vae_psnr_db']} dB over {report['vae_pictures']} held-out "
-        "pictures.",
+        f"{report['steps']} steps, guidance {report['guidance_scale']}, seed {report['seed']}."
+        + (
+            f" Autoencoder: PSNR {report['vae_psnr_db']} dB over {report['vae_pictures']} held-out "
+            "pictures."
+            if "vae_psnr_db" in report
+            else ""
+        ),
         "",
         "| prompts from | how many | shows the asked emoji | nearest-caption training picture does "
         "| distance to the nearest training picture: median | least |",
@@ -246,15 +276,6 @@ def table(report: dict[str, object], splits: dict[str, dict[str, float]]) -> str
         for name, row in splits.items()
     ]
     return "\n".join(lines)
-
-
-def write_card(path: Path, text: str) -> None:
-    """Put the table between the card's two marks."""
-    before, start, rest = path.read_text().partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"{path} lacks the marks between which the numbers go: {START} {END}")
-    path.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 def _words(caption: str) -> frozenset[str]:

@@ -32,9 +32,10 @@ from latentdiff.data.folder import Example, read_folder
 from latentdiff.editing import Blend, Canvas, RePaint
 from latentdiff.editing.canvas import Finish
 from latentdiff.errors import UserError
+from latentdiff.learning.card import around, write_between
 from latentdiff.learning.order import generator
 from latentdiff.models import perceptual
-from latentdiff.pictures import centre_square, grid, open_picture, save_png, to_pil, to_tensor
+from latentdiff.pictures import centre_square, grid, save_png, to_pil, to_tensor
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.sampling import Edit
 
@@ -97,6 +98,8 @@ def main(
 ) -> None:
     """Measure RePaint against plain replacement on held-out pictures."""
     try:
+        if card is not None:
+            around(card, START, END)  # before the work
         precision: Precision = dtype  # pyright: ignore[reportAssignmentType]: checked by the loader
         pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=precision)
         run = Run(steps, guidance_scale, solver, resamples, seed)
@@ -105,7 +108,7 @@ def main(
         text = measure(pipe, cases, run, out, features)
         typer.echo(text)
         if card is not None:
-            write_between(card, text)
+            write_between(card, START, END, text)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -130,7 +133,7 @@ def prepare(pipe: LatentDiffusionPipeline, example: Example, place: int, seed: i
     """A picture, its hole, and both on latents."""
     bundle = pipe.bundle
     side = bundle.size[0]
-    picture = centre_square(open_picture(example.path), side)
+    picture = centre_square(example.open(), side)
     kind = list(HOLES)[place % len(HOLES)]
     mask = HOLES[kind](side, generator(seed, 7, place))
     canvas = Canvas(side, side, bundle.factor, bundle.encode, bundle.decode)
@@ -298,15 +301,6 @@ def table(
         means = [f"{rows[kinds == kind, 0].mean():.4f}" for kind in HOLES if kind in kinds]
         lines.append(f"| {name} | {' | '.join(means)} |")
     return "\n".join(lines)
-
-
-def write_between(path: Path, text: str) -> None:
-    """Put the tables between the two marks of a page."""
-    before, start, rest = path.read_text("utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"{path} lacks the marks between which the tables go: {START} {END}")
-    path.write_text(f"{before}{START}\n{text}\n{END}{after}", "utf-8")
 
 
 if __name__ == "__main__":

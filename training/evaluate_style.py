@@ -21,7 +21,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data.folder import Example, load_pictures, read_folder
+from latentdiff.data.folder import Example, check_fields, load_pictures, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import generator
@@ -29,6 +29,7 @@ from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
 
+FIELDS = ("style", "split", "codepoints", "skin_tone")
 Shown = TypeVar("Shown")
 
 
@@ -69,6 +70,7 @@ class Real:
 
     def __init__(self, root: Path, size: int) -> None:
         self.examples = read_folder(root)
+        check_fields(self.examples, FIELDS, root)
         self.pictures = load_pictures(self.examples, size)
         self.thumbnails = blurred_thumbnails(self.pictures)
 
@@ -99,7 +101,7 @@ def new_examples(
 def prompt(example: Example, style: str) -> str:
     """What it shows, in the new style."""
     plain = [caption for caption in example.captions if style not in caption]
-    return f"{plain[:2][-1]}, {style} style"
+    return f"{(plain or example.captions)[:2][-1]}, {style} style"
 
 
 def spread(many: Sequence[Shown]) -> list[Shown]:
@@ -134,17 +136,24 @@ def evaluate(
     settings: dict[str, float],
 ) -> None:
     """`style.json`, and `style.png`: rows of before, after and real pictures."""
-    codepoints = {e.fields["codepoints"] for e in read_folder(pictures)}
+    learned = read_folder(pictures)
+    check_fields(learned, ("codepoints",), pictures)
+    codepoints = {example.fields["codepoints"] for example in learned}
     seen = [
         example
         for example in real.examples
         if example.fields["style"] == style and example.fields["codepoints"] in codepoints
     ]
+    if not seen:
+        styles = ", ".join(sorted({str(e.fields["style"]) for e in real.examples}))
+        raise UserError(f"no picture of the style {style!r} shows what {pictures} does: {styles}")
     new = new_examples(real, seen, style, "noto", int(settings["seed"]))
     report: dict[str, object] = {"style": style, **settings}
     rows: list[Image.Image] = []
     out.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("seen", seen), ("new", new)):
+        if not wanted:  # the folder has no others
+            continue
         prompts = [prompt(example, style) for example in wanted]
         drawn = {"before": draw(before, prompts, settings), "after": draw(after, prompts, settings)}
         for when, tensor in drawn.items():

@@ -8,15 +8,16 @@ which `training/finetune.py --prior-prompt @prior.txt` keeps it from unlearning.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentdiff.data.folder import Example, read_folder
+from latentdiff.data.folder import Example, check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
+
+KEPT = ("codepoints", "license", "source")  # of a picture's fields
 
 
 def main(
@@ -40,8 +41,9 @@ def main(
 
 def plain_pictures(data: Path, style: str) -> list[Example]:
     """A style's training pictures without skin tones and near copies of other emoji."""
-    where = {"style": (style,), "split": ("train",), "skin_tone": ("",), "near_dup_of": ("",)}
-    return read_folder(data, where=where)
+    found = read_folder(data, where={"style": (style,), "split": ("train",)})
+    check_fields(found, ("codepoints",), data)
+    return [e for e in found if not (e.fields.get("skin_tone") or e.fields.get("near_dup_of"))]
 
 
 def chosen(data: Path, style: str, known: str, count: int, seed: int) -> list[Example]:
@@ -61,12 +63,13 @@ def pick(style: str, out: Path, data: Path, known: str, count: int, prior: int, 
         out.mkdir(parents=True)
         rows: list[dict[str, object]] = []
         for example in examples:
-            shutil.copyfile(example.path, out / example.path.name)
+            name = Path(str(example.fields["file_name"])).name
+            (out / name).write_bytes(example.read())
             plain = [caption for caption in example.captions if style not in caption]
-            styled = [f"{caption}, {style} style" for caption in plain]
+            styled = [f"{caption}, {style} style" for caption in plain or example.captions]
             rows.append(
-                {"file_name": example.path.name, "captions": styled}
-                | {key: example.fields[key] for key in ("codepoints", "license", "source")}
+                {"file_name": name, "captions": styled}
+                | {key: example.fields[key] for key in KEPT if key in example.fields}
             )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (out / "metadata.jsonl").write_text(lines, "utf-8")
@@ -87,7 +90,7 @@ def priors(data: Path, known: str, count: int, seed: int) -> list[str]:
     for place, number in enumerate(generator(seed, 13).permutation(len(examples))[:count]):
         captions = examples[int(number)].captions
         plain = [caption for caption in captions if known not in caption]
-        lines.append(captions[0] if place % 2 == 0 else plain[:2][-1])
+        lines.append(captions[0] if place % 2 == 0 else (plain or captions)[:2][-1])
     return lines
 
 

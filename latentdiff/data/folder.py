@@ -137,6 +137,18 @@ def list_folder(
     return examples
 
 
+def check_fields(examples: Sequence[Example], names: Sequence[str], root: Path) -> None:
+    """Pass if every picture's metadata has these fields, be they empty.
+
+    Raises:
+        UserError: some lack one.
+    """
+    for name in names:
+        _refuse_where(
+            examples, lambda e, name=name: name not in e.fields, f"lack the field {name!r}", root
+        )
+
+
 def load_picture(example: Example, size: int) -> Tensor:
     """The picture's middle square at `size` pixels a side: uint8 tensor [3, size, size]."""
     return to_uint8(centre_square(example.open(), size))

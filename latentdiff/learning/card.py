@@ -72,6 +72,40 @@ def write_card(outcome: Outcome, config: RunConfig) -> Path:
     return path
 
 
+def write_between(path: Path, start: str, end: str, text: str) -> None:
+    """Put `text` between two marks of a page, staged.
+
+    Raises:
+        UserError: it lacks the marks, or cannot be read or written.
+    """
+    before, after = around(path, start, end)
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        staged.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
+        sync(staged)
+        staged.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def around(path: Path, start: str, end: str) -> tuple[str, str]:
+    """What a page has before and after two marks.
+
+    Raises:
+        UserError: it lacks them, or cannot be read.
+    """
+    try:
+        before, first, rest = path.read_text("utf-8").partition(start)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise UserError(f"{path} lacks the marks between which the numbers go: {start} {end}")
+    return before, after
+
+
 def share(outcome: Outcome, config: RunConfig) -> list[str]:
     """Write the card, and push if that was asked for; returns lines that say what was done.
 

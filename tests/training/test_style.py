@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from scripts import script
+from typer.testing import CliRunner
 
 from latentdiff.data.folder import read_folder
+from latentdiff.data.shards import write_shards
+from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
+from latentdiff.learning.card import write_between
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +77,67 @@ def test_a_picked_folder_has_styled_captions_and_prompts_of_the_known_style(
     prompts = (tmp_path / "out/prior.txt").read_text().splitlines()
     assert [prompt.startswith("noto emoji of a thing") for prompt in prompts] == [True, False, True]
     assert prompts[1].startswith("a thing")
+
+
+def test_a_folder_with_the_four_fields_will_do_in_shards_too(data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for row in rows:
+        for key in ("near_dup_of", "license", "source", "captions"):
+            del row[key]
+        (bare / row["file_name"]).write_bytes((data / row["file_name"]).read_bytes())
+    (bare / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_shards(bare, tmp_path / "shards", 100)
+    for name, root in (("a", bare), ("b", tmp_path / "shards/00000.tar")):
+        script("pick_style").pick("flat", tmp_path / name, root, "noto", 4, 3, 0)
+    one, other = read_folder(tmp_path / "a"), read_folder(tmp_path / "b")
+    assert [e.read() for e in one] == [e.read() for e in other]
+    assert all(e.captions[0].endswith(", flat style") for e in one)
+    assert len(script("evaluate_style").Real(tmp_path / "shards/00000.tar", 32).examples) == 12
+
+
+def test_what_cannot_be_measured_is_a_line(data: Path, tmp_path: Path) -> None:
+    evaluate, style = script("evaluate"), script("evaluate_style")
+    real = evaluate.RealPictures(data, 32, ["noto"])
+    assert evaluate.choose_splits(real, None) == ["train", "test_style"]
+    with pytest.raises(UserError, match=r"split 'tarin'.*'test_style', 'train'"):
+        evaluate.choose_splits(real, ["train", "tarin"])
+    with pytest.raises(UserError, match="'train'"):
+        evaluate.choose_splits(evaluate.RealPictures(data, 32, ["nto"]), None)
+    none: Any = None
+    with pytest.raises(UserError, match=r"'faces' shows .* flat, noto"):
+        style.evaluate(none, none, style.Real(data, 32), "faces", data, tmp_path, {"seed": 0})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.png").write_bytes((data / "noto_0.png").read_bytes())
+    (tmp_path / "a/x.txt").write_text("x")
+    for reader in (
+        lambda: style.Real(tmp_path / "a", 32),
+        lambda: evaluate.RealPictures(tmp_path / "a", 32, []),
+    ):
+        with pytest.raises(UserError, match=r"lack the field 'style': x\.png"):
+            reader()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "evaluate_inpainting"])
+def test_a_card_without_marks_is_told_before_the_work(name: str, tmp_path: Path) -> None:
+    """No model and no pictures are there: a later look would complain of those."""
+    (tmp_path / "README.md").write_text("# A card\n")
+    options: dict[str, Path | None] = {"model": tmp_path, "data": tmp_path / "none"}
+    options["card"] = tmp_path / "README.md" if name == "evaluate_inpainting" else None
+    words = [f"--{key}={value}" for key, value in options.items() if value]
+    app = typer.Typer()
+    app.command()(script(name).main)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "lacks the marks" in done.output
+
+
+def test_text_goes_between_the_marks_or_nowhere(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<b>old</b>\nz \u00e9\n", "utf-8")
+    write_between(page, "<b>", "</b>", "new")
+    assert page.read_text("utf-8") == "a\n<b>\nnew\n</b>\nz \u00e9\n"
+    with pytest.raises(UserError, match="lacks the marks"):
+        write_between(page, "<c>", "</b>", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
