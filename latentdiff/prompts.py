@@ -76,6 +76,8 @@ def check_also(also: Sequence[Also], guided: bool) -> tuple[list[str], list[floa
             check_prompts(one, "also")  # of a length that is quick to search
             match = re.fullmatch(r"(.*?)(?::\s*([+-]?(?:\d++\.?+\d*+|\.\d++))\s*)?", one, re.DOTALL)
             text, weight = match.groups(default="1") if match else (one, "1")
+            if re.search(r":\s*+(?:[+-]?+[\d.,]++|nan|[+-]?+inf)\s*+$", text):
+                raise UserError(f"also: {one!s:.40} ends in no number: 'a hat:0.7' is meant.")
         elif isinstance(one, Sequence) and len(one) == 2:
             text, weight = one
         else:

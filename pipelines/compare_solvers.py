@@ -1,6 +1,6 @@
 """Which solver comes nearest to the end for how many calls of the network, on a real model.
 
-    python pipelines/compare_solvers.py --out docs/comparison
+    python pipelines/compare_solvers.py --out comparison
 
 Writes a grid of one prompt's pictures (a solver a row, a number of steps a column) and a plot of
 the distance to the converged latents against the calls of the network, and prints the table of the

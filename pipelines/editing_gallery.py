@@ -1,6 +1,6 @@
 """The pictures of docs/editing.md, drawn by the bundled model.
 
-    python pipelines/editing_gallery.py --out docs/pictures
+    python pipelines/editing_gallery.py --out gallery
 
 Default settings and first seeds unless said below. The photo is read from docs/pictures/photo.png.
 """
@@ -172,9 +172,12 @@ PICTURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of docs/editing.md.")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("gallery"), help="a folder")
     parser.add_argument("--only", choices=PICTURES, nargs="*", default=list(PICTURES))
     given = parser.parse_args()
+    for name in (*given.only, "tree", "sunset"):
+        if (given.out / f"{name}.png").exists():
+            parser.exit(2, f"error: {given.out / name}.png is there already: another folder.\n")
     given.out.mkdir(parents=True, exist_ok=True)
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
     for name, make in PICTURES.items():
@@ -185,7 +188,6 @@ def main() -> None:
             print(path)
     for name, image in (("tree", strokes(tree)), ("sunset", sunset())):
         path = given.out / f"{name}.png"
-        path.unlink(missing_ok=True)
         print(save_png(image, path))
 
 

@@ -182,6 +182,8 @@ REFUSED = {
     "guide without scale": (["a cat", "--guide", "pag"], "a guide reads"),
     "unknown solver": (["a cat", "--solver", "eulr"], "did you mean 'euler'"),
     "unknown timetable": (["a cat", "--timetable", "zzz"], "karras"),
+    "a weight with a comma": (["a cat", "--also", "a hat:0,7"], "'a hat:0.7' is meant"),
+    "a device without numbers": (["a cat", "--device", "meta"], "holds no numbers"),
     "unknown dtype": (["a cat", "--dtype", "int8"], "bfloat16"),
     "unknown device": (["a cat", "--device", "quantum"], "quantum"),
     "unknown option": (["a cat", "--colour", "red"], "--colour"),

@@ -47,6 +47,17 @@ class Shapes:
         return count
 
 
+def refuse_others(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Pass the tensors of Stable Diffusion 1.x and 2.x.
+
+    Raises:
+        UserError: some are of a later model.
+    """
+    later = ("label_emb.", "conditioner.", f"{UNET}label_emb.", f"{UNET}conditioner.")
+    if any(name.startswith(later) for name in shapes):
+        raise UserError("it is of Stable Diffusion XL or unCLIP, which do not load here.")
+
+
 def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
     """Of `UNet2DConditionModel`, by the rules that Stable Diffusion 1 and 2 have in common.
 
@@ -55,8 +66,6 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
         size: of the pictures it was trained on, in latents.
     """
     part = Shapes(shapes, UNET)
-    if any(name.startswith(("label_emb.", "conditioner.")) for name in (*part.known, *shapes)):
-        raise UserError("it is of Stable Diffusion XL or unCLIP, which do not load here.")
     levels: list[list[tuple[int, int]]] = [[]]  # width and depth of attention, layer by layer
     number = 1
     while f"input_blocks.{number}.0.op.weight" in part or _resnet(number) in part:

@@ -289,6 +289,8 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device '{device}' is not available here; try 'auto' or 'cpu'.") from error
+    if place.type == "meta":
+        raise UserError("device 'meta' holds no numbers; try 'auto' or 'cpu'.")
     return place
 
 

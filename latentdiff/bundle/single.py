@@ -114,6 +114,7 @@ def _inferred(stored: WeightFiles) -> dict[str, Config]:
         raise UserError(
             f"it holds no {ldm.UNET}*, so it is no Stable Diffusion model; a LoRA goes to --lora."
         )
+    infer.refuse_others(shapes)
     prediction = infer.declared_prediction(stored.metadata) or "epsilon"
     telltale = infer.V_PREDICTION_TELLTALE
     text = infer.text_config(shapes)

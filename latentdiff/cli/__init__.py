@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refuse(str(error))
         except (KeyboardInterrupt, typer.Abort):
             return 130
+        except RuntimeError as error:  # torch's, which is not imported for this
+            if not any(told in str(error) for told in ("out of memory", "can't allocate memory")):
+                raise
+            return _refuse("too little memory for this: fewer or smaller pictures")
     return code if isinstance(code, int) else 0
 
 

@@ -23,16 +23,20 @@ def convert(
     ],
     lora: options.Loras = None,
     dtype: Annotated[
-        options.DtypeName, typer.Option(help="Of the weights in OUT; auto keeps float32.")
+        options.DtypeName, typer.Option(help="Of the weights in OUT; auto writes float32.")
     ] = "auto",
 ) -> None:
     """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111.
 
     LoRAs given with --lora are added to its weights.
     """
-    if out.exists():
-        raise UserError(f"{out}: it is there already; name another.")
     check_writable(out.parent)
+    try:
+        taken = out.is_symlink() or out.exists()
+    except OSError as error:
+        raise UserError(f"{out!s:.200}: {error.strerror}.") from error
+    if taken:
+        raise UserError(f"{out}: it is there already; name another.")
     pipe = open_model(model, "cpu", "float32", lora)
     import torch
 

@@ -40,8 +40,13 @@ def interpolate(
     files = [Path(one).is_file() for one in (a, b)]
     if files[0] != files[1]:
         raise UserError(f"{a} and {b}: two picture files or two prompts are needed.")
+    for one in () if files[0] else (a, b):
+        if Path(one).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"{one}: no such picture.")
     if files[0] and prompt is None:
         raise UserError("say with --prompt what both pictures show.")
+    if prompt is not None and not files[0]:
+        raise UserError("--prompt is for two pictures: two prompts say themselves what they show.")
     from latentdiff import interpolation, pictures
 
     pipe = open_model(model, device, dtype, lora)
@@ -57,6 +62,7 @@ def interpolate(
     images = [pictures.to_pil(one * 2 - 1) for one in drawn]
     ends = [Path(a).name, Path(b).name] if files[0] else [a, b]
     record: dict[str, object] = {"version": __version__, "model": pipe.bundle.name, "between": ends}
+    record["steps"] = steps or (50 if files[0] else 20)
     record |= about_loras(lora)
     kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}
     paths = [
