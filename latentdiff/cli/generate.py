@@ -12,7 +12,6 @@ import typer
 from latentdiff.cli import options
 from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.output import check_writable, png_text
-from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
 if TYPE_CHECKING:
@@ -145,17 +144,12 @@ def _draw(
     pipe: "LatentDiffusionPipeline", prompts: list[str], seed: int, first: int, settings: _Settings
 ) -> Iterator["tuple[str, int, Image]"]:
     """A prompt, its picture's index within the seed, and the picture, for each of the prompts."""
-    import torch
-
     at_once = max(1, _DRAWN_AT_ONCE // (settings["height"] * settings["width"]))
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        try:
-            output = pipe(
-                chunk, seed=seed, first=first + start, progress=sys.stderr.isatty(), **settings
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError("the device has too little memory for pictures of this size") from error
+        output = pipe(
+            chunk, seed=seed, first=first + start, progress=sys.stderr.isatty(), **settings
+        )
         yield from zip(chunk, output.indices, output.images, strict=True)
 
 

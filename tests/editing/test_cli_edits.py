@@ -216,6 +216,8 @@ REFUSED = {
     "no space": (["ilvr", "PICTURE", "a cat", "--space", "time"], "--space"),
     "a picture and a prompt": (["interpolate", "PICTURE", "a cat"], "two picture files"),
     "no prompt for pictures": (["interpolate", "PICTURE", "PICTURE"], "--prompt"),
+    "misspelt pictures": (["interpolate", "a.png", "b.png"], "a.png: no such picture"),
+    "a prompt for prompts": (["interpolate", "a", "b", "--prompt", "c"], "for two pictures"),
 }
 
 
