@@ -10,7 +10,8 @@ written out in one function: each step opens its pictures, resizes, crops and fl
 encodes pictures and captions, draws noise, and takes a step of AdamW; the full fine-tune with their
 EMA. torchvision's transforms are done by Pillow, which torchvision itself calls on such pictures.
 Both sides: float32, batches of one size in one piece, LoRA of one rank in the attention, in turn,
-timed from the end of one step of the optimizer to the end of another. What ours does once before
+each time in a process of its own (ours sets how its process keeps memory, which theirs must not
+gain from), timed from the end of one step of the optimizer to the end of another. What ours does once before
 its first step (checking and encoding the pictures) is timed by itself. --side N has both sides read
 the same pictures enlarged to NxN, as JPEG: of the size that a camera's are, but smoother. --sd1 N
 takes a model of the size and shape of Stable Diffusion 1.x, trained at NxN, with random weights,
@@ -19,16 +20,17 @@ which take the same time as trained ones; the full fine-tune needs 24 GB at N = 
 
 import argparse
 import contextlib
-import gc
 import io
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 from unittest import mock
 
 import finetune  # pyright: ignore[reportMissingImports]
@@ -65,6 +67,7 @@ from latentdiff.text import ClipTower
 RANK, FEW = 4, 2
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
+Given = ParamSpec("Given")
 Clock = tuple[float, float]
 """Seconds of the processor in this process, and of the wall."""
 
@@ -97,6 +100,12 @@ def steps_timed(most: int) -> Iterator[list[Clock]]:
         yield ends
     finally:
         hook.remove()
+
+
+def alone(task: Callable[Given, Clock], *args: Given.args, **kwargs: Given.kwargs) -> Clock:
+    """What a task returns in a process that does nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *args, **kwargs).result()
 
 
 def between(ends: list[Clock]) -> Clock:
@@ -294,17 +303,15 @@ def main() -> None:
             torch.manual_seed(0)
             model = sd1(given.sd1, model / "tokenizer").save(Path(name) / "sd1")
         examples = some_pictures(given.data, folder, given.pictures, given.side)
-        once = [prepare(examples, model)[0] for _ in range(given.rounds)]
+        once = [alone(prepare, examples, model)[0] for _ in range(given.rounds)]
         once = statistics.median(once) / len(examples)
         print(f"latentdiff, before the first step: {once:.4f} CPU seconds a picture")
         for method in given.methods:
             times: dict[str, list[Clock]] = {"latentdiff": [], "diffusers' recipe": []}
             for _ in range(given.rounds):
-                gc.collect()  # of one side, before the other's
-                spent = ours(method, folder, model, given.batch, given.steps)
+                spent = alone(ours, method, folder, model, given.batch, given.steps)
                 times["latentdiff"].append(spent)
-                gc.collect()
-                spent = theirs(method, examples, model, given.batch, given.steps)
+                spent = alone(theirs, method, examples, model, given.batch, given.steps)
                 times["diffusers' recipe"].append(spent)
                 print(method, times, file=sys.stderr, flush=True)
             report(method, times, given.batch * given.steps)

@@ -29,6 +29,7 @@ from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.records import Records
 from latentdiff.learning.settings import check_settings, settings_of
 from latentdiff.learning.sharding import Shown, gathered
+from latentdiff.memory import keep_freed_memory
 
 _PATIENCE = timedelta(hours=6)  # of processes, while the main one encodes or draws alone
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
@@ -81,6 +82,8 @@ class Run:
         self.accelerator = Accelerator(
             mixed_precision=config.precision, kwargs_handlers=[alone, patient]
         )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.main = self.accelerator.is_main_process
         self.out = config.out
         self.bad_steps = 0
