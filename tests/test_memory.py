@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-TRAIN = "from latentdiff.learning.config import RunConfig; from latentdiff.learning.run import Run; "
-COMMAND = "import sys; from latentdiff.cli import run; sys.argv = ['latentdiff', 'solvers']; "
+TRAIN = """
+from latentdiff.learning.config import RunConfig
+from latentdiff.learning.run import Run
+Run(RunConfig(out="run"))
+"""
+COMMAND = """
+import sys
+from latentdiff.cli import run
+sys.argv = ["latentdiff", "--version"]
+run()
+"""
 
 CHURN = """
 import resource, torch
@@ -38,8 +47,6 @@ def faults(tmp_path: Path, before: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
-@pytest.mark.parametrize(
-    "own", [TRAIN + "Run(RunConfig(out='run'))", COMMAND + "run()"], ids=["training", "command"]
-)
+@pytest.mark.parametrize("own", [TRAIN, COMMAND], ids=["training", "command"])
 def test_our_processes_keep_freed_memory(tmp_path: Path, own: str) -> None:
     assert faults(tmp_path, own) * 10 < faults(tmp_path, "import latentdiff")

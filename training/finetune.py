@@ -145,7 +145,8 @@ main.__doc__ = __doc__
 
 def train(config: FinetuneConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
-    with Run(config, dry, may_split=config.method != "textual-inversion") as run:
+    may_split = config.method != "textual-inversion" and config.optimizer == "adamw"
+    with Run(config, dry, may_split=may_split) as run:
         fit(config, run)
 
 

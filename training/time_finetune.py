@@ -11,11 +11,11 @@ encodes pictures and captions, draws noise, and takes a step of AdamW; the full 
 EMA. torchvision's transforms are done by Pillow, which torchvision itself calls on such pictures.
 Both sides: float32, batches of one size in one piece, LoRA of one rank in the attention, in turn,
 each time in a process of its own (ours sets how its process keeps memory, which theirs must not
-gain from), timed from the end of one step of the optimizer to the end of another. What ours does once before
-its first step (checking and encoding the pictures) is timed by itself. --side N has both sides read
-the same pictures enlarged to NxN, as JPEG: of the size that a camera's are, but smoother. --sd1 N
-takes a model of the size and shape of Stable Diffusion 1.x, trained at NxN, with random weights,
-which take the same time as trained ones; the full fine-tune needs 24 GB at N = 256.
+gain from), timed from the end of one step of the optimizer to the end of another. What ours does
+once before its first step (checking and encoding the pictures) is timed by itself. --side N has
+both sides read the same pictures enlarged to NxN, as JPEG: of the size that a camera's are, but
+smoother. --sd1 N takes a model of the size and shape of Stable Diffusion 1.x, trained at NxN, with
+random weights, which take the same time as trained ones; the full fine-tune needs 24 GB at N = 256.
 """
 
 import argparse

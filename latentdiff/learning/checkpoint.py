@@ -135,22 +135,32 @@ def _manifest(names: dict[str, str]) -> str:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
     """An optimizer's per-parameter state as flat tensors `index.key`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": torch.as_tensor(value)
-        for index, entry in state.items()
-        for key, value in entry.items()
-    }
+    packed: Tensors = {}
+    seen: set[int] = set()
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            parts = value if isinstance(value, dict) else {key: value}  # bitsandbytes nests some
+            for name, part in parts.items():
+                tensor = torch.as_tensor(part)
+                if tensor.data_ptr() in seen:  # its table of all parameters, which no file takes
+                    tensor = tensor.clone()
+                seen.add(tensor.data_ptr())
+                packed[f"{index}.{name}"] = tensor
+    return packed
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Tensors) -> None:
     """Put what `pack_optimizer` gave back; hyper-parameters stay as they are."""
     whole = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, Tensors] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for name, value in packed.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = split_like(value, parameters[int(index)])
+        entry = state.setdefault(int(index), {})
+        if value.dtype == torch.int64 and value.ndim == 0:  # a count that was a plain number
+            entry[key] = int(value)
+        else:
+            entry[key] = split_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 

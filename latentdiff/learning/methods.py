@@ -131,7 +131,7 @@ def _adamw_8bit(parameters: Iterator[nn.Parameter], optim: OptimConfig) -> Optim
     try:
         module = import_module("bitsandbytes.optim")
     except ModuleNotFoundError as error:
-        raise UserError("optimizer adamw-8bit needs: pip install bitsandbytes") from error
+        raise UserError("optimizer adamw-8bit needs: pip install 'latentdiff[8bit]'") from error
     return module.AdamW8bit(
         parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
     )

@@ -95,7 +95,7 @@ class Run:
             raise UserError(
                 f"this run cannot split its weights over the processes by {kind.value}: launch "
                 "with training/configs/accelerate-ddp.yaml (accelerate-fsdp.yaml for "
-                "diffusion.py, and for finetune.py but textual inversion)"
+                "diffusion.py, and for finetune.py but textual inversion and adamw-8bit)"
             )
         if config.precision == "fp16" and self.device.type == "cpu":
             raise UserError("precision fp16 is for GPUs: set precision: bf16 or no")

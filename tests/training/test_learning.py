@@ -21,7 +21,9 @@ from latentdiff.learning.checkpoint import (
 from latentdiff.learning.config import DataConfig, OptimConfig, RunConfig, load_config
 from latentdiff.learning.denoising import draw_times, noised_batch
 from latentdiff.learning.ema import EMA
+from latentdiff.learning.finetuning import FinetuneConfig, PicturesConfig
 from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_weight, weighted_mse
+from latentdiff.learning.methods import make_optimizer
 from latentdiff.learning.order import SampleOrder, Shares, sample_noise, spread_uniform
 from latentdiff.learning.run import learning_rate
 from latentdiff.models.discriminator import PatchDiscriminator
@@ -179,25 +181,39 @@ def test_ema_is_the_average_it_claims_and_lends_its_weights_for_a_while() -> Non
     assert module.weight.item() == 2.0
 
 
-def test_an_optimizer_comes_back_exactly(tmp_path: Path) -> None:
-    def steps(optimizer, weight, count):
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_an_optimizer_comes_back_exactly(
+    tmp_path: Path, kind: Literal["adamw", "adamw-8bit"]
+) -> None:
+    config = FinetuneConfig(
+        method="full",
+        data=PicturesConfig(root=tmp_path),
+        out=tmp_path,
+        optimizer=kind,
+        optim=OptimConfig(lr=0.1),
+    )
+
+    def steps(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], count: int):
         for _ in range(count):
             optimizer.zero_grad()
-            weight.square().sum().backward()
+            torch.stack([weight.square().sum() for weight in weights]).sum().backward()
             optimizer.step()
 
-    one = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    first = torch.optim.AdamW([one], lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2,), (64, 64), (4096, 2)  # 8 bits from 4,096 values on
+    one = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    first = make_optimizer(iter(one), config)
     steps(first, one, 3)
-    two = torch.nn.Parameter(one.detach().clone())
-    second = torch.optim.AdamW([two], lr=0.1)
+    two = [torch.nn.Parameter(weight.detach().clone()) for weight in one]
+    second = make_optimizer(iter(two), config)
     save_checkpoint(tmp_path, 3, {"optimizer": pack_optimizer(first)}, {})
     found = load_newest(tmp_path)
     assert found is not None
     unpack_optimizer(second, found[0]["optimizer"])
     steps(first, one, 2)
     steps(second, two, 2)
-    assert torch.equal(one, two)
+    for mine, other in zip(one, two, strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
