@@ -1,6 +1,7 @@
 """The pieces of training, each against what it must equal."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,9 @@ from latentdiff.prediction import Prediction, to_x0
 from latentdiff.process import create
 
 STEP = st.integers(0, 10_000)
+NEEDS_BITSANDBYTES = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="pip install 'latentdiff[8bit]', as .ci/run does"
+)
 
 
 def tiny_vae(kind: Literal["kl", "vq"] = "kl") -> Any:
@@ -181,7 +185,7 @@ def test_ema_is_the_average_it_claims_and_lends_its_weights_for_a_while() -> Non
     assert module.weight.item() == 2.0
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw-8bit", marks=NEEDS_BITSANDBYTES)])
 def test_an_optimizer_comes_back_exactly(
     tmp_path: Path, kind: Literal["adamw", "adamw-8bit"]
 ) -> None:
