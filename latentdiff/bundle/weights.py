@@ -68,10 +68,12 @@ def check_numbers(value: object, name: str) -> None:
 
 @contextmanager
 def blaming(path: Path) -> Iterator[None]:
-    """Say in a `UserError` of the block which path it is about."""
+    """Say in a `UserError` of the block which path it is about, if it does not say so already."""
     try:
         yield
     except UserError as error:
+        if str(error).startswith(str(path)):
+            raise
         raise UserError(f"{path}: {error}") from error
 
 

@@ -276,6 +276,9 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=told):
             Bundle.load(tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        Bundle.load(tmp_path / "y.safetensors")
+    assert str(caught.value).count("y.safetensors") == 1
 
 
 def test_models_that_no_single_file_can_hold(tmp_path: Path) -> None:
