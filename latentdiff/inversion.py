@@ -40,7 +40,8 @@ def invert(
         [B, C, H, W] at timetable[0].
 
     Raises:
-        UserError: the timetable jumps or is too short, or refinements are negative.
+        UserError: the timetable jumps or is too short, refinements are negative, or the solver
+            draws noise.
     """
     levels = [level for level in timetable if level.sigma > 0]
     if len(levels) < 2 or any(a.log_snr >= b.log_snr for a, b in pairwise(levels)):
@@ -48,6 +49,7 @@ def invert(
     if refinements < 0:
         raise UserError(f"refinements must not be negative, but {refinements} were asked.")
     noise = NoiseStreams([0] * len(x))  # for the protocol; deterministic solvers draw none
+    untouched = noise.generators[0].get_state()
     x = levels[-1].alpha * x
     for clean, noisy in pairwise(reversed(levels)):
         target = x
@@ -56,6 +58,8 @@ def invert(
         growth = math.hypot(noisy.alpha, noisy.sigma) / math.hypot(clean.alpha, clean.sigma)
         for _ in range(refinements):
             reached, _ = solver.step(denoise, x, noisy, clean, solver.init(), noise)
+            if not torch.equal(noise.generators[0].get_state(), untouched):
+                raise UserError("inversion needs a solver that draws no noise, as 'heun'.")
             x = x + growth * (target - reached)
     return x
 

@@ -15,7 +15,7 @@ from latentdiff.metrics.psnr import psnr
 from latentdiff.noise import NoiseStreams
 from latentdiff.oracles import Gaussian, mixture
 from latentdiff.pictures import to_tensor
-from latentdiff.solvers import DDIM, Euler, Heun, Solver
+from latentdiff.solvers import DDIM, DDPM, Euler, Heun, Solver
 
 DATA = mixture([1, 2], [[0.0, 1.0], [1.0, -1.0]], [0.3, 0.5])
 NOISE = NoiseStreams(0)
@@ -94,10 +94,11 @@ def test_slerp_keeps_the_length_of_noise() -> None:
 
 def test_mistakes_are_named() -> None:
     levels = timetable.create("karras", process.create("flow"), 4)
-    for given, refinements, said in (
-        ([*levels, *levels], 1, "only goes down"),
-        (levels[-2:], 1, "two levels"),
-        (levels, -1, "refinements"),
+    for solver, given, refinements, said in (
+        (Heun(), [*levels, *levels], 1, "only goes down"),
+        (Heun(), levels[-2:], 1, "two levels"),
+        (Heun(), levels, -1, "refinements"),
+        (DDPM(), levels, 1, "draws no noise"),
     ):
         with pytest.raises(UserError, match=said):
-            invert(DATA, Heun(), given, points(), refinements=refinements)
+            invert(DATA, solver, given, points(), refinements=refinements)
