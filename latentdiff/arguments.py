@@ -1,5 +1,6 @@
 """The arguments of a call, checked before anything is drawn."""
 
+import math
 import operator
 import secrets
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from torch import Tensor
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
+from latentdiff.process import NoiseLevel
+from latentdiff.timetable import Timetable
 
 MAX_STEPS = 1000
 MAX_SIDE = 4096  # pixels
@@ -29,6 +32,44 @@ def whole(value: int, name: str, low: int, high: int) -> int:
     if number is None or isinstance(value, bool) or not low <= number <= high:
         raise UserError(f"{name}: must be a whole number from {low} to {high}, not {value!s:.40}.")
     return number
+
+
+def finite(value: float, name: str) -> None:
+    """Pass if it is a finite number.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        passes = math.isfinite(value)
+    except TypeError:
+        passes = False
+    if not passes:
+        raise UserError(f"{name}: must be a finite number, not {value!r:.40}.")
+
+
+def listed(given: Sequence[object], name: str, example: str) -> None:
+    """Pass if it is a list, or another sequence that is no text.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError(f"{name}: give a list, as [{example}], not {type(given).__name__}.")
+
+
+def check_levels(timetable: Timetable) -> None:
+    """Pass if it holds noise levels, and nothing else.
+
+    Raises:
+        UserError: it does not.
+    """
+    levels = timetable if isinstance(timetable, Sequence) else ()
+    if not levels or not all(isinstance(level, NoiseLevel) for level in levels):
+        raise UserError(
+            "timetable: give a name, or noise levels as `latentdiff.timetable.create` does, not "
+            f"{timetable!r:.40}."
+        )
 
 
 def latent_shape(
@@ -62,12 +103,17 @@ def picture_streams(
     """Seed of each of `count` pictures, and its index within the seed.
 
     Raises:
-        UserError: they are no seeds, or both a seed and a generator were given.
+        UserError: they are no seeds or no generator, or both were given.
     """
     first = whole(first, "first", 0, 2**62)
     if generator is not None:
         if seed is not None:
             raise UserError("seed and generator: give one of them, not both.")
+        if not isinstance(generator, torch.Generator):
+            raise UserError(
+                f"generator: give one torch.Generator, not {type(generator).__name__}; a seed for "
+                "each picture goes to `seed`."
+            )
         drawn = torch.randint(2**32, (), generator=generator, device=generator.device)
         seed = int(drawn.item())
     if seed is None:
@@ -89,10 +135,12 @@ def first_noise(
     """Standard noise [B, C, h, w] in float32 on the device: the caller's, or fresh.
 
     Raises:
-        UserError: the caller's has another shape, or is not finite.
+        UserError: the caller's is no tensor, has another shape, or is not finite.
     """
     if latents is None:
         return noise.draw(shape[1:]).to(device)
+    if not isinstance(latents, Tensor):
+        raise UserError(f"latents: must be a torch.Tensor, not {type(latents).__name__}.")
     if latents.shape != shape:
         raise UserError(f"latents: must be {list(shape)}, not {list(latents.shape)}.")
     if not bool(torch.isfinite(latents).all()):

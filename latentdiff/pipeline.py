@@ -14,8 +14,11 @@ from latentdiff import lora, solvers
 from latentdiff.arguments import (
     MAX_PIXELS,
     MAX_STEPS,
+    check_levels,
+    finite,
     first_noise,
     latent_shape,
+    listed,
     picture_streams,
     whole,
 )
@@ -219,17 +222,21 @@ class LatentDiffusionPipeline:
         prompts = check_prompts(prompt)
         per_prompt = whole(num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
         negatives = check_negatives(negative_prompt, len(prompts))
+        listed(also, "also", "('a hat', 0.7)")
+        listed(edits, "edits", "SDEdit(picture, 0.6)")
+        listed(guides, "guides", "'pag:3'")
         pictured = picture_size(edits, height, width)
         if pictured is not None:
             height, width = padded_size(pictured, bundle.factor)
         shape = latent_shape(bundle, height, width, len(prompts) * per_prompt)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
-        if not math.isfinite(guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, not {guidance_scale}.")
+        finite(guidance_scale, "guidance_scale")
+        finite(guidance_rescale, "guidance_rescale")
         solver = bundle.solver if solver is None else solver
         stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
         if timetable is None or isinstance(timetable, str):
             timetable = bundle.timetable(timetable, steps)
+        check_levels(timetable)
         seeds, indices = picture_streams(seed, first, generator, shape[0])
         noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
         x = first_noise(latents, noise, shape, bundle.device)

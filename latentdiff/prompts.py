@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ def check_prompts(given: str | Sequence[str], name: str = "prompt") -> list[str]
     Raises:
         UserError: one of them is empty (a negative one may be), too long, or no text.
     """
+    if not isinstance(given, Iterable):
+        raise UserError(f"{name}: must be text or a list of texts, not {type(given).__name__}.")
     prompts = [given] if isinstance(given, str) else list(given)
     if not prompts:
         raise UserError(f"{name}: the list is empty; say what to draw.")
@@ -69,8 +71,6 @@ def check_also(also: Sequence[Also], guided: bool) -> tuple[list[str], list[floa
     """
     texts: list[str] = []
     weights: list[float] = []
-    if isinstance(also, str):
-        raise UserError("also: give a list of further prompts, as [('a hat', 0.7)].")
     for one in also:
         if isinstance(one, str):
             check_prompts(one, "also")  # of a length that is quick to search
