@@ -127,9 +127,14 @@ def test_every_option_reaches_the_run(
 
 
 def test_sizes(model: Path, out: Path) -> None:
-    (tall,) = draw(model, out, "a cat", "--size", "32", "--height", "48")
-    assert Image.open(tall).size == (32, 48)
-    assert (record(tall)["width"], record(tall)["height"]) == (32, 48)
+    for options, size in (
+        ("--width 32 --height 48", (32, 48)),
+        ("--size 32", (32, 32)),
+        ("--height 48", (16, 48)),
+    ):
+        (path,) = draw(model, out, "a cat", *options.split())
+        assert Image.open(path).size == size
+        assert (record(path)["width"], record(path)["height"]) == size
 
 
 def test_no_metadata_leaves_pixels_only(model: Path, out: Path) -> None:
@@ -171,6 +176,7 @@ REFUSED = {
     "negative seed": (["a cat", "--seed", "-1"], "--seed"),
     "size off the grid": (["a cat", "--size", "33"], "multiple of"),
     "huge size": (["a cat", "--size", "1000000"], "4096"),
+    "size and a side": (["a cat", "--size", "32", "--width", "48"], "--height and --width"),
     "infinite guidance": (["a cat", "--guidance-scale", "inf"], "finite"),
     "unknown guide": (["a cat", "--guide", "pagg:1"], "did you mean 'pag'"),
     "empty further prompt": (["a cat", "--also", ":2"], "also: it is empty"),

@@ -5,13 +5,14 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from latentdiff.cli import options
 from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.output import check_writable, png_text
+from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
 if TYPE_CHECKING:
@@ -28,22 +29,18 @@ def generate(
     number: Annotated[
         int, typer.Option("-n", "--number", min=1, max=10_000, help="Pictures of each prompt.")
     ] = 1,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the noise. Default: random, and printed.")
-    ] = None,
+    seed: options.Seed = None,
     first: Annotated[
         int,
         typer.Option(min=0, help="Begin with this picture of the seed: the index in a PNG's text."),
     ] = 0,
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")
-    ] = Path("outputs"),
+    out: options.Out = Path("outputs"),
     grid: Annotated[bool, typer.Option("--grid", help="Also all of them in one picture.")] = False,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")] = 20,
+    steps: options.StepCount = 20,
     guidance: Annotated[
         str, typer.Option(metavar="NAME", help="cfg, apg or cfg++ (its scale is 0 .. 1).")
     ] = "cfg",
-    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 4.0,
+    guidance_scale: options.GuidanceScale = 4.0,
     rescale: Annotated[
         float, typer.Option(min=0, max=1, help="How much of guidance's contrast to take back.")
     ] = 0.0,
@@ -55,9 +52,7 @@ def generate(
             "may be repeated.",
         ),
     ] = None,
-    negative: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
-    ] = None,
+    negative: options.Negative = None,
     also: options.AlsoPrompts = None,
     weights: options.Weights = False,
     solver: options.SolverName = None,
@@ -68,29 +63,19 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            help="A folder, a file or a Hugging Face name. Default: the bundled emoji model.",
-        ),
-    ] = None,
+    model: options.Model = None,
     lora: options.Loras = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the networks.")
-    ] = "auto",
-    no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Write nothing but pixels into the PNG files.")
-    ] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    no_metadata: options.NoMetadata = False,
 ) -> None:
     """Draw pictures of what each PROMPT says.
 
     They are written as NUMBER-SEED.png, never over another file, and their paths printed. The text
     inside each tells all that is needed to draw it again.
     """
+    if size is not None and (height is not None or width is not None):
+        raise UserError("--size is height and width: give it, or --height and --width.")
     check_writable(out)
     from latentdiff.prompts import check_prompts
 
