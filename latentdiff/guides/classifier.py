@@ -74,7 +74,16 @@ class Classifier:
         return torch.tensor([self.labels.index(name) for name in names])
 
     def log_probability(self, x: Tensor, level: NoiseLevel, places: Tensor) -> Tensor:
-        """ln p(label | x_t) [B] of x_t [B, C, h, w], with gradients."""
+        """ln p(label | x_t) [B] of x_t [B, C, h, w], with gradients.
+
+        Raises:
+            UserError: it was made for latents of another number of channels.
+        """
+        if x.shape[1] != self.network.latent_channels:
+            raise UserError(
+                f"the classifier is for latents of {self.network.latent_channels} channels, but "
+                f"the model's have {x.shape[1]}; train one for this model."
+            )
         power = (level.alpha**2 + level.sigma**2) ** 0.5
         log_snr = torch.full((len(x),), level.log_snr, device=x.device)
         logits = self.network(x.float() / power, log_snr)

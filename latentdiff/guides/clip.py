@@ -172,10 +172,13 @@ def _channels(look: dict[str, object], key: str, path: Path) -> tuple[float, ...
     value = look.get(key)
     if value is None:
         return None
+    least = 1e-6 if key == "image_std" else -1e3
     if (
         not isinstance(value, list)
         or len(value) != 3
-        or not all(isinstance(part, int | float) and abs(part) < 1e3 for part in value)
+        or not all(isinstance(part, int | float) and least <= part < 1e3 for part in value)
     ):
-        raise UserError(f"{path}: its {key} must be three numbers, not {value!s:.60}.")
+        raise UserError(
+            f"{path}: its {key} must be three numbers (a deviation above 0), not {value!s:.60}."
+        )
     return tuple(float(part) for part in value)

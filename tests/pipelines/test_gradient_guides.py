@@ -136,6 +136,7 @@ def test_both_steer_the_pipeline_up_their_score_beside_everything_else(tmp_path:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        ({"image_std": [0.5, 0, 0.5]}, "image_std must be three numbers"),
         ({"model_type": "t5"}, "no CLIP"),
         ({"vision_config": {"hidden_size": 32}}, "vision_model"),
         ({"vision_config": {"num_hidden_layers": 10**9}}, "not a sensible value"),
@@ -144,10 +145,11 @@ def test_both_steer_the_pipeline_up_their_score_beside_everything_else(tmp_path:
 )
 def test_a_bad_clip_folder_is_told(damage: dict[str, Any], said: str, tmp_path: Path) -> None:
     folder = CLIP.save(tmp_path / "clip")
-    config = json.loads((folder / "config.json").read_text())
+    path = folder / ("preprocessor_config.json" if "image_std" in damage else "config.json")
+    config = json.loads(path.read_text())
     for key, value in damage.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    (folder / "config.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
         Clip.load(folder)
 
@@ -159,6 +161,9 @@ def test_bad_guides_are_told(tmp_path: Path) -> None:
         draw(ClassifierGuide(CLASSIFIER, "kat"))
     with pytest.raises(UserError, match="3 labels were given for 2"):
         draw(ClassifierGuide(CLASSIFIER, ["cat"] * 3))
+    other = Classifier(LatentClassifier(3, ["cat"], 8))
+    with pytest.raises(UserError, match="latents of 3 channels, but the model's have 4"):
+        draw(ClassifierGuide(other, "cat"))
     for text in ("clip:3", "clip::x", "classifier:3:folder", "pag:inf", "seg:1:2"):
         with pytest.raises(UserError, match="a guide reads"):
             draw(text)
