@@ -102,9 +102,9 @@ def add_lora(
         strength = float(rank if alpha is None else alpha)
         found[part] = {m: _fresh(layer, rank, strength, random) for m, layer in matching.items()}
     lora = Lora(found["unet"], found.get("text_encoder", {}))
+    _inject(bundle, lora, name, torch.float32, dropout)
     for part in found:
         network(bundle, part).requires_grad_(False)
-    _inject(bundle, lora, name, torch.float32, dropout)
     trained: list[nn.Parameter] = []
     for part in PARTS:
         for _, layer in _lora_layers(network(bundle, part), name):

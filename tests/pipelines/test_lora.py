@@ -398,7 +398,9 @@ def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
 def test_refused_settings_leave_the_model_alone() -> None:
     bundle = tiny_bundle()
     names = set(bundle.unet.state_dict())
+    bundle.unet.requires_grad_(True)
     for refused in (
+        lambda: add_lora(bundle, name="bad name"),
         lambda: add_lora(bundle, rank=0),
         lambda: add_lora(bundle, alpha=float("nan")),
         lambda: add_lora(bundle, dropout=1.0),
@@ -413,6 +415,7 @@ def test_refused_settings_leave_the_model_alone() -> None:
         with pytest.raises(UserError):
             refused()
     assert set(bundle.unet.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in bundle.unet.parameters())
     attach_lora(bundle, made(), "a")
     for refused in (lambda: attach_lora(bundle, made(), "a"), lambda: add_lora(bundle)):
         with pytest.raises(UserError, match="already"):
