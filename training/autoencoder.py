@@ -34,9 +34,9 @@ from latentdiff.learning.ema import EMA
 from latentdiff.learning.losses import adaptive_weight, discriminator_hinge
 from latentdiff.learning.order import Key, Shares, sample_noise
 from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.metrics.perceptual import create as perceptual_distance
 from latentdiff.metrics.psnr import psnr
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.models.perceptual import create as perceptual_distance
 from latentdiff.models.vae import (
     VAE,
     AutoencoderKL,

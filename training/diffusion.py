@@ -18,6 +18,8 @@ from torch import Tensor
 
 from latentdiff import process as processes
 from latentdiff.bundle import Bundle
+from latentdiff.bundle.check import latent_affine
+from latentdiff.bundle.parts import load_vae
 from latentdiff.data.folder import Example
 from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.errors import UserError
@@ -42,7 +44,7 @@ from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
 from latentdiff.models.attention import set_attention
 from latentdiff.models.text import build_text_encoder, train_tokenizer
 from latentdiff.models.unet import build_unet
-from latentdiff.models.vae import VAE, load_vae
+from latentdiff.models.vae import VAE
 from latentdiff.pictures import grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.prediction import Prediction
@@ -152,8 +154,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         if stream is None
         else StreamedMoments(vae, stream, size, run.device)
     )
-    scale = float(vae.config["scaling_factor"])
-    shift = float(vae.config.get("shift_factor") or 0.0)
+    gain, offset = (part.to(run.device) for part in latent_affine(vae))
     bundle = build(config, vae, examples)
     process = bundle.process
     captions = (
@@ -208,7 +209,7 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         samples = [sample for _, _, sample in keys]
         mean, std = moments[samples].to(run.device).chunk(2, 1)
         posterior, noise = sample_noise(config.seed, step, places, shape, 2).to(run.device)
-        latents = (mean + std * posterior - shift) * scale
+        latents = (mean + std * posterior - offset) / gain
         uniform = spread_uniform(config.seed, step, places, optim.batch_size).to(run.device)
         t = draw_times(process, uniform, objective.times)
         batch = noised_batch(process, objective.prediction, latents, noise, t, gamma)

@@ -34,7 +34,7 @@ from latentdiff.editing.canvas import Finish
 from latentdiff.errors import UserError
 from latentdiff.learning.card import around, write_between
 from latentdiff.learning.order import generator
-from latentdiff.models import perceptual
+from latentdiff.metrics import perceptual
 from latentdiff.pictures import centre_square, grid, save_png, to_pil, to_tensor
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.sampling import Edit

@@ -46,8 +46,6 @@ def check_parts(
             f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
             f"{channels}; depth, upscaling and such checkpoints do not work here."
         )
-    if (vae.config["in_channels"], vae.config["out_channels"]) != (3, 3):
-        raise UserError("vae: it is not for RGB pictures of 3 channels.")
     for key in _EXTRA_INPUTS:
         if unet.config[key] is not None:
             raise UserError(
@@ -63,6 +61,23 @@ def check_parts(
     sides = _each(unet.config["sample_size"])
     if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise UserError("unet: its sample_size does not say how large its pictures are.")
+    check_vae(vae)
+    shifted = (vae.config.get(key) for key in ("shift_factor", "latents_mean", "latents_std"))
+    if kind_of(vae, unet) == "instruct-pix2pix" and any(shifted):
+        raise UserError(
+            "vae: it has a shift_factor, latents_mean or latents_std, and so nothing says which "
+            "numbers its InstructPix2Pix U-Net was shown; such a pair does not work here."
+        )
+
+
+def check_vae(vae: "AutoencoderKL | VQModel") -> None:
+    """Pass an autoencoder of RGB pictures whose latents have a sound scale.
+
+    Raises:
+        UserError: it is none.
+    """
+    if (vae.config["in_channels"], vae.config["out_channels"]) != (3, 3):
+        raise UserError("vae: it is not for RGB pictures of 3 channels.")
     latent_affine(vae)
 
 

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -13,11 +14,13 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from latentdiff.bundle.check import check_vae
 from latentdiff.bundle.weights import (
     WeightFiles,
     blaming,
     build,
     check_numbers,
+    fill,
     first_line,
     read_json,
     weight_files,
@@ -79,6 +82,18 @@ def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
     path = folder / "config.json"
     config, files = read_config(path), WeightFiles(weight_files(folder, _STEM))
     return vae_of(config, str(path), files), files
+
+
+def load_vae(folder: Path) -> AutoencoderKL | VQModel:
+    """The autoencoder of a folder alone, in float32 on the CPU, frozen.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    autoencoder, files = vae(folder)
+    with blaming(folder):
+        check_vae(autoencoder)
+    return fill(autoencoder, files, torch.float32, torch.device("cpu"))
 
 
 def vae_of(config: Config, name: str, files: WeightFiles) -> AutoencoderKL | VQModel:

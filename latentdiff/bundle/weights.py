@@ -203,6 +203,8 @@ class WeightFiles:
 def _open(path: Path):  # the handle's type is not exported
     try:
         return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: damaged or cut short ({first_line(error)}); get the file again."

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
+from latentdiff.bundle.weights import WeightFiles, build, fill
 
 
 class FeatureDistance(nn.Module):
@@ -60,38 +58,45 @@ def random_features(seed: int = 0, widths: tuple[int, ...] = (16, 32, 64)) -> Fe
 
 
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 def lpips(weights: Path) -> FeatureDistance:
     """LPIPS with VGG-16 from one safetensors file.
 
     The file holds torchvision's VGG-16 keys (`features.0.weight` ...) and LPIPS's linear heads
-    (`lin0.model.1.weight` ... [1, C, 1, 1]).
+    (`lin0.model.1.weight` ... [1, C, 1, 1]). VGG's `classifier` may be there, too.
 
     Raises:
-        UserError: the file is missing, damaged, or lacks a key.
+        UserError: the file is missing, damaged, or holds other tensors than these.
     """
-    try:
-        state = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read LPIPS weights from {weights}: {error}") from None
-    try:
-        stages = [_vgg_stage(state, indices) for indices in VGG_STAGES]
-        heads = [state[f"lin{number}.model.1.weight"] for number in range(len(stages))]
-    except KeyError as error:
-        raise UserError(f"{weights} is not an LPIPS VGG-16 file: it lacks {error}") from None
-    stages[0] = nn.Sequential(_LpipsScale(), stages[0])
+    files = WeightFiles([weights], _lpips_name)
+    network = build(_lpips_layers, str(weights), files, layers=1)
+    layers = dict(fill(network, files, torch.float32, torch.device("cpu")).named_modules())
+    stages: list[nn.Module] = []
+    for number, indices in enumerate(VGG_STAGES):
+        parts: list[nn.Module] = [nn.MaxPool2d(2) if number else _LpipsScale()]
+        for index in indices:
+            parts += [layers[f"features.{index}"], nn.ReLU()]
+        stages.append(nn.Sequential(*parts))
+    heads = [layers[f"lin{n}"].get_parameter("weight").detach() for n in range(len(stages))]
     return FeatureDistance(stages, heads)
 
 
-def _vgg_stage(state: dict[str, Tensor], indices: tuple[int, ...]) -> nn.Module:
-    parts: list[nn.Module] = [] if indices[0] == 0 else [nn.MaxPool2d(2)]
-    for index in indices:
-        weight = state[f"features.{index}.weight"]
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, 1, 1)
-        conv.load_state_dict({"weight": weight, "bias": state[f"features.{index}.bias"]})
-        parts += [conv, nn.ReLU()]
-    return nn.Sequential(*parts)
+def _lpips_layers() -> nn.ModuleDict:
+    """The layers that have weights, by about the names of the file."""
+    features, heads = nn.ModuleDict(), nn.ModuleDict()
+    width = 3
+    for number, indices in enumerate(VGG_STAGES):
+        for index in indices:
+            features[str(index)] = nn.Conv2d(width, VGG_WIDTHS[number], 3, 1, 1)
+            width = VGG_WIDTHS[number]
+        heads[f"lin{number}"] = nn.Conv2d(width, 1, 1, bias=False)
+    return nn.ModuleDict({"features": features, **heads})
+
+
+def _lpips_name(stored: str) -> str | None:
+    return None if stored.startswith("classifier.") else stored.replace(".model.1.", ".")
 
 
 class _LpipsScale(nn.Module):

@@ -1,16 +1,11 @@
 """Autoencoders out of diffusers, and the two-way door between pictures and latents."""
 
-import json
-from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-
-from latentdiff.errors import UserError
 
 VAE = AutoencoderKL | VQModel
 
@@ -70,22 +65,6 @@ class Autoencoding(nn.Module):
         latents = mean + torch.exp(0.5 * logvar) * noise
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         return self.vae.decode(latents).sample, kl  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def load_vae(folder: Path) -> VAE:
-    """A frozen autoencoder from a diffusers folder (`config.json` and safetensors).
-
-    Raises:
-        UserError: the folder is missing, damaged or holds something else.
-    """
-    try:
-        kind = json.loads((folder / "config.json").read_text())["_class_name"]
-        builder = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[kind]
-        vae = builder.from_pretrained(folder, use_safetensors=True)
-        return cast(VAE, vae.requires_grad_(False).eval())
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot load an autoencoder from {folder}: {reason}") from None
 
 
 @torch.no_grad()

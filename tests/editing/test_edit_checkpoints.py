@@ -275,7 +275,9 @@ def test_a_saved_model_comes_back(
 ) -> None:
     """A latent mean is folded into the autoencoder, and what the U-Net is shown stays the same."""
     bundle = tiny_bundle(in_channels=CHANNELS[kind])
-    bundle.vae.register_to_config(latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[0.5, 1, 2, 4])
+    if kind != "instruct-pix2pix":  # refuses one
+        mean, std = [0.5, -1.0, 0.0, 2.0], [0.5, 1, 2, 4]
+        bundle.vae.register_to_config(latents_mean=mean, latents_std=std)
     again = Bundle.load(bundle.save(tmp_path / "model"))
     assert (again.kind, again.latent_channels) == (kind, 4)
     edits: dict[str, list[Edit]] = {"inpainting": [INPAINT], "instruct-pix2pix": [INSTRUCT]}

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
+from latentdiff.bundle.parts import load_vae
 from latentdiff.errors import UserError
 from latentdiff.models.attention import set_attention
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
+X = torch.ones(1, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nan": (lambda f: spoil(f / UNET, "conv_in.weight", float("nan")), "NaN or infinity"),
     "inf": (lambda f: spoil(f / VAE, "decoder.conv_in.bias", float("inf")), "NaN or infinity"),
     "missing tensor": (lambda f: drop(f / UNET, "conv_in.weight"), "conv_in.weight is not in"),
+    "missing tensor of the vae": (lambda f: drop(f / VAE, "quant_conv.bias"), "is not in the"),
+    "no scale": (lambda f: change(f / "vae/config.json", scaling_factor=0), "must be finite"),
     "wrong class": (
         lambda f: change(f / "unet/config.json", _class_name="UNet3DConditionModel"),
         "only UNet2DConditionModel",
@@ -241,6 +245,23 @@ def test_damage_is_one_clear_line(damage: str, folder: Path) -> None:
     act, expected = DAMAGES[damage]
     act(folder)
     assert expected in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("no weights", "empty weights", "inf", "missing tensor of the vae", "config a list"),
+        *("deep config", "binary config", "wrong type", "no scale"),
+    ],
+)
+def test_an_autoencoder_alone_is_read_with_the_same_care(damage: str, folder: Path) -> None:
+    whole, bundle = load_vae(folder / "vae"), Bundle.load(folder)
+    assert torch.equal(whole.decode(X).sample, bundle.vae.decode(X).sample)  # pyright: ignore
+    act, expected = DAMAGES[damage]
+    act(folder)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_vae(folder / "vae")
+    assert "\n" not in str(caught.value)
 
 
 GREEDY: dict[str, dict[str, object]] = {
@@ -379,6 +400,11 @@ def test_parts_must_fit() -> None:
         bundle = tiny_bundle()
         bundle.unet.register_to_config(**changes)
         with pytest.raises(UserError, match=expected):
+            Bundle(bundle.vae, bundle.unet, bundle.text, bundle.process, "eps")
+    for changes in ({"latents_std": [2.0] * 4}, {"latents_mean": [0.0] * 4}, {"shift_factor": 0.1}):
+        bundle = tiny_bundle(in_channels=8)
+        bundle.vae.register_to_config(**changes)
+        with pytest.raises(UserError, match="such a pair does not work"):
             Bundle(bundle.vae, bundle.unet, bundle.text, bundle.process, "eps")
 
 

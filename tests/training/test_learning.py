@@ -1,6 +1,6 @@
 """The pieces of training, each against what it must equal."""
 
-import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +27,8 @@ from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_w
 from latentdiff.learning.methods import make_optimizer
 from latentdiff.learning.order import SampleOrder, Shares, sample_noise, spread_uniform
 from latentdiff.learning.run import learning_rate
+from latentdiff.metrics.perceptual import VGG_STAGES, VGG_WIDTHS, lpips, random_features
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.models.perceptual import VGG_STAGES, lpips, random_features
 from latentdiff.models.text import train_tokenizer
 from latentdiff.models.vae import Autoencoding, build_vae, encode_moments, standardise_latents
 from latentdiff.prediction import Prediction, to_x0
@@ -277,24 +277,33 @@ def test_lpips_reads_its_weights_and_refuses_others(tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     width = 3
     for number, indices in enumerate(VGG_STAGES):
-        wider = (64, 128, 256, 512, 512)[number]
+        wider = VGG_WIDTHS[number]
         for index in indices:
             state[f"features.{index}.weight"] = torch.randn(wider, width, 3, 3, generator=random)
             state[f"features.{index}.weight"] /= (4.5 * width) ** 0.5
             state[f"features.{index}.bias"] = torch.zeros(wider)
             width = wider
         state[f"lin{number}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=random)
-    save_file(state, tmp_path / "lpips.safetensors")
-    distance = lpips(tmp_path / "lpips.safetensors")
+    path = tmp_path / "lpips.safetensors"
+    save_file(state | {"classifier.0.bias": torch.zeros(1)}, path)
+    distance = lpips(path)
     a = torch.rand(2, 3, 32, 32, generator=random, requires_grad=True)
     b = torch.rand(2, 3, 32, 32, generator=random)
     assert distance(a, a.detach()).abs().max() < 1e-6
     (gradient,) = torch.autograd.grad(distance(a, b).sum(), a)
     assert gradient.abs().max() > 0
-    del state["lin3.model.1.weight"]
-    save_file(state, tmp_path / "less.safetensors")
-    with pytest.raises(UserError, match="lin3"):
-        lpips(tmp_path / "less.safetensors")
-    (tmp_path / "not.safetensors").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="cannot read"):
-        lpips(tmp_path / "not.safetensors")
+    for name, value, said in (
+        ("lin3.model.1.weight", None, "lin3.weight is not in the weights"),
+        ("features.0.bias", torch.full((64,), math.nan), "features.0.bias holds NaN"),
+        ("features.0.bias", torch.zeros(64, dtype=torch.int8), "not floating point"),
+        ("features.2.weight", torch.zeros(64, 64, 1, 1), r"should be \[64, 64, 3, 3\]"),
+        ("features.30.weight", torch.zeros(1), "not in this network"),
+    ):
+        save_file({k: v for k, v in (state | {name: value}).items() if v is not None}, path)
+        with pytest.raises(UserError, match=said):
+            lpips(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        lpips(path)
+    with pytest.raises(UserError, match="no such file"):
+        lpips(tmp_path / "nowhere.safetensors")
