@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,21 @@ def refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
     assert line.startswith("error: ")
     assert named in line
     assert said.out == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_output_is_one_line(unbuffered: str) -> None:
+    command = "import sys; from latentdiff.cli import run; sys.exit(run())"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", command, "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    told = "error: cannot write: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (2, told)
 
 
 def test_info_counts_what_is_there(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

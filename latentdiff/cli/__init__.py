@@ -4,8 +4,10 @@ Nothing heavy is imported before a command needs it, so `--help` answers at once
 is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
+import errno
 import gc
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -74,7 +76,14 @@ def run() -> int:
     """
     keep_freed_memory()
     gc.set_threshold(500_000)
-    code = main()
+    try:
+        code = main()
+        print(end="", flush=True)  # here, not at exit, where Python would tell it in its own way
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to go
+        code = _refuse(f"cannot write: {error.strerror}")
     gc.freeze()
     return code
 
