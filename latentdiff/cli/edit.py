@@ -11,9 +11,8 @@ import typer
 
 from latentdiff.cli import options
 from latentdiff.cli.models import about_loras, open_model
-from latentdiff.cli.output import check_writable, png_text
+from latentdiff.cli.output import about_model, check_writable, png_text
 from latentdiff.errors import UserError
-from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,8 +83,10 @@ def edit(
     )
     given = [image] if hole is None else [image, hole]
     edits: list[Edit] = [SDEdit(image, strength, repeats, hole)]
-    about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name}
+    about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name, "fit": fit}
     about |= {"strength": strength, "repeats": repeats}
+    if mask is not None:
+        about["mask"] = Path(mask).name
     if told:
         scale = 1.5 if image_guidance_scale is None else image_guidance_scale
         edits.append(Instruct(image, scale))
@@ -157,7 +158,7 @@ def inpaint(
         prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
     )
     edits: list[Edit] = []
-    about: dict[str, object] = {"picture": picture.name, "mask": Path(mask).name}
+    about: dict[str, object] = {"picture": picture.name, "fit": fit, "mask": Path(mask).name}
     seeing = pipe.bundle.kind == "inpainting"
     if seeing:
         edits.append(Inpaint(image, hole))
@@ -217,6 +218,7 @@ def ilvr(
     about = {
         "edit": "ILVR",
         "picture": reference.name,
+        "fit": fit,
         "factor": factor,
         "until": until,
         "space": space,
@@ -300,9 +302,9 @@ def _draw(
     output = pipe(**asdict(run), edits=edits, seed=seed, progress=sys.stderr.isatty())
     record = None
     if about is not None:
-        precision = str(pipe.bundle.dtype).removeprefix("torch.")
-        record = {"version": __version__, "model": pipe.bundle.name, "dtype": precision}
-        record |= asdict(run) | {"solver": run.solver or pipe.bundle.solver} | about
+        record = about_model(pipe.bundle) | asdict(run) | about
+        record["solver"] = run.solver or pipe.bundle.solver
+        record["timetable"] = run.timetable or pipe.bundle.steps.spacing
     paths = [
         save_numbered_png(image, out, seed, png_text(record, seed=seed, index=index))
         for image, index in zip(output.images, output.indices, strict=True)

@@ -11,9 +11,8 @@ import typer
 
 from latentdiff.cli import options
 from latentdiff.cli.models import about_loras, open_model
-from latentdiff.cli.output import check_writable, png_text
+from latentdiff.cli.output import about_model, check_writable, png_text
 from latentdiff.errors import UserError
-from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,9 +99,7 @@ def generate(
     wanted = [prompt for prompt in prompts for _ in range(number)]
     record: dict[str, object] | None = None
     if not no_metadata:
-        precision = str(pipe.bundle.dtype).removeprefix("torch.")
-        record = {"version": __version__, "model": pipe.bundle.name, "dtype": precision, **settings}
-        record |= about_loras(lora)
+        record = about_model(pipe.bundle) | {**settings} | about_loras(lora)
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     drawn = _draw(pipe, wanted, seed, first, settings)
     _write(drawn, seed, out, record, columns if grid else None)

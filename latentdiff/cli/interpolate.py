@@ -8,9 +8,8 @@ import typer
 
 from latentdiff.cli import options
 from latentdiff.cli.models import about_loras, open_model
-from latentdiff.cli.output import check_writable, png_text
+from latentdiff.cli.output import about_model, check_writable, png_text
 from latentdiff.errors import UserError
-from latentdiff.version import __version__
 
 
 def interpolate(
@@ -61,7 +60,7 @@ def interpolate(
         )
     images = [pictures.to_pil(one * 2 - 1) for one in drawn]
     ends = [Path(a).name, Path(b).name] if files[0] else [a, b]
-    record: dict[str, object] = {"version": __version__, "model": pipe.bundle.name, "between": ends}
+    record = about_model(pipe.bundle) | {"between": ends}
     record["steps"] = steps or (50 if files[0] else 20)
     record |= about_loras(lora)
     kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}

@@ -3,8 +3,13 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentdiff.errors import UserError
+from latentdiff.version import __version__
+
+if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
 
 
 def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
@@ -12,6 +17,12 @@ def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, s
     if record is None:
         return None
     return {"latentdiff": json.dumps({**picture, **record}, ensure_ascii=False)}
+
+
+def about_model(bundle: "Bundle") -> dict[str, object]:
+    """What the text of a picture says of the model that drew it."""
+    precision = str(bundle.dtype).removeprefix("torch.")
+    return {"version": __version__, "model": bundle.name, "dtype": precision}
 
 
 def check_writable(folder: Path) -> None:

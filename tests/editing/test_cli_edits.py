@@ -203,6 +203,31 @@ def test_interpolate(model: Path, picture: Path, tmp_path: Path) -> None:
     assert abs(pixels(between[0]).astype(int) - pixels(between[1])).max() <= 1
 
 
+MASKED = {"mask": "box:40,0,60,60", "fit": True, "timetable": "karras", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("edit PICTURE cat --mask box:40,0,60,60 --fit --timetable karras", MASKED),
+        (
+            "inpaint PICTURE cat --resamples 1 --mask box:40,0,60,60 --fit --timetable karras",
+            MASKED,
+        ),
+        ("ilvr PICTURE cat", {"fit": False, "timetable": "trailing", "solver": "dpmpp-2m"}),
+        ("ilvr PICTURE cat --fit --dtype bfloat16", {"fit": True, "dtype": "bfloat16"}),
+        ("interpolate cat dog --dtype bfloat16", {"dtype": "bfloat16", "seed": 0}),
+    ],
+)
+def test_the_text_of_a_picture_tells_what_it_was_drawn_with(
+    command: str, told: dict[str, object], model: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "large.png")
+    arguments = command.replace("PICTURE", str(tmp_path / "large.png")).split()
+    drawn = run(model, tmp_path / "out", *arguments)[0]
+    assert {key: record(drawn).get(key) for key in told} == told
+
+
 REFUSED = {
     "no such picture": (["edit", "nowhere.png", "a cat"], "nowhere.png"),
     "empty prompt": (["edit", "PICTURE", " "], "empty"),
