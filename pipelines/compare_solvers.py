@@ -19,7 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, UserError
+from latentdiff.arguments import MAX_STEPS, whole
+from latentdiff.cli.output import check_writable
 from latentdiff.pictures import grid, save_png, to_pil
+from latentdiff.solvers import names
 
 PROMPTS = (
     "a red heart",
@@ -165,7 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare solvers on a model.")
     parser.add_argument("prompts", nargs="*", default=list(PROMPTS))
     parser.add_argument("--model", help="a folder; default: the bundled model")
-    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS))
+    parser.add_argument(
+        "--solvers", nargs="+", choices=names(), default=list(SOLVERS), metavar="SOLVER"
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--converged", type=int, default=200, help="steps of the converged run")
@@ -176,6 +181,9 @@ def main() -> None:
         if file.exists():
             parser.exit(2, f"error: {file} is there already: name another folder.\n")
     try:
+        check_writable(given.out)
+        for count in (*given.steps, given.converged // 2):
+            whole(count, "steps", 1, MAX_STEPS)
         pipe = LatentDiffusionPipeline.from_pretrained(given.model, dtype="float32")
         pictures, points, floor = compare(
             pipe, given.prompts, given.solvers, given.steps, given.guidance_scale, given.converged

@@ -178,7 +178,10 @@ def main() -> None:
     for name in (*given.only, "tree", "sunset"):
         if (given.out / f"{name}.png").exists():
             parser.exit(2, f"error: {given.out / name}.png is there already: another folder.\n")
-    given.out.mkdir(parents=True, exist_ok=True)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.exit(2, f"error: cannot write to {given.out}: {error.strerror}\n")
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
     for name, make in PICTURES.items():
         if name in given.only:

@@ -12,7 +12,7 @@ import argparse
 import torch
 from PIL import Image, ImageDraw
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.metrics.psnr import psnr
 from latentdiff.pictures import to_tensor
 
@@ -50,7 +50,10 @@ def there_and_back(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure inversion and return.")
     parser.add_argument("--model", help="a folder; default: the bundled model")
-    pipe = LatentDiffusionPipeline.from_pretrained(parser.parse_args().model, dtype="float32")
+    try:
+        pipe = LatentDiffusionPipeline.from_pretrained(parser.parse_args().model, dtype="float32")
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     pictures = {"a red circle": scribble()}
     for prompt in PROMPTS:
         pictures[prompt] = pipe(prompt, seed=0, progress=False).images[0]

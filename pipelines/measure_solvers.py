@@ -138,8 +138,10 @@ def row(name: str, line: str, draws: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure every solver on a known mixture.")
     parser.add_argument("--draws", type=int, default=20_000)
-    parser.add_argument("--only", nargs="*", default=None, metavar="SOLVER")
+    parser.add_argument("--only", nargs="*", choices=solvers.names(), metavar="SOLVER")
     given = parser.parse_args()
+    if given.draws < 1:
+        parser.error("--draws: at least 1 is needed")
     print(HEAD)
     for name, line in solvers.describe().items():
         if given.only is None or name in given.only:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit
+from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit, UserError
 from latentdiff.sampling import Edit
 
 PROMPT, CALLS, COMMANDS = "a red heart", 3, 3
@@ -53,10 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time edits on the bundled model.")
     parser.add_argument("--model", help="a folder; default: the bundled model")
     given = parser.parse_args()
+    try:
+        pipe = LatentDiffusionPipeline.from_pretrained(given.model)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     picture, mask = Image.new("RGB", (64, 64), "white"), Image.new("L", (64, 64), 0)
     ImageDraw.Draw(picture).ellipse((8, 8, 55, 55), fill="red")
     ImageDraw.Draw(mask).rectangle((16, 16, 47, 47), fill=255)
-    pipe = LatentDiffusionPipeline.from_pretrained(given.model)
     print("| after loading | seconds | CPU seconds | network calls |\n|---|---|---|---|")
     for name, edit in edits(picture, mask).items():
         nfe = pipe(PROMPT, edits=[edit], seed=0, progress=False).nfe

@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.bundle.find import find
 
 PROMPT, STEPS, SCALE, CALLS = "a red heart", 20, 4.0, 10
@@ -32,8 +32,11 @@ def seconds(draw: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time one picture, here and in diffusers.")
     parser.add_argument("--model", help="a folder; default: the bundled model")
-    folder = find(parser.parse_args().model)
-    ours = LatentDiffusionPipeline.from_pretrained(folder, dtype="float32")
+    try:
+        folder = find(parser.parse_args().model)
+        ours = LatentDiffusionPipeline.from_pretrained(folder, dtype="float32")
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     theirs: Any = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)

@@ -23,3 +23,35 @@ def test_text_to_image_by_hand_is_the_pipeline(tower: Literal["clip", "t5"]) -> 
         "a red heart", num_inference_steps=3, seed=7, output_type="pt", progress=False
     ).images
     assert torch.equal((by_hand / 2 + 0.5).clamp(0, 1), by_one_call)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("text_to_image cat --model nope", "nope: no such model"),
+        ("edit nope.png cat", "cannot open picture nope.png"),
+        ("interpolate a b --number 0", "at least one place"),
+        ("measure_inversion --model nope", "nope: no such model"),
+        ("time_edits --model nope", "nope: no such model"),
+        ("time_pipeline --model nope", "nope: no such model"),
+        ("measure_solvers --draws 0", "--draws: at least 1"),
+        ("measure_solvers --only nope", "invalid choice: 'nope'"),
+        ("compare_solvers --solvers nope", "invalid choice: 'nope'"),
+        ("compare_solvers --steps 4 0", "steps: must be a whole number from 1 to 1000, not 0"),
+        ("compare_solvers --out /proc/version/x", "cannot write to /proc/version/x"),
+        ("editing_gallery --out /proc/version/x", "cannot write to /proc/version/x"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    line: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *arguments = line.split()
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    error = said.err.splitlines()[-1]
+    assert "error: " in error
+    assert told in error
