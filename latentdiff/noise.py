@@ -49,6 +49,12 @@ class NoiseStreams:
         """The generator of each picture, for code that draws by itself."""
         return self._generators
 
+    def only(self, pictures: Sequence[int]) -> Self:
+        """The same streams of some of the pictures."""
+        streams = type(self)([])
+        streams._generators = [self._generators[k] for k in pictures]
+        return streams
+
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The next standard normal noise of every picture.
 

@@ -150,15 +150,18 @@ def composite(
         image: clean, [1 or B, C, H, W].
         mask: [1 or B, 1 or C, H, W] in [0, 1], 1 where x stays.
         level: of x.
-        noise: streams of B pictures. Where nothing is known, nothing is drawn.
+        noise: streams of B pictures. A picture of which nothing is known draws none.
     """
-    if constrains_nothing(mask):
+    held = (mask != 1).flatten(1).any(1).expand(len(x)).nonzero().flatten()
+    if not len(held):
         return x
-    mask = mask.to(x)
-    known = level.alpha * image.to(x)
+    rows = held.to(x.device)
+    mask, image = (part.to(x).expand(len(x), -1, -1, -1)[rows] for part in (mask, image))
+    known = level.alpha * image
     if level.sigma > 0:
-        known = known + level.sigma * noise.like(x)
-    return torch.where(mask == 0, known, known + mask * (x - known))
+        known = known + level.sigma * noise.only(held.tolist()).like(known)
+    mixed = known + mask * (x[rows] - known)
+    return x.index_copy(0, rows, torch.where(mask == 0, known, mixed))
 
 
 def constrains_nothing(mask: Tensor) -> bool:

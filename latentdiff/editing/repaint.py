@@ -133,7 +133,8 @@ class RePaint(Blend):
             raise UserError(f"start must lie between 0 and 1, not {self.start}.")
 
     def timetable(self, timetable: Timetable) -> Timetable:
-        """The timetable with the paper's jumps; unchanged where nothing is known."""
+        """The timetable with the paper's jumps, one for the batch; unchanged where nothing is known
+        of any picture."""
         if isinstance(self.mask, Tensor) and constrains_nothing(self.mask):
             return timetable
         steps = len(timetable) - 1

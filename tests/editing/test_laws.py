@@ -191,6 +191,29 @@ def test_extremes(solver: str) -> None:
     assert torch.equal(half, image)
 
 
+@pytest.mark.parametrize("name", ["Blend", "RePaint", "SDEdit"])
+def test_a_picture_with_nothing_known_is_the_same_in_a_batch_of_masks(name: str) -> None:
+    data = gaussian([0.5, -1.0], [[1.0, 0.3], [0.3, 0.5]])
+    levels = timetable.create("trailing", VP, 6)
+    image, start = (NoiseStreams(seed, count=3).draw((2, 6, 6)).double() for seed in (9, 8))
+    masks = torch.stack([torch.zeros(1, 6, 6), torch.ones(1, 6, 6), torch.ones(1, 6, 6)])
+    masks[2, :, 3:] = 0.5
+    edit = {
+        "Blend": lambda k: Blend(image[k], masks[k]),
+        "RePaint": lambda k: RePaint(image[k], masks[k], resamples=1),
+        "SDEdit": lambda k: SDEdit(image[k], 0.7, mask=masks[k]),
+    }[name]
+
+    def drawn(k: slice) -> Tensor:
+        noise = NoiseStreams(3, k.start, k.stop - k.start)
+        return sampling.sample(
+            data, solvers.create("ddpm"), levels, start[k], edits=[edit(k)], noise=noise
+        )
+
+    alone = torch.cat([drawn(slice(k, k + 1)) for k in range(3)])
+    torch.testing.assert_close(drawn(slice(0, 3)), alone)
+
+
 def test_strength_counts_steps_as_the_field_does() -> None:
     image = torch.zeros(1, 1, 4, 4)
     levels = timetable.create("trailing", VP, 20)
