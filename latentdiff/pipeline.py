@@ -1,6 +1,7 @@
 """Words in, pictures out."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,11 @@ from latentdiff.solvers import Solver
 from latentdiff.timetable import Timetable
 
 OutputType = Literal["pil", "pt", "np", "latent"]
+
+_TOO_MUCH = (
+    "'cfg++' with a solver that draws noise guides up to twice as much as its scale says; take "
+    "about half of it, or a solver that draws none, as 'ddim' or 'dpmpp-2m'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +288,7 @@ class LatentDiffusionPipeline:
         denoise = steer(denoise, steering, scene)
         if bundle.learns_variance:
             denoise = LearnedVarianceDenoiser(denoise, heard)
+        undrawn = noise.generators[0].get_state()
         with tqdm(total=_moves(timetable, edits), disable=not progress, leave=False) as bar:
 
             def after_move(index: int, level: NoiseLevel, x: Tensor) -> Tensor | None:
@@ -299,6 +306,9 @@ class LatentDiffusionPipeline:
                 noise=noise,
                 callback=after_move,
             )
+        drew = not torch.equal(undrawn, noise.generators[0].get_state())
+        if drew and not edits and guidance == "cfg++" and 0 < guidance_scale < 1:  # edits draw, too
+            warnings.warn(_TOO_MUCH, stacklevel=3)
         images = x
         if output_type != "latent":
             images = _finish(finish(canvas.crop(bundle.decode(x))), output_type)

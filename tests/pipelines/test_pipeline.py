@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -229,6 +230,18 @@ def test_a_long_prompt_is_reported() -> None:
     assert prompt.endswith(output.cut[0])
     assert output.cut[0] in str(caught[0].message)
     assert output.cut[2:] == ["", ""]
+
+
+def test_cfg_plus_plus_warns_of_solvers_that_draw_noise() -> None:
+    half: dict[str, Any] = {"guidance": "cfg++", "guidance_scale": 0.5}
+    with pytest.warns(UserWarning, match="up to twice as much") as caught:
+        draw("a cat", solver="euler-a", **half)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw("a cat", solver="ddim", **half)
+        draw("a cat", solver="euler-a")
+        draw("a cat", solver="euler-a", guidance="cfg++", guidance_scale=1.0)
 
 
 BAD: list[dict[str, Any]] = [
