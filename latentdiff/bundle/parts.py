@@ -80,7 +80,7 @@ def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
         UserError: missing, damaged, or not what its config says.
     """
     path = folder / "config.json"
-    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM))
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM), _vae_name)
     return vae_of(config, str(path), files), files
 
 
@@ -210,6 +210,16 @@ def known(config: Config, kind: type) -> Config:
 def _count(config: Config, key: str, default: int) -> int:
     value = config.get(key, default)
     return value if isinstance(value, int) else default
+
+
+# Of the VAE's attention: as diffusers wrote it for Stable Diffusion 1, and as it does today.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _vae_name(stored: str) -> str:
+    for old, today in _OLD_ATTENTION.items():
+        stored = stored.replace(f".{old}.", f".{today}.")
+    return stored
 
 
 def _clip_name(stored: str) -> str | None:

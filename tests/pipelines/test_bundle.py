@@ -125,8 +125,22 @@ def test_shards_and_variants(folder: Path) -> None:
 
 
 def test_what_older_libraries_wrote(folder: Path) -> None:
-    """Stable Diffusion 1 as published: no tokenizer.json, position ids, a safety checker."""
+    """Stable Diffusion 1 as published: no tokenizer.json, position ids, a safety checker, and the
+    VAE's attention by its old names."""
     whole = draw(Bundle.load(folder))
+    older = {
+        ".to_q.": ".query.",
+        ".to_k.": ".key.",
+        ".to_v.": ".value.",
+        ".to_out.0.": ".proj_attn.",
+    }
+    values = load_file(folder / VAE)
+    for name in list(values):
+        for today, before in older.items():
+            if today in name:
+                values[name.replace(today, before)] = values.pop(name)
+    assert "decoder.mid_block.attentions.0.query.weight" in values
+    save_file(values, folder / VAE)
     (folder / "tokenizer/tokenizer.json").unlink()
     values = load_file(folder / TEXT)
     assert all(name.startswith("text_model.") for name in values)
