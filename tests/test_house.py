@@ -119,6 +119,7 @@ def test_every_script_starts_from_any_folder(
         runpy.run_path(str(script), run_name="__main__")
     assert not stopped.value.code
     assert "usage:" in capsys.readouterr().out.lower()
+    assert "[default: " not in script.read_text()  # taken for markup, and left out of the help
     assert not list(tmp_path.iterdir())
 
 

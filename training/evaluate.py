@@ -125,7 +125,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
     splits: Annotated[
         str | None,
-        typer.Option(help=f"Whose captions are drawn.  [default: {','.join(ALL_SPLITS)}]"),
+        typer.Option(help=f"Whose captions are drawn. Default: {','.join(ALL_SPLITS)}."),
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA to measure the model with.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,

@@ -65,12 +65,12 @@ from latentdiff.sampling import Edit
 
 def main(
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="The pictures.")] = None,
-    method: Annotated[Method | None, typer.Option(help="What is trained.  [default: lora]")] = None,
+    method: Annotated[Method | None, typer.Option(help="What is trained. Default: lora.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id.  [default: the bundled model]")
+        str | None, typer.Option(help="Folder or hub id. Default: the bundled model.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="[default: runs/DATA-METHOD]")
+        Path | None, typer.Option(metavar="DIR", help="Default: runs/DATA-METHOD.")
     ] = None,
     instance_prompt: Annotated[
         str | None, typer.Option(help="One caption for all pictures, instead of their own.")
@@ -86,14 +86,14 @@ def main(
         str | None, typer.Option(help="Textual inversion: a known word to start from.")
     ] = None,
     bad: Annotated[
-        str | None, typer.Option(help="Faulty pictures: refuse or skip.  [default: refuse]")
+        str | None, typer.Option(help="Faulty pictures: refuse or skip. Default: refuse.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures a step, in all.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA's rank.  [default: 16]")] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels a side.  [default: the model's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all randomness.  [default: 0]")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's rank. Default: 16.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: the model's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all randomness. Default: 0.")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the result at the end.")
     ] = None,
@@ -376,7 +376,9 @@ def draw_samples(
         return
     prompts = config.sample_prompts or [e.captions[0] for e in samples.examples[:8]]
     if bundle.kind == "text-to-image":
-        drawn = pictures_of(run, bundle, prompts, [config.seed] * len(prompts))
+        # Prompts that are alike, as with one caption for all pictures, show different draws.
+        seeds = [config.seed + prompts[:n].count(prompt) for n, prompt in enumerate(prompts)]
+        drawn = pictures_of(run, bundle, prompts, seeds)
     else:
         drawn = []
         for number, prompt in enumerate(prompts):

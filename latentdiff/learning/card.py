@@ -140,7 +140,7 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
         describe_pictures(outcome.pictures, outcome.root, outcome.count),
         "## Training",
         _metrics(config),
-        "```sh\n" + shlex.join([_public(word) for word in command]) + "\n```",
+        f"```sh\naccelerate launch {shlex.join([_public(word) for word in command])}\n```",
         "The whole configuration is in `config.yaml` of the run.",
         "## Use",
         _use(outcome),

@@ -71,6 +71,11 @@ class FinetuneObjective(Strict):
     zero_terminal_snr: bool = False
     bound_weight: PositiveFloat = 0.001
 
+    @property
+    def moves(self) -> bool:
+        """Whether it makes another model of the one that a run begins with."""
+        return bool(self.process or self.prediction or self.zero_terminal_snr)
+
 
 class FinetuneConfig(RunConfig):
     method: Method
@@ -120,6 +125,8 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
         if key not in given:
             values = put(values, f"optim.{key}", value)
     data = values.get("data")
+    if data is None:
+        raise UserError("no pictures to learn from: give a folder, --data DIR")
     if isinstance(data, dict) and "root" in data:
         values.setdefault("out", f"runs/{Path(str(data['root'])).name}-{method}")
     if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
@@ -169,9 +176,7 @@ def _check_together(config: FinetuneConfig) -> None:
             raise UserError("dreambooth needs --prior-prompt, the subject's kind: 'a dog'")
     if config.method != "lora" and config.prior.target == "prediction":
         raise UserError("only LoRA can be switched off: prior.target=prediction is for it alone")
-    objective = config.objective
-    changed = objective.process or objective.prediction or objective.zero_terminal_snr
-    if config.prior.prompts and config.prior.target == "prediction" and changed:
+    if config.prior.prompts and config.prior.target == "prediction" and config.objective.moves:
         raise UserError(
             "the model's own predictions are not those of another objective: with "
             "objective.process, prediction or zero_terminal_snr set prior.target=picture"

@@ -10,7 +10,7 @@ from latentdiff.data.folder import Example
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.finetuning import FinetuneConfig
 from latentdiff.learning.words import learned_rows, with_learned_words
-from latentdiff.lora import lora_of, save_lora
+from latentdiff.lora import fused, lora_of, save_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WORDS_FILE = "learned_embeds.safetensors"
@@ -29,7 +29,7 @@ def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Exam
         UserError: it cannot be written, or not be pushed.
     """
     lines = _save(bundle, config)
-    lora = config.method == "lora"
+    lora = config.method == "lora" and not config.objective.moves
     folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
     outcome = Outcome(folder, kind, config.model, pictures, config.data.root)
     return [*lines, *share(outcome, config)]
@@ -41,7 +41,9 @@ def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     base = "" if config.model is None else f" --model {config.model}"
     if config.method == "lora":
         path = save_lora(lora_of(bundle), out / LORA_FILE)
-        return [f"wrote {path}", f'latentdiff generate "..." --lora {path}{base}']
+        if not config.objective.moves:
+            return [f"wrote {path}", f'latentdiff generate "..." --lora {path}{base}']
+        bundle = fused(bundle)  # the file alone does not say what it makes of its model
     if config.method == "textual-inversion":
         save_tensors(learned_rows(bundle, config.inversion.tokens), out / WORDS_FILE, {})
         bundle = with_learned_words(bundle)

@@ -59,7 +59,7 @@ def test_the_command_of_a_card_can_be_typed_and_names_no_home(
     monkeypatch.setenv("HOME", "/home/someone")
     outcome, config = a_run(tmp_path)
     text = card(outcome, config, False, ["finetune.py", "--data", "/home/someone/my cats"])
-    assert "finetune.py --data '~/my cats'" in text
+    assert "\naccelerate launch finetune.py --data '~/my cats'\n" in text
     assert "someone" not in text
     assert "samples.png" not in text
     assert "Not declared" in text

@@ -16,6 +16,7 @@ from scripts import picture_folder, script
 from tiny import tiny_bundle
 from typer.testing import CliRunner
 
+from latentdiff import process as processes
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import read_folder
 from latentdiff.data.shards import write_shards
@@ -118,6 +119,16 @@ def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
     assert first.keys() == again.keys()
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
+
+
+def test_a_lora_to_another_objective_leaves_a_model_that_has_it(work: Path, tmp_path: Path) -> None:
+    objective = {"prediction": "x0", "process": "vp-cosine"}
+    out = finetune(work, tmp_path / "out", "lora", objective=objective, lora={"rank": 2})
+    moved, cosine = Bundle.load(out / "model"), processes.create("vp-cosine")
+    assert moved.prediction == "x0"
+    assert moved.process.log_snr(500) == pytest.approx(cosine.log_snr(500), abs=1e-4)
+    assert changed(work, out / "model", "unet")
+    assert "--model model" in (out / "model/README.md").read_text()
 
 
 def test_full_changes_the_unet_alone_and_keeps_the_layout(work: Path, tmp_path: Path) -> None:
@@ -232,6 +243,8 @@ def test_prior_pictures_that_are_there_are_kept(work: Path, tmp_path: Path) -> N
     assert len(drawn) == 5
     bytes_before = [path.read_bytes() for path in drawn]
     assert len(set(bytes_before)) == 5
+    shown = np.asarray(open_picture(out / "pictures/samples-00000000.png"))
+    assert len({tile.tobytes() for tile in np.split(shown, 8, axis=1)}) == 8  # of one caption
     kept = drawn[0].stat().st_mtime_ns
     drawn[3].unlink()
     shutil.rmtree(out / "checkpoints")
@@ -355,6 +368,11 @@ def test_faulty_pictures_are_listed_and_refused_or_left_out(
     assert (out / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_a_run_without_pictures_says_so() -> None:
+    with pytest.raises(UserError, match="--data DIR"):
+        resolve({}, "finetune")
+
+
 MISTAKES = {
     "--method dreambooth": "needs --instance-prompt",
     "--method textual-inversion": "--token",
@@ -365,7 +383,7 @@ MISTAKES = {
     "optim=3": "optim is a section",
     "--size 17": "multiple of 4",
     "--model nowhere/at/all": "nowhere",
-    "optimizer=adamw-8bit": "pip install bitsandbytes",
+    "optimizer=adamw-8bit": "pip install 'latentdiff[8bit]'",
     "objective.zero_terminal_snr=true objective.prediction=eps": "objective.prediction=v",
     "--inpaint": "--method full",
     "objective.prediction=x0 --prior-prompt disc": "prior.target=picture",
