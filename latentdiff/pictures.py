@@ -296,6 +296,8 @@ def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 
 def _damaged(name: str, error: Exception) -> UserError:
+    if isinstance(error, MemoryError):
+        return UserError(f"too little memory to open {name}: make it smaller")
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{name} is damaged or cut short ({reason})")
 

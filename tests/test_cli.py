@@ -268,6 +268,45 @@ def test_a_full_disk_behind_the_output_is_one_line(unbuffered: str) -> None:
     assert (ended.returncode, ended.stderr) == (2, told)
 
 
+SHORT_OF_MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from latentdiff.cli import main
+
+first, *rest = json.loads(sys.argv[1])
+assert main(first[1]) == 0  # so that all libraries are loaded
+for more, arguments in rest:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + more * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    assert main(arguments) == 2
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its limit and /proc")
+def test_too_little_memory_is_one_line(model: Path, tmp_path: Path) -> None:
+    for size in (32, 7000):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png", compress_level=1)
+    rest = ["a disc", "--steps", "1", "--seed", "0", "--model", str(model)]
+    commands = [
+        (0, ["edit", "32.png", *rest, "--strength", "1"]),
+        (32, ["edit", "32.png", *rest]),  # the file is read into a buffer of 64 MiB
+        (128, ["edit", "7000.png", *rest]),  # 187 MiB
+        (128, ["generate", *rest, "--size", "4096"]),  # by torch
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, json.dumps(commands)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    told = "error: too little memory for this: fewer or smaller pictures"
+    opening = "error: too little memory to open 7000.png: make it smaller"
+    assert done.stderr.splitlines()[-3:] == [told, opening, told]
+
+
 def test_info_counts_what_is_there(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(model)]) == 0
     bundle = LatentDiffusionPipeline.from_pretrained(model).bundle

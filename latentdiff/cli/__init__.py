@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refuse(str(error))
         except (KeyboardInterrupt, typer.Abort):
             return 130
-        except RuntimeError as error:  # torch's, which is not imported for this
-            if not any(told in str(error) for told in ("out of memory", "can't allocate memory")):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _no_memory(str(error).lower()):
                 raise
             return _refuse("too little memory for this: fewer or smaller pictures")
     return code if isinstance(code, int) else 0
@@ -86,6 +86,12 @@ def run() -> int:
         code = _refuse(f"cannot write: {error.strerror}")
     gc.freeze()
     return code
+
+
+def _no_memory(said: str) -> bool:
+    """Whether an error of torch's, which is not imported for this, says that."""
+    told = "out of memory", "can't allocate memory", "cannot allocate memory"
+    return any(words in said for words in told)
 
 
 def _refuse(message: str) -> int:
