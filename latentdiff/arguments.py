@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latentdiff import solvers
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel
+from latentdiff.solvers.base import Solver
 from latentdiff.timetable import Timetable
 
 MAX_STEPS = 1000
@@ -56,6 +58,22 @@ def listed(given: Sequence[object], name: str, example: str) -> None:
     """
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise UserError(f"{name}: give a list, as [{example}], not {type(given).__name__}.")
+
+
+def solver_of(given: str | Solver, bundle: Bundle) -> Solver:
+    """The solver that was given, or the one of that name.
+
+    Raises:
+        UserError: unknown name, or no solver.
+    """
+    if isinstance(given, str):
+        return solvers.create(given, bundle.process)
+    if isinstance(given, type) or not isinstance(given, Solver):
+        raise UserError(
+            "solver: give a name of `latentdiff.solvers.names()` or a solver (for a scheduler of "
+            f"diffusers, `DiffusersScheduler`), not {given!r:.60}."
+        )
+    return given
 
 
 def check_levels(timetable: Timetable) -> None:

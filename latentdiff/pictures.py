@@ -234,6 +234,9 @@ def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
     """A name for messages, and the content."""
     if isinstance(source, bytes):
         name, data = "the picture", source
+    elif not isinstance(source, (str, Path)):
+        kind = type(source).__name__
+        raise UserError(f"a picture is a path, the bytes of a file or a Pillow image, not {kind}")
     else:
         name, data = str(source), _read_file(Path(source), max_bytes)
     if len(data) > max_bytes:

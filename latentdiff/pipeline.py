@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff import lora, solvers
+from latentdiff import lora
 from latentdiff.arguments import (
     MAX_PIXELS,
     MAX_STEPS,
@@ -21,6 +21,7 @@ from latentdiff.arguments import (
     latent_shape,
     listed,
     picture_streams,
+    solver_of,
     whole,
 )
 from latentdiff.bundle import Bundle
@@ -238,8 +239,7 @@ class LatentDiffusionPipeline:
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         finite(guidance_scale, "guidance_scale")
         finite(guidance_rescale, "guidance_rescale")
-        solver = bundle.solver if solver is None else solver
-        stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
+        stepper = solver_of(bundle.solver if solver is None else solver, bundle)
         if timetable is None or isinstance(timetable, str):
             timetable = bundle.timetable(timetable, steps)
         check_levels(timetable)
@@ -345,14 +345,16 @@ class LatentDiffusionPipeline:
             UserError: no picture, or an argument out of range.
         """
         bundle = self.bundle
+        prompts = check_prompts([prompt]) if prompt else [""]
         picture = to_tensor(open_picture(image))[None]
         height, width = picture.shape[-2:]
         canvas = _canvas(bundle, height, width)
         latent_shape(bundle, *canvas.padded, 1)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
+        refinements = whole(refinements, "refinements", 0, MAX_STEPS)
         levels = bundle.timetable(timetable, steps)
-        stepper = solvers.create(solver, bundle.process) if isinstance(solver, str) else solver
-        conditions, _ = encode_prompts(bundle.text, [prompt], None, 1)
+        stepper = solver_of(solver, bundle)
+        conditions, _ = encode_prompts(bundle.text, prompts, None, 1)
         denoise = classifier_free(
             conditioned_denoiser(bundle.network(), bundle.process, bundle.prediction),
             conditions[0],

@@ -20,6 +20,6 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name in names:
         return
-    close = get_close_matches(name.lower().replace("_", "-"), names, n=1)
+    close = get_close_matches(str(name).lower().replace("_", "-"), names, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"choose one of: {', '.join(names)}."
-    raise UserError(f"unknown {kind} '{name}': {hint}")
+    raise UserError(f"unknown {kind} '{name!s:.200}': {hint}")

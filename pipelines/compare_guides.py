@@ -24,6 +24,7 @@ from latentdiff.learning.order import generator
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.registry import check_name
 
 
 def settings(clip: Clip, classifier: Classifier, labels: list[str]) -> dict[str, list[Guide]]:
@@ -62,10 +63,13 @@ def main(
         real = Real(data, pipe.bundle.size[0])
         asked = real.captions(count, seed)
         labels = [str(example.fields[label]) for example in asked]
+        table = settings(*parts, labels)
+        for name in only or []:
+            check_name("row", name, table)
         rows: list[Image.Image] = []
         print("| guide | CLIP's cosine | classifier's probability | shows the asked emoji |")
         print("|---|---|---|---|")
-        for name, guides in settings(*parts, labels).items():
+        for name, guides in table.items():
             if only and name not in only:
                 continue
             latents = draw(pipe, asked, guides, steps, guidance_scale, seed)

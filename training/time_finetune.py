@@ -284,7 +284,9 @@ def some_pictures(data: Path, to: Path, count: int, side: int | None) -> list[Ex
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="a folder of captioned pictures", required=True)
     parser.add_argument("--pictures", type=int, default=32, help="how many of them")
     parser.add_argument("--side", type=int, help="enlarge them; default: as they are")

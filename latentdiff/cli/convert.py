@@ -21,15 +21,17 @@ def convert(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="A folder to be, or a .safetensors file to be.")
     ],
-    lora: options.Loras = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE:SCALE", help="A LoRA to add to the weights; may be given again."
+        ),
+    ] = None,
     dtype: Annotated[
         options.DtypeName, typer.Option(help="Of the weights in OUT; auto writes float32.")
     ] = "auto",
 ) -> None:
-    """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111.
-
-    LoRAs given with --lora are added to its weights.
-    """
+    """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111."""
     check_writable(out.parent)
     try:
         taken = out.is_symlink() or out.exists()

@@ -51,13 +51,9 @@ def classifier_free(
         UserError: a condition that a scale other than 1 needs is missing; rescale or interval out
             of range; conditions of different shapes.
     """
-    low, high = interval
+    low, high = _bounds(interval)
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale must lie between 0 and 1, not {rescale}.")
-    if not 0 <= low <= high:
-        raise UserError(
-            f"a guidance interval runs from a small sigma to a large one, not {interval}."
-        )
     if not math.isfinite(scale) or not math.isfinite(image_scale):
         raise UserError(f"guidance scales must be finite numbers, not {scale} and {image_scale}.")
     unguided = bind(denoise, positive)
@@ -80,6 +76,24 @@ def classifier_free(
         return _restore_contrast(x0, x0_positive, rescale) if rescale else x0
 
     return guided
+
+
+def _bounds(interval: tuple[float, float]) -> tuple[float, float]:
+    """The interval, if it is one.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        low, high = (float(end) for end in interval)
+        if 0 <= low <= high:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise UserError(
+        "a guidance interval is two numbers, from a small sigma to a large one, not "
+        f"{interval!r:.80}."
+    )
 
 
 def _restore_contrast(x0: Tensor, like: Tensor, rescale: float) -> Tensor:

@@ -154,7 +154,7 @@ def cfg_plus_plus(
         UserError: strength outside 0..1, or a timetable of fewer than two levels.
     """
     if not 0 <= strength <= 1:
-        raise UserError(f"the strength of CFG++ must lie between 0 and 1, not {strength}.")
+        raise UserError(f"the scale of 'cfg++' must lie between 0 and 1, as 0.6, not {strength}.")
     if len(timetable) < 2:
         raise UserError("CFG++ needs the timetable of the run.")
     falling = sorted(set(timetable), key=lambda level: level.log_snr)

@@ -66,7 +66,7 @@ def create(
     Raises:
         UserError: unknown name, or what the method itself refuses.
     """
-    if isinstance(name, str):
+    if isinstance(name, str) or not callable(name):
         check_name("guidance", name, _NAMES)
     if name == "cfg" or scale == image_scale == 1:
         return classifier_free(

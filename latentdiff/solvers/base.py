@@ -13,6 +13,7 @@ State = Any
 """Each solver's own: what one step hands to the next. Nothing else ever looks inside."""
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A way to step from a level to a cleaner one. It holds settings, never the state of a run."""
 

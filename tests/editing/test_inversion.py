@@ -1,6 +1,7 @@
 """Inversion and back, on closed-form data and through a real tiny model; slerp."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,3 +103,9 @@ def test_mistakes_are_named() -> None:
     ):
         with pytest.raises(UserError, match=said):
             invert(DATA, solver, given, points(), refinements=refinements)
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    picture = Image.new("RGB", (16, 16))
+    wrong: dict[str, Any] = {"image": 3, "prompt": 3, "solver": 3, "refinements": "a"}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=r"not (3|a|int)\.?$"):
+            pipe.invert(**{"image": picture, name: value})

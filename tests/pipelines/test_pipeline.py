@@ -17,7 +17,7 @@ from torch import Tensor
 from latentdiff import LatentDiffusionPipeline, PipelineOutput, SDEdit, UserError
 from latentdiff.noise import NoiseStreams
 from latentdiff.process import NoiseLevel
-from latentdiff.solvers import DDIM, DDPM
+from latentdiff.solvers import DDIM, DDPM, Heun
 
 CLIP = LatentDiffusionPipeline(tiny_bundle())
 T5 = LatentDiffusionPipeline(tiny_bundle(tower="t5"))
@@ -286,6 +286,11 @@ BAD: list[dict[str, Any]] = [
     {"guidance_rescale": 2.0},
     {"guidance_rescale": None},
     {"guidance_interval": (3.0, 1.0)},
+    {"guidance_interval": None},
+    {"guidance": "cfg++"},
+    {"guidance": 3},
+    {"solver": 3},
+    {"solver": Heun},
     {"seed": -1},
     {"seed": 1.5},
     {"seed": [1, 2]},
@@ -296,6 +301,7 @@ BAD: list[dict[str, Any]] = [
     {"latents": torch.full((1, 4, 8, 8), math.nan)},
     {"latents": np.zeros((1, 4, 8, 8))},
     {"output_type": "jpeg"},
+    {"output_type": 3},
     {"edits": [object()]},
     {"edits": SDEdit(Image.new("RGB", (16, 16)), 0.6)},
 ]

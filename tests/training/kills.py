@@ -200,7 +200,9 @@ def signal_twice(lab: Lab) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--every-step", action="store_true", help="stop after each step, too")
     parser.add_argument("--seed", type=int, default=0)
