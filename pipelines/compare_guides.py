@@ -17,7 +17,8 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data.folder import Example, load_pictures, read_folder
+from latentdiff.data.examples import Example, load_pictures
+from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 from latentdiff.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide, Guide
 from latentdiff.learning.order import generator

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.bundle.save import save_network
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import (
     PictureSet,

@@ -20,7 +20,7 @@ from latentdiff import process as processes
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.check import latent_affine
 from latentdiff.bundle.parts import load_vae
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples

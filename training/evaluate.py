@@ -20,13 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.folder import (
-    Example,
-    balanced_weights,
-    check_fields,
-    load_pictures,
-    read_folder,
-)
+from latentdiff.data.examples import Example, balanced_weights, load_pictures
+from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.card import around, write_between

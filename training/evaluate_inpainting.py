@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.bundle.model import Precision
-from latentdiff.data.folder import Example, read_folder
+from latentdiff.data.examples import Example
+from latentdiff.data.folder import read_folder
 from latentdiff.editing import Blend, Canvas, RePaint
 from latentdiff.editing.canvas import Finish
 from latentdiff.errors import UserError

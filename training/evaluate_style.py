@@ -21,7 +21,8 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data.folder import Example, check_fields, load_pictures, read_folder
+from latentdiff.data.examples import Example, load_pictures
+from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import generator

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.check import latent_affine
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.guides.classifier import Classifier
 from latentdiff.guides.clip import Clip

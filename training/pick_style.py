@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.data.folder import Example, check_fields, read_folder
+from latentdiff.data.examples import Example
+from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
 

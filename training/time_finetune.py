@@ -54,7 +54,8 @@ from latentdiff import process
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.find import find
 from latentdiff.data.check import check_pictures
-from latentdiff.data.folder import Example, list_folder
+from latentdiff.data.examples import Example
+from latentdiff.data.folder import list_folder
 from latentdiff.data.variants import variants
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.finetuning import resolve

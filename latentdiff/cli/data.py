@@ -43,7 +43,7 @@ def shard(
 ) -> None:
     """Put a picture folder into WebDataset shards OUT/00000.tar, ...; train with
     data.root='OUT/{00000..00099}.tar'."""
-    from latentdiff.data.shards import write_shards
+    from latentdiff.data.packing import write_shards
 
     count = write_shards(root, out, size)
     last = f"{{00000..{count - 1:05}}}" if count > 1 else "00000"

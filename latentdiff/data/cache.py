@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.text import TextStates, Tokens
 

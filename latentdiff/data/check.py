@@ -10,7 +10,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 
 Trouble = Literal["broken", "tiny", "duplicate", "captionless"]

@@ -13,7 +13,7 @@ from typing import cast
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from latentdiff.data.folder import Example, parse_json
+from latentdiff.data.examples import Example, parse_json
 from latentdiff.data.shards import INDEX, expand, list_shards
 from latentdiff.errors import UserError
 

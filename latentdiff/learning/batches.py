@@ -11,12 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.data.cache import LatentCache, weights_hash
-from latentdiff.data.folder import (
-    Example,
-    balanced_weights,
-    load_picture,
-    read_folder,
-)
+from latentdiff.data.examples import Example, balanced_weights, load_picture
+from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
 from latentdiff.learning.order import Key, SampleOrder, Shares, generator

@@ -14,7 +14,7 @@ from typing import Literal
 import yaml
 
 from latentdiff.bundle.weights import first_line
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import sync
 from latentdiff.learning.config import RunConfig

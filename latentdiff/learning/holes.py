@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.data.variants import Size, Variant
 from latentdiff.editing.masks import inpainting_channels, masked_picture
 from latentdiff.errors import UserError

@@ -6,7 +6,7 @@ import torch
 
 from latentdiff.bundle import Bundle
 from latentdiff.bundle.save import save_tensors
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.finetuning import FinetuneConfig
 from latentdiff.learning.words import learned_rows, with_learned_words

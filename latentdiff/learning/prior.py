@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
 from latentdiff.data.cache import weights_hash
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
 from latentdiff.pictures import save_png

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentdiff.bundle.check import latent_affine
 from latentdiff.data.cache import LatentCache, weights_hash
 from latentdiff.data.check import Checked
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.data.variants import Size, Variant, bucket_sizes, nearest_bucket
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.data.folder import load_picture
+from latentdiff.data.examples import load_picture
 from latentdiff.data.stream import ShardStream
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import generator

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.data import cache
 from latentdiff.data.cache import LatentCache, TextCache, weights_hash
-from latentdiff.data.folder import Example, load_picture
+from latentdiff.data.examples import Example, load_picture
 from latentdiff.errors import UserError
 from latentdiff.text import TextStates, Tokens
 

@@ -10,7 +10,8 @@ from PIL import ImageFont, features
 
 from latentdiff.data import emoji
 from latentdiff.data.emoji import Emoji, build_emoji_folder, read_emoji_test, read_keywords
-from latentdiff.data.folder import load_pictures, read_folder
+from latentdiff.data.examples import load_pictures
+from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 
 EMOJI_TEST = """\

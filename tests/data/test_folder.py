@@ -15,13 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentdiff.data.folder import (
-    Example,
-    balanced_weights,
-    load_picture,
-    load_pictures,
-    read_folder,
-)
+from latentdiff.data.examples import Example, balanced_weights, load_picture, load_pictures
+from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 
 Row = dict[str, object]

@@ -17,8 +17,10 @@ from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter
 
 from latentdiff.cli import main
-from latentdiff.data.folder import load_picture, read_folder
-from latentdiff.data.shards import expand, write_shards
+from latentdiff.data.examples import load_picture
+from latentdiff.data.folder import read_folder
+from latentdiff.data.packing import write_shards
+from latentdiff.data.shards import expand
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lab import SCRIPTS, Lab
 
 from latentdiff.data.folder import read_folder
-from latentdiff.data.shards import write_shards
+from latentdiff.data.packing import write_shards
 from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints

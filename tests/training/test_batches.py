@@ -6,7 +6,8 @@ import torch
 from scripts import picture_folder
 from torch import Tensor
 
-from latentdiff.data.folder import load_picture, read_folder
+from latentdiff.data.examples import load_picture
+from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import PictureSet, shares_of_pictures
 from latentdiff.learning.order import Key, SampleOrder, Shares

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 
-from latentdiff.data.folder import Example
+from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.card import Outcome, card, push, share
 from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig

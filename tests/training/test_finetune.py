@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from latentdiff import process as processes
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import read_folder
-from latentdiff.data.shards import write_shards
+from latentdiff.data.packing import write_shards
 from latentdiff.data.variants import Variant
 from latentdiff.editing import Inpaint
 from latentdiff.editing.canvas import Canvas

@@ -12,7 +12,7 @@ from scripts import script
 from typer.testing import CliRunner
 
 from latentdiff.data.folder import read_folder
-from latentdiff.data.shards import write_shards
+from latentdiff.data.packing import write_shards
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.card import write_between

@@ -1,0 +1,84 @@
+"""A picture folder into shards: `latentdiff.data.shards` reads them."""
+
+import hashlib
+import json
+import os
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+from latentdiff.data.examples import Example
+from latentdiff.data.folder import read_folder
+from latentdiff.data.shards import INDEX
+from latentdiff.errors import UserError
+from latentdiff.pictures import MAX_BYTES
+
+
+def write_shards(root: Path, out: Path, size: int) -> int:
+    """Put a picture folder into `out/00000.tar`, ... of `size` samples; the number of shards.
+
+    The files' bytes are as they were, and the same folder gives the same shards to the byte. A
+    member's extension tells what the picture is, whatever its file was called.
+    `index.json`, written last, has the samples, bytes and sha256 of each.
+
+    Raises:
+        UserError: the folder is faulty, a file is no picture or too large, `out` holds something,
+            or cannot be written.
+    """
+    examples = read_folder(root)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already and not empty: name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shards: list[dict[str, object]] = []
+        for first in range(0, len(examples), size):
+            part = examples[first : first + size]
+            name = f"{first // size:05}.tar"
+            data = _tar(first, part)
+            _write(out / name, data)
+            digest = hashlib.sha256(data).hexdigest()
+            sums: dict[str, object] = {"bytes": len(data), "sha256": digest}
+            shards.append({"name": name, "samples": len(part), **sums})
+        _write(out / INDEX, json.dumps({"shards": shards}, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+    return len(shards)
+
+
+def _tar(first: int, examples: list[Example]) -> bytes:
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, example in enumerate(examples, start=first):
+            fields = {"text": example.captions[0], **example.fields}
+            picture = example.read()
+            parts = {
+                _extension(example, picture): picture,
+                ".json": json.dumps(fields, ensure_ascii=False, default=str).encode(),
+            }
+            for extension, data in parts.items():
+                member = tarfile.TarInfo(f"{number:09}{extension}")
+                member.size = len(data)
+                tar.addfile(member, BytesIO(data))
+    return buffer.getvalue()
+
+
+def _extension(example: Example, data: bytes) -> str:
+    """By the first bytes, as `open_picture` tells them apart."""
+    if len(data) > MAX_BYTES:
+        raise UserError(f"picture {example.name} has more than {MAX_BYTES} bytes")
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    raise UserError(f"{example.name} is no PNG, JPEG or WebP picture")
+
+
+def _write(target: Path, data: bytes) -> None:
+    staged = target.with_name(f".{target.name}.part")
+    with staged.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.rename(target)
