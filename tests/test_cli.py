@@ -358,11 +358,10 @@ def test_emoji_without_the_packages_says_what_to_install(
 
 
 def test_interrupting_a_real_process_is_quiet(model: Path, out: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from latentdiff.cli import main; sys.exit(main())",
-    ]
+    # What a shell runs in its background begins with SIGINT ignored; so may these tests.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    running = "import sys; from latentdiff.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", f"{heeding}; {running}"]
     command += ["generate", "a cat", "--model", str(model), "--out", str(out), "--seed", "7"]
     process = subprocess.Popen(
         [*command, "-n", "10000", "--guidance-scale", "1", "--steps", "1"],
@@ -371,9 +370,12 @@ def test_interrupting_a_real_process_is_quiet(model: Path, out: Path) -> None:
         text=True,
     )
     assert process.stdout is not None
-    first = process.stdout.readline().strip()  # the first picture of thousands is on the disk
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        first = process.stdout.readline().strip()  # the first picture of thousands is on the disk
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, said) == (130, "seed 7\n")
     assert Path(first).name == "00000-7.png"
     assert not list(out.glob(".*"))
