@@ -283,7 +283,7 @@ class Flow(Process):
     """
 
     def __init__(self, t_max: float = 1.0) -> None:
-        self.t_min, self.t_max = 1e-3 * t_max, t_max
+        self.t_min, self.t_max = 1e-3 * t_max, float(t_max)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         u = t.to(torch.float64) / self.t_max

@@ -134,9 +134,10 @@ def train(config: DiffusionConfig, dry: bool) -> None:
 def fit(config: DiffusionConfig, run: Run) -> None:
     """Build -> prepare -> loop -> save."""
     optim, objective = config.optim, config.objective
-    gamma = min_snr_gamma(objective.min_snr_gamma, objective.prediction)
+    process = processes.create(objective.process)
+    gamma = min_snr_gamma(objective.min_snr_gamma, objective.prediction, process)
     if objective.learned_variance:
-        check_learned_variance(processes.create(objective.process), objective.times)
+        check_learned_variance(process, objective.times)
     stream = open_stream(config, run)
     examples = split_examples(config.data)[0] if stream is None else stream.of_shard(0)
     count = len(examples) if stream is None else stream.starts[-1]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentdiff.errors import UserError
 from latentdiff.prediction import Prediction
+from latentdiff.process import Process
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
@@ -29,15 +30,20 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     return (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(0.0, 1e4).detach()
 
 
-def min_snr_gamma(gamma: float | Literal["auto"] | None, prediction: Prediction) -> float | None:
+def min_snr_gamma(
+    gamma: float | Literal["auto"] | None, prediction: Prediction, process: Process
+) -> float | None:
     """Gamma of the loss weights: "auto" is 5 where min-SNR weighting is defined, else None.
+
+    It is None, too, where the last time has no signal: min-SNR weights would be 0 there, and what
+    sampling begins with would never be learned (Lin et al. 2024, sec. 3.2, weigh uniformly).
 
     Raises:
         UserError: it is not defined for what the model predicts.
     """
     defined = prediction in ("eps", "x0", "v")
     if gamma == "auto":
-        return 5.0 if defined else None
+        return 5.0 if defined and process.level(process.t_max).alpha > 0 else None
     if gamma is not None and not defined:
         raise UserError(
             f"objective.min_snr_gamma is for eps, x0 and v, and this model predicts "

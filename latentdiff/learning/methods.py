@@ -33,22 +33,23 @@ def with_objective(bundle: Bundle, objective: FinetuneObjective) -> Bundle:
     if objective.zero_terminal_snr:
         if not isinstance(process, DiscreteVP):
             raise UserError("objective.zero_terminal_snr is for discrete VP processes")
-        if prediction == "eps":
-            raise UserError(
-                "with zero_terminal_snr eps says nothing about the last time: "
-                "objective.prediction=v"
-            )
         process = DiscreteVP(zero_terminal_snr(process.betas))
+    ends_in_noise = process.level(process.t_max).alpha == 0
+    if objective.moves and ends_in_noise and prediction in ("eps", "score"):
+        raise UserError(
+            f"{prediction} says nothing about the last time of a process that ends without "
+            "signal: objective.prediction=v"
+        )
     return replace(bundle, process=process, prediction=prediction)
 
 
 def min_snr_gamma(bundle: Bundle, objective: FinetuneObjective) -> float | None:
-    """Gamma of the loss weights: "auto" is 5 where min-SNR weighting is defined.
+    """Gamma of the loss weights; "auto" as in `losses.min_snr_gamma`.
 
     Raises:
         UserError: it is not defined for what the model predicts.
     """
-    return losses.min_snr_gamma(objective.min_snr_gamma, bundle.prediction)
+    return losses.min_snr_gamma(objective.min_snr_gamma, bundle.prediction, bundle.process)
 
 
 def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:

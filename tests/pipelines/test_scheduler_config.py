@@ -143,6 +143,7 @@ def test_every_process_comes_back_from_its_config(name: str) -> None:
             assert steps_again.timetable(again, 9) == steps.timetable(again, 9)
         else:
             assert vars(again) == vars(process)
+        assert scheduler.write(again, "v", steps) == config
 
 
 def test_unusual_processes() -> None:

@@ -385,6 +385,7 @@ MISTAKES = {
     "--model nowhere/at/all": "nowhere",
     "optimizer=adamw-8bit": "pip install 'latentdiff[8bit]'",
     "objective.zero_terminal_snr=true objective.prediction=eps": "objective.prediction=v",
+    "objective.process=vp-linear-zsnr objective.prediction=score": "objective.prediction=v",
     "--inpaint": "--method full",
     "objective.prediction=x0 --prior-prompt disc": "prior.target=picture",
     "objective.min_snr_gamma=5 objective.prediction=score": "set it to null",

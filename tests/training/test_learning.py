@@ -102,7 +102,9 @@ def test_min_snr_weights_one_x0_error_alike_in_every_prediction(process: str) ->
 def test_min_snr_refuses_what_it_is_not_defined_for() -> None:
     with pytest.raises(ValueError, match="flow"):
         min_snr_weight(torch.zeros(1), "flow")
-    assert [min_snr_gamma("auto", name) for name in ("v", "flow", "score")] == [5.0, None, None]
+    vp, to_noise = create("vp-scaled-linear"), create("vp-scaled-linear-zsnr")
+    assert [min_snr_gamma("auto", name, vp) for name in ("v", "flow", "score")] == [5.0, None, None]
+    assert [min_snr_gamma(gamma, "v", to_noise) for gamma in ("auto", 5.0)] == [None, 5.0]
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
