@@ -29,6 +29,7 @@ class Samples:
     """Pictures to learn from, and pictures of the model's own that it is to keep.
 
     Attributes:
+        contents: sha256 of each example's file.
         buckets: height and width in pixels that each example is trained at.
         moments: of each example [V, 2C, h, w], mean and std of its raw latents in V variants.
         shares: how often each is drawn, relative to the others [N].
@@ -37,6 +38,7 @@ class Samples:
     """
 
     examples: list[Example]
+    contents: list[str]
     buckets: list[Size]
     moments: list[Tensor]
     shares: np.ndarray
@@ -45,10 +47,10 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """Of the files' names, sizes and captions in their order: another one is another run."""
+        """Of names, contents, sizes and captions in their order: another one is another run."""
         rows = [
-            f"{e.path.name} {b} {list(e.captions)}"
-            for e, b in zip(self.examples, self.buckets, strict=True)
+            f"{e.path.name} {content} {b} {list(e.captions)}"
+            for e, content, b in zip(self.examples, self.contents, self.buckets, strict=True)
         ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
@@ -83,6 +85,7 @@ class Samples:
         """These and prior ones, half of all draws each; `weight` is of the prior's loss."""
         return Samples(
             self.examples + prior.examples,
+            self.contents + prior.contents,
             self.buckets + prior.buckets,
             self.moments + prior.moments,
             np.concatenate([self.shares / self.shares.sum(), prior.shares / prior.shares.sum()]),
@@ -120,6 +123,7 @@ def encode_samples(
         UserError: a picture has gone, or has latents that are not finite and `skip` is off.
     """
     weights = weights_hash(vae.state_dict())
+    contents = [hashlib.sha256(example.read()).hexdigest() for example in checked.examples]
     device = next(vae.parameters()).device
     moments: list[list[Tensor]] = [[] for _ in checked.examples]
     for bucket in dict.fromkeys(buckets):
@@ -146,6 +150,7 @@ def encode_samples(
         raise UserError("no picture is left to learn from")
     return Samples(
         [checked.examples[n] for n in good],
+        [contents[n] for n in good],
         [buckets[n] for n in good],
         [stacked[n] for n in good],
         np.ones(len(good)),

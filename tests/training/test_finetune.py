@@ -319,6 +319,19 @@ def test_pictures_and_cache_that_are_deleted_mid_run_change_nothing(
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+def test_a_run_that_goes_on_with_another_picture_says_so(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures = picture_folder(tmp_path / "pictures")
+    for steps, told in ((2, False), (3, False), (4, True)):
+        if told:
+            picture = next(pictures.glob("*.png"))
+            ImageOps.invert(open_picture(picture)).save(picture)
+        optim = {"steps": steps, "batch_size": 4}
+        finetune(work, tmp_path / "out", "lora", data={"root": str(pictures)}, optim=optim)
+        assert ("not the pictures and captions" in capfd.readouterr().out) == told
+
+
 def test_prior_predictions_keep_what_prior_pictures_do_not(work: Path, tmp_path: Path) -> None:
     """The model is random, so its pictures are no data: learning them moves other prompts, while
     learning its predictions holds them."""
@@ -343,7 +356,7 @@ def test_prior_predictions_keep_what_prior_pictures_do_not(work: Path, tmp_path:
 
 def test_half_of_all_draws_are_prior_ones_whose_loss_is_weighted() -> None:
     def some(count: int) -> Samples:
-        return Samples([], [(8, 8)] * count, [], np.ones(count), torch.ones(count), count)
+        return Samples([], [], [(8, 8)] * count, [], np.ones(count), torch.ones(count), count)
 
     both = some(40).joined(some(200), 0.5)
     drawn = [n for step in range(60) for n in both.order(0).batch(step, 8)]
