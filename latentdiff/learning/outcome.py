@@ -1,19 +1,18 @@
 """What a fine-tune leaves: the LoRA file or the learned words, and a model folder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from latentdiff.bundle import Bundle
-from latentdiff.bundle.save import save_tensors
 from latentdiff.data.examples import Example
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.finetuning import FinetuneConfig
-from latentdiff.learning.words import learned_rows, with_learned_words
+from latentdiff.learning.words import save_words, with_learned_words
 from latentdiff.lora import fused, lora_of, save_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-WORDS_FILE = "learned_embeds.safetensors"
 
 
 def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Example]) -> list[str]:
@@ -38,6 +37,7 @@ def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Exam
 def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     out = config.out
     dtype = getattr(torch, config.save_dtype)
+    wrote: list[Path] = []
     base = "" if config.model is None else f" --model {config.model}"
     if config.method == "lora":
         path = save_lora(lora_of(bundle), out / LORA_FILE)
@@ -45,7 +45,9 @@ def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
             return [f"wrote {path}", f'latentdiff generate "..." --lora {path}{base}']
         bundle = fused(bundle)  # the file alone does not say what it makes of its model
     if config.method == "textual-inversion":
-        save_tensors(learned_rows(bundle, config.inversion.tokens), out / WORDS_FILE, {})
+        wrote = save_words(bundle, config.inversion.tokens, out)
         bundle = with_learned_words(bundle)
     bundle.save(out / "model", dtype=dtype)
-    return [f"wrote {out / 'model'}", f'latentdiff generate "..." --model {out / "model"}']
+    wrote.append(out / "model")
+    lines = [f"wrote {path}" for path in wrote]
+    return [*lines, f'latentdiff generate "..." --model {out / "model"}']

@@ -6,12 +6,14 @@ Gal et al. 2022, "An Image is Worth One Word", sec. 4.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
+from latentdiff.bundle.save import save_tensors
 from latentdiff.errors import UserError
 from latentdiff.text import ClipTower
 
@@ -51,7 +53,7 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
         start_from: a known word whose meaning they start from; None: the mean of all.
 
     Raises:
-        UserError: no CLIP text encoder, or a word that it has already.
+        UserError: no CLIP text encoder, a word that it has already, or two that it reads as one.
     """
     tower = bundle.text
     if not isinstance(tower, ClipTower):
@@ -59,7 +61,8 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     backend = tower.tokenizer.backend_tokenizer
     known = backend.get_vocab()
     for token in tokens:
-        if token in known or token != token.strip() or not token:
+        whole = len(_ids(bundle, token)) < 2  # "heart" is "heart</w>" in the vocabulary
+        if whole or token in known or token != token.strip():
             raise UserError(f"{token!r} cannot be a new word: take one like <my-style>")
     table = tower.model.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
@@ -67,18 +70,43 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     start = table.weight[ids or slice(None)].mean(0)
     first = max(known.values()) + 1
     tower.tokenizer.add_tokens(list(tokens))
+    for number, token in enumerate(tokens, first):
+        if _ids(bundle, token) != [number]:
+            raise UserError(
+                f"{token!r} would not be a word of its own: give each new word once (capitals do "
+                "not tell words apart)"
+            )
     tower.model.requires_grad_(False)
     tower.model.set_input_embeddings(WordRows(table, first, start.repeat(len(tokens), 1)))
     tower.model.config.vocab_size = max(table.num_embeddings, first + len(tokens))
     return replace(bundle, text=ClipTower(tower.model, tower.tokenizer))
 
 
-def learned_rows(bundle: Bundle, tokens: Sequence[str]) -> dict[str, Tensor]:
-    """Word -> its row [D], as `learned_embeds.safetensors` of diffusers holds them."""
+def _ids(bundle: Bundle, token: str) -> list[int]:
+    return bundle.text.tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
+
+
+def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path]:
+    """The learned rows as files for diffusers' `load_textual_inversion`, which takes one word each.
+
+    Args:
+        tokens: the words, in the order in which they were added.
+
+    Returns:
+        `learned_embeds.safetensors`; of several words, `learned_embeds-1.safetensors` and so on.
+
+    Raises:
+        UserError: they cannot be written.
+    """
     words = bundle.text.model.get_input_embeddings()
     assert isinstance(words, WordRows)
     rows = words.rows.detach().cpu()
-    return {token: row.clone() for token, row in zip(tokens, rows, strict=True)}
+    paths: list[Path] = []
+    for number, (token, row) in enumerate(zip(tokens, rows, strict=True), start=1):
+        place = "" if len(tokens) == 1 else f"-{number}"
+        paths.append(folder / f"learned_embeds{place}.safetensors")
+        save_tensors({token: row.clone()}, paths[-1], {})
+    return paths
 
 
 def with_learned_words(bundle: Bundle) -> Bundle:

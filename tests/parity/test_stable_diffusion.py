@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentdiff import PAG, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
+from latentdiff.learning.words import add_words, save_words
 from latentdiff.prediction import Prediction
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; the largest seen is 2e-6
@@ -205,3 +206,18 @@ def test_pag_draws_what_diffusers_draws(
         PROMPTS, latents=noise(), solver="ddim", progress=False, **arguments
     ).images
     assert difference(got, without) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [["<mine>"], ["<mine>", "<yours/2>"]])
+def test_learned_words_open_in_diffusers_to_the_bit(tokens: list[str], tmp_path: Path) -> None:
+    folder = tiny_bundle().save(tmp_path / "model")
+    bundle = add_words(Bundle.load(folder), tokens)
+    rows = bundle.text.model.get_input_embeddings().get_parameter("rows")
+    torch.nn.init.normal_(rows, generator=torch.Generator().manual_seed(0))
+    theirs: Any = StableDiffusionPipeline.from_pretrained(folder)
+    for path in save_words(bundle, tokens, tmp_path):
+        theirs.load_textual_inversion(path)
+    ids = theirs.tokenizer.convert_tokens_to_ids(tokens)
+    assert torch.equal(theirs.text_encoder.get_input_embeddings().weight[ids], rows)
+    (prompt,) = theirs.tokenizer([" ".join(tokens)])["input_ids"]
+    assert prompt[1:-1] == ids

@@ -386,10 +386,15 @@ def test_a_run_without_pictures_says_so() -> None:
         resolve({}, "finetune")
 
 
+INVERSION = "--method textual-inversion --instance-prompt"
 MISTAKES = {
     "--method dreambooth": "needs --instance-prompt",
     "--method textual-inversion": "--token",
     "--method textual-inversion --token <x>": "no caption holds <x>",
+    f"{INVERSION} heart --token heart": "'heart' cannot be a new word: take one like <my-style>",
+    f"{INVERSION} Heart --token Heart": "'Heart' cannot be a new word: take one like <my-style>",
+    f"{INVERSION} <x> --token <x> --token <x>": "give each new word once",
+    f"{INVERSION} <x><X> --token <x> --token <X>": "give each new word once",
     "--method lora --token <x>": "textual-inversion",
     "--prior-prompt @none.txt": "none.txt",
     "objective.zap=1": "zap",
