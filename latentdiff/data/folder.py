@@ -10,12 +10,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from latentdiff.data.examples import SUFFIXES, Example, filter_rows, make_example, parse_json
 from latentdiff.data.shards import list_shards, names_shards
 from latentdiff.errors import UserError
 
 _SHOWN = 3  # names quoted in a message before "..."
+
+Content = TypeVar("Content")
 
 
 def read_folder(
@@ -44,24 +47,21 @@ def list_folder(
     """The same without a look at the single pictures: some may be missing or lack a caption.
 
     Raises:
-        UserError: no folder, no pictures, repeated files, files outside the folder, malformed
-            metadata, or a `where` that keeps nothing.
+        UserError: no folder, no pictures, repeated files, files outside the folder, malformed or
+            unreadable metadata or captions, or a `where` that keeps nothing.
     """
     root = Path(root)
     if names_shards(root):
         return list_shards(root, where=where)
     if not root.is_dir():
         raise UserError(f"there is no picture folder {root}")
-    files = [root / name for name in _READERS if (root / name).is_file()]
+    files = [root / name for name in _READERS if os.path.lexists(root / name)]
     if len(files) > 1:
         raise UserError(f"{root} has both {files[0].name} and {files[1].name}: keep one")
     inside = os.path.realpath(root)
     if files and not _is_inside(files[0], inside):
         raise UserError(f"{files[0]} lies outside the folder: put a copy into it")
-    try:
-        rows = _READERS[files[0].name](files[0]) if files else _rows_from_texts(root, inside)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{files[0] if files else root} cannot be read: {error}") from error
+    rows = _read(_READERS[files[0].name], files[0]) if files else _rows_from_texts(root, inside)
     if not rows:
         raise UserError(f"{root} holds no pictures (PNG, JPEG or WebP)")
     _refuse(_duplicates(rows), "are listed more than once", root)
@@ -86,6 +86,15 @@ def check_fields(examples: Sequence[Example], names: Sequence[str], root: Path) 
         _refuse_where(
             examples, lambda e, name=name: name not in e.fields, f"lack the field {name!r}", root
         )
+
+
+def _read(reader: Callable[[Path], Content], path: Path) -> Content:
+    """What `reader` makes of a file of the folder; a link to nothing is a mistake, not no file."""
+    try:
+        return reader(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        told = str(error.strerror or error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} cannot be read: {' '.join(told.split())}") from error
 
 
 def _rows_from_jsonl(path: Path) -> list[dict[str, object]]:
@@ -128,8 +137,9 @@ def _rows_from_parquet(path: Path) -> list[dict[str, object]]:
     except ModuleNotFoundError as error:
         raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
-        return read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+        with path.open("rb") as file:  # of a directory pyarrow would read what lies in it
+            return read_table(file).to_pylist()
+    except ArrowException as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 
 
@@ -137,11 +147,16 @@ def _rows_from_texts(root: Path, inside: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for picture in sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES):
         caption = picture.with_suffix(".txt")
-        if caption.is_file() and not _is_inside(caption, inside):
+        there = os.path.lexists(caption)
+        if there and not _is_inside(caption, inside):
             raise UserError(f"{caption} lies outside the folder: put a copy into it")
-        lines = caption.read_text("utf-8-sig").splitlines() if caption.is_file() else []
+        lines = _read(_lines, caption) if there else []
         rows.append({"file_name": picture.relative_to(root).as_posix(), "captions": lines})
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8-sig").splitlines()
 
 
 _READERS: dict[str, Callable[[Path], list[dict[str, object]]]] = {

@@ -110,21 +110,24 @@ def _outside_by_link(root: Path) -> None:
     write_jsonl(root, [{"file_name": "link.png", "text": "x"}])
 
 
-def _linked(name: str) -> Callable[[Path], None]:
-    """A file of the folder that is a link to somebody's secret, which parses."""
+def _directory(name: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).mkdir()
+
+
+def _linked(name: str, to: str | None = None) -> Callable[[Path], None]:
+    """A file of the folder that is a link to `to`, or to somebody's secret, which parses."""
 
     def spoil(root: Path) -> None:
         outside = root.parent / f"{root.name}-secret"
         outside.write_text('{"file_name": "a.png", "text": "secret"}')
-        (root / name).symlink_to(outside)
+        (root / name).symlink_to(to or outside)
 
     return spoil
 
 
-def _latin(root: Path) -> None:
-    (root / "metadata.jsonl").write_bytes(
-        '{"file_name": "a.png", "text": "café"}'.encode("latin-1")
-    )
+def _latin(name: str) -> Callable[[Path], object]:
+    text = '{"file_name": "a.png", "text": "café"}'
+    return lambda root: (root / name).write_bytes(text.encode("latin-1"))
 
 
 def _rows(*rows: Row) -> Callable[[Path], None]:
@@ -164,8 +167,12 @@ LOST: list[Row] = [{"file_name": f"lost{i}.png", "text": "x"} for i in range(5)]
         (_text("metadata.csv", "file_name,text\na.png,x,y\n"), "more cells than the header"),
         (_text("metadata.csv", "file_name,captions\na.png,[x\n"), "must be a JSON list"),
         (_text("metadata.csv", 'file_name,text\na.png,"x"y\n'), "metadata.csv cannot be read"),
-        (_latin, "metadata.jsonl cannot be read: 'utf-8' codec"),
+        (_latin("metadata.jsonl"), "metadata.jsonl cannot be read: 'utf-8' codec"),
         (_text("metadata.parquet", "PAR1 no"), "metadata.parquet cannot be read"),
+        (_directory("metadata.parquet"), "metadata.parquet cannot be read: Is a directory"),
+        (_linked("metadata.csv", "lost"), "metadata.csv cannot be read: No such file"),
+        (_directory("a.txt"), "a.txt cannot be read: Is a directory"),
+        (_latin("a.txt"), "a.txt cannot be read: 'utf-8' codec"),
         (_text("a.txt", "a cat"), "2 pictures .* have no caption: c.jpg, sub/b.webp"),
     ],
 )
