@@ -5,10 +5,9 @@
 
 A drawn picture has the style of its nearest real one (root mean square of 32x32 blurred RGB) among
 all styles of DATA. `seen` are the emoji of the fine-tune's own pictures; `new` are as many others,
-which the model knew in its old style only. `shows_asked` is the share whose nearest real picture,
-of any style, is of the asked emoji. What the model keeps of other prompts is told by:
-
-    python training/evaluate.py --splits train --no-card --lora FILE
+which the model knew in its old style only. `untouched` are captions of the old style, of emoji that
+are neither among those pictures nor named by a prior prompt: what the model keeps. `shows_asked` is
+the share whose nearest real picture, of any style, is of the asked emoji.
 """
 
 import json
@@ -41,6 +40,16 @@ def main(
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
     model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji64"),
+    known: Annotated[str, typer.Option(help="The style that it knows.")] = "noto",
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The fine-tune's prior prompts, a line each. Default: prior.txt in --pictures, "
+            "if it is there.",
+        ),
+    ] = None,
+    untouched: Annotated[int, typer.Option(help="How many captions of the old style.")] = 200,
     data: Annotated[Path, typer.Option(metavar="DIR", help="Real pictures, all styles.")] = Path(
         "data/emoji128"
     ),
@@ -60,7 +69,9 @@ def main(
         if lora is not None:
             after.load_lora(lora, lora_scale)
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-        evaluate(before, after, Real(data, after.bundle.size[0]), style, pictures, out, settings)
+        real = Real(data, after.bundle.size[0])
+        groups = choose(real, style, known, pictures, read_lines(prior, pictures), untouched, seed)
+        evaluate(before, after, real, style, groups, out, settings)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -87,16 +98,67 @@ class Real:
         return {"style": share(styles), "shows_asked": share(shown)}
 
 
-def new_examples(
-    real: Real, seen: Sequence[Example], style: str, known: str, seed: int
-) -> list[Example]:
-    """As many other pictures of the style, at random, whose emoji the model learned in `known`."""
-    plain = [e for e in real.examples if e.fields["split"] == "train" and not e.fields["skin_tone"]]
-    names = {e.fields["codepoints"] for e in plain if e.fields["style"] == known}
-    names -= {example.fields["codepoints"] for example in seen}
-    others = [e for e in plain if e.fields["style"] == style and e.fields["codepoints"] in names]
-    order = generator(seed, 12).permutation(len(others))
-    return [others[int(number)] for number in order[: len(seen)]]
+def plain(real: Real, style: str) -> list[Example]:
+    """A style's training pictures without skin tones."""
+    trained = [e for e in real.examples if e.fields["split"] == "train"]
+    return [e for e in trained if e.fields["style"] == style and not e.fields["skin_tone"]]
+
+
+def read_lines(prior: Path | None, pictures: Path) -> set[str]:
+    """The prior prompts.
+
+    Raises:
+        UserError: the file that was named cannot be read.
+    """
+    path = prior or pictures / "prior.txt"
+    if prior is None and not path.is_file():
+        return set()
+    try:
+        return {line.strip() for line in path.read_text("utf-8").splitlines()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prior prompts of {path}: {error}") from error
+
+
+def choose(
+    real: Real,
+    style: str,
+    known: str,
+    pictures: Path,
+    prior: set[str],
+    untouched: int,
+    seed: int,
+) -> dict[str, tuple[list[Example], list[str]]]:
+    """Pictures, and what is asked for them: seen, as many new ones at random, and untouched ones.
+
+    Raises:
+        UserError: none of the style's pictures shows what the fine-tune's do.
+    """
+    learned = read_folder(pictures)
+    check_fields(learned, ("codepoints",), pictures)
+    taught = {example.fields["codepoints"] for example in learned}
+    seen = [
+        example
+        for example in real.examples
+        if example.fields["style"] == style and example.fields["codepoints"] in taught
+    ]
+    if not seen:
+        styles = ", ".join(sorted({str(e.fields["style"]) for e in real.examples}))
+        raise UserError(f"no picture of the style {style!r} shows what {pictures} does: {styles}")
+    old = [e for e in plain(real, known) if e.fields["codepoints"] not in taught]
+    names = {example.fields["codepoints"] for example in old}
+    new = [e for e in plain(real, style) if e.fields["codepoints"] in names]
+    held = {e.fields["codepoints"] for e in real.examples if prior.intersection(e.captions)}
+    others = [e for e in old if e.fields["codepoints"] not in held]
+    new, others = shuffled(new, seed, 12)[: len(seen)], shuffled(others, seed, 14)[:untouched]
+    return {
+        "seen": (seen, [prompt(example, style) for example in seen]),
+        "new": (new, [prompt(example, style) for example in new]),
+        "untouched": (others, [example.captions[0] for example in others]),
+    }
+
+
+def shuffled(examples: Sequence[Example], seed: int, purpose: int) -> list[Example]:
+    return [examples[int(n)] for n in generator(seed, purpose).permutation(len(examples))]
 
 
 def prompt(example: Example, style: str) -> str:
@@ -132,40 +194,30 @@ def evaluate(
     after: LatentDiffusionPipeline,
     real: Real,
     style: str,
-    pictures: Path,
+    groups: dict[str, tuple[list[Example], list[str]]],
     out: Path,
     settings: dict[str, float],
 ) -> None:
     """`style.json`, and `style.png`: rows of before, after and real pictures."""
-    learned = read_folder(pictures)
-    check_fields(learned, ("codepoints",), pictures)
-    codepoints = {example.fields["codepoints"] for example in learned}
-    seen = [
-        example
-        for example in real.examples
-        if example.fields["style"] == style and example.fields["codepoints"] in codepoints
-    ]
-    if not seen:
-        styles = ", ".join(sorted({str(e.fields["style"]) for e in real.examples}))
-        raise UserError(f"no picture of the style {style!r} shows what {pictures} does: {styles}")
-    new = new_examples(real, seen, style, "noto", int(settings["seed"]))
     report: dict[str, object] = {"style": style, **settings}
     rows: list[Image.Image] = []
     out.mkdir(parents=True, exist_ok=True)
-    for name, wanted in (("seen", seen), ("new", new)):
+    for name, (wanted, prompts) in groups.items():
         if not wanted:  # the folder has no others
             continue
-        prompts = [prompt(example, style) for example in wanted]
         drawn = {"before": draw(before, prompts, settings), "after": draw(after, prompts, settings)}
         for when, tensor in drawn.items():
             report[f"{name}, {when}"] = real.measure(tensor, wanted, style)
             typer.echo(f"{name}, {when}: {report[f'{name}, {when}']} of {len(wanted)}")
+        if name == "untouched":
+            continue
+        for tensor in drawn.values():
             rows += [to_pil(picture) for picture in spread(list(tensor))]
         own = [real.examples.index(example) for example in spread(wanted)]
         rows += [to_pil(picture) for picture in to_range(real.pictures[own])]
     (out / "style.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "style.png").unlink(missing_ok=True)
-    save_png(grid(rows, min(12, len(seen))), out / "style.png")
+    save_png(grid(rows, min(12, len(groups["seen"][0]))), out / "style.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -52,14 +51,29 @@ def test_a_drawn_picture_has_the_style_and_the_emoji_of_the_nearest_real_one(dat
     assert real.measure(flat.roll(1, 0), wanted, "flat") == {"style": 1.0, "shows_asked": 0.0}
 
 
-def test_new_emoji_are_known_in_the_old_style_only(data: Path) -> None:
+def test_what_is_asked_for_is_seen_or_new_or_untouched(data: Path, tmp_path: Path) -> None:
+    """New emoji are known in the old style only; untouched ones neither seen nor prior prompts."""
     module = script("evaluate_style")
     real = module.Real(data, 32)
-    new = module.new_examples(real, real.examples[6:8], "flat", "noto", seed=0)
-    assert len(new) == 2
-    assert all(example.fields["style"] == "flat" for example in new)
-    assert {example.fields["codepoints"] for example in new} <= {"2", "3", "4"}
-    assert module.prompt(real.examples[8], "flat") == "a thing 2, flat style"
+    script("pick_style").pick("flat", tmp_path / "out", data, "noto", 2, 0, 0)
+    taught = {example.fields["codepoints"] for example in read_folder(tmp_path / "out")}
+    (tmp_path / "prior").write_text(f"a thing {min({'0', '1', '2', '3', '4'} - taught)}\n\n")
+    prior = module.read_lines(tmp_path / "prior", tmp_path)
+    groups = module.choose(real, "flat", "noto", tmp_path / "out", prior, 9, 0)
+    found = {
+        name: {(example.fields["style"], example.fields["codepoints"]) for example in examples}
+        for name, (examples, _) in groups.items()
+    }
+    known = {"0", "1", "2", "3", "4"} - taught
+    assert found["seen"] == {("flat", number) for number in taught}
+    assert found["new"] < {("flat", number) for number in known}
+    assert found["untouched"] == {("noto", number) for number in known - {min(known)}}
+    for example, asked in zip(*groups["new"], strict=True):
+        assert asked == f"a thing {example.fields['codepoints']}, flat style"
+    for example, asked in zip(*groups["untouched"], strict=True):
+        assert asked == f"noto emoji of a thing {example.fields['codepoints']}"
+    with pytest.raises(UserError, match="cannot read the prior prompts"):
+        module.read_lines(tmp_path / "no", tmp_path)
 
 
 def test_a_picked_folder_has_styled_captions_and_prompts_of_the_known_style(
@@ -105,9 +119,8 @@ def test_what_cannot_be_measured_is_a_line(data: Path, tmp_path: Path) -> None:
         evaluate.choose_splits(real, ["train", "tarin"])
     with pytest.raises(UserError, match="'train'"):
         evaluate.choose_splits(evaluate.RealPictures(data, 32, ["nto"]), None)
-    none: Any = None
     with pytest.raises(UserError, match=r"'faces' shows .* flat, noto"):
-        style.evaluate(none, none, style.Real(data, 32), "faces", data, tmp_path, {"seed": 0})
+        style.choose(style.Real(data, 32), "faces", "noto", data, set(), 9, 0)
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes((data / "noto_0.png").read_bytes())
     (tmp_path / "a/x.txt").write_text("x")
