@@ -18,9 +18,9 @@ from latentdiff.errors import UserError
 
 
 class Strict(BaseModel):
-    """A configuration section; a key that it does not know is an error."""
+    """A configuration section; a key that it does not know and a number like .inf are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Strict):

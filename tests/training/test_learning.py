@@ -241,7 +241,10 @@ def test_a_config_takes_overrides_and_refuses_what_it_does_not_know(tmp_path: Pa
     assert config.optim.lr == 1e-4  # a string to PyYAML
     assert (config.optim.steps, config.seed) == (7, 3)
     assert config.data.where == {"style": ["noto"]}
-    for override in ("optim.speed=1", "optim.steps=0", "seed", "seed.a=1", "optim.lr=fast"):
+    for override in (
+        *("optim.speed=1", "optim.steps=0", "seed", "seed.a=1"),
+        *("optim.lr=fast", "optim.lr=.inf", "optim.weight_decay=.nan"),
+    ):
         with pytest.raises(UserError, match=override.partition("=")[0].split(".")[-1]):
             load_config(Config, path, [override])
     with pytest.raises(UserError, match="cannot read"):
