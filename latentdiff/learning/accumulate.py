@@ -81,7 +81,7 @@ class Accumulation:
                     f"out of memory with a batch of {self.micro}, which cannot shrink where a "
                     "picture's loss is of the whole batch: lower optim.batch_size or data.size"
                 )
-            failed, self.signal = self._agree(int(means is None), signal)
+            failed, self.signal = self.agreed(int(means is None), signal)
             if means is not None and not failed:
                 return self._average(parameters, means)
             for parameter in parameters:
@@ -114,7 +114,7 @@ class Accumulation:
             return None
         return sums
 
-    def _agree(self, *numbers: int) -> list[int]:
+    def agreed(self, *numbers: int) -> list[int]:
         """The largest of each number over all processes."""
         if self.accelerator.num_processes == 1:
             return list(numbers)

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Self, TextIO
@@ -32,6 +32,7 @@ from latentdiff.learning.sharding import Shown, gathered
 from latentdiff.memory import keep_freed_memory
 
 _PATIENCE = timedelta(hours=6)  # of processes, while the main one encodes or draws alone
+_LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # which each of Accelerate's launchers sets, and nobody else
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
 
 
@@ -89,6 +90,7 @@ class Run:
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self.signal = 0
+        self._launcher = os.getppid() if _LAUNCHED in os.environ else None
         self.split = may_split and self.accelerator.is_fsdp2
         kind = self.accelerator.distributed_type
         if kind not in _WHOLE_WEIGHTS and not self.split:
@@ -259,7 +261,7 @@ class Run:
         short, and the step is computed again.
         """
         before = self.accumulation.micro
-        means = self.accumulation.gradients(modules, parameters, share, terms, self.signal)
+        means = self.accumulation.gradients(modules, parameters, share, terms, self._noted())
         if self.accumulation.micro < before:
             now = self.accumulation.micro
             self.say(f"out of memory: micro-batches of {now} instead of {before}; losses stay")
@@ -313,11 +315,27 @@ class Run:
     def stopping(self) -> int:
         """The signal to stop for, on which all processes agree, or 0. Read it once a step."""
         alone = self.accelerator.num_processes == 1
-        return self.signal if alone else self.accumulation.signal
+        return self._noted() if alone else self.accumulation.signal
+
+    def _noted(self) -> int:
+        """The signal that this process has noted, or 0.
+
+        The launcher of one process passes no signal on and dies of it. That its child has another
+        parent then stands for the signal.
+        """
+        if not self.signal and self._launcher not in (None, os.getppid()):
+            self.signal = signal.SIGTERM
+            with suppress(OSError):  # its terminal may be gone, too
+                os.write(2, b"\nthe launcher has ended: stopping after this step\n")
+        return self.signal
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are noted, to be honoured at a step's end; a second exits at once."""
+        """SIGTERM and SIGINT are noted, to be honoured at a step's end; a second exits at once.
+
+        Raises:
+            SystemExit: one came after the last step's end, while the block drew or measured.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal:
@@ -334,6 +352,9 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        (stopping,) = self.accumulation.agreed(self._noted())
+        if stopping:
+            raise SystemExit(128 + stopping)
 
     def bar(self, start: int, stop: int) -> tqdm:
         """The progress bar of the loop, on the main process."""

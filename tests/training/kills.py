@@ -9,6 +9,7 @@ one, so every line there is a fault point. Both are SIGKILL.
 """
 
 import argparse
+import fcntl
 import json
 import mmap
 import os
@@ -199,6 +200,50 @@ def signal_twice(lab: Lab) -> None:
     print("a second signal: stopped at once")
 
 
+def signal_in_the_last_drawing(lab: Lab) -> None:
+    """SIGTERM after the last step: the run ends before its result, which the next run makes."""
+    stage, out = "finetune", "finetune-last"
+    picture = Run.picture
+
+    def drawn(self: Run, step: int, name: str, image: Any) -> None:
+        picture(self, step, name, image)
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    child = lab.start(stage, out, before=lambda: setattr(Run, "picture", drawn))
+    lab.ended(child, out, 143)
+    assert not (lab.folder / out / RESULT[stage]).exists()
+    lab.finish(stage, out)
+    compare(lab.folder / f"{stage}-whole", lab.folder / out, stage)
+
+
+def orphan(lab: Lab, out: str, launched: bool, *changes: str) -> Path:
+    """The folder of a run whose parent ends during its first step, once the run has ended, too."""
+    folder = lab.folder / out
+
+    def parent() -> None:
+        os.environ.pop("ACCELERATE_DYNAMO_MODE", None)
+        if launched:
+            os.environ["ACCELERATE_DYNAMO_MODE"] = "default"
+        if os.fork():
+            while not (folder / "samples.jsonl").exists():
+                time.sleep(0.002)
+            os._exit(0)
+        optimize = Run.optimize
+
+        def waited(self: Run, rate: float, *parts: Any) -> bool:
+            while os.getppid() == before:
+                time.sleep(0.002)
+            return optimize(self, rate, *parts)
+
+        before, Run.optimize = os.getppid(), waited
+
+    lab.ended(lab.start("finetune", out, *changes, before=parent), out, 0)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -221,6 +266,12 @@ def main() -> None:
             struck = Counter(kill(lab, stage, kills, lines, chance))
             print(f"{stage}: {dict(struck)}: equal to the run left alone")
         signal_twice(lab)
+        signal_in_the_last_drawing(lab)
+        stopped = orphan(lab, "orphan", True, "checkpoint_every=99")
+        (saved,) = checkpoint.checkpoints(stopped / "checkpoints")
+        assert saved.name == "step-00000001"
+        compare(lab.folder / "finetune-whole", orphan(lab, "nohup", False), "finetune")
+        print("a signal in the last drawing, a launcher that is gone: saved and stopped")
         if arguments.every_step:
             for accumulation in (1, 4):
                 for workers in (0, 2):

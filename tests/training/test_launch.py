@@ -1,15 +1,23 @@
-"""The committed Accelerate configs, read by Accelerate and launched."""
+"""What `accelerate launch` makes of the training scripts, and the committed Accelerate configs."""
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from lab import SCRIPTS, Lab
-from scripts import ROOT
+from scripts import ROOT, picture_folder
+from tiny import tiny_bundle
+
+from latentdiff.learning.checkpoint import checkpoints, find_fault
 
 CONFIGS = sorted((ROOT / "training/configs").glob("accelerate-*.yaml"))
 
@@ -20,6 +28,48 @@ def test_accelerate_reads_every_config(path: Path) -> None:
     assert config.distributed_type == ("FSDP" if "fsdp" in path.stem else "MULTI_GPU")
     assert config.use_cpu == (path.stem == "accelerate-cpu")
     assert config.mixed_precision == "no"  # the run's own `precision` decides
+
+
+def taken(lock: TextIO) -> bool:
+    """Whether nobody had the lock."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_sigterm_to_the_launcher_saves_and_ends_its_run(tmp_path: Path) -> None:
+    picture_folder(tmp_path / "pictures")
+    tiny_bundle().save(tmp_path / "model")
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
+        *(str(ROOT / "training/finetune.py"), "--data", str(tmp_path / "pictures")),
+        *("--model", str(tmp_path / "model"), "--out", str(out), "--steps", "100000"),
+        *("--batch-size", "2", "precision=no", "lora.rank=2", "checkpoint_every=99999"),
+        "log_every=1",
+    ]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "log.jsonl").exists():
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.terminate()
+        assert launcher.wait() == -signal.SIGTERM
+        with (out / ".lock").open("w") as lock:
+            while not taken(lock):
+                assert time.monotonic() < deadline, "the run goes on without its launcher"
+                time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    (saved,) = checkpoints(out / "checkpoints")
+    assert find_fault(saved) is None
 
 
 @pytest.mark.slow
