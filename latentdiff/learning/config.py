@@ -1,7 +1,8 @@
 """Typed run configurations: a YAML file, `key=value` overrides, and no unknown key."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -12,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from latentdiff.errors import UserError
@@ -77,6 +79,21 @@ class RunConfig(Strict):
     keep_checkpoints: int = Field(default=2, ge=2)
     max_bad_steps: PositiveInt = 10
     card: CardConfig = CardConfig()
+
+    @model_validator(mode="after")
+    def _out_is_no_data(self) -> Self:
+        """A later start would learn from grids of samples, where a folder has no metadata."""
+        root = getattr(getattr(self, "data", None), "root", None)
+        if root is not None and _resolved(self.out).is_relative_to(_resolved(root)):
+            raise ValueError(
+                f"out={self.out} lies inside the data, {root}, and would become data itself: name "
+                "another with out=DIR (--out DIR of finetune.py)"
+            )
+        return self
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 Config = TypeVar("Config", bound=BaseModel)

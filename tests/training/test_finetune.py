@@ -381,6 +381,21 @@ def test_faulty_pictures_are_listed_and_refused_or_left_out(
     assert (out / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_a_run_is_named_by_its_folder_and_refuses_to_write_into_it(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = work / "pictures"
+    link = tmp_path / "link"
+    link.symlink_to(pictures)
+    monkeypatch.chdir(pictures)
+    with pytest.raises(UserError, match=r"out=runs/pictures-lora lies inside the data, \., "):
+        resolve({"data": {"root": "."}}, "test")
+    for out in (".", str(link / "deep/run")):
+        with pytest.raises(UserError, match=r"name another with .*--out DIR"):
+            resolve({"data": {"root": "."}, "out": out}, "test")
+    assert resolve({"data": {"root": "."}, "out": "../pictures-lora"}, "test")
+
+
 def test_a_run_without_pictures_says_so() -> None:
     with pytest.raises(UserError, match="--data DIR"):
         resolve({}, "finetune")

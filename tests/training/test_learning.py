@@ -193,7 +193,7 @@ def test_an_optimizer_comes_back_exactly(
 ) -> None:
     config = FinetuneConfig(
         method="full",
-        data=PicturesConfig(root=tmp_path),
+        data=PicturesConfig(root=tmp_path / "pictures"),
         out=tmp_path,
         optimizer=kind,
         optim=OptimConfig(lr=0.1),

@@ -243,6 +243,7 @@ def test_a_users_mistake_is_one_line_and_status_2(stage: str, tmp_path: Path) ->
     ("stage", "change", "told"),
     [
         ("autoencoder", "data.size=33", r"data\.size=33"),
+        ("autoencoder", "out=pictures/run data.root=pictures", "name another with out=DIR"),
         ("autoencoder", "model.norm_groups=5", "model: norm_groups=5"),
         ("autoencoder", "optim.betas=[1.5,0.9]", r"optim\.betas\.0"),
         ("diffusion", "unet.channels=[32]", "unet: channels has 1 levels"),
@@ -250,12 +251,19 @@ def test_a_users_mistake_is_one_line_and_status_2(stage: str, tmp_path: Path) ->
         ("diffusion", "text.heads=3", "text: heads=3 does not divide width=32"),
         ("diffusion", "text.vocabulary=99", r"text\.vocabulary"),
         ("diffusion", "data.size=33", r"data\.size=33"),
+        ("diffusion", "out=pictures/run data.root=pictures", "name another with out=DIR"),
         ("diffusion", "objective.min_snr_gamma=5 objective.prediction=flow", "set it to null"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_a_line_with_its_key(
-    work: Path, tmp_path: Path, stage: str, change: str, told: str
+    work: Path,
+    tmp_path: Path,
+    stage: str,
+    change: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     config = STAGE_1 if stage == "autoencoder" else {**STAGE_2, "vae": str(work / "ae/vae")}
     where = f"out={tmp_path}/out", f"data.root={work}/pictures"
     with pytest.raises(UserError, match=told) as error:
