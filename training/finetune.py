@@ -41,7 +41,7 @@ from latentdiff.learning.denoising import (
     offset_noise,
 )
 from latentdiff.learning.ema import EMA, trained
-from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve, spell_out
+from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve
 from latentdiff.learning.holes import Holes, middle
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.learning.methods import (
@@ -120,7 +120,7 @@ def main(
             "data.instance_prompt": instance_prompt,
             "data.bad": bad,
             "data.size": size,
-            "prior.prompts": None if prior_prompt is None else spell_out(prior_prompt),
+            "prior.prompts": prior_prompt,
             "inversion.tokens": token,
             "inversion.start_from": start_from,
             "optim.steps": steps,

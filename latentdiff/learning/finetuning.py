@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
@@ -48,7 +48,7 @@ class PriorConfig(Strict):
 
     With the target "prediction" LoRA learns from them what the model says without it, which tells
     all that the model knows and no noise, without words too: `caption_dropout` is the share of
-    that. With "picture" it learns the pictures.
+    that. With "picture" it learns the pictures. A prompt @FILE stands for the file's lines.
     """
 
     target: Literal["prediction", "picture"] = "picture"
@@ -58,6 +58,30 @@ class PriorConfig(Strict):
     steps: PositiveInt = 10
     guidance_scale: float = 4.0
     caption_dropout: float = Field(default=0.15, ge=0.0, le=1.0)
+
+    @field_validator("prompts")
+    @classmethod
+    def _spell_out(cls, prompts: list[str]) -> list[str]:
+        spelled: list[str] = []
+        for prompt in prompts:
+            if prompt.startswith("@"):
+                spelled += _lines(Path(prompt[1:]))
+            else:
+                spelled.append(prompt)
+        return spelled
+
+
+def _lines(path: Path) -> list[str]:
+    """Those of a file that are not blank.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts of {path}: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 class FinetuneObjective(Strict):
@@ -185,21 +209,3 @@ def _check_together(config: FinetuneConfig) -> None:
         )
     if config.method == "lora" and config.train_text:
         raise UserError("with LoRA the text encoder is trained by lora.text_encoder=true")
-
-
-def spell_out(prompts: list[str]) -> list[str]:
-    """Prompts, with @FILE replaced by the file's lines.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    lines: list[str] = []
-    for prompt in prompts:
-        if not prompt.startswith("@"):
-            lines.append(prompt)
-            continue
-        try:
-            lines += Path(prompt[1:]).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompts of {prompt[1:]}: {error}") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -396,6 +396,13 @@ def test_a_run_is_named_by_its_folder_and_refuses_to_write_into_it(
     assert resolve({"data": {"root": "."}, "out": "../pictures-lora"}, "test")
 
 
+def test_prior_prompts_may_stand_in_a_file_wherever_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a disc\n\n a cat \n")
+    prompts = [f"@{tmp_path}/prompts.txt", "a heart"]
+    config = resolve({"data": {"root": "x"}, "prior": {"prompts": prompts}}, "test")
+    assert config.prior.prompts == ["a disc", "a cat", "a heart"]
+
+
 def test_a_run_without_pictures_says_so() -> None:
     with pytest.raises(UserError, match="--data DIR"):
         resolve({}, "finetune")
@@ -412,6 +419,7 @@ MISTAKES = {
     f"{INVERSION} <x><X> --token <x> --token <X>": "give each new word once",
     "--method lora --token <x>": "textual-inversion",
     "--prior-prompt @none.txt": "none.txt",
+    "prior.prompts=['@none.txt']": "cannot read the prompts of none.txt",
     "objective.zap=1": "zap",
     "optim=3": "optim is a section",
     "--size 17": "multiple of 4",
