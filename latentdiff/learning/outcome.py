@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -38,11 +39,11 @@ def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     out = config.out
     dtype = getattr(torch, config.save_dtype)
     wrote: list[Path] = []
-    base = "" if config.model is None else f" --model {config.model}"
+    base = "" if config.model is None else f" --model {quote(config.model)}"
     if config.method == "lora":
         path = save_lora(lora_of(bundle), out / LORA_FILE)
         if not config.objective.moves:
-            return [f"wrote {path}", f'latentdiff generate "..." --lora {path}{base}']
+            return [f"wrote {path}", f'latentdiff generate "..." --lora {quote(str(path))}{base}']
         bundle = fused(bundle)  # the file alone does not say what it makes of its model
     if config.method == "textual-inversion":
         wrote = save_words(bundle, config.inversion.tokens, out)
@@ -50,4 +51,4 @@ def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     bundle.save(out / "model", dtype=dtype)
     wrote.append(out / "model")
     lines = [f"wrote {path}" for path in wrote]
-    return [*lines, f'latentdiff generate "..." --model {out / "model"}']
+    return [*lines, f'latentdiff generate "..." --model {quote(str(out / "model"))}']

@@ -1,17 +1,23 @@
 """The card of a trained model, and the line of a push that fails."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 from PIL import Image
 from pydantic import ValidationError
+from tiny import tiny_bundle
 
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.card import Outcome, card, push, share
 from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig
+from latentdiff.learning.finetuning import FinetuneConfig, PicturesConfig
+from latentdiff.learning.methods import make_trainable
+from latentdiff.learning.outcome import save_outcome
 
 
 def a_run(folder: Path, **about: str) -> tuple[Outcome, RunConfig]:
@@ -63,6 +69,19 @@ def test_the_command_of_a_card_can_be_typed_and_names_no_home(
     assert "someone" not in text
     assert "samples.png" not in text
     assert "Not declared" in text
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_command_that_a_run_ends_with_can_be_typed(
+    tmp_path: Path, method: Literal["lora", "full"]
+) -> None:
+    out, data = tmp_path / "my cats", PicturesConfig(root=tmp_path / "pictures")
+    config = FinetuneConfig(method=method, model="a model", data=data, out=out)
+    bundle = make_trainable(tiny_bundle(), config)
+    lines = save_outcome(bundle, config, [])
+    (command,) = (line for line in lines if line.startswith("latentdiff generate"))
+    lora = ["--lora", f"{out}/pytorch_lora_weights.safetensors", "--model", "a model"]
+    assert shlex.split(command)[3:] == (lora if method == "lora" else ["--model", f"{out}/model"])
 
 
 def test_a_base_model_of_the_hub_is_named_for_it(tmp_path: Path) -> None:
