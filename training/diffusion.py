@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 
 import torch
 import typer
+from PIL import Image
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from latentdiff.bundle.parts import load_vae
 from latentdiff.data.examples import Example
 from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.errors import UserError
+from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions
 from latentdiff.learning.card import Outcome, share
@@ -322,7 +324,12 @@ def draw_samples(
         return
     prompts = config.sample_prompts or [example.captions[0] for example in examples[:16]]
     pipe = LatentDiffusionPipeline(bundle)
-    images = pipe(prompts, seed=config.seed, progress=False).images
+
+    def draw(places: Sequence[int]) -> list[Image.Image]:
+        some = [prompts[place] for place in places]
+        return pipe(some, seed=config.seed, first=places[0], progress=False).images
+
+    images = list(in_parts(range(len(prompts)), len(prompts), draw))
     run.picture(step, "samples", grid(images, 8))
 
 

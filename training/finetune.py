@@ -30,6 +30,7 @@ from latentdiff.data.folder import list_folder
 from latentdiff.data.variants import Size, Variant, variants
 from latentdiff.editing import Inpaint
 from latentdiff.errors import UserError
+from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
 from latentdiff.learning.config import override, put, read_yaml
@@ -378,7 +379,11 @@ def draw_samples(
     if bundle.kind == "text-to-image":
         # Prompts that are alike, as with one caption for all pictures, show different draws.
         seeds = [config.seed + prompts[:n].count(prompt) for n, prompt in enumerate(prompts)]
-        drawn = pictures_of(run, bundle, prompts, seeds)
+
+        def draw(part: Sequence[tuple[str, int]]) -> list[Image.Image]:
+            return pictures_of(run, bundle, [p for p, _ in part], [seed for _, seed in part])
+
+        drawn = list(in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw))
     else:
         drawn = []
         for number, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The gradients of one step, in micro-batches as large as memory takes."""
+"""As much at once as memory takes: the gradients of a step in micro-batches, pictures in parts."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from latentdiff.errors import UserError
 _BUCKET = 2**25  # bytes
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 Terms = Callable[[Sequence[Item]], dict[str, Tensor]]
 """Of a micro-batch: the mean of each term over its items, scalars; "loss" has the graph."""
 
@@ -109,7 +110,7 @@ class Accumulation:
                     for name, value in values.items():
                         sums[name] = sums.get(name, 0.0) + weight * value.detach().float()
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            if not is_out_of_memory(error):
                 raise
             return None
         return sums
@@ -150,9 +151,53 @@ class Accumulation:
                 "the same command then goes on from the last checkpoint"
             )
         self.micro //= 2
-        gc.collect()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free()
+
+
+def in_parts(
+    items: Sequence[Item], most: int, work: Callable[[Sequence[Item]], Sequence[Result]]
+) -> Iterator[Result]:
+    """The result of each item in turn, `most` worked on together, half as many at a time from
+    where memory runs out; out of memory is raised for one alone.
+
+    Args:
+        work: some items -> a result for each, which does not depend on the others.
+    """
+    done = 0
+    while done < len(items):
+        part = items[done : done + most]
+        results = _try_part(part, work)
+        if results is None:
+            most = len(part) // 2
+            _free()
+            continue
+        yield from results
+        done += len(part)
+
+
+def _try_part(
+    part: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
+) -> Sequence[Result] | None:
+    """The results; None where memory ran out for more than one item, with nothing kept alive."""
+    try:
+        return work(part)
+    except (RuntimeError, MemoryError) as error:
+        if len(part) == 1 or not is_out_of_memory(error):
+            raise
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that Python, torch or a device of torch's found no memory."""
+    known = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, known) or (
+        isinstance(error, RuntimeError) and should_reduce_batch_size(error)
+    )
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where no GPU is in use
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -15,6 +15,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.data.cache import weights_hash
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
+from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.order import generator
 from latentdiff.pictures import save_png
 
@@ -60,12 +61,14 @@ def draw_missing(examples: Sequence[Example], seed: int, draw: Draw, *, progress
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
     bar = tqdm(total=len(missing), desc="prior pictures", disable=not progress, leave=False)
+
+    def draw_some(numbers: Sequence[int]) -> list[Image.Image]:
+        seeds = [int(generator(seed, 7, number).integers(2**32)) for number in numbers]
+        return draw([examples[number].captions[0] for number in numbers], seeds)
+
     with bar:
-        for start in range(0, len(missing), _AT_ONCE):
-            part = missing[start : start + _AT_ONCE]
-            seeds = [int(generator(seed, 7, number).integers(2**32)) for number in part]
-            pictures = draw([examples[number].captions[0] for number in part], seeds)
-            for number, picture in zip(part, pictures, strict=True):
-                save_png(picture, examples[number].path)
-            bar.update(len(part))
+        drawn = in_parts(missing, _AT_ONCE, draw_some)
+        for number, picture in zip(missing, drawn, strict=True):
+            save_png(picture, examples[number].path)
+            bar.update()
     return len(missing)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
-from latentdiff.learning.accumulate import Accumulation, Item, Terms
+from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_memory
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint, sync
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
@@ -64,7 +64,8 @@ class Run:
 
     Raises:
         UserError: the folder cannot be written, another run has it, the batch does not divide, or
-            the launch splits weights that must be whole.
+            the launch splits weights that must be whole; from the end of the block: memory ran out
+            in it.
     """
 
     def __init__(
@@ -148,6 +149,12 @@ class Run:
                 self._lock.close()
         if kind is None:
             self.accelerator.end_training()
+        if error is not None and is_out_of_memory(error):
+            raise UserError(
+                "out of memory, where no smaller batch helps: free what other programs hold, lower "
+                "data.size, set precision: bf16 or train fewer weights; the same command then goes "
+                "on from the last checkpoint"
+            ) from error
 
     def _keep_config(self) -> None:
         """The resolved configuration in the folder, and the one before it, which it replaces."""

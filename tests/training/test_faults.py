@@ -12,16 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from lab import Lab
 from lab import train as run_stage
+from PIL import Image
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints, find_fault, load_newest
 from latentdiff.learning.run import Run
+from latentdiff.pictures import open_picture
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +192,55 @@ def test_a_step_with_nan_is_skipped_and_counted(lab: Lab, where: str) -> None:
     losses = [json.loads(row)["loss"] for row in rows]
     assert (losses[2] is None) == (where != "gradient")
     assert None not in (losses[0], losses[1], losses[3])
+
+
+def pictures_of(run: Path) -> dict[str, Image.Image]:
+    return {str(path.relative_to(run)): open_picture(path) for path in run.rglob("*.png")}
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "finetune"])
+def test_pictures_are_drawn_fewer_at_once_where_memory_is_short(lab: Lab, stage: str) -> None:
+    more = ["optim.steps=1", "sample_prompts=[a red disc, a blue disc, a disc]"]
+    if stage == "finetune":
+        more += ["prior.prompts=[a disc]", "prior.count=5", "prior.steps=2", "prior.target=picture"]
+    train(lab, stage, f"{stage}-room", *more)
+
+    def refuse(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        drawn = isinstance(module, UNet2DConditionModel) and not torch.is_grad_enabled()
+        if drawn and len(inputs[0]) > 2:  # of guidance, so one picture
+            raise torch.OutOfMemoryError("no room")
+
+    handle = nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        train(lab, stage, f"{stage}-no-room", *more)
+    finally:
+        handle.remove()
+    roomy, short = (pictures_of(lab.folder / f"{stage}{room}") for room in ("-room", "-no-room"))
+    assert len(roomy) == {"diffusion": 2, "finetune": 8}[stage]
+    assert short.keys() == roomy.keys()
+    for name, picture in roomy.items():
+        gap = np.asarray(picture, int) - np.asarray(short[name], int)
+        assert np.abs(gap).max() <= 1, name
+
+
+@pytest.mark.parametrize("where", ["drawing", "encoding", "optimizer"])
+def test_no_memory_where_nothing_can_shrink_is_one_line(lab: Lab, where: str) -> None:
+    def refuse(module: object, *arguments: Any) -> None:
+        drawn = isinstance(module, UNet2DConditionModel) and not torch.is_grad_enabled()
+        encoded = isinstance(module, Encoder)
+        if {"drawing": drawn, "encoding": encoded, "optimizer": True}[where]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")
+
+    if where == "optimizer":
+        handle = register_optimizer_step_pre_hook(refuse)
+    else:
+        handle = nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        with pytest.raises(UserError, match=r"^out of memory, where no smaller batch") as error:
+            train(lab, "finetune", f"no-room-{where}", "sample_prompts=[a disc, a disc]")
+    finally:
+        handle.remove()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
