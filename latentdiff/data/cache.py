@@ -1,9 +1,9 @@
 """What an encoder makes of pictures and captions, kept on disk.
 
 A latent is found again by the sha256 of its picture's file, the states of a caption by that of its
-tokens, in a folder named by the encoder's weights and the transform: whatever changes, nothing
-stale can be read. A shard is named by the sha256 of its own bytes, so damage is seen, and what was
-in it is encoded again.
+tokens, in a folder named by the encoder's weights and the transform, or the padding: whatever
+changes, nothing stale can be read. A shard is named by the sha256 of its own bytes, so damage is
+seen, and what was in it is encoded again.
 """
 
 import contextlib
@@ -157,10 +157,14 @@ class LatentCache:
 
 @dataclass(frozen=True, slots=True)
 class TextCache:
-    """States of captions under `folder`, of the text tower whose `weights_hash` is `weights`."""
+    """States of captions under `folder`, of the text tower whose `weights_hash` is `weights`.
+
+    `padding` says in words what fills a caption's tokens up, and how far: towers may see it.
+    """
 
     folder: Path
     weights: str
+    padding: str
 
     def states(
         self, tokens: Tokens, encode: Callable[[Tokens], TextStates], *, progress: bool = True
@@ -183,7 +187,7 @@ class TextCache:
                 return list(found.states)
             return [row[seen] for row, seen in zip(found.states, found.mask, strict=True)]
 
-        cache = TensorCache(self.folder, f"{self.weights}\ntext states")
+        cache = TensorCache(self.folder, f"{self.weights}\ntext states\n{self.padding}")
         return cache.fetch(keys, make, what="captions", progress=progress)
 
 

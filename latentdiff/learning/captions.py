@@ -60,7 +60,9 @@ class CaptionStates:
     """
 
     def __init__(self, captions: Captions, tower: TextTower, folder: Path) -> None:
-        cache = TextCache(folder, weights_hash(tower.model.state_dict()))
+        # CLIP pads to its window and sees it; T5 pads to the longest of a batch and does not
+        padding = f"token {tower.tokenizer.pad_token_id}, window {tower.window}"
+        cache = TextCache(folder, weights_hash(tower.model.state_dict()), padding)
         self.captions = captions
         self.states = cache.states(captions.all, tower.states)
         with torch.no_grad():

@@ -156,7 +156,7 @@ def test_states_of_captions_are_made_once_and_without_masked_padding(
 
     def get_some(count: int, weights: str = "w") -> list[Tensor]:
         tokens = Tokens(ids[:count], mask[:count], [""] * count)
-        return TextCache(tmp_path, weights).states(tokens, encode, progress=False)
+        return TextCache(tmp_path, weights, "0").states(tokens, encode, progress=False)
 
     get_some(8)
     states = get_some(10)

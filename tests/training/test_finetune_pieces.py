@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_bundle
+from tiny import CAPTIONS, tiny_bundle
 
 from latentdiff.learning.buckets import CYCLE, BucketOrder
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.denoising import Conditioned, offset_noise
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.order import SampleOrder
+from latentdiff.models.text import train_tokenizer
+from latentdiff.text import ClipTower
 
 
 @given(st.integers(1, 9), st.integers(0, 99), st.integers(0, 3000))
@@ -59,6 +61,18 @@ def test_cached_states_are_those_of_the_tower(tower: str, tmp_path: Path) -> Non
             live, kept = network(x, t, captions.tokens(*at)), network(x, t, states.of(*at))
         assert (live - kept).abs().max() < 1e-5
     assert chosen == {0, 1, 2, 3, 4}
+
+
+def test_states_are_those_of_the_padding_and_the_window_that_the_tower_has(tmp_path: Path) -> None:
+    model = tiny_bundle().text.model
+    for window, pad in ((12, "<|endoftext|>"), (12, "!"), (10, "!")):
+        tokenizer = train_tokenizer(CAPTIONS, 560, window)
+        tokenizer.pad_token = pad
+        tower = ClipTower(model, tokenizer)  # pyright: ignore[reportArgumentType]
+        captions = Captions(tower, [("a cat",)], 0, seed=0)
+        kept = CaptionStates(captions, tower, tmp_path).of(0, [0], [0]).states
+        with torch.no_grad():
+            assert torch.equal(kept, tower.encode(["a cat"]).states)
 
 
 def test_each_sample_loses_its_caption_with_its_own_probability() -> None:
