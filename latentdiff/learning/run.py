@@ -215,7 +215,11 @@ class Run:
         return found
 
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
-        """Write a checkpoint from the main process, of what all processes hold."""
+        """Write a checkpoint from the main process, of what all processes hold.
+
+        A dry run writes one to see that it can, and leaves none, which would bind the runs to come
+        to its settings.
+        """
         tensors = {name: self._collect(group) for name, group in tensors.items()}
         if self.main:
             size = sum(t.nbytes for group in tensors.values() for t in group.values())
@@ -228,8 +232,9 @@ class Run:
             if self.records is not None:
                 self.records.sync()
             scaler = self.accelerator.scaler
+            root = self.out / ("dry-run" if self.dry else "checkpoints")
             save_checkpoint(
-                self.out / "checkpoints",
+                root,
                 step,
                 tensors,
                 {
@@ -242,6 +247,8 @@ class Run:
                 },
                 self.config.keep_checkpoints,
             )
+            if self.dry:
+                shutil.rmtree(root)
         self.accelerator.wait_for_everyone()
 
     def _collect(self, group: Tensors) -> Tensors:

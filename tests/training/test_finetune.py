@@ -52,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def finetune(work: Path, out: Path, method: str, **sections: object) -> Path:
+def finetune(work: Path, out: Path, method: str, *, dry: bool = False, **sections: object) -> Path:
     """One run in this process."""
     values: dict[str, object] = {
         **BASE,
@@ -65,7 +65,7 @@ def finetune(work: Path, out: Path, method: str, **sections: object) -> Path:
         below = data if name == "data" else values.get(name)
         both = isinstance(below, dict) and isinstance(section, dict)
         values[name] = {**below, **section} if both else section  # pyright: ignore
-    script("finetune").train(resolve(values, "test"), False)
+    script("finetune").train(resolve(values, "test"), dry)
     return out
 
 
@@ -119,6 +119,23 @@ def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
     assert first.keys() == again.keys()
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
+
+
+def test_a_run_after_dry_ones_is_the_run_without_them(work: Path, tmp_path: Path) -> None:
+    """Whatever they tried, before it began and in its middle."""
+    settings = {"log_every": 3, "optim": {"warmup": 1}}
+    plain = finetune(work, tmp_path / "plain", "lora", lora={"rank": 2}, **settings)
+    out = finetune(work, tmp_path / "out", "lora", dry=True, lora={"rank": 3}, **settings)
+    finetune(work, out, "lora", lora={"rank": 2}, **settings)
+    shutil.rmtree(checkpoints(out / "checkpoints")[0])
+    finetune(work, out, "lora", dry=True, lora={"rank": 2}, log_every=3, optim={"lr": 0.1})
+    assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-00000002"]
+    finetune(work, out, "lora", lora={"rank": 2}, **settings)
+    assert (plain / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
+    first, second = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (plain, out)
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_a_lora_to_another_objective_leaves_a_model_that_has_it(work: Path, tmp_path: Path) -> None:
