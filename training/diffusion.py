@@ -167,6 +167,8 @@ def fit(config: DiffusionConfig, run: Run) -> None:
         if stream is None
         else StreamedCaptions(bundle.text, stream, objective.caption_dropout, config.seed)
     )
+    for line in captions.warnings() if isinstance(captions, Captions) else ():
+        run.say(line)
 
     bundle.text.model.requires_grad_(config.text.train)
     module = Conditioned(bundle.unet, bundle.text)

@@ -175,6 +175,8 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         objective.caption_dropout if n < samples.count else dropped for n in range(len(texts))
     ]
     captions = Captions(bundle.text, texts, dropout, seed)
+    for line in captions.warnings():
+        run.say(line)
     states = None if learns_text else CaptionStates(captions, bundle.text, config.out / "cache")
     module = Conditioned(bundle.unet, bundle.text)
     optimizer = make_optimizer(iter(trained(module).values()), config)

@@ -33,8 +33,20 @@ class Captions:
             unique.setdefault(caption, len(unique))
         self.rows = [[unique[caption] for caption in own] or [0] for own in captions]
         self.all = tower.tokenize(list(unique))
+        self.cut = [both for both in zip(unique, self.all.cut, strict=True) if both[1]]
+        self.window = tower.window
         self.dropout = dropout if isinstance(dropout, Sequence) else [dropout] * len(captions)
         self.seed = seed
+
+    def warnings(self) -> list[str]:
+        """A line if captions are longer than the window: nothing is learned of their ends."""
+        if not self.cut:
+            return []
+        text, lost = self.cut[0]
+        return [
+            f"{len(self.cut)} captions are longer than the text encoder's window of {self.window} "
+            f"tokens; the first: {text[:40]!r}..., not used: {lost[:40]!r}"
+        ]
 
     def choose(self, step: int, places: list[int], samples: list[int]) -> list[int]:
         """A row of `all` per sample; row 0, the empty caption, with its probability."""

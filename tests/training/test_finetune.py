@@ -13,7 +13,7 @@ import typer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import picture_folder, script
-from tiny import tiny_bundle
+from tiny import WINDOW, tiny_bundle
 from typer.testing import CliRunner
 
 from latentdiff import process as processes
@@ -381,7 +381,7 @@ def test_half_of_all_draws_are_prior_ones_whose_loss_is_weighted() -> None:
     assert both.weights.tolist() == [1.0] * 40 + [0.5] * 200
 
 
-def test_faulty_pictures_are_listed_and_refused_or_left_out(
+def test_faulty_pictures_are_listed_and_left_out_and_long_captions_told(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = picture_folder(tmp_path / "pictures")
@@ -394,8 +394,13 @@ def test_faulty_pictures_are_listed_and_refused_or_left_out(
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("3.png", "5.png", "7.png"))
     assert not (tmp_path / "out/cache").exists()
-    out = finetune(work, tmp_path / "out", "lora", data={**data, "bad": "skip"})
+    long = "a disc " * 20
+    data = {**data, "bad": "skip", "instance_prompt": long}
+    out = finetune(work, tmp_path / "out", "lora", data=data)
     assert (out / "pytorch_lora_weights.safetensors").is_file()
+    told = capsys.readouterr().out
+    assert f"1 captions are longer than the text encoder's window of {WINDOW}" in told
+    assert f"the first: {long[:40]!r}" in told
 
 
 def test_a_run_is_named_by_its_folder_and_refuses_to_write_into_it(

@@ -174,6 +174,15 @@ def test_stage_2_learns_variances(work: Path, tmp_path: Path) -> None:
         run_stage("diffusion", config, work, f"out={tmp_path}/no", *where, "objective.process=flow")
 
 
+def test_stage_2_tells_of_captions_that_are_cut(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**STAGE_2, "vae": str(work / "ae/vae"), "sample_prompts": ["a"]}
+    where = [f"out={tmp_path}/run", f"data.root={work}/pictures", "text.window=4"]
+    run_stage("diffusion", config, work, *where, dry=True)
+    assert "3 captions are longer than the text encoder's window of 4" in capsys.readouterr().out
+
+
 def test_a_vq_autoencoder_goes_through_both_stages(work: Path, tmp_path: Path) -> None:
     where = [f"data.root={work}/pictures", "optim.steps=2"]
     run_stage("autoencoder", STAGE_1, work, f"out={tmp_path}/ae", "model.kind=vq", *where)
