@@ -45,6 +45,7 @@ class Accumulation:
         self.micro = micro
         self.split = split
         self.shrinks = shrinks
+        self.room: int | None = None  # for a micro-batch, once one was too large
         self.signal = 0  # the highest that any process had noted when the last step was agreed on
 
     def gradients(
@@ -151,6 +152,7 @@ class Accumulation:
                 "the same command then goes on from the last checkpoint"
             )
         self.micro //= 2
+        self.room = self.micro
         _free()
 
 

@@ -194,16 +194,14 @@ class Run:
         """
         found = load_newest(self.out / "checkpoints", self.say)
         state = {} if found is None else found[1]
-        self.bad_steps, self.bad_in_a_row, micro, start = (
-            int(str(state.get(name, default)))
-            for name, default in (
-                *(("bad_steps", 0), ("bad_in_a_row", 0)),
-                *(("micro", self.accumulation.micro), ("step", 0)),
-            )
+        self.bad_steps, self.bad_in_a_row, start = (
+            int(str(state.get(name, 0))) for name in ("bad_steps", "bad_in_a_row", "step")
         )
         other = check_settings(self.config, state.get("settings"), start)
-        if self.accumulation.shrinks:
-            self.accumulation.micro = min(micro, self.accumulation.micro)
+        room = state.get("room")
+        if self.accumulation.shrinks and isinstance(room, int):
+            self.accumulation.room = room
+            self.accumulation.micro = min(room, self.accumulation.micro)
         scaler = state.get("scaler")
         if self.accelerator.scaler is not None and isinstance(scaler, dict):
             self.accelerator.scaler.load_state_dict(scaler)
@@ -241,7 +239,7 @@ class Run:
                     **state,
                     "bad_steps": self.bad_steps,
                     "bad_in_a_row": self.bad_in_a_row,
-                    "micro": self.accumulation.micro,
+                    "room": self.accumulation.room,
                     "settings": settings_of(self.config),
                     "scaler": None if scaler is None else scaler.state_dict(),
                 },

@@ -223,6 +223,29 @@ def test_pictures_are_drawn_fewer_at_once_where_memory_is_short(lab: Lab, stage:
         assert np.abs(gap).max() <= 1, name
 
 
+def test_what_memory_made_smaller_is_kept_and_what_was_set_so_is_not(lab: Lab) -> None:
+    seen: list[int] = []
+    room = 4
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, UNet2DConditionModel) and torch.is_grad_enabled():
+            seen.append(len(inputs[0]))
+            if len(inputs[0]) > room:
+                raise torch.OutOfMemoryError("no room")
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        train(lab, "diffusion", "set", "optim.steps=1", "optim.accumulation=4")
+        room = 2
+        train(lab, "diffusion", "set", "optim.steps=2", "optim.accumulation=1")
+        room = 4
+        train(lab, "diffusion", "set", "optim.steps=3", "optim.accumulation=4")
+        train(lab, "diffusion", "set", "optim.steps=4", "optim.accumulation=1")
+    finally:
+        handle.remove()
+    assert seen == [1, 1, 1, 1, 4, 2, 2, 1, 1, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("where", ["drawing", "encoding", "optimizer"])
 def test_no_memory_where_nothing_can_shrink_is_one_line(lab: Lab, where: str) -> None:
     def refuse(module: object, *arguments: Any) -> None:
