@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
+from latentdiff.bundle.save import sweep
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_memory
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint, sync
@@ -31,6 +32,7 @@ from latentdiff.learning.settings import check_settings, settings_of
 from latentdiff.learning.sharding import Shown, gathered
 from latentdiff.memory import keep_freed_memory
 
+_RESULTS = "vae", "model", "pytorch_lora_weights.safetensors"  # what is large of them
 _PATIENCE = timedelta(hours=6)  # of processes, while the main one encodes or draws alone
 _LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # which each of Accelerate's launchers sets, and nobody else
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
@@ -126,6 +128,8 @@ class Run:
                 self._lock = (self.out / ".lock").open("w")
                 # of the process, freed at its death; a child such as a loader has no part in it
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for name in _RESULTS:
+                    sweep(self.out / name)
             except BlockingIOError:
                 raise UserError(
                     f"another run is writing to {self.out}: name another `out`"
