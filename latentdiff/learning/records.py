@@ -4,15 +4,25 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import sync
 from latentdiff.pictures import save_png
+
+
+def check_installed() -> None:
+    """What records need, before a run has done anything.
+
+    Raises:
+        UserError: the extra `train` is not installed.
+    """
+    if find_spec("tensorboard") is None:
+        raise UserError("training needs more packages: pip install 'latentdiff[train]'")
 
 
 class Records:
@@ -24,6 +34,8 @@ class Records:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self.folder = folder
         self.log = folder / "log.jsonl"
         with _writing(folder):

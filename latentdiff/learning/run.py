@@ -27,7 +27,7 @@ from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint, sync
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
-from latentdiff.learning.records import Records
+from latentdiff.learning.records import Records, check_installed
 from latentdiff.learning.settings import check_settings, settings_of
 from latentdiff.learning.sharding import Shown, gathered
 from latentdiff.memory import keep_freed_memory
@@ -65,9 +65,9 @@ class Run:
         may_shrink: whether the mean loss of smaller micro-batches is that of the whole.
 
     Raises:
-        UserError: the folder cannot be written, another run has it, the batch does not divide, or
-            the launch splits weights that must be whole; from the end of the block: memory ran out
-            in it.
+        UserError: the folder cannot be written, another run has it, the batch does not divide, the
+            launch splits weights that must be whole, or the extra `train` is not installed; from
+            the end of the block: memory ran out in it.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Run:
         may_split: bool = False,
         may_shrink: bool = True,
     ) -> None:
+        check_installed()
         self.config = config
         self.dry = dry
         # no exchange inside a forward pass: one that runs out of memory there leaves none waiting

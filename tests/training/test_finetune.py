@@ -1,8 +1,10 @@
 """Every method of fine-tuning on twelve pictures and a tiny model: what changes, what stays."""
 
 import shutil
+import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +455,18 @@ MISTAKES = {
     "objective.prediction=x0 --prior-prompt disc": "prior.target=picture",
     "objective.min_snr_gamma=5 objective.prediction=score": "set it to null",
 }
+
+
+def test_without_the_extra_for_training_a_run_is_one_line(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not there
+    for name in ("latentdiff.learning.records", "torch.utils.tensorboard"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import_module("latentdiff.learning.records")
+    with pytest.raises(UserError, match=r"pip install 'latentdiff\[train\]'"):
+        finetune(work, tmp_path / "out", "lora")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
