@@ -37,7 +37,7 @@ def save_checkpoint(
     target = root / f"step-{step:08d}"
     stage = root / f".stage-{target.name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         for left in root.glob(".stage-*"):  # of a run that was killed while it saved
             shutil.rmtree(left)
         stage.mkdir()
@@ -162,6 +162,18 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Tensors) -> None:
         else:
             entry[key] = split_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+
+def make_folder(path: Path) -> None:
+    """A folder with all above it, on the disk: it is an entry of its parent, which is synced, too.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -24,7 +24,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.bundle.save import sweep
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_memory
-from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint, sync
+from latentdiff.learning.checkpoint import Tensors, load_newest, make_folder, save_checkpoint, sync
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.records import Records, check_installed
@@ -125,7 +125,7 @@ class Run:
     def __enter__(self) -> Self:
         if self.main:
             try:
-                self.out.mkdir(parents=True, exist_ok=True)
+                make_folder(self.out)
                 self._lock = (self.out / ".lock").open("w")
                 # of the process, freed at its death; a child such as a loader has no part in it
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.learning.checkpoint import checkpoints, load_newest, save_checkpoint
+from latentdiff.learning import checkpoint
+from latentdiff.learning.checkpoint import checkpoints, load_newest, save_checkpoint, sync
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
@@ -110,3 +111,21 @@ def test_what_a_kill_left_half_written_is_removed_by_the_next_save(tmp_path: Pat
     assert load_newest(tmp_path) is None
     save(tmp_path, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_every_folder_that_the_first_save_makes_is_synced_into_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.append(path), sync(path)))
+    save(tmp_path / "runs/mine/checkpoints", 1)
+    above = [
+        tmp_path,
+        tmp_path / "runs",
+        tmp_path / "runs/mine",
+        tmp_path / "runs/mine/checkpoints",
+    ]
+    assert set(above) <= set(synced)
+    synced.clear()
+    save(root, 2)
+    assert [folder for folder in above if folder in synced] == above[-1:]
