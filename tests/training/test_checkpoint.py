@@ -118,13 +118,9 @@ def test_every_folder_that_the_first_save_makes_is_synced_into_its_parent(
 ) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.append(path), sync(path)))
-    save(tmp_path / "runs/mine/checkpoints", 1)
-    above = [
-        tmp_path,
-        tmp_path / "runs",
-        tmp_path / "runs/mine",
-        tmp_path / "runs/mine/checkpoints",
-    ]
+    root = tmp_path / "runs/mine/checkpoints"
+    save(root, 1)
+    above = [tmp_path, tmp_path / "runs", tmp_path / "runs/mine", root]
     assert set(above) <= set(synced)
     synced.clear()
     save(root, 2)
