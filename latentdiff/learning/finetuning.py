@@ -1,6 +1,5 @@
 """The configuration of a fine-tune: what a method is set to unless the person says otherwise."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -153,7 +152,8 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
     if data is None:
         raise UserError("no pictures to learn from: give a folder, --data DIR")
     if isinstance(data, dict) and "root" in data:
-        name = Path(os.path.realpath(str(data["root"]))).name  # "." has none of its own
+        root = Path(str(data["root"]))
+        name = root.name if root.name not in ("", "..") else root.resolve().name
         values.setdefault("out", f"runs/{name}-{method}")
     if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
         given = {"caption_dropout": 0.0, **_section(values, "objective", source)}

@@ -411,6 +411,7 @@ def test_a_run_is_named_by_its_folder_and_refuses_to_write_into_it(
     pictures = work / "pictures"
     link = tmp_path / "link"
     link.symlink_to(pictures)
+    assert resolve({"data": {"root": str(link)}}, "test").out == Path("runs/link-lora")
     monkeypatch.chdir(pictures)
     with pytest.raises(UserError, match=r"out=runs/pictures-lora lies inside the data, \., "):
         resolve({"data": {"root": "."}}, "test")
