@@ -3,7 +3,5 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
-
-import torch
-
-torch.set_num_threads(1)  # handing tiny tensors to a pool costs more than it saves
+# Handing tiny tensors to a pool costs more than it saves, here and in what the tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
