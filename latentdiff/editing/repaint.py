@@ -92,9 +92,8 @@ class Blend(Hole):
             return self, unchanged
         picture, mask = pixels(self.image), mask_tensor(self.mask)
         latents = canvas.latents(fill(picture, mask))
-        bound = replace(
-            self, image=latents, mask=latent_mask(canvas.pad(mask), canvas.factor).to(latents)
-        )
+        # The mask stays on the CPU: `composite` looks into it at each step.
+        bound = replace(self, image=latents, mask=latent_mask(canvas.pad(mask), canvas.factor))
         return bound, lambda painted: paste(painted, picture, mask, canvas.factor)
 
     def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:
