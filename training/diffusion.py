@@ -159,7 +159,6 @@ def fit(config: DiffusionConfig, run: Run) -> None:
     )
     gain, offset = (part.to(run.device) for part in latent_affine(vae))
     bundle = build(config, vae, examples)
-    process = bundle.process
     captions = (
         Captions(
             bundle.text, [e.captions for e in examples], objective.caption_dropout, config.seed
