@@ -14,7 +14,7 @@ from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from latentdiff.editing import ILVR, Blend, Inpaint, Instruct, RePaint, SDEdit
-    from latentdiff.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
+    from latentdiff.guidance.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
     from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
 
 __all__ = [
@@ -42,7 +42,8 @@ _ON_DEMAND = {
         ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"), "latentdiff.editing"
     ),
     **dict.fromkeys(
-        ("PAG", "SEG", "Classifier", "ClassifierGuide", "Clip", "ClipGuide"), "latentdiff.guides"
+        ("PAG", "SEG", "Classifier", "ClassifierGuide", "Clip", "ClipGuide"),
+        "latentdiff.guidance.guides",
     ),
     "LatentDiffusionPipeline": "latentdiff.pipeline",
     "PipelineOutput": "latentdiff.pipeline",

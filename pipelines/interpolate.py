@@ -8,8 +8,8 @@ from pathlib import Path
 
 from latentdiff import UserError
 from latentdiff.bundle import Bundle
-from latentdiff.interpolation import between_prompts
 from latentdiff.pictures import grid, save_png, to_pil
+from latentdiff.pipeline.interpolation import between_prompts
 
 
 def main() -> None:

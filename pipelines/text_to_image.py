@@ -14,11 +14,11 @@ from torch import Tensor
 
 from latentdiff import UserError, solvers
 from latentdiff.bundle import Bundle
-from latentdiff.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.sampling import sample
 from latentdiff.guidance import classifier_free
-from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import save_png, to_pil
-from latentdiff.sampling import sample
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff import process, sampling
-from latentdiff.denoiser import network_denoiser
-from latentdiff.noise import NoiseStreams
-from latentdiff.prediction import Prediction
+from latentdiff.diffusion import process, sampling
+from latentdiff.diffusion.denoiser import network_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.solvers import Solver
-from latentdiff.timetable import Timetable
 
 SHAPE = (4, 8, 8)
 SEED = 7

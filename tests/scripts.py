@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 def script(name: str) -> ModuleType:
     """`training/NAME.py`, imported by its path as `accelerate launch` would run it."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"training/{name}.py")
+    path = ROOT / f"training/{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

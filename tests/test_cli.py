@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 from tiny import tiny_bundle
 
-from latentdiff import LatentDiffusionPipeline, arguments, solvers, timetable
+from latentdiff import LatentDiffusionPipeline, solvers
 from latentdiff.cli import main
 from latentdiff.cli.generate import generate
+from latentdiff.diffusion import timetable
+from latentdiff.pipeline import arguments
 
 
 @pytest.fixture(scope="session")

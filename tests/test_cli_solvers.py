@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_bundle
 
-from latentdiff import LatentDiffusionPipeline, solvers, timetable
+from latentdiff import LatentDiffusionPipeline, solvers
 from latentdiff.cli import main
+from latentdiff.diffusion import timetable
 
 SCRIPTS = Path(__file__).parents[1] / "pipelines"
 
@@ -24,7 +25,7 @@ def test_every_solver_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["ddim", "dpmpp-sde", "rk45"])
 def test_a_row_of_the_report(name: str) -> None:
     """Measured orders are numbers for deterministic solvers alone."""
-    row = runpy.run_path(str(SCRIPTS / "measure_solvers.py"))["row"]
+    row = runpy.run_path(str(SCRIPTS / "measure/solver_orders.py"))["row"]
     cells = row(name, solvers.describe()[name], 2000).split(" | ")
     assert cells[0] == f"| `{name}`"
     if name == "ddim":
@@ -36,7 +37,7 @@ def test_a_row_of_the_report(name: str) -> None:
 
 def test_solvers_are_compared_on_a_model() -> None:
     """A picture for each solver and number of steps; calls are counted; the plot is drawn."""
-    module = runpy.run_path(str(SCRIPTS / "compare_solvers.py"))
+    module = runpy.run_path(str(SCRIPTS / "measure/compare_solvers.py"))
     pipe = LatentDiffusionPipeline(tiny_bundle())
     prompts = ["a red heart", "a cat"]
     pictures, points, floor = module["compare"](

@@ -10,14 +10,14 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
-from latentdiff import process as processes
 from latentdiff.bundle import Bundle, Steps
-from latentdiff.models.text import build_text_encoder, train_tokenizer
+from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.diffusion.process import Process
+from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
+from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
 from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import build_vae
-from latentdiff.prediction import Prediction
-from latentdiff.process import Process
-from latentdiff.text import ClipTower, T5Tower, TextTower
 
 CAPTIONS = (
     "a red heart",

@@ -18,9 +18,9 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.bundle.save import save_network
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
+from latentdiff.formats.diffusers_save import save_network
 from latentdiff.learning.batches import (
     PictureSet,
     sample_order,

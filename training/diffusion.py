@@ -17,13 +17,14 @@ from PIL import Image
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from latentdiff import process as processes
 from latentdiff.bundle import Bundle
-from latentdiff.bundle.check import latent_affine
-from latentdiff.bundle.parts import load_vae
 from latentdiff.data.examples import Example
 from latentdiff.data.stream import ShardStream, find_shards
+from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
+from latentdiff.formats.check import latent_affine
+from latentdiff.formats.diffusers_folder import load_vae
 from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions
@@ -44,13 +45,12 @@ from latentdiff.learning.order import Key, Shares, WindowOrder, sample_noise, sp
 from latentdiff.learning.run import Run, adamw, learning_rate
 from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
 from latentdiff.models.attention import set_attention
-from latentdiff.models.text import build_text_encoder, train_tokenizer
+from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
+from latentdiff.models.text_encoders import ClipTower, TextTower
 from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import VAE
 from latentdiff.pictures import grid
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.prediction import Prediction
-from latentdiff.text import ClipTower, TextTower
 
 
 class UNetConfig(Strict):

@@ -28,6 +28,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.data.check import Checked, check_pictures
 from latentdiff.data.folder import list_folder
 from latentdiff.data.variants import Size, Variant, variants
+from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing import Inpaint
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import in_parts
@@ -42,8 +43,8 @@ from latentdiff.learning.denoising import (
     offset_noise,
 )
 from latentdiff.learning.ema import EMA, trained
-from latentdiff.learning.finetuning import FinetuneConfig, Method, resolve
-from latentdiff.learning.holes import Holes, middle
+from latentdiff.learning.finetune_config import FinetuneConfig, Method, resolve
+from latentdiff.learning.inpainting_masks import Holes, middle
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.learning.methods import (
     make_optimizer,
@@ -54,14 +55,13 @@ from latentdiff.learning.methods import (
     without_lora,
 )
 from latentdiff.learning.order import Key, Shares, generator, spread_uniform
-from latentdiff.learning.outcome import save_outcome
-from latentdiff.learning.prior import draw_missing, drawn_from, prior_examples
+from latentdiff.learning.prior_pictures import draw_missing, drawn_from, prior_examples
+from latentdiff.learning.results import save_outcome
 from latentdiff.learning.run import Run, learning_rate
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
-from latentdiff.learning.words import check_words
+from latentdiff.learning.textual_inversion import check_words
 from latentdiff.pictures import centre_square, grid
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.sampling import Edit
 
 
 def main(

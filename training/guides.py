@@ -19,11 +19,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
-from latentdiff.bundle.check import latent_affine
 from latentdiff.data.examples import Example
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.guides.classifier import Classifier
-from latentdiff.guides.clip import Clip
+from latentdiff.formats.check import latent_affine
+from latentdiff.guidance.classifier import Classifier
+from latentdiff.guidance.clip import Clip
 from latentdiff.learning.batches import (
     Key,
     PictureSet,
@@ -41,10 +42,9 @@ from latentdiff.learning.losses import contrastive
 from latentdiff.learning.order import Shares, generator, sample_noise, spread_uniform
 from latentdiff.learning.run import Run, adamw, learning_rate
 from latentdiff.models.classifier import LatentClassifier
-from latentdiff.models.clip import build_clip
-from latentdiff.models.text import train_tokenizer
-from latentdiff.process import NoiseLevel
-from latentdiff.text import ClipTower
+from latentdiff.models.fresh_clip import build_clip
+from latentdiff.models.fresh_text import train_tokenizer
+from latentdiff.models.text_encoders import ClipTower
 
 
 class ClassifierTask(Strict):

@@ -17,8 +17,8 @@ from latentdiff.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from latentdiff.diffusion.sampling import Edit
     from latentdiff.pipeline import LatentDiffusionPipeline
-    from latentdiff.sampling import Edit
 
 
 def edit(

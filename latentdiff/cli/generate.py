@@ -76,7 +76,7 @@ def generate(
     if size is not None and (height is not None or width is not None):
         raise UserError("--size is height and width: give it, or --height and --width.")
     check_writable(out)
-    from latentdiff.prompts import check_prompts
+    from latentdiff.pipeline.prompts import check_prompts
 
     check_prompts(prompts)
     pipe = open_model(model, device, dtype, lora)

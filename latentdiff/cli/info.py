@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from latentdiff.bundle import Bundle
-    from latentdiff.process import Process
+    from latentdiff.diffusion.process import Process
 
 
 def info(
@@ -22,9 +22,10 @@ def info(
     ] = None,
 ) -> None:
     """Check a model, say what is in it and which solvers and timetables it can be run with."""
-    from latentdiff import solvers, timetable
+    from latentdiff import solvers
     from latentdiff.bundle import Bundle
-    from latentdiff.bundle.find import find
+    from latentdiff.diffusion import timetable
+    from latentdiff.formats.location import find
 
     bundle = Bundle.load(model, device="cpu")
     folder = find(model)
@@ -63,7 +64,7 @@ def _part(network: "nn.Module") -> str:
 
 def _process(bundle: "Bundle") -> str:
     """Its name where it is one of ours, else its kind; and how far it reaches."""
-    from latentdiff import process as processes
+    from latentdiff.diffusion import process as processes
 
     own = bundle.process
     names = (name for name in processes.names() if _same(processes.create(name), own))

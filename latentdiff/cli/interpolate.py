@@ -46,7 +46,8 @@ def interpolate(
         raise UserError("say with --prompt what both pictures show.")
     if prompt is not None and not files[0]:
         raise UserError("--prompt is for two pictures: two prompts say themselves what they show.")
-    from latentdiff import interpolation, pictures
+    from latentdiff import pictures
+    from latentdiff.pipeline import interpolation
 
     pipe = open_model(model, device, dtype, lora)
     weights = [k / (number - 1) for k in range(number)]

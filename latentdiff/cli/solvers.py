@@ -3,7 +3,8 @@
 
 def solvers() -> None:
     """List the solvers, one line each, and the timetables."""
-    from latentdiff import solvers, timetable
+    from latentdiff import solvers
+    from latentdiff.diffusion import timetable
 
     width = max(map(len, solvers.names())) + 2
     for name, line in solvers.describe().items():

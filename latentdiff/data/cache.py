@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
-from latentdiff.text import TextStates, Tokens
+from latentdiff.models.text_encoders import TextStates, Tokens
 
 SHARD = 1024  # entries in a file, and what an interruption can cost
 

@@ -1,10 +1,17 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
-from latentdiff.editing.beside import Inpaint, Instruct
-from latentdiff.editing.canvas import Canvas, Finish, HoldsPicture, bind, padded_size, picture_size
 from latentdiff.editing.ilvr import ILVR
+from latentdiff.editing.image_conditioning import Inpaint, Instruct
 from latentdiff.editing.masks import box_mask
 from latentdiff.editing.repaint import Blend, RePaint
+from latentdiff.editing.run_context import (
+    Canvas,
+    Finish,
+    HoldsPicture,
+    bind,
+    padded_size,
+    picture_size,
+)
 from latentdiff.editing.sdedit import SDEdit
 
 __all__ = [

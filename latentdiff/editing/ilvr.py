@@ -5,8 +5,11 @@ from typing import Literal, Self, get_args
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
-from latentdiff.editing.canvas import (
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.editing.lowpass import low_pass, projection
+from latentdiff.editing.run_context import (
     Canvas,
     Finish,
     latents_like,
@@ -15,11 +18,8 @@ from latentdiff.editing.canvas import (
     size_of,
     unchanged,
 )
-from latentdiff.editing.lowpass import low_pass, projection
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture
-from latentdiff.process import NoiseLevel
 from latentdiff.registry import check_name
 
 Space = Literal["latents", "pixels"]

@@ -2,8 +2,8 @@
 
 from itertools import pairwise
 
-from latentdiff.process import NoiseLevel
-from latentdiff.timetable import Timetable
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.timetable import Timetable
 
 
 def jump_schedule(steps: int, jump_length: int, resamples: int, start: float = 1.0) -> list[int]:

@@ -8,10 +8,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture, open_alpha, open_picture
-from latentdiff.process import NoiseLevel
 
 _SWEEPS = 16  # of `extend` at each level: some per cent from harmonic in a hole of half a picture
 _BOX = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")

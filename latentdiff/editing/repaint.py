@@ -5,15 +5,9 @@ from typing import Self
 
 from torch import Tensor
 
-from latentdiff.editing.canvas import (
-    Canvas,
-    Finish,
-    latents_like,
-    opened,
-    pixels,
-    size_of,
-    unchanged,
-)
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing.jumps import with_jumps
 from latentdiff.editing.masks import (
     check_mask,
@@ -26,11 +20,17 @@ from latentdiff.editing.masks import (
     mask_tensor,
     paste,
 )
+from latentdiff.editing.run_context import (
+    Canvas,
+    Finish,
+    latents_like,
+    opened,
+    pixels,
+    size_of,
+    unchanged,
+)
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture
-from latentdiff.process import NoiseLevel
-from latentdiff.timetable import Timetable
 
 # The paper resamples 10 of its 250 steps at a time (Lugmayr et al. 2022, section 5.1).
 _PAPER_JUMP = 10 / 250

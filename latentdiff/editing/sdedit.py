@@ -5,15 +5,9 @@ from typing import Self
 
 from torch import Tensor
 
-from latentdiff.editing.canvas import (
-    Canvas,
-    Finish,
-    latents_like,
-    opened,
-    pixels,
-    size_of,
-    unchanged,
-)
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing.jumps import first_visits
 from latentdiff.editing.masks import (
     check_mask,
@@ -24,11 +18,17 @@ from latentdiff.editing.masks import (
     open_mask,
     paste,
 )
+from latentdiff.editing.run_context import (
+    Canvas,
+    Finish,
+    latents_like,
+    opened,
+    pixels,
+    size_of,
+    unchanged,
+)
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
 from latentdiff.pictures import Picture
-from latentdiff.process import NoiseLevel
-from latentdiff.timetable import Timetable
 
 
 @dataclass(frozen=True, eq=False)

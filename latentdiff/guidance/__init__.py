@@ -2,8 +2,8 @@
 
 from latentdiff.guidance import named
 from latentdiff.guidance.batch import together
-from latentdiff.guidance.classifier_free import classifier_free
-from latentdiff.guidance.composed import composed
+from latentdiff.guidance.cfg import classifier_free
+from latentdiff.guidance.composition import composed
 from latentdiff.guidance.further import (
     cfg_plus_plus,
     from_classifier,
@@ -13,7 +13,7 @@ from latentdiff.guidance.further import (
     weighted,
 )
 from latentdiff.guidance.gradient import from_estimate
-from latentdiff.guidance.perturbed import perturbed
+from latentdiff.guidance.perturbed_attention import perturbed
 
 __all__ = [
     "cfg_plus_plus",

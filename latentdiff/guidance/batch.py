@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Condition, ConditionedDenoiser
+from latentdiff.diffusion.denoiser import Condition, ConditionedDenoiser
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.process import NoiseLevel
 
 
 def together(

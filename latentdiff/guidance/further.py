@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser, bind
+from latentdiff.diffusion.denoiser import Condition, ConditionedDenoiser, Denoiser, bind
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.guidance.batch import together
-from latentdiff.process import NoiseLevel
-from latentdiff.timetable import Timetable
 
 
 def weighted(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.process import NoiseLevel
 
 
 def from_estimate(

@@ -3,12 +3,12 @@
 import math
 from typing import Protocol
 
-from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser
+from latentdiff.diffusion.denoiser import Condition, ConditionedDenoiser, Denoiser
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
-from latentdiff.guidance.classifier_free import classifier_free
+from latentdiff.guidance.cfg import classifier_free
 from latentdiff.guidance.further import cfg_plus_plus, projected
 from latentdiff.registry import check_name
-from latentdiff.timetable import Timetable
 
 _NAMES = ("cfg", "apg", "cfg++")
 

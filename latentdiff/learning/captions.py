@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentdiff.data.cache import TextCache, weights_hash
 from latentdiff.learning.order import generator
-from latentdiff.text import TextStates, TextTower, Tokens
+from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
 
 
 class Captions:

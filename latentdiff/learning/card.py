@@ -13,9 +13,9 @@ from typing import Literal
 
 import yaml
 
-from latentdiff.bundle.weights import first_line
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
+from latentdiff.formats.weights import first_line
 from latentdiff.learning.checkpoint import sync
 from latentdiff.learning.config import RunConfig
 from latentdiff.version import __version__

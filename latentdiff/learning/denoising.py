@@ -9,13 +9,13 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from latentdiff.diffusion.prediction import Prediction, target, to_x0
+from latentdiff.diffusion.process import DiscreteVP, Process
+from latentdiff.diffusion.variance import gaussian_kl, gaussian_surprise, learned_log_std
 from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import generator
-from latentdiff.prediction import Prediction, target, to_x0
-from latentdiff.process import DiscreteVP, Process
-from latentdiff.text import TextStates, TextTower, Tokens
-from latentdiff.variance import gaussian_kl, gaussian_surprise, learned_log_std
+from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
 
 Times = Literal["uniform", "logit-normal"]
 
@@ -153,7 +153,7 @@ def bound_terms(
     x_t = alpha.float() * latents + sigma.float() * noise
     error = latents - to_x0(prediction, mean.detach(), x_t, alpha, sigma)
 
-    # q(x_(t-1) | x_t, x_0) in float64, at t >= 1; see `solvers.base.posterior_std`.
+    # q(x_(t-1) | x_t, x_0) in float64, at t >= 1; see `diffusion.solver.posterior_std`.
     here_alpha, here_sigma = process.alpha_sigma(t.clamp(min=1))
     there_alpha, there_sigma = process.alpha_sigma(t.clamp(min=1) - 1)
     kernel = (here_sigma**2 - (here_alpha / there_alpha * there_sigma) ** 2).sqrt()

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.diffusion.process import Process
 from latentdiff.errors import UserError
-from latentdiff.prediction import Prediction
-from latentdiff.process import Process
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:

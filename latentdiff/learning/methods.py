@@ -9,17 +9,17 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim import Optimizer
 
-from latentdiff import process as processes
 from latentdiff.bundle import Bundle
+from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.process import DiscreteVP, zero_terminal_snr
 from latentdiff.errors import UserError
 from latentdiff.learning import losses
 from latentdiff.learning.config import OptimConfig
-from latentdiff.learning.finetuning import FinetuneConfig, FinetuneObjective
-from latentdiff.learning.holes import with_mask_input
+from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjective
+from latentdiff.learning.inpainting_masks import with_mask_input
 from latentdiff.learning.run import adamw
-from latentdiff.learning.words import add_words
+from latentdiff.learning.textual_inversion import add_words
 from latentdiff.lora import add_lora
-from latentdiff.process import DiscreteVP, zero_terminal_snr
 
 
 def with_objective(bundle: Bundle, objective: FinetuneObjective) -> Bundle:

@@ -21,8 +21,8 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
-from latentdiff.bundle.save import sweep
 from latentdiff.errors import UserError
+from latentdiff.formats.diffusers_save import sweep
 from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_memory
 from latentdiff.learning.checkpoint import Tensors, load_newest, make_folder, save_checkpoint, sync
 from latentdiff.learning.config import OptimConfig, RunConfig, dump_config

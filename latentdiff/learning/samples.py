@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.bundle.check import latent_affine
 from latentdiff.data.cache import LatentCache, weights_hash
 from latentdiff.data.check import Checked
 from latentdiff.data.examples import Example
 from latentdiff.data.variants import Size, Variant, bucket_sizes, nearest_bucket
 from latentdiff.errors import UserError
+from latentdiff.formats.check import latent_affine
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.buckets import BucketOrder
 from latentdiff.learning.order import generator, sample_noise

@@ -9,8 +9,8 @@ from latentdiff.data.examples import load_picture
 from latentdiff.data.stream import ShardStream
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import generator
+from latentdiff.models.text_encoders import TextTower, Tokens
 from latentdiff.models.vae import VAE, encode_moments
-from latentdiff.text import TextTower, Tokens
 
 
 class StreamedMoments:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
-from latentdiff.bundle.save import save_tensors
-from latentdiff.bundle.weights import WeightFiles, blaming, pickle_refusal
 from latentdiff.errors import UserError
+from latentdiff.formats.diffusers_save import save_tensors
+from latentdiff.formats.weights import WeightFiles, blaming, pickle_refusal
 from latentdiff.lora.factors import PARTS, Factors, Lora, Part, fitting, layers, network
 from latentdiff.registry import check_name
 

@@ -24,7 +24,7 @@ from latentdiff.lora.factors import (
     network,
 )
 from latentdiff.lora.file import peft_settings
-from latentdiff.text import ClipTower, T5Tower
+from latentdiff.models.text_encoders import ClipTower, T5Tower
 
 Network = TypeVar("Network", bound=nn.Module)
 

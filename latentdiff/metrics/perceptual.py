@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latentdiff.bundle.weights import WeightFiles, build, fill
+from latentdiff.formats.weights import WeightFiles, build, fill
 
 
 class FeatureDistance(nn.Module):

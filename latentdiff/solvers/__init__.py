@@ -3,20 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.solver import Solver
 from latentdiff.errors import UserError
-from latentdiff.process import Process
 from latentdiff.registry import check_name
 from latentdiff.solvers.adams import DEIS
 from latentdiff.solvers.ancestral import DDIM, DDPM
-from latentdiff.solvers.base import Solver
 from latentdiff.solvers.churn import Churn
 from latentdiff.solvers.consistency import LCM, TCD, Consistency
 from latentdiff.solvers.dpm import DPM2, DPMSolver3
 from latentdiff.solvers.dpmpp import DPMpp2M, DPMpp2S, DPMpp3M
 from latentdiff.solvers.edm import Euler, Heun
+from latentdiff.solvers.embedded_pairs import dpm_adaptive, rk45, sde_adaptive
 from latentdiff.solvers.gddim import GDDIM
 from latentdiff.solvers.langevin import AnnealedLangevin, PredictorCorrector
-from latentdiff.solvers.pairs import dpm_adaptive, rk45, sde_adaptive
 from latentdiff.solvers.pndm import IPNDM, PLMS, PNDM
 from latentdiff.solvers.sde import EulerMaruyama, SASolver
 from latentdiff.solvers.unipc import UniPC

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.solver import ddim_move, eps_of
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process
 from latentdiff.registry import check_name
-from latentdiff.solvers.base import ddim_move, eps_of
 
 Floats = NDArray[np.float64]
 Variable = Literal["log-rho", "rho", "t"]

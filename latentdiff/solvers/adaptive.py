@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.solver import ddim_move, sde_std
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process
-from latentdiff.solvers.base import ddim_move, sde_std
 
 # Pure noise is left by one first-order step to this sigma / alpha, where x_0 hardly changes yet.
 _FIRST_RATIO = 1000.0

@@ -6,17 +6,17 @@ posterior's standard deviation and its Euler step down to sigma_down is eq. 12 o
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser, LearnsVariance
+from latentdiff.diffusion.denoiser import Denoiser, LearnsVariance
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, transition
+from latentdiff.diffusion.solver import ddim_move, posterior_std
+from latentdiff.diffusion.variance import Variance, learned_log_std
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, transition
 from latentdiff.registry import check_name
-from latentdiff.solvers.base import ddim_move, posterior_std
-from latentdiff.variance import learned_log_std
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,6 @@ class DDIM:
         std = self.eta * posterior_std(here, there)
         x_next = ddim_move(x, denoise(x, here), here, there, std)
         return (x_next + std * noise.like(x) if std else x_next), None
-
-
-Variance = Literal["fixed-small", "fixed-large", "learned-range"]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process, transition
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process, transition
 
 
 @dataclass(frozen=True)

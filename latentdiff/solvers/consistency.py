@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process, transition
+from latentdiff.diffusion.solver import ddim_move
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process, transition
-from latentdiff.solvers.base import ddim_move
 
 
 def renoise(x0: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.solver import between, ddim_move, sde_std
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process
-from latentdiff.solvers.base import between, ddim_move, sde_std
 
 History = tuple[tuple[Tensor, float], ...]
 """x_0 at the last levels and the length of the step from there in half log-SNR, newest first."""

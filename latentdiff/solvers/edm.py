@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel
-from latentdiff.solvers.base import ddim_move
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.solver import ddim_move
 from latentdiff.solvers.churn import Churn
 
 

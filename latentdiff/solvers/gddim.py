@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.solver import ddim_move, eps_of
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process
 from latentdiff.solvers.adams import History, lagrange_integrals
-from latentdiff.solvers.base import ddim_move, eps_of
 
 
 @dataclass(frozen=True)

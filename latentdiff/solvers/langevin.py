@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.solver import Solver, State
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel
 from latentdiff.solvers.ancestral import DDIM
-from latentdiff.solvers.base import Solver, State
 
 
 def score_of(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:

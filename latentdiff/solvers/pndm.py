@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process
-from latentdiff.solvers.base import ddim_move, eps_of
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.solver import ddim_move, eps_of
 
 History = tuple[Tensor, ...]
 """The noise at the last levels, the newest first."""

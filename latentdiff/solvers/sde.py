@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.solver import ddim_move, sde_std
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel, Process
 from latentdiff.solvers.adams import gauss_legendre, lagrange_weights
-from latentdiff.solvers.base import ddim_move, sde_std
 from latentdiff.solvers.dpmpp import check_eta
 
 

@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from latentdiff.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.solver import ddim_move
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel
 from latentdiff.registry import check_name
-from latentdiff.solvers.base import ddim_move
 
 Variant = Literal["bh1", "bh2"]
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.process import NoiseLevel, Process
-from latentdiff.solvers.pairs import dpm_adaptive, rk45
+from latentdiff.solvers.embedded_pairs import dpm_adaptive, rk45
 
 DATA = Gaussian(
     torch.tensor([0.5, -1.0], dtype=torch.float64),

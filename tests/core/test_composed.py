@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import guidance, process, timetable
-from latentdiff.denoiser import Condition, bind, mark
+from latentdiff import guidance
+from latentdiff.diffusion import process, timetable
+from latentdiff.diffusion.denoiser import Condition, bind, mark
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.guidance import named
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.process import NoiseLevel
 
 VP = process.create("vp-scaled-linear")
 LEVELS = timetable.create("trailing", VP, 4)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian, mixture
-from latentdiff.process import NoiseLevel, Process
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian, mixture
+from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.solvers import Solver
 
 DATA = mixture([0.3, 0.5, 0.2], [[-1.0, 0.5], [1.2, -0.3], [0.1, 1.4]], [0.4, 0.6, 0.5])

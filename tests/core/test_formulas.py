@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
 
-from latentdiff import process, sampling, solvers
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import mixture
-from latentdiff.process import NoiseLevel, Process
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import mixture
+from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.solvers import DEIS, GDDIM, Solver, UniPC
 
 Array = NDArray[np.float64]

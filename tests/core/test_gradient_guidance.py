@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import guidance, process
+from latentdiff import guidance
+from latentdiff.diffusion import process
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.process import NoiseLevel
 
 X = NoiseStreams(0, count=3).draw((2, 4, 4)).double()
 SLOPE = torch.tensor([0.8, -1.5]).double().view(2, 1, 1)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import Condition, conditioned_denoiser
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free
-from latentdiff.noise import NoiseStreams
 
 FLOW = process.create("flow")
 LEVEL = FLOW.level(0.5)

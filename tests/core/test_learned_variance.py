@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import guidance, process, sampling, timetable
-from latentdiff.denoiser import (
+from latentdiff import guidance
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import (
     Condition,
     Denoiser,
     LearnedVarianceDenoiser,
@@ -17,18 +18,18 @@ from latentdiff.denoiser import (
     learned_variance_denoiser,
     mark,
 )
+from latentdiff.diffusion.likelihood import variational_bound
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.diffusion.process import DiscreteVP, NoiseLevel, transition
+from latentdiff.diffusion.solver import posterior_std
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.guidance import named
 from latentdiff.learning.denoising import bound_terms, check_learned_variance, noised_batch
 from latentdiff.learning.losses import weighted_mse
-from latentdiff.likelihood import variational_bound
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.prediction import Prediction
-from latentdiff.process import DiscreteVP, NoiseLevel, transition
 from latentdiff.solvers import DDPM
-from latentdiff.solvers.base import posterior_std
-from latentdiff.timetable import Timetable
 
 VP = DiscreteVP(process.beta_schedule("scaled-linear"))
 SPREAD = 0.6  # standard deviation of the data

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import process, timetable
+from latentdiff.diffusion import process, timetable
+from latentdiff.diffusion.likelihood import flow_bits, variational_bound
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.errors import UserError
-from latentdiff.likelihood import flow_bits, variational_bound
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
 from latentdiff.solvers.ancestral import Variance
 
 MEAN = torch.tensor([0.3, -0.5], dtype=torch.float64)

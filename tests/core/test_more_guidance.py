@@ -7,13 +7,14 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor
 
-from latentdiff import guidance, process, sampling, solvers, timetable
-from latentdiff.denoiser import Condition
+from latentdiff import guidance, solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import Condition
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import mixture
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.guidance import named
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import mixture
-from latentdiff.process import NoiseLevel
 
 FLOW = process.create("flow")
 LEVEL = FLOW.level(0.5)

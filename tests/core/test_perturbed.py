@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import guidance, process, timetable
-from latentdiff.denoiser import Condition, ConditionedDenoiser, Denoiser, bind, mark
+from latentdiff import guidance
+from latentdiff.diffusion import process, timetable
+from latentdiff.diffusion.denoiser import Condition, ConditionedDenoiser, Denoiser, bind, mark
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.guidance.perturbed import SPOILT
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel
+from latentdiff.guidance.perturbed_attention import SPOILT
 
 FLOW = process.create("flow")
 LEVEL = FLOW.level(0.5)

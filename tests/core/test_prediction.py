@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import network_denoiser
-from latentdiff.noise import NoiseStreams
-from latentdiff.prediction import Prediction, target, to_eps, to_x0
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import network_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.prediction import Prediction, target, to_eps, to_x0
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PROCESSES = {name: process.create(name) for name in process.names()}

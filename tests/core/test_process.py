@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentdiff import process
+from latentdiff.diffusion import process
+from latentdiff.diffusion.prediction import to_x0
+from latentdiff.diffusion.process import DiscreteVP, NoiseLevel, transition
 from latentdiff.errors import UserError
-from latentdiff.prediction import to_x0
-from latentdiff.process import DiscreteVP, NoiseLevel, transition
 
 PROCESSES = {name: process.create(name) for name in process.names()}
 any_process = st.sampled_from(list(PROCESSES.values()))

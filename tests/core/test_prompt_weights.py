@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import UserError
-from latentdiff.guidance.prompt_weights import has_weights, parse_weights
-from latentdiff.prompts import check_also
+from latentdiff.pipeline.prompt_weights import has_weights, parse_weights
+from latentdiff.pipeline.prompts import check_also
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import Denoiser
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian, GaussianMixture, mixture
-from latentdiff.prediction import Prediction, target, to_x0
-from latentdiff.process import NoiseLevel
-from latentdiff.solvers.base import eps_of
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian, GaussianMixture, mixture
+from latentdiff.diffusion.prediction import Prediction, target, to_x0
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.solver import eps_of
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 POINT = Gaussian(MEAN, torch.zeros(2, 2, dtype=torch.float64))

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian, mixture
+from latentdiff.diffusion.process import DiscreteVP, NoiseLevel
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian, mixture
-from latentdiff.process import DiscreteVP, NoiseLevel
 from latentdiff.solvers import DPMpp2M
-from latentdiff.timetable import Timetable
 
 DATA = mixture([1, 2], [[0.0, 1.0], [1.0, -1.0]], [0.3, 0.5])
 VP = process.create("vp-scaled-linear")

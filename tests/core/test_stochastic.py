@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.process import NoiseLevel, Process
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.solvers import DDIM, DDPM, Churn, Euler, Heun, Solver
-from latentdiff.timetable import Timetable
 
 SIDE = 72  # one picture of 5,184 pixels is as many independent draws
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy.stats import beta
 
-from latentdiff import process, sampling, solvers, timetable
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
 
 VP = process.create("vp-scaled-linear")
 FLOW = process.create("flow")

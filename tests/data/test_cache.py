@@ -14,7 +14,7 @@ from latentdiff.data import cache
 from latentdiff.data.cache import LatentCache, TextCache, weights_hash
 from latentdiff.data.examples import Example, load_picture
 from latentdiff.errors import UserError
-from latentdiff.text import TextStates, Tokens
+from latentdiff.models.text_encoders import TextStates, Tokens
 
 
 class Encoder:

@@ -13,14 +13,14 @@ from _pytest.mark.structures import ParameterSet
 from PIL import Image, ImageDraw
 
 from latentdiff import ILVR, LatentDiffusionPipeline, RePaint, SDEdit, solvers
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.metrics.psnr import psnr
 from latentdiff.pictures import to_tensor
-from latentdiff.process import NoiseLevel
-from latentdiff.sampling import Edit
 from latentdiff.solvers import Solver
+from latentdiff.solvers.embedded_pairs import dpm_adaptive, rk45, sde_adaptive
 from latentdiff.solvers.langevin import AnnealedLangevin
-from latentdiff.solvers.pairs import dpm_adaptive, rk45, sde_adaptive
 
 STEPS = 3
 

@@ -21,15 +21,15 @@ from latentdiff import (
     SDEdit,
     UserError,
     pictures,
-    process,
     solvers,
 )
 from latentdiff.bundle import Bundle
-from latentdiff.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion import process
+from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.masks import inpainting_channels, masked_picture
 from latentdiff.guidance import classifier_free, named
-from latentdiff.noise import NoiseStreams
-from latentdiff.sampling import Edit
 
 CHANNELS = {"text-to-image": 4, "inpainting": 9, "instruct-pix2pix": 8}
 

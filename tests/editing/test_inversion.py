@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from tiny import tiny_bundle
 
-from latentdiff import LatentDiffusionPipeline, process, sampling, timetable
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.inversion import invert, slerp
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian, mixture
 from latentdiff.errors import UserError
-from latentdiff.inversion import invert, slerp
 from latentdiff.metrics.psnr import psnr
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian, mixture
 from latentdiff.pictures import to_tensor
 from latentdiff.solvers import DDIM, DDPM, Euler, Heun, Solver
 

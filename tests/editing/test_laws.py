@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.sampling import Edit
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import ILVR, Blend, RePaint, SDEdit
 from latentdiff.editing.ilvr import Space
 from latentdiff.editing.jumps import descents, first_visits, jump_schedule
@@ -22,10 +27,6 @@ from latentdiff.editing.lowpass import (
     resize_matrix,
 )
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.sampling import Edit
-from latentdiff.timetable import Timetable
 
 SIDE = 100  # one picture of 10,000 pixels is as many independent draws
 VP = process.create("vp-scaled-linear")

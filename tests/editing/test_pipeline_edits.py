@@ -9,9 +9,9 @@ from PIL import Image
 from tiny import tiny_bundle
 
 from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit, solvers
+from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.pictures import to_tensor
-from latentdiff.sampling import Edit
 
 RANDOM = np.random.default_rng(0)
 

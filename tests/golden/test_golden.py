@@ -7,7 +7,7 @@ import torch
 from golden.make_golden import GOLDEN, PROMPTS, draw
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.bundle.find import find
+from latentdiff.formats.location import find
 from latentdiff.metrics.psnr import psnr
 from latentdiff.pictures import open_picture, to_tensor
 

@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from schedulers import CONFIG, SEED, VP, build, follows, initial, network, ours, theirs, visits
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import network_denoiser
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import network_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.solvers import LCM, TCD, DPMpp3M, SASolver, Solver
 
 THEIRS: Any = diffusers
@@ -262,8 +263,8 @@ OTHERS: dict[str, str] = {
     "torchsde with a seed of its own, so no run can be compared step by step",
     "FlowMatchHeunDiscreteScheduler": "`heun` makes the trapezoidal rule in sigma / alpha, "
     "this one in t: another method of order 2",
-    "DDIMInverseScheduler": "`latentdiff.inversion` runs any solver backwards",
-    "DPMSolverMultistepInverseScheduler": "`latentdiff.inversion` runs any solver backwards",
+    "DDIMInverseScheduler": "`diffusion.inversion` runs any solver backwards",
+    "DPMSolverMultistepInverseScheduler": "`diffusion.inversion` runs any solver backwards",
     "RePaintScheduler": "RePaint is an edit here, for every solver: docs/editing.md; its jumps end "
     "up to n - 1 original steps from where they should",
     "CosineDPMSolverMultistepScheduler": "`dpmpp-2m-sde`'s method on a cosine process of its own "
@@ -301,7 +302,7 @@ between the two after any step, relative to the largest value, in float32 with o
 fake network and the same noise. Made by `python tests/parity/every_scheduler.py >
 docs/schedulers.md`; `tests/parity/` holds each of them to 1e-4 with more predictions, timetables
 and settings, and says where diffusers deviates. Any of its scheduler objects also runs as a solver:
-`latentdiff.solvers.foreign.DiffusersScheduler`.
+`latentdiff.solvers.diffusers_scheduler.DiffusersScheduler`.
 
 | diffusers | here | largest difference |
 |---|---|---|"""

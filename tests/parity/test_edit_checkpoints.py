@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentdiff import Inpaint, Instruct, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
-from latentdiff.bundle.check import Kind
+from latentdiff.formats.check import Kind
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; the largest seen is 1.4e-6
 STEPS = 8

@@ -15,12 +15,13 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from schedulers import CONFIG, VP, assert_equal_trails, ours, theirs
 
-from latentdiff import process, sampling, solvers
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.solvers import config
-from latentdiff.solvers.foreign import DiffusersScheduler
+from latentdiff.formats import scheduler_classes
+from latentdiff.solvers.diffusers_scheduler import DiffusersScheduler
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -78,19 +79,24 @@ FILES = {
 def test_configs_make_the_round_trip(name: str) -> None:
     """Where diffusers has the method: to its keys and back, also through its own object."""
     try:
-        keys = config.write(name)
+        keys = scheduler_classes.write(name)
     except UserError:
         return
-    assert config.read(keys) == name
+    assert scheduler_classes.read(keys) == name
     if (kind := str(keys["_class_name"])) in FILES:
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{FILES[kind]}")
         scheduler = getattr(module, kind).from_config(keys)
-        assert config.read({**scheduler.config, "_class_name": kind}) == name
+        assert scheduler_classes.read({**scheduler.config, "_class_name": kind}) == name
 
 
 def test_configs_of_others() -> None:
-    assert config.read({"_class_name": "PNDMScheduler", "skip_prk_steps": True}) == "plms"
-    assert config.read({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1}) == "euler"
-    assert config.read({"_class_name": "VQDiffusionScheduler"}) is None
+    assert (
+        scheduler_classes.read({"_class_name": "PNDMScheduler", "skip_prk_steps": 1 == 1}) == "plms"
+    )
+    assert (
+        scheduler_classes.read({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1})
+        == "euler"
+    )
+    assert scheduler_classes.read({"_class_name": "VQDiffusionScheduler"}) is None
     with pytest.raises(UserError, match="no scheduler for the solver 'rk45'"):
-        config.write("rk45")
+        scheduler_classes.write("rk45")

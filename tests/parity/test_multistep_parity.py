@@ -50,12 +50,13 @@ from schedulers import (
     visits,
 )
 
-from latentdiff import sampling, solvers, timetable
-from latentdiff.noise import NoiseStreams
-from latentdiff.oracles import Gaussian
-from latentdiff.prediction import Prediction
+from latentdiff import solvers
+from latentdiff.diffusion import sampling, timetable
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.oracles import Gaussian
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.solvers import LCM, TCD, DPMpp3M, UniPC
-from latentdiff.timetable import Timetable
 
 predictions = pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 LEVELS = timetable.create("karras", VP, 16)

@@ -40,14 +40,15 @@ from schedulers import (
 )
 from torch import Tensor
 
-from latentdiff import process, sampling, solvers, timetable
-from latentdiff.denoiser import learned_variance_denoiser
+from latentdiff import solvers
+from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import learned_variance_denoiser
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.diffusion.process import DiscreteVP, NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.prediction import Prediction
-from latentdiff.process import DiscreteVP, NoiseLevel
 from latentdiff.solvers import DDIM, DDPM
-from latentdiff.solvers.foreign import DiffusersScheduler
+from latentdiff.solvers.diffusers_scheduler import DiffusersScheduler
 
 predictions = pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from latentdiff import PAG, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
-from latentdiff.learning.words import add_words, save_words
-from latentdiff.prediction import Prediction
+from latentdiff.diffusion.prediction import Prediction
+from latentdiff.learning.textual_inversion import add_words, save_words
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; the largest seen is 2e-6
 STEPS = 8  # divides 1000: otherwise diffusers' DDIM steps past the times it visits

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
-from latentdiff.bundle.parts import load_vae
 from latentdiff.errors import UserError
+from latentdiff.formats.diffusers_folder import load_vae
 from latentdiff.models.attention import set_attention
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -14,11 +14,11 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff import PAG, Classifier, ClassifierGuide, Clip, ClipGuide, LatentDiffusionPipeline
+from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.errors import UserError
-from latentdiff.guides import Guide, Scene
+from latentdiff.guidance.guides import Guide, Scene
 from latentdiff.models.classifier import LatentClassifier
-from latentdiff.models.clip import build_clip
-from latentdiff.noise import NoiseStreams
+from latentdiff.models.fresh_clip import build_clip
 from latentdiff.pictures import to_pil
 
 BUNDLE = tiny_bundle()

@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, pad
 from latentdiff import PAG, SEG, LatentDiffusionPipeline
 from latentdiff.errors import UserError
 from latentdiff.guidance import projected
-from latentdiff.guides import Guide
+from latentdiff.guidance.guides import Guide
 from latentdiff.models.perturbation import BlurredQueries, IdentityAttention, blur_matrix
 
 BUNDLE = tiny_bundle()

@@ -15,8 +15,8 @@ from tiny import tiny_bundle
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, PipelineOutput, SDEdit, UserError
-from latentdiff.noise import NoiseStreams
-from latentdiff.process import NoiseLevel
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.solvers import DDIM, DDPM, Heun
 
 CLIP = LatentDiffusionPipeline(tiny_bundle())
@@ -345,7 +345,7 @@ def test_many_pictures_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPat
 
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = CLIP.bundle.decode(latents)
-    monkeypatch.setattr("latentdiff.bundle.model._DECODED_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr("latentdiff.bundle._DECODED_AT_ONCE", 2 * 16 * 16)
     monkeypatch.setattr(CLIP.bundle.vae, "decode", watched)
     assert distance(CLIP.bundle.decode(latents), whole) <= 1e-5
     assert decoded == [2, 2, 1]

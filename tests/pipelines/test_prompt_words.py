@@ -13,9 +13,9 @@ from tiny import WINDOW, tiny_bundle, tiny_clip, tiny_t5
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.guidance.prompt_weights import parse_weights, token_weights
+from latentdiff.models.text_encoders import TextTower, token_spans
 from latentdiff.pipeline import PipelineOutput
-from latentdiff.text import TextTower, token_spans
+from latentdiff.pipeline.prompt_weights import parse_weights, token_weights
 
 CLIP = LatentDiffusionPipeline(tiny_bundle())
 T5 = LatentDiffusionPipeline(tiny_bundle(tower="t5"))

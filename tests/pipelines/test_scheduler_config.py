@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff import process as processes
 from latentdiff import solvers
-from latentdiff.bundle import Steps, scheduler
+from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.process import DiscreteVP, Flow, beta_schedule
 from latentdiff.errors import UserError
-from latentdiff.process import DiscreteVP, Flow, beta_schedule
-from latentdiff.solvers import config as solver_config
+from latentdiff.formats import scheduler_classes
+from latentdiff.formats import scheduler_config as scheduler
+from latentdiff.formats.scheduler_config import Steps
 
 BASE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -123,7 +124,7 @@ def test_diffusers_class_is_named_where_it_can_hold_the_rest() -> None:
     without = {"dpm-solver-2", "dpm-solver-3", "ipndm", "lcm", "tcd", "dpmpp-2s", "dpmpp-sde"}
     for name in solvers.names():
         try:
-            solver_config.write(name)
+            scheduler_classes.write(name)
         except UserError:
             without.add(name)
     assert own == without

@@ -15,10 +15,10 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from latentdiff import UserError
-from latentdiff import process as processes
 from latentdiff.bundle import Bundle, Steps
+from latentdiff.diffusion import process as processes
+from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.vae import build_vae
-from latentdiff.text import ClipTower
 
 
 def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:

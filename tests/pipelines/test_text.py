@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny import CAPTIONS, WINDOW, clip_tokenizer, t5_tokenizer, tiny_clip, tiny_t5
 
 from latentdiff.errors import UserError
-from latentdiff.models.text import build_text_encoder
-from latentdiff.text import ClipTower, TextTower
+from latentdiff.models.fresh_text import build_text_encoder
+from latentdiff.models.text_encoders import ClipTower, TextTower
 
 # Half characters (surrogates) are refused before a tower sees them.
 CHARACTERS = st.characters(exclude_categories=["Cs"])

@@ -15,9 +15,9 @@ from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.card import Outcome, card, push, share
 from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig
-from latentdiff.learning.finetuning import FinetuneConfig, PicturesConfig
+from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
 from latentdiff.learning.methods import make_trainable
-from latentdiff.learning.outcome import save_outcome
+from latentdiff.learning.results import save_outcome
 
 
 def a_run(folder: Path, **about: str) -> tuple[Outcome, RunConfig]:

@@ -18,22 +18,22 @@ from scripts import picture_folder, script
 from tiny import WINDOW, tiny_bundle
 from typer.testing import CliRunner
 
-from latentdiff import process as processes
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import read_folder
 from latentdiff.data.packing import write_shards
 from latentdiff.data.variants import Variant
+from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.editing import Inpaint
-from latentdiff.editing.canvas import Canvas
+from latentdiff.editing.run_context import Canvas
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
-from latentdiff.learning.finetuning import resolve
-from latentdiff.learning.holes import WHOLE, Holes, draw_mask, with_mask_input
+from latentdiff.learning.finetune_config import resolve
+from latentdiff.learning.inpainting_masks import WHOLE, Holes, draw_mask, with_mask_input
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples
 from latentdiff.pictures import open_picture, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.process import DiscreteVP
 
 BASE = {
     "precision": "no",

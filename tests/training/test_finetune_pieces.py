@@ -15,8 +15,8 @@ from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.denoising import Conditioned, offset_noise
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.order import SampleOrder
-from latentdiff.models.text import train_tokenizer
-from latentdiff.text import ClipTower
+from latentdiff.models.fresh_text import train_tokenizer
+from latentdiff.models.text_encoders import ClipTower
 
 
 @given(st.integers(1, 9), st.integers(0, 99), st.integers(0, 3000))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
-from latentdiff.guides import Classifier, Clip
+from latentdiff.guidance.guides import Classifier, Clip
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.losses import contrastive

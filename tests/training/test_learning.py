@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from latentdiff.diffusion.prediction import Prediction, to_x0
+from latentdiff.diffusion.process import create
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import (
     load_newest,
@@ -22,17 +24,15 @@ from latentdiff.learning.checkpoint import (
 from latentdiff.learning.config import DataConfig, OptimConfig, RunConfig, load_config
 from latentdiff.learning.denoising import draw_times, noised_batch
 from latentdiff.learning.ema import EMA
-from latentdiff.learning.finetuning import FinetuneConfig, PicturesConfig
+from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
 from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_weight, weighted_mse
 from latentdiff.learning.methods import make_optimizer
 from latentdiff.learning.order import SampleOrder, Shares, sample_noise, spread_uniform
 from latentdiff.learning.run import learning_rate
 from latentdiff.metrics.perceptual import VGG_STAGES, VGG_WIDTHS, lpips, random_features
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.models.text import train_tokenizer
+from latentdiff.models.fresh_text import train_tokenizer
 from latentdiff.models.vae import Autoencoding, build_vae, encode_moments, standardise_latents
-from latentdiff.prediction import Prediction, to_x0
-from latentdiff.process import create
 
 STEP = st.integers(0, 10_000)
 NEEDS_BITSANDBYTES = pytest.mark.skipif(

@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_drawn_picture_has_the_style_and_the_emoji_of_the_nearest_real_one(data: Path) -> None:
-    real = script("evaluate_style").Real(data, 32)
+    real = script("measure/evaluate_style").Real(data, 32)
     noto, flat = to_range(real.pictures[:6]), to_range(real.pictures[6:])
     wanted = real.examples[6:]
     assert real.measure(flat, wanted, "flat") == {"style": 1.0, "shows_asked": 1.0}
@@ -53,9 +53,9 @@ def test_a_drawn_picture_has_the_style_and_the_emoji_of_the_nearest_real_one(dat
 
 def test_what_is_asked_for_is_seen_or_new_or_untouched(data: Path, tmp_path: Path) -> None:
     """New emoji are known in the old style only; untouched ones neither seen nor prior prompts."""
-    module = script("evaluate_style")
+    module = script("measure/evaluate_style")
     real = module.Real(data, 32)
-    script("pick_style").pick("flat", tmp_path / "out", data, "noto", 2, 0, 0)
+    script("measure/pick_style").pick("flat", tmp_path / "out", data, "noto", 2, 0, 0)
     taught = {example.fields["codepoints"] for example in read_folder(tmp_path / "out")}
     (tmp_path / "prior").write_text(f"a thing {min({'0', '1', '2', '3', '4'} - taught)}\n\n")
     prior = module.read_lines(tmp_path / "prior", tmp_path)
@@ -79,7 +79,7 @@ def test_what_is_asked_for_is_seen_or_new_or_untouched(data: Path, tmp_path: Pat
 def test_a_picked_folder_has_styled_captions_and_prompts_of_the_known_style(
     data: Path, tmp_path: Path
 ) -> None:
-    script("pick_style").pick("flat", tmp_path / "out", data, "noto", 4, 3, 0)
+    script("measure/pick_style").pick("flat", tmp_path / "out", data, "noto", 4, 3, 0)
     examples = read_folder(tmp_path / "out")
     assert len(examples) == 4
     for example in examples:
@@ -104,15 +104,17 @@ def test_a_folder_with_the_four_fields_will_do_in_shards_too(data: Path, tmp_pat
     (bare / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_shards(bare, tmp_path / "shards", 100)
     for name, root in (("a", bare), ("b", tmp_path / "shards/00000.tar")):
-        script("pick_style").pick("flat", tmp_path / name, root, "noto", 4, 3, 0)
+        script("measure/pick_style").pick("flat", tmp_path / name, root, "noto", 4, 3, 0)
     one, other = read_folder(tmp_path / "a"), read_folder(tmp_path / "b")
     assert [e.read() for e in one] == [e.read() for e in other]
     assert all(e.captions[0].endswith(", flat style") for e in one)
-    assert len(script("evaluate_style").Real(tmp_path / "shards/00000.tar", 32).examples) == 12
+    assert (
+        len(script("measure/evaluate_style").Real(tmp_path / "shards/00000.tar", 32).examples) == 12
+    )
 
 
 def test_what_cannot_be_measured_is_a_line(data: Path, tmp_path: Path) -> None:
-    evaluate, style = script("evaluate"), script("evaluate_style")
+    evaluate, style = script("measure/evaluate"), script("measure/evaluate_style")
     real = evaluate.RealPictures(data, 32, ["noto"])
     assert evaluate.choose_splits(real, None) == ["train", "test_style"]
     with pytest.raises(UserError, match=r"split 'tarin'.*'test_style', 'train'"):
@@ -132,12 +134,12 @@ def test_what_cannot_be_measured_is_a_line(data: Path, tmp_path: Path) -> None:
             reader()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "evaluate_inpainting"])
+@pytest.mark.parametrize("name", ["measure/evaluate", "measure/evaluate_inpainting"])
 def test_a_card_without_marks_is_told_before_the_work(name: str, tmp_path: Path) -> None:
     """No model and no pictures are there: a later look would complain of those."""
     (tmp_path / "README.md").write_text("# A card\n")
     options: dict[str, Path | None] = {"model": tmp_path, "data": tmp_path / "none"}
-    options["card"] = tmp_path / "README.md" if name == "evaluate_inpainting" else None
+    options["card"] = tmp_path / "README.md" if name == "measure/evaluate_inpainting" else None
     words = [f"--{key}={value}" for key, value in options.items() if value]
     app = typer.Typer()
     app.command()(script(name).main)

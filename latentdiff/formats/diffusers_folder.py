@@ -1,0 +1,272 @@
+"""The networks and the tokenizer of a model folder, each built from its config and its files."""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from latentdiff.errors import UserError
+from latentdiff.formats.check import check_vae
+from latentdiff.formats.weights import (
+    WeightFiles,
+    blaming,
+    build,
+    check_numbers,
+    fill,
+    first_line,
+    read_json,
+    weight_files,
+)
+from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
+
+if TYPE_CHECKING:
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+Network = TypeVar("Network", bound=nn.Module)
+Config = dict[str, Any]
+
+_STEM = "diffusion_pytorch_model"
+
+
+def check_folder(folder: Path) -> None:
+    """Pass if the folder says that it is a model of the kind that loads here.
+
+    Raises:
+        UserError: it has no index, or one of a family that needs other parts.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
+    for part in ("text_encoder_2", "transformer", "prior", "image_encoder"):
+        if index.get(part) not in (None, [None, None]):
+            raise UserError(
+                f"{path}: a {index.get('_class_name')!s:.60} with a {part}; only models of one "
+                "U-Net, one VAE and one text encoder work here."
+            )
+
+
+def unet(folder: Path) -> tuple[UNet2DConditionModel, WeightFiles]:
+    """The U-Net of unet/, without memory yet, and its weights.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    path = folder / "config.json"
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM))
+    return unet_of(config, str(path), files), files
+
+
+def unet_of(config: Config, name: str, files: WeightFiles) -> UNet2DConditionModel:
+    """The U-Net of a config, without memory yet.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
+    return _of_diffusers(config, name, files, {"UNet2DConditionModel": UNet2DConditionModel})
+
+
+def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
+    """The autoencoder of vae/, without memory yet, and its weights.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    path = folder / "config.json"
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM), _vae_name)
+    return vae_of(config, str(path), files), files
+
+
+def load_vae(folder: Path) -> AutoencoderKL | VQModel:
+    """The autoencoder of a folder alone, in float32 on the CPU, frozen.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    autoencoder, files = vae(folder)
+    with blaming(folder):
+        check_vae(autoencoder)
+    return fill(autoencoder, files, torch.float32, torch.device("cpu"))
+
+
+def vae_of(config: Config, name: str, files: WeightFiles) -> AutoencoderKL | VQModel:
+    """The autoencoder of a config, without memory yet.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
+    kinds: dict[str, type[AutoencoderKL | VQModel]]
+    kinds = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+    return _of_diffusers(config, name, files, kinds)
+
+
+def _of_diffusers(
+    config: Config, name: str, files: WeightFiles, kinds: dict[str, type[Network]]
+) -> Network:
+    kind = kinds.get(str(config.get("_class_name")))
+    if kind is None:
+        raise UserError(
+            f"{name}: it describes {config.get('_class_name')!s:.60}; only "
+            f"{' and '.join(kinds)} work here."
+        )
+    known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    arguments = {key: value for key, value in config.items() if key in known}
+    return build(lambda: kind(**arguments), name, files, _count_blocks(config))
+
+
+def read_config(path: Path) -> Config:
+    """A config of sane numbers.
+
+    Raises:
+        UserError: see `read_json` and `check_numbers`.
+    """
+    config = read_json(path)
+    check_numbers(config, str(path))
+    return config
+
+
+def _count_blocks(config: Config) -> int:
+    """How many layers of at least one tensor each the builder would make, or a few less."""
+    sides = (config.get(key) for key in ("down_block_types", "up_block_types"))
+    blocks = max((side for side in sides if isinstance(side, list)), key=len, default=[])
+    layers = _each(config.get("layers_per_block"), len(blocks))
+    depths = _each(config.get("transformer_layers_per_block"), len(blocks))
+    return sum(
+        max(1, count) * (max(1, depth) if "CrossAttn" in str(block) else 1)
+        for block, count, depth in zip(blocks, layers, depths, strict=False)
+    )
+
+
+def _each(value: object, count: int) -> list[int]:
+    """One number for each block, whether the config has one for all or a list."""
+    if isinstance(value, list):
+        return [max(_each(part, 1), default=1) for part in value]
+    return [value if isinstance(value, int) else 1] * count
+
+
+def text(folder: Path, tokenizer: Path) -> tuple[TextTower, WeightFiles]:
+    """The text encoder of text_encoder/, without memory yet, with its tokenizer.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    path = folder / "config.json"
+    config = read_config(path)
+    if config.get("model_type") == "clip" and isinstance(inner := config.get("text_config"), dict):
+        config = {**inner, "model_type": "clip_text_model"}
+    kind = str(config.get("model_type"))
+    files = WeightFiles(weight_files(folder, "model"), _RENAMES.get(kind, str))
+    if kind == "clip_text_model":
+        return clip_of(config, str(path), files, tokenizer), files
+    if kind in _T5_KINDS:
+        files.share("shared.weight", "encoder.embed_tokens.weight")
+        t5 = _build_t5(kind, config, str(path), files)
+        words = load_tokenizer(tokenizer, "T5Tokenizer")
+        with blaming(tokenizer):
+            return T5Tower(t5, words), files
+    raise UserError(f"{path}: '{kind:.40}' is neither a CLIP text model nor a T5 encoder.")
+
+
+def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> ClipTower:
+    """The CLIP text encoder of a config, without memory yet, with its tokenizer.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
+    clip = _build_clip(config, name, files)
+    words = load_tokenizer(tokenizer, "CLIPTokenizer")
+    with blaming(tokenizer):
+        return ClipTower(clip, words)
+
+
+def _build_clip(config: Config, name: str, files: WeightFiles) -> CLIPTextModel:
+    arguments = known(config, CLIPTextConfig)
+    layers = _count(config, "num_hidden_layers", 12)
+    return build(lambda: CLIPTextModel(CLIPTextConfig(**arguments)), name, files, layers)
+
+
+def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5EncoderModel":
+    library = import_module(f"transformers.models.{kind}")
+    configuration = getattr(library, f"{_T5_KINDS[kind]}Config")
+    encoder = getattr(library, f"{_T5_KINDS[kind]}EncoderModel")
+    arguments = known(config, configuration) | {"num_decoder_layers": 1}
+    layers = _count(config, "num_layers", 6)
+    return build(lambda: encoder(configuration(**arguments)), name, files, layers)
+
+
+def known(config: Config, kind: type) -> Config:
+    """What the architecture itself needs. The rest of a transformers config can name kernels and
+    code to fetch, or quantisation, and must not reach the builder."""
+    return {key: value for key, value in config.items() if key in kind.__annotations__}
+
+
+def _count(config: Config, key: str, default: int) -> int:
+    value = config.get(key, default)
+    return value if isinstance(value, int) else default
+
+
+# Of the VAE's attention: as diffusers wrote it for Stable Diffusion 1, and as it does today.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _vae_name(stored: str) -> str:
+    for old, today in _OLD_ATTENTION.items():
+        stored = stored.replace(f".{old}.", f".{today}.")
+    return stored
+
+
+def _clip_name(stored: str) -> str | None:
+    name = stored.removeprefix("text_model.")
+    unused = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
+    return None if name.startswith(unused) or name == "embeddings.position_ids" else name
+
+
+def _t5_name(stored: str) -> str | None:
+    return None if stored.startswith(("decoder.", "lm_head.")) else stored
+
+
+_T5_KINDS = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+_RENAMES = {"clip_text_model": _clip_name, "clip": _clip_name} | dict.fromkeys(_T5_KINDS, _t5_name)
+
+
+def load_tokenizer(folder: Path, customary: str) -> TokenizersBackend:
+    """The tokenizer of tokenizer/.
+
+    Args:
+        folder: with tokenizer.json, or with vocab.json and merges.txt.
+        customary: class of a folder that does not name its own.
+
+    Raises:
+        UserError: missing, damaged, or of a class that has no fast version.
+    """
+    config = folder / "tokenizer_config.json"
+    named = str(read_json(config).get("tokenizer_class") or "") if config.is_file() else ""
+    named = named.removesuffix("Fast") or customary
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "merges.txt")):
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file; a model folder needs it.")
+    try:
+        kind = _tokenizer_class(named)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{folder}: it holds no usable tokenizer ({first_line(error)}).") from error
+    return tokenizer
+
+
+def _tokenizer_class(name: str) -> type[TokenizersBackend]:
+    """By name, without the code of anyone else."""
+    if name == "CLIPTokenizer":
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+        return CLIPTokenizer
+    if name == "T5Tokenizer":
+        from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+        return T5Tokenizer
+    return TokenizersBackend

@@ -1,0 +1,84 @@
+"""Where a model is: bundled, a folder, a single file, or on the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+import latentdiff
+from latentdiff.errors import UserError
+from latentdiff.formats.weights import first_line, pickle_refusal
+
+BUNDLED = "emoji64"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+
+
+def find(where: str | Path | None) -> Path:
+    """The folder of a model, or its file.
+
+    Args:
+        where: None or "emoji64" for the bundled model, a folder, a .safetensors file, or a hub id
+            as "owner/name".
+
+    Raises:
+        UserError: there is no such model, or it is another file.
+    """
+    if where is None or (where == BUNDLED and not Path(where).exists()):
+        return _bundled()
+    if not str(where):
+        raise UserError("the name of the model is empty.")
+    folder = Path(where).expanduser()
+    try:
+        if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
+            return folder
+        if folder.exists() or folder.suffix in {*_PICKLES, ".safetensors"}:
+            raise UserError(_refusal(folder))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a name too long for a path, or with a NUL in it
+        raise UserError(f"{where!s:.100}: not a model ({first_line(error)}).") from error
+    if isinstance(where, str) and _HUB_ID.fullmatch(where):
+        kinds = ("*.json", "*.txt", "*.safetensors")
+        return download(where, ["model_index.json", *(f"{p}/{k}" for p in PARTS for k in kinds)])
+    raise UserError(f"{where}: no such model folder.")
+
+
+def _refusal(file: Path) -> str:
+    if not file.exists():
+        return f"{file}: no such model file."
+    if file.suffix in _PICKLES:
+        return pickle_refusal(file)
+    return f"{file}: a model is a folder in the diffusers layout or a .safetensors file."
+
+
+def _bundled() -> Path:
+    package = Path(latentdiff.__file__).parent
+    for assets in (package / "assets", package.parent / "assets"):
+        if (assets / BUNDLED).is_dir():
+            return assets / BUNDLED
+    raise UserError(
+        f"the bundled model '{BUNDLED}' is not in this installation; reinstall latentdiff or "
+        "name a model folder."
+    )
+
+
+def download(name: str, patterns: list[str]) -> Path:
+    """These files of a repository, out of the local cache where they are there.
+
+    Args:
+        name: on the hub, as "owner/name".
+        patterns: of the files; none that could run code.
+
+    Raises:
+        UserError: it is not to be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*non_ema*"]))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise UserError(
+            f"{name}: no such folder, and not to be had from the Hugging Face Hub "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error

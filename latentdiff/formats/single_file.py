@@ -1,0 +1,289 @@
+"""Single-file checkpoints, as ComfyUI and A1111 read and write them: Stable Diffusion 1.x and 2.x.
+
+A file that was written here also holds configs and tokenizer, as JSON in its header, and so all of
+the model. In others, configs are inferred from the shapes and the tokenizer is CLIP's own.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.formats import single_file_configs as infer
+from latentdiff.formats import single_file_names as ldm
+from latentdiff.formats.diffusers_save import save_tensors, without_offset
+from latentdiff.formats.location import download
+from latentdiff.formats.weights import WeightFiles, blaming, check_numbers, first_line
+from latentdiff.models.text_encoders import ClipTower, TextTower
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+Config = dict[str, Any]
+
+_HEADER = "latentdiff"
+_CONFIGS = ("unet", "vae", "text_encoder", "scheduler")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_CLIP_VOCABULARY = 49408
+_CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+_UNUSED = ("text_projection", "logit_scale", "attn_mask")
+
+
+class PartFiles(WeightFiles):
+    """The tensors of one part of a single file, by the names of diffusers.
+
+    Args:
+        file: the checkpoint.
+        prefixes: of the part's names; others are left alone.
+        table: from the names of diffusers to those behind the prefix.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, file: Path, prefixes: Sequence[str], table: ldm.Table) -> None:
+        back = ldm.inverse(table)
+
+        def rename(stored: str) -> str | None:
+            for prefix in prefixes:
+                if stored.startswith(prefix):
+                    name = stored.removeprefix(prefix)
+                    # What the table does not know keeps its name, and is refused by it.
+                    return _kept(ldm.renamed(name, back) or name)
+            return None
+
+        super().__init__([file], rename)
+        self._third: dict[str, int] = {}
+        for name, shape in list(self.shapes.items()):
+            if ".mid_block.attentions.0.to_" in name and shape[2:] == (1, 1):
+                self.shapes[name] = shape[:2]  # in the file, a convolution of 1 x 1
+            elif ".in_proj_" in name and shape and shape[0] % 3 == 0:
+                self._split(name, (shape[0] // 3, *shape[1:]))
+
+    def _split(self, name: str, shape: tuple[int, ...]) -> None:
+        """Query, key and value, which OpenCLIP keeps in one tensor."""
+        del self.shapes[name]
+        source = self._source.pop(name)
+        for number, letter in enumerate("qkv"):
+            single = name.replace(".in_proj_", f".{letter}_proj.")
+            self.shapes[single], self._source[single] = shape, source
+            self._third[single] = number
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = super().read(name, dtype, device)
+        if name in self._third:
+            tensor = tensor.chunk(3)[self._third[name]].clone()
+        return tensor.reshape(self.shapes[name])
+
+
+def _kept(name: str) -> str | None:
+    return None if name.startswith(_UNUSED) or name == "embeddings.position_ids" else name
+
+
+def _read_configs(file: Path) -> tuple[dict[str, Config], dict[str, str]]:
+    """Configs of unet, vae, text_encoder and scheduler, and the tokenizer's files if it has them.
+
+    Raises:
+        UserError: the file is damaged or of another kind of model.
+    """
+    stored = WeightFiles([file])
+    if _HEADER not in stored.metadata:
+        return _inferred(stored), {}
+    try:
+        told = json.loads(stored.metadata[_HEADER])
+        configs = {part: told[part] for part in _CONFIGS}
+        tokenizer = {name: str(told["tokenizer"][name]) for name in told["tokenizer"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"its header is damaged ({first_line(error)}).") from error
+    for part, config in configs.items():
+        if not isinstance(config, dict):
+            raise UserError(f"its header is damaged: {part} is no JSON object.")
+        check_numbers(config, part)
+    return configs, tokenizer
+
+
+def _inferred(stored: WeightFiles) -> dict[str, Config]:
+    shapes = stored.shapes
+    if not any(name.startswith(ldm.UNET) for name in shapes):
+        raise UserError(
+            f"it holds no {ldm.UNET}*, so it is no Stable Diffusion model; a LoRA goes to --lora."
+        )
+    infer.refuse_others(shapes)
+    prediction = infer.declared_prediction(stored.metadata) or "epsilon"
+    telltale = infer.V_PREDICTION_TELLTALE
+    text = infer.text_config(shapes)
+    second = text["hidden_act"] == "gelu"
+    whole = shapes.get(f"{ldm.UNET}input_blocks.0.0.weight", (0, 0))[1] == 4
+    if second and whole and telltale in shapes and not infer.declared_prediction(stored.metadata):
+        bias = stored.read(telltale, torch.float32, torch.device("cpu"))
+        if float(bias.std(correction=0)) > infer.V_PREDICTION_STD:
+            prediction = "v_prediction"
+    size = infer.declared_size(stored.metadata) or (96 if prediction == "v_prediction" else 64)
+    return {
+        "unet": infer.unet_config(shapes, size),
+        "vae": infer.vae_config(shapes),
+        "text_encoder": text,
+        "scheduler": infer.scheduler_config(prediction),
+    }
+
+
+def open_single(
+    file: Path,
+) -> tuple[
+    tuple["UNet2DConditionModel", PartFiles],
+    tuple["AutoencoderKL | VQModel", PartFiles],
+    tuple[ClipTower, PartFiles],
+    Config,
+]:
+    """U-Net, autoencoder and text tower, without memory yet, with their weights; the schedule.
+
+    Raises:
+        UserError: damaged, of another kind of model, or without a tokenizer to be had.
+    """
+    from latentdiff.formats import diffusers_folder as parts
+
+    with blaming(file):
+        configs, words = _read_configs(file)
+        unet, vae, text = _part_files(file, configs)
+        config = configs["text_encoder"]
+        with tempfile.TemporaryDirectory() as folder:
+            place = _tokenizer(file, words, config.get("vocab_size"), Path(folder))
+            tower = parts.clip_of(config, "text_encoder", text, place)
+        if not words and config["hidden_act"] == "gelu":
+            tower.tokenizer.pad_token = "!"  # version 2 pads with it
+        return (
+            (parts.unet_of(configs["unet"], "unet", unet), unet),
+            (parts.vae_of(configs["vae"], "vae", vae), vae),
+            (tower, text),
+            configs["scheduler"],
+        )
+
+
+def _part_files(
+    file: Path, configs: Mapping[str, Config]
+) -> tuple[PartFiles, PartFiles, PartFiles]:
+    """Weights of the U-Net, the autoencoder and the text encoder."""
+    unet, vae, text = (_table(part, configs[part]) for part in ("unet", "vae", "text_encoder"))
+    prefixes = (ldm.CLIP, infer.CLIP_OLD, ldm.OPEN_CLIP)
+    files = PartFiles(file, prefixes, text)
+    layers = configs["text_encoder"].get("num_hidden_layers")
+    for name in list(files.shapes):  # what version 2 does not look at
+        if name.startswith(f"transformer.resblocks.{layers}."):
+            del files.shapes[name]
+    return PartFiles(file, [ldm.UNET], unet), PartFiles(file, [ldm.VAE], vae), files
+
+
+def _table(part: str, config: Config) -> ldm.Table:
+    """The names of a part.
+
+    Raises:
+        UserError: its layers have no names in a single file.
+    """
+    if part == "text_encoder":
+        layers = config.get("num_hidden_layers")
+        if config.get("hidden_act") == "gelu" and isinstance(layers, int):
+            return ldm.open_clip_table(layers)
+        return {name: name for name in ("embeddings", "encoder", "final_layer_norm")}
+    layers, blocks = config.get("layers_per_block"), config.get("down_block_types")
+    if not isinstance(layers, int) or not isinstance(blocks, list | tuple):
+        raise UserError(f"{part}: a single file has no names for layers that differ in number.")
+    if part == "vae":
+        return ldm.vae_table(layers, len(blocks))
+    return ldm.unet_table(layers, ["CrossAttn" in str(block) for block in blocks])
+
+
+def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, to: Path) -> Path:
+    """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's from the hub.
+
+    Raises:
+        UserError: it is nowhere to be had.
+    """
+    if tokenizer:
+        for name in _TOKENIZER_FILES:
+            if name in tokenizer:
+                (to / name).write_text(tokenizer[name], "utf-8")
+        return to
+    if (beside := file.parent / "tokenizer").is_dir():
+        return beside
+    if vocabulary != _CLIP_VOCABULARY:
+        raise UserError(
+            f"it holds no tokenizer, and its {vocabulary} tokens are not CLIP's; put the folder "
+            "tokenizer/ of the model beside it."
+        )
+    try:
+        return download(_CLIP_TOKENIZER, ["tokenizer.json", "tokenizer_config.json"])
+    except UserError as error:
+        raise UserError(
+            "it holds no tokenizer, as most single files do not, and CLIP's is not to be had from "
+            f"the Hub; put the folder tokenizer/ of any Stable Diffusion beside it ({error})"
+        ) from error
+
+
+def save_single(
+    path: Path,
+    vae: "AutoencoderKL | VQModel",
+    unet: "UNet2DConditionModel",
+    text: TextTower,
+    schedule: dict[str, object],
+    dtype: torch.dtype | None,
+) -> Path:
+    """Write a model as one file; see `Bundle.save`.
+
+    Raises:
+        UserError: it cannot be written, or has parts that such files have no names for.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    if not isinstance(text, ClipTower) or not isinstance(vae, AutoencoderKL):
+        raise UserError("a single file can only hold a KL autoencoder and a CLIP text encoder.")
+    vae = without_offset(vae)
+    configs: dict[str, Config] = {
+        "unet": json.loads(unet.to_json_string()),
+        "vae": json.loads(vae.to_json_string()),
+        "text_encoder": json.loads(text.model.config.to_json_string(use_diff=False)),
+        "scheduler": dict(schedule),
+    }
+    second = text.model.config.hidden_act == "gelu"
+    values: dict[str, Tensor] = {}
+    for part, network, prefix in (
+        ("unet", unet, ldm.UNET),
+        ("vae", vae, ldm.VAE),
+        ("text_encoder", text.model, ldm.OPEN_CLIP if second else ldm.CLIP),
+    ):
+        table = _table(part, configs[part])
+        for name, value in (
+            _joined(network.state_dict())
+            if second and part == "text_encoder"
+            else (network.state_dict().items())
+        ):
+            if (stored := ldm.renamed(name, table)) is None:
+                raise UserError(f"{part}: a single file has no name for the layer {name}.")
+            if ".mid_block.attentions.0.to_" in name and value.ndim == 2 and part == "vae":
+                value = value[..., None, None]
+            values[prefix + stored] = value.detach().to("cpu", dtype or value.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        text.tokenizer.save_pretrained(folder)
+        found = [Path(folder, name) for name in _TOKENIZER_FILES]
+        words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
+    header = json.dumps({**configs, "tokenizer": words})
+    save_tensors(values, path, {_HEADER: header})
+    return path
+
+
+def _joined(state: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Query, key and value in one tensor, as OpenCLIP has them."""
+    joined: list[tuple[str, Tensor]] = []
+    for name, value in state.items():
+        if ".q_proj." in name:
+            three = [state[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            joined.append((name.replace(".q_proj.", ".in_proj_"), torch.cat(three)))
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            joined.append((name, value))
+    return joined

@@ -1,0 +1,184 @@
+"""What a single-file checkpoint does not say of itself: configs, by the shapes of its tensors."""
+
+import re
+from collections.abc import Mapping
+
+from latentdiff.errors import UserError
+from latentdiff.formats.single_file_names import CLIP, OPEN_CLIP, UNET, VAE
+
+Config = dict[str, object]
+
+# Where the weights of a model that predicts v differ from eps, by experience: ComfyUI's test.
+V_PREDICTION_TELLTALE = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_PREDICTION_STD = 0.09
+
+
+class Shapes:
+    """Shapes of the tensors of one part, without its prefix.
+
+    Raises:
+        UserError: a tensor that every such checkpoint has is not there.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+        self.prefix = prefix
+        self.known = {
+            name.removeprefix(prefix): shape
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.known
+
+    def side(self, name: str, axis: int) -> int:
+        shape = self.known.get(name, ())
+        if axis >= len(shape):
+            raise UserError(
+                f"it holds no {self.prefix}{name}, so it is no Stable Diffusion 1.x or 2.x model."
+            )
+        return shape[axis]
+
+    def count(self, form: str) -> int:
+        """How many names there are in a row: `form` with 0, 1, 2, ..."""
+        count = 0
+        while form.format(count) in self.known:
+            count += 1
+        return count
+
+
+def refuse_others(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Pass the tensors of Stable Diffusion 1.x and 2.x.
+
+    Raises:
+        UserError: some are of a later model.
+    """
+    later = ("label_emb.", "conditioner.", f"{UNET}label_emb.", f"{UNET}conditioner.")
+    if any(name.startswith(later) for name in shapes):
+        raise UserError("it is of Stable Diffusion XL or unCLIP, which do not load here.")
+
+
+def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
+    """Of `UNet2DConditionModel`, by the rules that Stable Diffusion 1 and 2 have in common.
+
+    Args:
+        shapes: of all tensors.
+        size: of the pictures it was trained on, in latents.
+    """
+    part = Shapes(shapes, UNET)
+    levels: list[list[tuple[int, int]]] = [[]]  # width and depth of attention, layer by layer
+    number = 1
+    while f"input_blocks.{number}.0.op.weight" in part or _resnet(number) in part:
+        if f"input_blocks.{number}.0.op.weight" in part:
+            levels.append([])
+        else:
+            depth = part.count(f"input_blocks.{number}.1.transformer_blocks.{{}}.norm1.weight")
+            levels[-1].append((part.side(_resnet(number), 0), depth))
+        number += 1
+    if len({len(level) for level in levels}) > 1 or any(len(set(level)) != 1 for level in levels):
+        raise UserError("the layers of its U-Net differ within a level, which does not load here.")
+    widths = [level[0][0] for level in levels]
+    depths = [level[0][1] for level in levels]
+    middle = part.count("middle_block.1.transformer_blocks.{}.norm1.weight")
+    if not middle or {depth for depth in depths if depth} - {middle}:
+        raise UserError("its U-Net is not that of Stable Diffusion 1.x or 2.x.")
+    linear = len(part.known.get("middle_block.1.proj_in.weight", ())) == 2
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": size,
+        "in_channels": part.side("input_blocks.0.0.weight", 1),
+        "out_channels": part.side("out.2.weight", 0),
+        "block_out_channels": widths,
+        "layers_per_block": len(levels[0]),
+        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths[::-1]],
+        "transformer_layers_per_block": middle,
+        "cross_attention_dim": part.side(
+            "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1
+        ),
+        "use_linear_projection": linear,
+        # Heads leave no trace in the shapes: 64 wide in version 2, eight of them in version 1.
+        # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
+        "attention_head_dim": [max(1, width // 64) for width in widths] if linear else 8,
+    }
+
+
+def _resnet(number: int) -> str:
+    return f"input_blocks.{number}.0.out_layers.3.weight"
+
+
+def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """Of `AutoencoderKL`."""
+    part = Shapes(shapes, VAE)
+    levels = part.count("encoder.down.{}.block.0.conv1.weight")
+    widths = [part.side(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": part.side("encoder.conv_in.weight", 1),
+        "out_channels": part.side("decoder.conv_out.weight", 0),
+        "latent_channels": part.side("decoder.conv_in.weight", 1),
+        "block_out_channels": widths,
+        "layers_per_block": part.count("encoder.down.0.block.{}.conv1.weight"),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "scaling_factor": 0.18215,
+    }
+
+
+def text_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """Of `CLIPTextModel`: CLIP's own in version 1, OpenCLIP's in version 2."""
+    if any(name.startswith(OPEN_CLIP) for name in shapes):
+        part = Shapes(shapes, OPEN_CLIP)
+        layers = part.count("transformer.resblocks.{}.ln_1.weight")
+        names = ("token_embedding.weight", "positional_embedding")
+        wide, kind = part.side("transformer.resblocks.0.mlp.c_fc.weight", 0), "gelu"
+        layers = 23 if layers == 24 else layers  # version 2 looks at the last layer but one
+    else:
+        prefix = CLIP if any(name.startswith(CLIP) for name in shapes) else CLIP_OLD
+        part = Shapes(shapes, prefix)
+        layers = part.count("encoder.layers.{}.layer_norm1.weight")
+        names = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
+        wide, kind = part.side("encoder.layers.0.mlp.fc1.weight", 0), "quick_gelu"
+    width = part.side(names[0], 1)
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": part.side(names[0], 0),
+        "max_position_embeddings": part.side(names[1], 0),
+        "hidden_size": width,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "hidden_act": kind,
+    }
+
+
+CLIP_OLD = CLIP.removesuffix("text_model.")
+"""The prefix in a few old files."""
+
+
+def scheduler_config(prediction: str) -> Config:
+    """Of the process that Stable Diffusion 1 and 2 were trained on."""
+    return {
+        "_class_name": "PNDMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": prediction,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "clip_sample": False,
+    }
+
+
+def declared_prediction(metadata: Mapping[str, str]) -> str | None:
+    """What the header says by the ModelSpec standard."""
+    kinds = {"epsilon": "epsilon", "v": "v_prediction"}
+    return kinds.get(metadata.get("modelspec.prediction_type", "").lower())
+
+
+def declared_size(metadata: Mapping[str, str]) -> int | None:
+    """Side of the latents that the header tells by the ModelSpec standard ("768x768")."""
+    found = re.fullmatch(r"(\d{2,4})(x\d{2,4})?", metadata.get("modelspec.resolution", "").strip())
+    return int(found[1]) // 8 if found and int(found[1]) >= 64 else None

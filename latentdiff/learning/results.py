@@ -1,0 +1,54 @@
+"""What a fine-tune leaves: the LoRA file or the learned words, and a model folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
+import torch
+
+from latentdiff.bundle import Bundle
+from latentdiff.data.examples import Example
+from latentdiff.learning.card import Outcome, share
+from latentdiff.learning.finetune_config import FinetuneConfig
+from latentdiff.learning.textual_inversion import save_words, with_learned_words
+from latentdiff.lora import fused, lora_of, save_lora
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Example]) -> list[str]:
+    """Write it into `config.out` with its card, and push it if that was asked for.
+
+    Args:
+        pictures: what it learned from.
+
+    Returns:
+        Lines that say what it is and how to use it.
+
+    Raises:
+        UserError: it cannot be written, or not be pushed.
+    """
+    lines = _save(bundle, config)
+    lora = config.method == "lora" and not config.objective.moves
+    folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
+    outcome = Outcome(folder, kind, config.model, pictures, config.data.root)
+    return [*lines, *share(outcome, config)]
+
+
+def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
+    out = config.out
+    dtype = getattr(torch, config.save_dtype)
+    wrote: list[Path] = []
+    base = "" if config.model is None else f" --model {quote(config.model)}"
+    if config.method == "lora":
+        path = save_lora(lora_of(bundle), out / LORA_FILE)
+        if not config.objective.moves:
+            return [f"wrote {path}", f'latentdiff generate "..." --lora {quote(str(path))}{base}']
+        bundle = fused(bundle)  # the file alone does not say what it makes of its model
+    if config.method == "textual-inversion":
+        wrote = save_words(bundle, config.inversion.tokens, out)
+        bundle = with_learned_words(bundle)
+    bundle.save(out / "model", dtype=dtype)
+    wrote.append(out / "model")
+    lines = [f"wrote {path}" for path in wrote]
+    return [*lines, f'latentdiff generate "..." --model {quote(str(out / "model"))}']

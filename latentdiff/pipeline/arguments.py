@@ -1,0 +1,166 @@
+"""The arguments of a call, checked before anything is drawn."""
+
+import math
+import operator
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentdiff import solvers
+from latentdiff.bundle import Bundle
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.solver import Solver
+from latentdiff.diffusion.timetable import Timetable
+from latentdiff.errors import UserError
+
+MAX_STEPS = 1000
+MAX_SIDE = 4096  # pixels
+MAX_PIXELS = 2**28  # of all pictures of a call
+
+
+def whole(value: int, name: str, low: int, high: int) -> int:
+    """The whole number from `low` to `high` that was given.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        raise UserError(f"{name}: must be a whole number from {low} to {high}, not {value!s:.40}.")
+    return number
+
+
+def finite(value: float, name: str) -> None:
+    """Pass if it is a finite number.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        passes = math.isfinite(value)
+    except TypeError:
+        passes = False
+    if not passes:
+        raise UserError(f"{name}: must be a finite number, not {value!r:.40}.")
+
+
+def listed(given: Sequence[object], name: str, example: str) -> None:
+    """Pass if it is a list, or another sequence that is no text.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError(f"{name}: give a list, as [{example}], not {type(given).__name__}.")
+
+
+def solver_of(given: str | Solver, bundle: Bundle) -> Solver:
+    """The solver that was given, or the one of that name.
+
+    Raises:
+        UserError: unknown name, or no solver.
+    """
+    if isinstance(given, str):
+        return solvers.create(given, bundle.process)
+    if isinstance(given, type) or not isinstance(given, Solver):
+        raise UserError(
+            "solver: give a name of `latentdiff.solvers.names()` or a solver (for a scheduler of "
+            f"diffusers, `DiffusersScheduler`), not {given!r:.60}."
+        )
+    return given
+
+
+def check_levels(timetable: Timetable) -> None:
+    """Pass if it holds noise levels, and nothing else.
+
+    Raises:
+        UserError: it does not.
+    """
+    levels = timetable if isinstance(timetable, Sequence) else ()
+    if not levels or not all(isinstance(level, NoiseLevel) for level in levels):
+        raise UserError(
+            "timetable: give a name, or noise levels as `latentdiff.diffusion.timetable.create` "
+            f"does, not {timetable!r:.40}."
+        )
+
+
+def latent_shape(
+    bundle: Bundle, height: int | None, width: int | None, count: int
+) -> tuple[int, int, int, int]:
+    """[B, C, h, w] of the latents of `count` pictures of that size, or the model's own.
+
+    Raises:
+        UserError: the size is out of range or no multiple of the autoencoder's factor.
+    """
+    sides: list[int] = []
+    for name, given, own in zip(("height", "width"), (height, width), bundle.size, strict=True):
+        side = whole(own if given is None else given, name, bundle.factor, MAX_SIDE)
+        if side % bundle.factor:
+            nearest = max(1, round(side / bundle.factor)) * bundle.factor
+            raise UserError(
+                f"{name}: must be a multiple of {bundle.factor} with this model, not {side}; "
+                f"{nearest} is near."
+            )
+        sides.append(side)
+    if count * sides[0] * sides[1] > MAX_PIXELS:
+        raise UserError(
+            f"{count} pictures of {sides[0]} x {sides[1]} are too many for one call; ask for fewer."
+        )
+    return count, bundle.latent_channels, sides[0] // bundle.factor, sides[1] // bundle.factor
+
+
+def picture_streams(
+    seed: int | Sequence[int] | None, first: int, generator: torch.Generator | None, count: int
+) -> tuple[list[int], list[int]]:
+    """Seed of each of `count` pictures, and its index within the seed.
+
+    Raises:
+        UserError: they are no seeds or no generator, or both were given.
+    """
+    first = whole(first, "first", 0, 2**62)
+    if generator is not None:
+        if seed is not None:
+            raise UserError("seed and generator: give one of them, not both.")
+        if not isinstance(generator, torch.Generator):
+            raise UserError(
+                f"generator: give one torch.Generator, not {type(generator).__name__}; a seed for "
+                "each picture goes to `seed`."
+            )
+        drawn = torch.randint(2**32, (), generator=generator, device=generator.device)
+        seed = int(drawn.item())
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, Sequence):
+        seeds = [whole(one, "seed", 0, 2**62) for one in seed]
+        if len(seeds) != count:
+            raise UserError(f"seed: {len(seeds)} seeds were given for {count} pictures.")
+        return seeds, [first] * count
+    return [whole(seed, "seed", 0, 2**62)] * count, list(range(first, first + count))
+
+
+def first_noise(
+    latents: Tensor | None,
+    noise: NoiseStreams,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+) -> Tensor:
+    """Standard noise [B, C, h, w] in float32 on the device: the caller's, or fresh.
+
+    Raises:
+        UserError: the caller's is no tensor, has another shape, or is not finite.
+    """
+    if latents is None:
+        return noise.draw(shape[1:]).to(device)
+    if not isinstance(latents, Tensor):
+        raise UserError(f"latents: must be a torch.Tensor, not {type(latents).__name__}.")
+    if latents.shape != shape:
+        raise UserError(f"latents: must be {list(shape)}, not {list(latents.shape)}.")
+    if not bool(torch.isfinite(latents).all()):
+        raise UserError("latents: they hold NaN or infinity.")
+    return latents.to(device, torch.float32)

@@ -1,0 +1,198 @@
+"""The pictures of docs/editing.md, drawn by the bundled model.
+
+    python pipelines/measure/editing_gallery.py --out gallery
+
+Default settings and first seeds unless said below. The photo is read from docs/pictures/photo.png.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit
+from latentdiff.diffusion.sampling import Edit
+from latentdiff.editing.masks import fill, mask_tensor
+from latentdiff.pictures import grid, open_picture, save_png, to_pil, to_tensor
+from latentdiff.pipeline.interpolation import between_prompts
+
+SIDE = 64
+PHOTO = Path(__file__).parents[2] / "docs/pictures/photo.png"
+
+
+def draw(
+    pipe: LatentDiffusionPipeline, prompt: str, edit: Edit, count: int = 1, scale: float = 4.0
+) -> list[Image.Image]:
+    """The first pictures of seed 0."""
+    output = pipe(
+        prompt,
+        edits=[edit],
+        seed=0,
+        num_images_per_prompt=count,
+        guidance_scale=scale,
+        progress=False,
+    )
+    return output.images
+
+
+def strokes(paint: Callable[[ImageDraw.ImageDraw], object]) -> Image.Image:
+    """A scribble drawn large and made small, so that its edges are smooth."""
+    image = Image.new("RGB", (8 * SIDE, 8 * SIDE), "white")
+    paint(ImageDraw.Draw(image))
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def heart(pen: ImageDraw.ImageDraw) -> None:
+    pen.ellipse((50, 70, 280, 320), fill=(210, 40, 50))
+    pen.ellipse((232, 70, 462, 320), fill=(210, 40, 50))
+    pen.polygon([(66, 260), (446, 260), (256, 475)], fill=(210, 40, 50))
+
+
+def smile(pen: ImageDraw.ImageDraw) -> None:
+    pen.ellipse((50, 50, 460, 460), fill=(250, 200, 60))
+    pen.ellipse((150, 170, 200, 230), fill=(70, 50, 20))
+    pen.ellipse((310, 170, 360, 230), fill=(70, 50, 20))
+    pen.arc((140, 200, 370, 380), 20, 160, fill=(90, 50, 20), width=26)
+
+
+def tree(pen: ImageDraw.ImageDraw) -> None:
+    pen.rectangle((225, 330, 285, 480), fill=(130, 80, 40))
+    pen.polygon([(256, 30), (90, 350), (420, 350)], fill=(40, 130, 60))
+
+
+def snowman(pen: ImageDraw.ImageDraw) -> None:
+    for box in ((110, 260, 400, 480), (160, 90, 350, 280)):
+        pen.ellipse(box, fill=(245, 245, 250), outline=(160, 180, 200), width=12)
+    pen.rectangle((180, 40, 330, 110), fill=(60, 60, 70))
+
+
+def scribbles(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """Four scribbles, each before what became of it at strength 0.6."""
+    wanted = {
+        "a red heart": heart,
+        "a grinning face": smile,
+        "an evergreen tree": tree,
+        "a snowman": snowman,
+    }
+    row: list[Image.Image] = []
+    for prompt, paint in wanted.items():
+        guide = strokes(paint)
+        row += [guide, *draw(pipe, prompt, SDEdit(guide, 0.6), 3)]
+    return grid(row, 8)
+
+
+def strengths(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """One scribble at strengths 0, 0.2, 0.4, 0.6, 0.8 and 1."""
+    guide = strokes(tree)
+    return grid(
+        [draw(pipe, "an evergreen tree", SDEdit(guide, fifth / 5))[0] for fifth in range(6)], 6
+    )
+
+
+def box(x0: int, y0: int, x1: int, y1: int) -> Image.Image:
+    mask = Image.new("L", (SIDE, SIDE), 0)
+    ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
+    return mask
+
+
+def holes(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """The picture, the hole, Blend and RePaint, of pictures that the model drew."""
+    cases = [
+        ("a grinning face", box(4, 4, 60, 35), "smiling face with sunglasses"),
+        ("a cat face", box(0, 0, 64, 31), "a cat face"),
+        ("a red heart", box(32, 4, 61, 61), "a red heart"),
+        ("a grinning face", box(4, 34, 60, 60), "angry face"),
+    ]
+    row: list[Image.Image] = []
+    for prompt, mask, wanted in cases:
+        picture = pipe(prompt, seed=0, progress=False).images[0]
+        grey = Image.composite(Image.new("RGB", picture.size, "grey"), picture, mask)
+        row += [picture, grey]
+        row += [
+            *draw(pipe, wanted, Blend(picture, mask)),
+            *draw(pipe, wanted, RePaint(picture, mask)),
+        ]
+    return grid(row, 8)
+
+
+def sunset() -> Image.Image:
+    share = np.linspace(0, 1, SIDE)[:, None, None] * np.ones((1, SIDE, 1))
+    pixels = np.array([250, 200, 90]) * (1 - share) + np.array([160, 40, 110]) * share
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def colours(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """A reference; a heart and a cat held to it in latents, and in pixels."""
+    disc = strokes(lambda pen: pen.ellipse((50, 50, 460, 460), fill=(50, 120, 220)))
+    row: list[Image.Image] = []
+    for reference in (sunset(), disc):
+        row.append(reference)
+        for edit in (ILVR(reference), ILVR(reference, space="pixels")):
+            for prompt in ("a red heart", "a cat face"):
+                row += draw(pipe, prompt, edit)
+    return grid(row, 5)
+
+
+def way(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """From one prompt to another, twice."""
+    weights = [k / 7 for k in range(8)]
+    drawn = [
+        between_prompts(pipe.bundle, a, b, weights)
+        for a, b in (("a red heart", "a grinning face"), ("a full moon", "a soccer ball"))
+    ]
+    return grid([to_pil(one * 2 - 1) for one in torch.cat(drawn)], 8)
+
+
+@torch.no_grad()
+def photo(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """A photo, as the autoencoder has it, with a hole, as the encoder sees that, and filled."""
+    picture = open_picture(PHOTO)
+    mask = Image.new("L", picture.size, 0)
+    ImageDraw.Draw(mask).ellipse((44, 36, 76, 60), fill=255)
+    pixels = to_tensor(picture)[None]
+    decoded = pipe.bundle.decode(pipe.bundle.encode(pixels)).float()
+    grey = Image.composite(Image.new("RGB", picture.size, "grey"), picture, mask)
+    filled = fill(pixels, mask_tensor(mask))
+    repainted = draw(pipe, "a cat face", RePaint(picture, mask), scale=1.0)
+    return grid([picture, to_pil(decoded[0]), grey, to_pil(filled[0]), *repainted], 5)
+
+
+PICTURES = {
+    "scribbles": scribbles,
+    "strengths": strengths,
+    "holes": holes,
+    "colours": colours,
+    "way": way,
+    "photo-parts": photo,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/editing.md.")
+    parser.add_argument("--out", type=Path, default=Path("gallery"), help="a folder")
+    parser.add_argument("--only", choices=PICTURES, nargs="*", default=list(PICTURES))
+    given = parser.parse_args()
+    for name in (*given.only, "tree", "sunset"):
+        if (given.out / f"{name}.png").exists():
+            parser.exit(2, f"error: {given.out / name}.png is there already: another folder.\n")
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.exit(2, f"error: cannot write to {given.out}: {error.strerror}\n")
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
+    for name, make in PICTURES.items():
+        if name in given.only:
+            path = given.out / f"{name}.png"
+            small = make(pipe).quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
+            small.save(path, optimize=True)
+            print(path)
+    for name, image in (("tree", strokes(tree)), ("sunset", sunset())):
+        path = given.out / f"{name}.png"
+        print(save_png(image, path))
+
+
+if __name__ == "__main__":
+    main()

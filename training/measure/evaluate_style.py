@@ -1,0 +1,224 @@
+"""Measure whether a fine-tune taught a model a new style: before and after, on the same seeds.
+
+    python training/measure/evaluate_style.py --style twemoji --pictures data/twemoji40 \\
+        --lora runs/twemoji40-lora/pytorch_lora_weights.safetensors
+
+A drawn picture has the style of its nearest real one (root mean square of 32x32 blurred RGB) among
+all styles of DATA. `seen` are the emoji of the fine-tune's own pictures; `new` are as many others,
+which the model knew in its old style only. `untouched` are captions of the old style, of emoji that
+are neither among those pictures nor named by a prior prompt: what the model keeps. `shows_asked` is
+the share whose nearest real picture, of any style, is of the asked emoji.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.data.examples import Example, load_pictures
+from latentdiff.data.folder import check_fields, read_folder
+from latentdiff.errors import UserError
+from latentdiff.learning.batches import to_range
+from latentdiff.learning.order import generator
+from latentdiff.metrics.nearest import blurred_thumbnails, nearest
+from latentdiff.pictures import grid, save_png, to_pil
+from latentdiff.pipeline import LatentDiffusionPipeline
+
+FIELDS = ("style", "split", "codepoints", "skin_tone")
+Shown = TypeVar("Shown")
+
+
+def main(
+    style: Annotated[str, typer.Option(help="The new style, a value of the field `style`.")],
+    pictures: Annotated[Path, typer.Option(metavar="DIR", help="What was learned from.")],
+    lora: Annotated[Path | None, typer.Option(help="The LoRA file of the fine-tune.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
+    model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji64"),
+    known: Annotated[str, typer.Option(help="The style that it knows.")] = "noto",
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The fine-tune's prior prompts, a line each. Default: prior.txt in --pictures, "
+            "if it is there.",
+        ),
+    ] = None,
+    untouched: Annotated[int, typer.Option(help="How many captions of the old style.")] = 200,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Real pictures, all styles.")] = Path(
+        "data/emoji128"
+    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where grid and numbers go.")] = Path(
+        "runs/style-evaluation"
+    ),
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of the choice of new emoji, and the noise.")] = 0,
+) -> None:
+    """Measure the style of a model's pictures before and after a fine-tune."""
+    try:
+        if (lora is None) == (tuned is None):
+            raise UserError("name what the fine-tune made: --lora FILE or --tuned FOLDER")
+        before = LatentDiffusionPipeline.from_pretrained(model)
+        after = LatentDiffusionPipeline.from_pretrained(tuned or model)
+        if lora is not None:
+            after.load_lora(lora, lora_scale)
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+        real = Real(data, after.bundle.size[0])
+        groups = choose(real, style, known, pictures, read_lines(prior, pictures), untouched, seed)
+        evaluate(before, after, real, style, groups, out, settings)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+class Real:
+    """Every real picture of every style."""
+
+    def __init__(self, root: Path, size: int) -> None:
+        self.examples = read_folder(root)
+        check_fields(self.examples, FIELDS, root)
+        self.pictures = load_pictures(self.examples, size)
+        self.thumbnails = blurred_thumbnails(self.pictures)
+
+    def measure(self, drawn: Tensor, wanted: Sequence[Example], style: str) -> dict[str, float]:
+        """Shares of the drawn pictures with the style, and with the emoji, that was asked for."""
+        _, at = nearest(blurred_thumbnails(drawn), self.thumbnails)
+        found = [self.examples[int(number)].fields for number in at]
+        styles = [fields["style"] == style for fields in found]
+        shown = [
+            f["codepoints"] == e.fields["codepoints"] for f, e in zip(found, wanted, strict=True)
+        ]
+        share = lambda hits: round(sum(hits) / len(hits), 4)  # noqa: E731
+        return {"style": share(styles), "shows_asked": share(shown)}
+
+
+def plain(real: Real, style: str) -> list[Example]:
+    """A style's training pictures without skin tones."""
+    trained = [e for e in real.examples if e.fields["split"] == "train"]
+    return [e for e in trained if e.fields["style"] == style and not e.fields["skin_tone"]]
+
+
+def read_lines(prior: Path | None, pictures: Path) -> set[str]:
+    """The prior prompts.
+
+    Raises:
+        UserError: the file that was named cannot be read.
+    """
+    path = prior or pictures / "prior.txt"
+    if prior is None and not path.is_file():
+        return set()
+    try:
+        return {line.strip() for line in path.read_text("utf-8").splitlines()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prior prompts of {path}: {error}") from error
+
+
+def choose(
+    real: Real,
+    style: str,
+    known: str,
+    pictures: Path,
+    prior: set[str],
+    untouched: int,
+    seed: int,
+) -> dict[str, tuple[list[Example], list[str]]]:
+    """Pictures, and what is asked for them: seen, as many new ones at random, and untouched ones.
+
+    Raises:
+        UserError: none of the style's pictures shows what the fine-tune's do.
+    """
+    learned = read_folder(pictures)
+    check_fields(learned, ("codepoints",), pictures)
+    taught = {example.fields["codepoints"] for example in learned}
+    seen = [
+        example
+        for example in real.examples
+        if example.fields["style"] == style and example.fields["codepoints"] in taught
+    ]
+    if not seen:
+        styles = ", ".join(sorted({str(e.fields["style"]) for e in real.examples}))
+        raise UserError(f"no picture of the style {style!r} shows what {pictures} does: {styles}")
+    old = [e for e in plain(real, known) if e.fields["codepoints"] not in taught]
+    names = {example.fields["codepoints"] for example in old}
+    new = [e for e in plain(real, style) if e.fields["codepoints"] in names]
+    held = {e.fields["codepoints"] for e in real.examples if prior.intersection(e.captions)}
+    others = [e for e in old if e.fields["codepoints"] not in held]
+    new, others = shuffled(new, seed, 12)[: len(seen)], shuffled(others, seed, 14)[:untouched]
+    return {
+        "seen": (seen, [prompt(example, style) for example in seen]),
+        "new": (new, [prompt(example, style) for example in new]),
+        "untouched": (others, [example.captions[0] for example in others]),
+    }
+
+
+def shuffled(examples: Sequence[Example], seed: int, purpose: int) -> list[Example]:
+    return [examples[int(n)] for n in generator(seed, purpose).permutation(len(examples))]
+
+
+def prompt(example: Example, style: str) -> str:
+    """What it shows, in the new style."""
+    plain = [caption for caption in example.captions if style not in caption]
+    return f"{(plain or example.captions)[:2][-1]}, {style} style"
+
+
+def spread(many: Sequence[Shown]) -> list[Shown]:
+    """Twelve of them, or all, evenly from first to last."""
+    shown = min(12, len(many))
+    return [many[number * len(many) // shown] for number in range(shown)]
+
+
+def draw(pipe: LatentDiffusionPipeline, prompts: list[str], settings: dict[str, float]) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1]; picture i has stream i of the seed."""
+    parts: list[Tensor] = []
+    for first in range(0, len(prompts), 20):
+        made = pipe(
+            prompts[first : first + 20],
+            num_inference_steps=int(settings["num_inference_steps"]),
+            guidance_scale=settings["guidance_scale"],
+            seed=int(settings["seed"]),
+            first=first,
+            output_type="pt",
+        )
+        parts.append(made.images.cpu().float() * 2 - 1)
+    return torch.cat(parts)
+
+
+def evaluate(
+    before: LatentDiffusionPipeline,
+    after: LatentDiffusionPipeline,
+    real: Real,
+    style: str,
+    groups: dict[str, tuple[list[Example], list[str]]],
+    out: Path,
+    settings: dict[str, float],
+) -> None:
+    """`style.json`, and `style.png`: rows of before, after and real pictures."""
+    report: dict[str, object] = {"style": style, **settings}
+    rows: list[Image.Image] = []
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (wanted, prompts) in groups.items():
+        if not wanted:  # the folder has no others
+            continue
+        drawn = {"before": draw(before, prompts, settings), "after": draw(after, prompts, settings)}
+        for when, tensor in drawn.items():
+            report[f"{name}, {when}"] = real.measure(tensor, wanted, style)
+            typer.echo(f"{name}, {when}: {report[f'{name}, {when}']} of {len(wanted)}")
+        if name == "untouched":
+            continue
+        for tensor in drawn.values():
+            rows += [to_pil(picture) for picture in spread(list(tensor))]
+        own = [real.examples.index(example) for example in spread(wanted)]
+        rows += [to_pil(picture) for picture in to_range(real.pictures[own])]
+    (out / "style.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "style.png").unlink(missing_ok=True)
+    save_png(grid(rows, min(12, len(groups["seen"][0]))), out / "style.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
