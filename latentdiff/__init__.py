@@ -13,41 +13,61 @@ from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
 if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
     from latentdiff.editing import ILVR, Blend, Inpaint, Instruct, RePaint, SDEdit
-    from latentdiff.guidance.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
-    from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput
+    from latentdiff.guidance import (
+        PAG,
+        SEG,
+        Autoguidance,
+        Classifier,
+        ClassifierGuide,
+        Clip,
+        ClipGuide,
+        DynamicThresholding,
+    )
+    from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput, Request, Run
 
 __all__ = [
     "ILVR",
     "PAG",
     "SEG",
+    "Autoguidance",
     "Blend",
+    "Bundle",
     "Classifier",
     "ClassifierGuide",
     "Clip",
     "ClipGuide",
+    "DynamicThresholding",
     "Inpaint",
     "Instruct",
     "LatentDiffusionPipeline",
     "PipelineOutput",
     "RePaint",
+    "Request",
+    "Run",
     "SDEdit",
     "UserError",
     "__version__",
 ]
 
 # Imported when first asked for: `latentdiff --help` shall not wait for torch.
-_ON_DEMAND = {
-    **dict.fromkeys(
-        ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"), "latentdiff.editing"
+_ROOMS = {
+    "latentdiff.bundle": ("Bundle",),
+    "latentdiff.editing": ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"),
+    "latentdiff.guidance": (
+        "PAG",
+        "SEG",
+        "Autoguidance",
+        "Classifier",
+        "ClassifierGuide",
+        "Clip",
+        "ClipGuide",
+        "DynamicThresholding",
     ),
-    **dict.fromkeys(
-        ("PAG", "SEG", "Classifier", "ClassifierGuide", "Clip", "ClipGuide"),
-        "latentdiff.guidance.guides",
-    ),
-    "LatentDiffusionPipeline": "latentdiff.pipeline",
-    "PipelineOutput": "latentdiff.pipeline",
+    "latentdiff.pipeline": ("LatentDiffusionPipeline", "PipelineOutput", "Request", "Run"),
 }
+_ON_DEMAND = {name: room for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

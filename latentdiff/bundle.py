@@ -1,81 +1,85 @@
-"""The parts of one model, checked against each other, and the folder they live in."""
+"""One model: autoencoder, conditioner and network, and how the network was trained."""
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
-from latentdiff.diffusion.denoiser import Condition
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import Process
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
-from latentdiff.formats import scheduler_config as scheduler
-from latentdiff.formats.check import (
-    Kind,
-    check_input,
-    check_parts,
-    kind_of,
-    latent_affine,
-    latent_channels,
+from latentdiff.formats import scheduler_config
+from latentdiff.formats.families import (
+    DEFAULT_FAMILY,
+    Nouns,
+    Opened,
+    family,
+    family_of_file,
+    family_of_folder,
 )
 from latentdiff.formats.location import find
 from latentdiff.formats.scheduler_config import DEFAULT_SOLVER, Steps
-from latentdiff.formats.weights import blaming, fill, read_json
-from latentdiff.guidance.perturbed_attention import SPOILT
+from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
 from latentdiff.models.attention import Attention, set_attention
-from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
-from latentdiff.models.text_encoders import TextTower
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.network import Kind, Network
 from latentdiff.registry import check_name
 
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.vq_model import VQModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+__all__ = ["Bundle", "Precision", "Steps"]
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-
-# Pixels decoded at once: the activations of an autoencoder are hundreds of times its pictures.
-_DECODED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A model: an autoencoder, a U-Net in its latents, a text tower, and how they were trained.
+    """A model: three nouns that fit each other, and how its network was trained.
 
     Attributes:
-        vae: pictures [B, 3, H, W] in [-1, 1] to latents [B, C, H / factor, W / factor] and back.
-        unet: (x_t, t, text states) -> `prediction`.
-        text: prompts to states.
-        process: the forward process the U-Net was trained on.
+        autoencoder: pictures to latents and back.
+        conditioner: prompts to the network's condition.
+        network: (x_t, t, condition) -> `prediction`.
+        process: the forward process the network was trained on.
         prediction: what it predicts.
         steps: the timetable it was meant to be sampled with.
         solver: the name of the solver it was meant to be sampled with.
         name: for people.
+        family: how its files are read and written: see `latentdiff.formats.families`.
 
     Raises:
-        UserError: the parts do not fit each other, or no solver has this name.
+        UserError: the nouns do not fit each other, or no solver has this name.
     """
 
-    vae: "AutoencoderKL | VQModel"
-    unet: "UNet2DConditionModel"
-    text: TextTower
+    autoencoder: Autoencoder
+    conditioner: Conditioner
+    network: Network
     process: Process
     prediction: Prediction
     steps: Steps = field(default_factory=Steps)
     solver: str = DEFAULT_SOLVER
     name: str = "model"
+    family: str = DEFAULT_FAMILY
 
     def __post_init__(self) -> None:
         check_name("solver", self.solver, solvers.names())
-        check_parts(self.vae, self.unet, self.text)
+        if self.network.width != self.conditioner.width:
+            raise UserError(
+                f"unet: it attends to text states of width {self.network.width}, but the text "
+                f"encoder's have {self.conditioner.width}."
+            )
+        if self.network.channels != self.autoencoder.channels:
+            raise UserError(
+                f"unet: it is of latents of {self.network.channels} channels, but the vae's have "
+                f"{self.autoencoder.channels}."
+            )
 
     @classmethod
     def load(
@@ -102,103 +106,60 @@ class Bundle:
         check_name("attention backend", attention, get_args(Attention))
         place = _device(device)
         precision = _dtype(dtype, place)
-        folder = find(where)
+        path = find(where)
         with _collector_resting():
-            from latentdiff.formats import diffusers_folder as parts
-            from latentdiff.formats.single_file import open_single
-
-        if folder.is_file():
-            (unet, unet_files), (vae, vae_files), (text, text_files), schedule = open_single(folder)
-            described = scheduler.read(schedule, f"{folder}: scheduler")
-        else:
-            parts.check_folder(folder)
-            unet, unet_files = parts.unet(folder / "unet")
-            vae, vae_files = parts.vae(folder / "vae")
-            text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
-            path = folder / "scheduler" / "scheduler_config.json"
-            described = scheduler.read(read_json(path), str(path))
-        with blaming(folder):
-            bundle = cls(vae, unet, text, *described, name=str(where or folder.name))
-        fill(unet, unet_files, precision, place)
-        fill(vae, vae_files, _steady(precision), place)
-        fill(text.model, text_files, _steady(precision), place)
-        set_attention(unet, attention)
-        set_attention(vae, attention)
+            name, opened = _open(path)
+        described = scheduler_config.read(opened.schedule, opened.schedule_name)
+        with blaming(path):
+            nouns = opened.nouns
+            bundle = cls(
+                nouns.autoencoder,
+                nouns.conditioner,
+                nouns.network,
+                *described,
+                name=str(where or path.name),
+                family=name,
+            )
+        for part in opened.weights:
+            fill(part.module, part.files, _steady(precision) if part.steady else precision, place)
+        set_attention(bundle.network.module, attention)
+        set_attention(bundle.autoencoder.module, attention)
         return bundle
 
     @property
-    def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return next(self.unet.parameters()).device
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Every network by the name of its folder."""
+        return {
+            "unet": self.network.module,
+            "vae": self.autoencoder.module,
+            **self.conditioner.modules,
+        }
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the U-Net computes in."""
-        return next(self.unet.parameters()).dtype
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.device
 
     @property
     def factor(self) -> int:
         """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.autoencoder.factor
 
     @property
     def latent_channels(self) -> int:
         """C of the latents."""
-        return latent_channels(self.vae)
+        return self.autoencoder.channels
 
     @property
     def kind(self) -> Kind:
-        """What the U-Net sees: x_t alone, or what the edit `Inpaint` or `Instruct` adds to it."""
-        return kind_of(self.vae, self.unet)
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the U-Net gives 2C channels, of which the last C tell the variance of a step."""
-        return self.unet.config["out_channels"] == 2 * self.latent_channels
+        """What the network sees: x_t alone, or what the edit `Inpaint` or `Instruct` adds to it."""
+        return self.network.kind
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures it was trained on."""
-        side = self.unet.config["sample_size"]
-        height, width = (side[0], side[-1]) if isinstance(side, list | tuple) else (side, side)
+        height, width = self.network.native_size
         return height * self.factor, width * self.factor
-
-    def network(
-        self, perturbations: Sequence[Perturbation] = ()
-    ) -> Callable[[Tensor, Tensor, Condition], Tensor]:
-        """The U-Net as `latentdiff.diffusion.denoiser.conditioned_denoiser` takes it.
-
-        The condition holds "states" [B, L, D]; where the tower has one, "mask" [B, L]; and with
-        an inpainting or InstructPix2Pix U-Net "beside" [B, extra, h, w], which it sees behind the
-        channels of x. Without it, or with too much, `predict` raises a UserError. The
-        output is [B, C, h, w], or [B, 2C, h, w] with a learned variance.
-
-        Args:
-            perturbations: of the attention in the rows that `SPOILT` tells.
-
-        Raises:
-            UserError: a perturbation names a layer that is not there.
-        """
-        dtype, kind, channels = self.dtype, self.kind, self.unet.config["in_channels"]
-        unet = perturbable(self.unet, perturbations) if perturbations else self.unet
-
-        def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            if "beside" in condition:
-                x = torch.cat([x, condition["beside"].to(x)], dim=1)
-            check_input(kind, channels, x.shape[1])
-            rows = condition.get(SPOILT)
-            size = x.shape[-2], x.shape[-1]
-            spoilt = None if rows is None else Spoilt(rows.to(x.device), size)
-            return unet(
-                x.to(dtype),
-                t,
-                encoder_hidden_states=condition["states"].to(dtype),
-                encoder_attention_mask=condition.get("mask"),
-                cross_attention_kwargs=None if spoilt is None else {"spoilt": spoilt},
-                return_dict=False,
-            )[0]
-
-        return predict
 
     def timetable(self, name: str | None, steps: int) -> Timetable:
         """The levels of a run: the named timetable, or with None the model's own.
@@ -209,31 +170,6 @@ class Bundle:
         if name is None or name == self.steps.spacing:
             return self.steps.timetable(self.process, steps)
         return timetables.create(name, self.process, steps)
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor], float32.
-
-        The mean of the autoencoder's posterior is taken, so the answer is always the same.
-        """
-        parameter = next(self.vae.parameters())
-        encoded: Any = self.vae.encode(pictures.to(parameter.device, parameter.dtype))
-        z: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
-        gain, offset = latent_affine(self.vae)
-        return (z.float() - offset.to(z.device)) / gain.to(z.device)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pictures [B, 3, h * factor, w * factor], float32 about [-1, 1].
-
-        Many pictures are decoded a few at a time.
-        """
-        parameter = next(self.vae.parameters())
-        gain, offset = latent_affine(self.vae)
-        z = latents * gain.to(latents.device) + offset.to(latents.device)
-        z = z.to(parameter.device, parameter.dtype)
-        pixels = z.shape[-2] * z.shape[-1] * self.factor**2
-        decode: Any = self.vae.decode
-        chunks = z.split(max(1, _DECODED_AT_ONCE // pixels))
-        return torch.cat([decode(chunk, return_dict=False)[0].float() for chunk in chunks])
 
     def save(self, where: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the diffusers layout, which diffusers' own Stable Diffusion pipelines open, too.
@@ -251,21 +187,36 @@ class Bundle:
             UserError: it cannot be written, the folder holds something else, a LoRA is attached, or
                 the model has parts that a single file cannot hold.
         """
-        from latentdiff.formats.diffusers_save import save_folder
-        from latentdiff.formats.single_file import save_single
+        from latentdiff.formats.diffusers_save import replacing_model, write_json
 
-        if any(getattr(network, "peft_config", None) for network in (self.unet, self.text.model)):
+        if any(getattr(network, "peft_config", None) for network in self.modules.values()):
             raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
-        config = scheduler.write(
+        schedule = scheduler_config.write(
             self.process,
             self.prediction,
             self.steps,
             self.solver,
-            learned_variance=self.learns_variance,
+            learned_variance=self.network.learns_variance,
         )
+        nouns = Nouns(self.autoencoder, self.conditioner, self.network)
         path = Path(where)
-        save = save_single if path.suffix == ".safetensors" and not path.is_dir() else save_folder
-        return save(path, self.vae, self.unet, self.text, config, dtype)
+        if path.suffix == ".safetensors" and not path.is_dir():
+            family(self.family).write_file(path, nouns, schedule, dtype)
+            return path
+        with replacing_model(path) as stage:
+            family(self.family).write_folder(stage, nouns, schedule, dtype)
+            write_json(stage / "scheduler" / "scheduler_config.json", schedule)
+        return path
+
+
+def _open(path: Path) -> tuple[str, Opened]:
+    """The family's name and the model, opened; a file or a folder."""
+    if path.is_file():
+        with blaming(path):
+            name = family_of_file(WeightFiles([path]).shapes)
+        return name, family(name).open_file(path)
+    name = family_of_folder(read_json(path / "model_index.json"))
+    return name, family(name).open_folder(path)
 
 
 @contextlib.contextmanager

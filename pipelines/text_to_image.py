@@ -41,7 +41,7 @@ def draw(bundle: Bundle, prompt: str, *, steps: int, guidance_scale: float, seed
     x = noise.draw((bundle.latent_channels, height // bundle.factor, width // bundle.factor))
     x = x.to(bundle.device) * bundle.process.prior_scale(timetable[0])
     x = sample(guided, solver, timetable, x, noise=noise)
-    return bundle.decode(x)
+    return bundle.autoencoder.decode(x)
 
 
 def conditions(bundle: Bundle, prompts: list[str]) -> list[Condition]:

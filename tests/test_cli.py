@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tower_of, unet_of, vae_of
 
 from latentdiff import LatentDiffusionPipeline, solvers
 from latentdiff.cli import main
@@ -313,11 +313,11 @@ def test_info_counts_what_is_there(model: Path, capsys: pytest.CaptureFixture[st
     assert main(["info", str(model)]) == 0
     bundle = LatentDiffusionPipeline.from_pretrained(model).bundle
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    for part in (bundle.vae, bundle.unet, bundle.text.model):
+    for part in (vae_of(bundle), unet_of(bundle), tower_of(bundle).model):
         count = sum(p.numel() for p in part.parameters())
         assert f"{type(part).__name__}, {count / 1e6:.2f} M parameters" in said.values()
     assert said["prediction"] == bundle.prediction
-    assert said["window"] == f"{bundle.text.window} tokens"
+    assert said["window"] == f"{tower_of(bundle).window} tokens"
     assert said["size"].startswith("{} x {} pixels".format(*bundle.size))
     assert said["process"].startswith("vp-scaled-linear")
     assert said["solvers"].split() == solvers.names()

@@ -1,7 +1,7 @@
 """Tiny real models for tests: random weights, a tokenizer learned here, nothing mocked."""
 
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -14,7 +14,10 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import Process
+from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
+from latentdiff.models.network import DiffusersUNet
 from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
 from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import build_vae
@@ -60,14 +63,52 @@ def tiny_bundle(
         text = tiny_t5() if tower == "t5" else tiny_clip()
     for network in (autoencoder, unet, text.model):
         network.eval().requires_grad_(False)
-    return Bundle(
-        vae=autoencoder,
-        unet=unet,
-        text=text,
+    return bundle_of(
+        autoencoder,
+        unet,
+        text,
         process=processes.create(process) if isinstance(process, str) else process,
         prediction=prediction,
         steps=steps or Steps(),
     )
+
+
+def bundle_of(
+    vae: Any,
+    unet: UNet2DConditionModel,
+    text: TextTower,
+    process: Process,
+    prediction: Prediction,
+    steps: Steps | None = None,
+) -> Bundle:
+    """A model of the Stable Diffusion family out of its parts."""
+    autoencoder = DiffusersAutoencoder(vae)
+    return Bundle(
+        autoencoder=autoencoder,
+        conditioner=TextConditioner(text),
+        network=DiffusersUNet(unet, autoencoder.channels),
+        process=process,
+        prediction=prediction,
+        steps=steps or Steps(),
+    )
+
+
+def unet_of(bundle: Bundle) -> UNet2DConditionModel:
+    """The U-Net of diffusers in a model."""
+    unet = bundle.network.module
+    assert isinstance(unet, UNet2DConditionModel)
+    return unet
+
+
+def vae_of(bundle: Bundle) -> Any:
+    """The autoencoder of diffusers in a model."""
+    return bundle.autoencoder.module
+
+
+def tower_of(bundle: Bundle) -> TextTower:
+    """The one text tower of a model."""
+    assert isinstance(bundle.conditioner, TextConditioner)
+    return bundle.conditioner.tower
 
 
 def tiny_clip() -> TextTower:

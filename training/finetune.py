@@ -245,7 +245,7 @@ def fit(config: FinetuneConfig, run: Run) -> None:
         output = wrapped(x, batch.t, words)
         weights = batch.weights * samples.weights[numbers].to(run.device)
         loss = weighted_mse(output[:, : latents.shape[1]], target, weights)
-        if not bundle.learns_variance:
+        if not bundle.network.learns_variance:
             return {"loss": loss}
         step_terms = bound_terms(bundle.process, bundle.prediction, output, latents, noise, t)
         bound = (bundle.process.t_max + 1) * step_terms.mean()

@@ -2,28 +2,34 @@
 
 import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentdiff.cli import options
 from latentdiff.cli.models import about_loras, open_model
-from latentdiff.cli.output import about_model, check_writable, png_text
+from latentdiff.cli.options import Grid, Prompt, RunOptions, with_run_options
+from latentdiff.cli.output import about_request, check_writable, png_text
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from latentdiff.diffusion.sampling import Edit
+    from latentdiff.diffusion.edits import Edit
     from latentdiff.pipeline import LatentDiffusionPipeline
 
+Number = Annotated[int, typer.Option("-n", "--number", min=1, max=64, help="How many to draw.")]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Make a larger picture as small as the model's own.")
+]
 
+
+@with_run_options
 def edit(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
-    prompt: options.Prompt,
+    prompt: Prompt,
+    *,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -46,43 +52,28 @@ def edit(
             metavar="MASK", help="Change only this: FILE (white), box:x0,y0,x1,y1, alpha."
         ),
     ] = None,
-    number: options.Number = 1,
-    seed: options.Seed = None,
-    out: options.Out = Path("outputs"),
-    grid: options.Grid = False,
-    fit: options.Fit = False,
-    steps: options.StepCount = 20,
-    guidance_scale: options.GuidanceScale = 4.0,
-    negative: options.Negative = None,
-    also: options.AlsoPrompts = None,
-    weights: options.Weights = False,
-    solver: options.SolverName = None,
-    timetable: options.TimetableName = None,
-    model: options.Model = None,
-    lora: options.Loras = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    no_metadata: options.NoMetadata = False,
+    number: Number = 1,
+    grid: Grid = False,
+    fit: Fit = False,
+    run: RunOptions,
 ) -> None:
     """Draw PICTURE anew as PROMPT says (SDEdit): a photo or a scribble, noised and drawn again.
 
     With an InstructPix2Pix model PROMPT says what to change.
     """
-    check_writable(out)
+    run.check()
+    check_writable(run.out)
     from latentdiff.editing import Instruct, SDEdit
 
-    pipe, image = _begin(picture, model, lora, device, dtype, fit)
+    pipe, image = _begin(picture, run, fit)
     told = pipe.bundle.kind == "instruct-pix2pix"
     if image_guidance_scale is not None and not told:
         raise UserError("--image-guidance-scale is for InstructPix2Pix models; this is none.")
     if strength is None:
         strength = 1.0 if told else 0.6
     hole = None if mask is None else _mask(mask, picture, image)
-    run = _Run(
-        prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
-    )
     given = [image] if hole is None else [image, hole]
-    edits: list[Edit] = [SDEdit(image, strength, repeats, hole)]
+    edits: list[Edit | str] = [SDEdit(image, strength, repeats, hole)]
     about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name, "fit": fit}
     about |= {"strength": strength, "repeats": repeats}
     if mask is not None:
@@ -91,22 +82,16 @@ def edit(
         scale = 1.5 if image_guidance_scale is None else image_guidance_scale
         edits.append(Instruct(image, scale))
         about |= {"edit": "SDEdit, Instruct", "image_guidance_scale": scale}
-    _draw(
-        pipe,
-        edits,
-        run,
-        seed,
-        given if grid else None,
-        out,
-        None if no_metadata else about | about_loras(lora),
-    )
+    _draw(pipe, edits, prompt, number, run, given if grid else None, about)
     times = f", {repeats} times" if repeats > 1 else ""
-    print(f"{int(steps * strength)} of {steps} steps{times}", file=sys.stderr)
+    print(f"{int(run.steps * strength)} of {run.steps} steps{times}", file=sys.stderr)
 
 
+@with_run_options
 def inpaint(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
-    prompt: options.Prompt,
+    prompt: Prompt,
+    *,
     mask: Annotated[
         str,
         typer.Option(
@@ -126,38 +111,23 @@ def inpaint(
             "model, which sees the hole, the known part is not put back and nothing drawn again.",
         ),
     ] = None,
-    number: options.Number = 1,
-    seed: options.Seed = None,
-    out: options.Out = Path("outputs"),
-    grid: options.Grid = False,
-    fit: options.Fit = False,
-    steps: options.StepCount = 20,
-    guidance_scale: options.GuidanceScale = 4.0,
-    negative: options.Negative = None,
-    also: options.AlsoPrompts = None,
-    weights: options.Weights = False,
-    solver: options.SolverName = None,
-    timetable: options.TimetableName = None,
-    model: options.Model = None,
-    lora: options.Loras = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    no_metadata: options.NoMetadata = False,
+    number: Number = 1,
+    grid: Grid = False,
+    fit: Fit = False,
+    run: RunOptions,
 ) -> None:
     """Fill a hole in PICTURE with what PROMPT says. The rest stays, bit for bit.
 
     By RePaint; by the U-Net itself with an inpainting model, and by both if an option of RePaint is
     given.
     """
-    check_writable(out)
+    run.check()
+    check_writable(run.out)
     from latentdiff.editing import Inpaint, RePaint
 
-    pipe, image = _begin(picture, model, lora, device, dtype, fit)
+    pipe, image = _begin(picture, run, fit)
     hole = _mask(mask, picture, image)
-    run = _Run(
-        prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
-    )
-    edits: list[Edit] = []
+    edits: list[Edit | str] = []
     about: dict[str, object] = {"picture": picture.name, "fit": fit, "mask": Path(mask).name}
     seeing = pipe.bundle.kind == "inpainting"
     if seeing:
@@ -167,13 +137,14 @@ def inpaint(
         edits.append(RePaint(image, hole, jump_length, resamples))
         about |= {"jump_length": jump_length, "resamples": resamples}
     about["edit"] = ", ".join(type(each).__name__ for each in edits)
-    given = [image, hole] if grid else None
-    _draw(pipe, edits, run, seed, given, out, None if no_metadata else about | about_loras(lora))
+    _draw(pipe, edits, prompt, number, run, [image, hole] if grid else None, about)
 
 
+@with_run_options
 def ilvr(
     reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="PNG, JPEG or WebP.")],
-    prompt: options.Prompt,
+    prompt: Prompt,
+    *,
     factor: Annotated[
         int | None,
         typer.Option(
@@ -188,34 +159,19 @@ def ilvr(
     space: Annotated[
         Literal["latents", "pixels"], typer.Option(help="What is held; pixels are slower.")
     ] = "latents",
-    number: options.Number = 1,
-    seed: options.Seed = None,
-    out: options.Out = Path("outputs"),
-    grid: options.Grid = False,
-    fit: options.Fit = False,
-    steps: options.StepCount = 20,
-    guidance_scale: options.GuidanceScale = 4.0,
-    negative: options.Negative = None,
-    also: options.AlsoPrompts = None,
-    weights: options.Weights = False,
-    solver: options.SolverName = None,
-    timetable: options.TimetableName = None,
-    model: options.Model = None,
-    lora: options.Loras = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    no_metadata: options.NoMetadata = False,
+    number: Number = 1,
+    grid: Grid = False,
+    fit: Fit = False,
+    run: RunOptions,
 ) -> None:
     """Draw what PROMPT says with the coarse shapes and colours of REFERENCE (ILVR)."""
-    check_writable(out)
+    run.check()
+    check_writable(run.out)
     from latentdiff.editing import ILVR
 
-    pipe, image = _begin(reference, model, lora, device, dtype, fit)
-    run = _Run(
-        prompt, number, steps, guidance_scale, negative, also or [], weights, solver, timetable
-    )
-    edits = [ILVR(image, factor, until, space)]
-    about = {
+    pipe, image = _begin(reference, run, fit)
+    edits: list[Edit | str] = [ILVR(image, factor, until, space)]
+    about: dict[str, object] = {
         "edit": "ILVR",
         "picture": reference.name,
         "fit": fit,
@@ -223,45 +179,15 @@ def ilvr(
         "until": until,
         "space": space,
     }
-    _draw(
-        pipe,
-        edits,
-        run,
-        seed,
-        [image] if grid else None,
-        out,
-        None if no_metadata else about | about_loras(lora),
-    )
+    _draw(pipe, edits, prompt, number, run, [image] if grid else None, about)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What is the same for all edits, by the pipeline's own names."""
-
-    prompt: str
-    num_images_per_prompt: int
-    num_inference_steps: int
-    guidance_scale: float
-    negative_prompt: str | None
-    also: list[str]
-    prompt_weights: bool
-    solver: str | None
-    timetable: str | None
-
-
-def _begin(
-    picture: Path,
-    model: str | None,
-    loras: Sequence[str] | None,
-    device: str,
-    dtype: "options.DtypeName",
-    fit: bool,
-) -> "tuple[LatentDiffusionPipeline, Image]":
+def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionPipeline, Image]":
     """The model, and the picture at the size to work at."""
     from latentdiff import pictures
 
     image = pictures.open_picture(picture)
-    pipe = open_model(model, device, dtype, loras)
+    pipe = open_model(run.model, run.device, run.dtype, run.lora)
     return pipe, pictures.fit(image, max(pipe.bundle.size)) if fit else image
 
 
@@ -288,25 +214,31 @@ def _mask(text: str, picture: Path, image: "Image") -> "Image":
 
 def _draw(
     pipe: "LatentDiffusionPipeline",
-    edits: "Sequence[Edit]",
-    run: _Run,
-    seed: int | None,
+    edits: "list[Edit | str]",
+    prompt: str,
+    number: int,
+    run: RunOptions,
     given: "list[Image] | None",
-    out: Path,
-    about: dict[str, object] | None,
+    about: dict[str, object],
 ) -> None:
     """Draw, write each picture and the grid with what was given, and print the paths."""
     from latentdiff.pictures import grid, save_numbered_png, save_png
 
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    output = pipe(**asdict(run), edits=edits, seed=seed, progress=sys.stderr.isatty())
+    seed = secrets.randbelow(2**32) if run.seed is None else run.seed
+    request = replace(
+        run.request(pipe.bundle, edits),
+        prompt=prompt,
+        num_images_per_prompt=number,
+        seed=seed,
+        first=run.first,
+    )
+    output = pipe.draw(request, progress=sys.stderr.isatty())
     record = None
-    if about is not None:
-        record = about_model(pipe.bundle) | asdict(run) | about
-        record["solver"] = run.solver or pipe.bundle.solver
-        record["timetable"] = run.timetable or pipe.bundle.steps.spacing
+    if not run.no_metadata:
+        record = about_request(pipe.bundle, request) | {"prompt": prompt}
+        record |= {"num_images_per_prompt": number} | about | about_loras(run.lora)
     paths = [
-        save_numbered_png(image, out, seed, png_text(record, seed=seed, index=index))
+        save_numbered_png(image, run.out, seed, png_text(record, seed=seed, index=index))
         for image, index in zip(output.images, output.indices, strict=True)
     ]
     print(f"seed {seed}", file=sys.stderr)

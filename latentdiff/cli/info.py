@@ -1,6 +1,5 @@
 """`latentdiff info`: what is in a model."""
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +8,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from latentdiff.bundle import Bundle
-    from latentdiff.diffusion.process import Process
 
 
 def info(
@@ -45,13 +43,11 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
     latent = f"{bundle.latent_channels} x {height // bundle.factor} x {width // bundle.factor}"
     return [
         ("kind", bundle.kind),
-        ("vae", _part(bundle.vae)),
-        ("unet", _part(bundle.unet)),
-        ("text", _part(bundle.text.model)),
-        ("window", f"{bundle.text.window} tokens"),
+        *[(name, _part(module)) for name, module in bundle.modules.items()],
+        ("window", f"{bundle.conditioner.window} tokens"),
         ("size", f"{height} x {width} pixels, latents {latent}"),
         ("process", _process(bundle)),
-        ("prediction", bundle.prediction + " and variances" * bundle.learns_variance),
+        ("prediction", bundle.prediction + " and variances" * bundle.network.learns_variance),
         ("timetable", bundle.steps.spacing),
         ("solver", bundle.solver),
     ]
@@ -67,15 +63,7 @@ def _process(bundle: "Bundle") -> str:
     from latentdiff.diffusion import process as processes
 
     own = bundle.process
-    names = (name for name in processes.names() if _same(processes.create(name), own))
+    names = (name for name in processes.names() if processes.agree(processes.create(name), own))
     name = next(names, type(own).__name__)
     ends = [f"{own.log_snr(t):.2f}" for t in (own.t_min, own.t_max)]
     return f"{name}, t {own.t_min:g} .. {own.t_max:g}, log-SNR {ends[0]} .. {ends[1]}"
-
-
-def _same(one: "Process", other: "Process") -> bool:
-    """Whether two processes agree at both ends and in the middle."""
-    if (one.t_min, one.t_max) != (other.t_min, other.t_max):
-        return False
-    times = (one.t_min, (one.t_min + one.t_max) / 2, one.t_max)
-    return all(math.isclose(one.log_snr(t), other.log_snr(t), rel_tol=1e-9) for t in times)

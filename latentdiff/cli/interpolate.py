@@ -57,7 +57,7 @@ def interpolate(
         )
     else:
         drawn = interpolation.between_prompts(
-            pipe.bundle, a, b, weights, num_inference_steps=steps or 20, seed=seed
+            pipe, a, b, weights, num_inference_steps=steps or 20, seed=seed
         )
     images = [pictures.to_pil(one * 2 - 1) for one in drawn]
     ends = [Path(a).name, Path(b).name] if files[0] else [a, b]

@@ -1,44 +1,27 @@
-"""Options that several commands share, with their help."""
+"""Options that several commands share, with their help, defined once."""
 
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
+    from latentdiff.diffusion.edits import Edit
+    from latentdiff.pipeline import Request
+
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")]
-Number = Annotated[int, typer.Option("-n", "--number", min=1, max=64, help="How many to draw.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, help="Of the noise. Default: random, and printed.")
-]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")]
 Grid = Annotated[
     bool, typer.Option("--grid", help="Also what was given and what came out, side by side.")
 ]
-Fit = Annotated[
-    bool, typer.Option("--fit", help="Make a larger picture as small as the model's own.")
-]
-StepCount = Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")]
-GuidanceScale = Annotated[float, typer.Option(help="1 is off.")]
-Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to steer away from.")]
-AlsoPrompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--also",
-        metavar="TEXT:WEIGHT",
-        help="A further prompt and its weight beside PROMPT's 1, as 'a hat:0.7'; below 0 steers "
-        "away. May be given again.",
-    ),
-]
-Weights = Annotated[
-    bool,
-    typer.Option(
-        "--weights",
-        help="Read weights of words in prompts: (x) is 1.1, (x:1.3) 1.3, [x] 1/1.1, \\( a bracket.",
-    ),
-]
-_LISTED = "Of those that `latentdiff solvers` lists. Default: the model's own."
-SolverName = Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)]
-TimetableName = Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -58,3 +41,150 @@ Dtype = Annotated[DtypeName, typer.Option(help="Of the networks.")]
 NoMetadata = Annotated[
     bool, typer.Option("--no-metadata", help="Write nothing but pixels into the PNG files.")
 ]
+_LISTED = "Of those that `latentdiff solvers` lists. Default: the model's own."
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of every command that draws from a prompt; `with_run_options` expands them."""
+
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the noise. Default: random, and printed.")
+    ] = None
+    first: Annotated[
+        int,
+        typer.Option(min=0, help="Begin with this picture of the seed: the index in a PNG's text."),
+    ] = 0
+    out: Out = Path("outputs")
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")] = 20
+    guidance: Annotated[
+        str, typer.Option(metavar="NAME", help="cfg, apg or cfg++ (its scale is 0 .. 1).")
+    ] = "cfg"
+    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 4.0
+    rescale: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of guidance's contrast to take back.")
+    ] = 0.0
+    interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH", help="Guide only where sigma / alpha lies between, as 0.3,5."
+        ),
+    ] = None
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:SCALE",
+            help="Beside it: pag:3, seg:3, threshold:0.995, autoguidance:SCALE:MODEL, "
+            "clip:SCALE:FOLDER, classifier:SCALE:FOLDER:LABEL; may be repeated.",
+        ),
+    ] = None
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
+    ] = None
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="TEXT:WEIGHT",
+            help="A further prompt and its weight beside PROMPT's 1, as 'a hat:0.7'; below 0 "
+            "steers away. May be given again.",
+        ),
+    ] = None
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights",
+            help="Read weights of words in prompts: (x) is 1.1, (x:1.3) 1.3, [x] 1/1.1, \\( a "
+            "bracket.",
+        ),
+    ] = False
+    solver: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
+    timetable: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
+    model: Model = None
+    lora: Loras = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    no_metadata: NoMetadata = False
+
+    def check(self) -> None:
+        """Pass if names and settings make sense; before anything is loaded.
+
+        Raises:
+            UserError: one does not.
+        """
+        from latentdiff import solvers
+        from latentdiff.diffusion import timetable as timetables
+        from latentdiff.guidance import methods
+        from latentdiff.guidance.from_text import check_text
+        from latentdiff.pipeline.prompts import check_also
+        from latentdiff.registry import check_name
+
+        interval = self.guidance_interval
+        methods.check(
+            self.guidance, scale=self.guidance_scale, rescale=self.rescale, interval=interval
+        )
+        for text in self.guide or ():
+            check_text(text)
+        check_also(self.also or [])
+        if self.solver is not None:
+            check_name("solver", self.solver, solvers.names())
+        if self.timetable is not None:
+            check_name("timetable", self.timetable, timetables.names())
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        """The two numbers of --interval.
+
+        Raises:
+            UserError: they are not two numbers.
+        """
+        if self.interval is None:
+            return 0.0, math.inf
+        try:
+            low, high = map(float, self.interval.split(","))
+        except ValueError:
+            raise UserError(
+                f"--interval reads LOW,HIGH, as 0.3,5, not '{self.interval!s:.40}'."
+            ) from None
+        return low, high
+
+    def request(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
+        """The request of these options, but for the prompt and what else one command alone has."""
+        from latentdiff.pipeline import Request
+
+        return Request(
+            negative_prompt=self.negative,
+            also=self.also or [],
+            prompt_weights=self.weights,
+            num_inference_steps=self.steps,
+            guidance=self.guidance,
+            guidance_scale=self.guidance_scale,
+            guidance_rescale=self.rescale,
+            guidance_interval=self.guidance_interval,
+            solver=bundle.solver if self.solver is None else self.solver,
+            timetable=bundle.steps.spacing if self.timetable is None else self.timetable,
+            edits=[*(edits or []), *(self.guide or [])],
+        )
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command each option of `RunOptions` in place of its parameter `run`, the last one."""
+
+    @wraps(command)
+    def expanded(**given: Any) -> None:
+        run = RunOptions(**{name: given.pop(name) for name in shared})
+        command(run=run, **given)
+
+    hints = get_type_hints(RunOptions, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = {
+        option.name: inspect.Parameter(
+            option.name, keyword, default=option.default, annotation=hints[option.name]
+        )
+        for option in fields(RunOptions)
+    }
+    own = [p for name, p in inspect.signature(command).parameters.items() if name != "run"]
+    expanded.__annotations__ = {p.name: p.annotation for p in (*own, *shared.values())}
+    signature = inspect.Signature([*own, *shared.values()], return_annotation=None)
+    expanded.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+    return expanded

@@ -1,6 +1,7 @@
 """What every command that draws says and writes."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from latentdiff.bundle import Bundle
+    from latentdiff.pipeline import Request
 
 
 def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
@@ -21,8 +23,28 @@ def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, s
 
 def about_model(bundle: "Bundle") -> dict[str, object]:
     """What the text of a picture says of the model that drew it."""
-    precision = str(bundle.dtype).removeprefix("torch.")
+    precision = str(bundle.network.dtype).removeprefix("torch.")
     return {"version": __version__, "model": bundle.name, "dtype": precision}
+
+
+def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:
+    """What the text of a picture says of its model and of its run, by the pipeline's own names."""
+    low, high = request.guidance_interval
+    return about_model(bundle) | {
+        "negative_prompt": request.negative_prompt,
+        "also": request.also,
+        "prompt_weights": request.prompt_weights,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance": request.guidance,
+        "guidance_scale": request.guidance_scale,
+        "guidance_rescale": request.guidance_rescale,
+        "guidance_interval": None if (low, high) == (0.0, math.inf) else [low, high],
+        "guides": [edit for edit in request.edits if isinstance(edit, str)],
+        "solver": request.solver,
+        "timetable": request.timetable,
+        "height": request.height,
+        "width": request.width,
+    }
 
 
 def check_writable(folder: Path) -> None:

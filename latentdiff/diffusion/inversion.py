@@ -48,18 +48,17 @@ def invert(
         raise UserError("inversion needs a timetable of two levels or more that only goes down.")
     if refinements < 0:
         raise UserError(f"refinements must not be negative, but {refinements} were asked.")
+    if solver.stochastic:
+        raise UserError("inversion needs a solver that draws no noise, as 'heun'.")
     noise = NoiseStreams([0] * len(x))  # for the protocol; deterministic solvers draw none
-    untouched = noise.generators[0].get_state()
     x = levels[-1].alpha * x
     for clean, noisy in pairwise(reversed(levels)):
         target = x
-        x = ddim_move(target, denoise(target, clean), clean, noisy)
+        x = ddim_move(target, denoise(target, clean).x0, clean, noisy)
         # Along the probability flow of unit data x grows as its standard deviation does.
         growth = math.hypot(noisy.alpha, noisy.sigma) / math.hypot(clean.alpha, clean.sigma)
         for _ in range(refinements):
             reached, _ = solver.step(denoise, x, noisy, clean, solver.init(), noise)
-            if not torch.equal(noise.generators[0].get_state(), untouched):
-                raise UserError("inversion needs a solver that draws no noise, as 'heun'.")
             x = x + growth * (target - reached)
     return x
 

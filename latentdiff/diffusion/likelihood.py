@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Denoiser, LearnsVariance
+from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import Coefficient, NoiseLevel, Process, transition
 from latentdiff.diffusion.solver import posterior_std
@@ -78,9 +78,7 @@ def variational_bound(
         raise UserError("the bound needs a timetable of at least 2 steps that ends in clean data.")
     if any(later.log_snr <= level.log_snr for level, later in pairwise(levels)):
         raise UserError("the bound needs a timetable without jumps back.")
-    if variance == "learned-range" and not isinstance(denoise, LearnsVariance):
-        raise UserError("the variance 'learned-range' needs a denoiser that tells it.")
-    ask = _teller(denoise, variance in (None, "learned-range"))
+    ask = _teller(denoise, variance)
     first, last = levels[0], levels[-2]
     prior = gaussian_kl(
         math.log(first.sigma), math.log(process.prior_scale(first)), first.alpha * x0
@@ -98,12 +96,18 @@ def variational_bound(
 
 
 def _teller(
-    denoise: Denoiser, learned: bool
+    denoise: Denoiser, variance: Variance | None
 ) -> Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor | None]]:
     """(x_t, level) -> x_0, and v where it is wanted and told."""
-    if learned and isinstance(denoise, LearnsVariance):
-        return denoise.with_variance
-    return lambda x, level: (denoise(x, level), None)
+
+    def ask(x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor | None]:
+        estimate = denoise(x, level)
+        if variance == "learned-range" and estimate.variance is None:
+            raise UserError("the variance 'learned-range' needs a denoiser that tells it.")
+        learned = variance in (None, "learned-range")
+        return estimate.x0, estimate.variance if learned else None
+
+    return ask
 
 
 def _step_term(
@@ -203,7 +207,7 @@ def _slopes(
     size = math.hypot(level.alpha, level.sigma)
     with torch.enable_grad():
         x = (size * y).detach().requires_grad_()
-        x0 = denoise(x, level)
+        x0 = denoise(x, level).x0
         trace = torch.zeros(len(y), dtype=y.dtype, device=y.device)
         for sign in signs:
             (row,) = torch.autograd.grad((x0 * sign).sum(), x, retain_graph=True)

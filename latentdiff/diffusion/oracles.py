@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.process import NoiseLevel
 
 
@@ -25,7 +26,7 @@ class GaussianMixture:
         self.means = means
         self.variances, self.axes = torch.linalg.eigh(covariances)  # [K, C], [K, C, C]
 
-    def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Estimate:
         """E[x_0 | x_t]: the components' posterior means, weighted by their responsibilities.
 
         Component k of x_t is N(alpha m_k, alpha^2 S_k + sigma^2 I), and its posterior mean is
@@ -36,7 +37,7 @@ class GaussianMixture:
             level: its level, with sigma > 0 or every covariance positive.
 
         Returns:
-            [B, C, H, W].
+            x0 [B, C, H, W], and no variance.
         """
         spread = level.alpha**2 * self.variances + level.sigma**2
         centred = x[:, None] - level.alpha * self.means[:, :, None, None]
@@ -45,7 +46,7 @@ class GaussianMixture:
         share = (self.log_weights[:, None, None] - 0.5 * exponent).softmax(1)
         pulled = (level.alpha * self.variances / spread)[:, :, None, None] * along
         x0 = torch.einsum("kcd,bkdhw->bkchw", self.axes, pulled) + self.means[:, :, None, None]
-        return (share[:, :, None] * x0).sum(1)
+        return Estimate((share[:, :, None] * x0).sum(1))
 
 
 class Gaussian(GaussianMixture):

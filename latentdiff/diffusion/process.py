@@ -393,3 +393,11 @@ def create(name: str) -> Process:
     """
     check_name("process", name, _BUILDERS)
     return _BUILDERS[name]()
+
+
+def agree(one: Process, other: Process) -> bool:
+    """True where two processes have the same levels at both ends and in the middle."""
+    if (one.t_min, one.t_max) != (other.t_min, other.t_max):
+        return False
+    times = (one.t_min, (one.t_min + one.t_max) / 2, one.t_max)
+    return all(math.isclose(one.log_snr(t), other.log_snr(t), rel_tol=1e-9) for t in times)

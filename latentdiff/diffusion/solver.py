@@ -22,6 +22,11 @@ class Solver(Protocol):
         """Order of convergence; of a stochastic solver, that of its mean and covariance."""
         ...
 
+    @property
+    def stochastic(self) -> bool:
+        """True where a step draws noise."""
+        ...
+
     def init(self) -> State:
         """The state before the first step, and again after every jump back."""
         ...
@@ -38,7 +43,7 @@ class Solver(Protocol):
         """One step.
 
         Args:
-            denoise: (x_t, level) -> x_0.
+            denoise: (x_t, level) -> its estimate of x_0.
             x: [B, C, H, W] at `here`.
             here: a level with noise, perhaps with no signal (alpha = 0).
             there: a strictly cleaner level, perhaps without noise (sigma = 0).

@@ -5,9 +5,10 @@ from latentdiff.editing.image_conditioning import Inpaint, Instruct
 from latentdiff.editing.masks import box_mask
 from latentdiff.editing.repaint import Blend, RePaint
 from latentdiff.editing.run_context import (
-    Canvas,
+    Binds,
     Finish,
     HoldsPicture,
+    RunContext,
     bind,
     padded_size,
     picture_size,
@@ -16,13 +17,14 @@ from latentdiff.editing.sdedit import SDEdit
 
 __all__ = [
     "ILVR",
+    "Binds",
     "Blend",
-    "Canvas",
     "Finish",
     "HoldsPicture",
     "Inpaint",
     "Instruct",
     "RePaint",
+    "RunContext",
     "SDEdit",
     "bind",
     "box_mask",

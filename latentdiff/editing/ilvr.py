@@ -5,13 +5,13 @@ from typing import Literal, Self, get_args
 
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser, Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.editing.lowpass import low_pass, projection
 from latentdiff.editing.run_context import (
-    Canvas,
     Finish,
+    RunContext,
     latents_like,
     opened,
     pixels,
@@ -40,7 +40,7 @@ class ILVR:
         space: "latents" puts the low frequencies of the noised reference into x after each step;
             "pixels" those of the reference into each estimate of the picture, through the
             autoencoder (slower).
-        canvas: the autoencoder, for "pixels"; the pipeline puts it there.
+        context: the autoencoder, for "pixels"; the pipeline puts it there.
 
     Raises:
         UserError: a number out of range, an unknown space, or no picture.
@@ -50,7 +50,7 @@ class ILVR:
     factor: int | None = None
     until: float = 0.0
     space: Space = "latents"
-    canvas: Canvas | None = None
+    context: RunContext | None = None
 
     def __post_init__(self) -> None:
         check_name("space", self.space, get_args(Space))
@@ -65,17 +65,17 @@ class ILVR:
         """See `HoldsPicture`."""
         return size_of(self.reference)
 
-    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+    def bind(self, context: RunContext) -> tuple[Self, Finish]:
         """See `HoldsPicture`."""
         if self.space == "latents":
             if isinstance(self.reference, Tensor):
                 return self, unchanged
-            return replace(self, reference=canvas.latents(pixels(self.reference))), unchanged
+            return replace(self, reference=context.latents(pixels(self.reference))), unchanged
         if isinstance(self.reference, Tensor):
-            reference = canvas.decode(self.reference)
+            reference = context.autoencoder.decode(self.reference)
         else:
-            reference = canvas.pad(pixels(self.reference))
-        return replace(self, reference=reference, canvas=canvas), unchanged
+            reference = context.pad(pixels(self.reference))
+        return replace(self, reference=reference, context=context), unchanged
 
     def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:
         """Eq. 8: x + phi(y - x), with y the reference at the level of x.
@@ -94,19 +94,21 @@ class ILVR:
         """The denoiser whose estimates have, decoded, the low frequencies of the reference."""
         if self.space == "latents":
             return denoise
-        if self.canvas is None:
+        if self.context is None:
             raise UserError("ILVR in pixels needs an autoencoder: run it in the pipeline.")
-        canvas, reference = self.canvas, self.reference
-        factor = self.factor or _FACTOR * canvas.factor
+        autoencoder, reference = self.context.autoencoder, self.reference
+        factor = self.factor or _FACTOR * autoencoder.factor
         assert isinstance(reference, Tensor)
 
-        def corrected(x: Tensor, level: NoiseLevel) -> Tensor:
-            x0 = denoise(x, level)
+        def corrected(x: Tensor, level: NoiseLevel) -> Estimate:
+            estimate = denoise(x, level)
             if level.ratio < self.until:
-                return x0
-            seen = canvas.decode(x0)
+                return estimate
+            x0 = estimate.x0
+            seen = autoencoder.decode(x0)
             wanted = seen + low_pass(reference.to(seen) - seen, factor)
             # The difference of two encodings: what the autoencoder itself loses cancels.
-            return x0 + (canvas.encode(wanted) - canvas.encode(seen)).to(x0)
+            change = autoencoder.encode(wanted) - autoencoder.encode(seen)
+            return estimate.with_x0(x0 + change.to(x0))
 
         return corrected

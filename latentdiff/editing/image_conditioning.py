@@ -10,8 +10,8 @@ from torch import Tensor
 from latentdiff.editing.masks import inpainting_channels, mask_tensor, masked_picture, paste
 from latentdiff.editing.repaint import Hole
 from latentdiff.editing.run_context import (
-    Canvas,
     Finish,
+    RunContext,
     latents_like,
     opened,
     pixels,
@@ -43,14 +43,14 @@ class Inpaint(Hole):
         """Off."""
         return 1.0
 
-    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+    def bind(self, context: RunContext) -> tuple[Self, Finish]:
         """See `HoldsPicture`."""
         if isinstance(self.image, Tensor):
             return self, unchanged
         picture, mask = pixels(self.image), mask_tensor(self.mask)
-        masked = canvas.latents(masked_picture(picture, mask))
-        bound = replace(self, image=masked, mask=canvas.pad(mask))
-        return bound, lambda painted: paste(painted, picture, mask, canvas.factor)
+        masked = context.latents(masked_picture(picture, mask))
+        bound = replace(self, image=masked, mask=context.pad(mask))
+        return bound, lambda painted: paste(painted, picture, mask, context.autoencoder.factor)
 
     def beside(self, x: Tensor) -> Tensor:
         """The mask and the masked picture [B, 1 + C, h, w]; see `inpainting_channels`."""
@@ -90,12 +90,12 @@ class Instruct:
         """See `HoldsPicture`."""
         return size_of(self.image)
 
-    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+    def bind(self, context: RunContext) -> tuple[Self, Finish]:
         """See `HoldsPicture`."""
         if not isinstance(self.image, Image.Image):
             return self, unchanged
-        latents = canvas.latents(pixels(self.image))
-        return replace(self, image=latents / canvas.scaling_factor), unchanged
+        latents = context.latents(pixels(self.image))
+        return replace(self, image=latents / context.autoencoder.scaling_factor), unchanged
 
     def beside(self, x: Tensor) -> Tensor:
         """The picture [B, C, h, w]."""

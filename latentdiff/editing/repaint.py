@@ -21,8 +21,8 @@ from latentdiff.editing.masks import (
     paste,
 )
 from latentdiff.editing.run_context import (
-    Canvas,
     Finish,
+    RunContext,
     latents_like,
     opened,
     pixels,
@@ -86,15 +86,16 @@ class Blend(Hole):
         UserError: see `Hole`.
     """
 
-    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+    def bind(self, context: RunContext) -> tuple[Self, Finish]:
         """See `HoldsPicture`. The hole is filled with its surroundings before it is encoded."""
         if isinstance(self.image, Tensor):
             return self, unchanged
         picture, mask = pixels(self.image), mask_tensor(self.mask)
-        latents = canvas.latents(fill(picture, mask))
+        latents = context.latents(fill(picture, mask))
         # The mask stays on the CPU: `composite` looks into it at each step.
-        bound = replace(self, image=latents, mask=latent_mask(canvas.pad(mask), canvas.factor))
-        return bound, lambda painted: paste(painted, picture, mask, canvas.factor)
+        factor = context.autoencoder.factor
+        bound = replace(self, image=latents, mask=latent_mask(context.pad(mask), factor))
+        return bound, lambda painted: paste(painted, picture, mask, factor)
 
     def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:
         """The known region put back; see `composite`."""

@@ -1,4 +1,4 @@
-"""Pictures on their way into a run and out of it: what the pipeline lends to an edit."""
+"""The run as an edit sees it, and pictures on their way into it and out again."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,40 +8,37 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from latentdiff.diffusion.process import Process
 from latentdiff.errors import UserError
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.pictures import Picture, open_picture, to_tensor
 
 Finish = Callable[[Tensor], Tensor]
 """Decoded pictures [B, 3, H, W] about [-1, 1] -> the same, corrected."""
 
 
-@dataclass(frozen=True, slots=True)
-class Canvas:
-    """The size of the pictures of one run, and the autoencoder to take them in and out with.
+@dataclass(frozen=True, slots=True, eq=False)
+class RunContext:
+    """One run, as the pipeline shows it to an edit.
 
     Attributes:
-        height: of the pictures, before they are padded to a multiple of `factor`.
+        height: of the pictures, before they are padded to a multiple of the autoencoder's factor.
         width: likewise.
-        factor: pixels per latent, along a side.
-        encode: pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor].
-        decode: the way back.
-        scaling_factor: the autoencoder's: its own numbers are latents divided by this.
+        autoencoder: takes pictures in and out.
+        prompts: of each of the B pictures.
+        process: of the model that draws; None outside a pipeline.
     """
 
     height: int
     width: int
-    factor: int
-    encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
-    scaling_factor: float = 1.0
+    autoencoder: Autoencoder
+    prompts: Sequence[str] = ()
+    process: Process | None = None
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Height and width of the run itself: multiples of `factor`."""
-        height, width = (
-            -(-side // self.factor) * self.factor for side in (self.height, self.width)
-        )
-        return height, width
+        """Height and width of the run itself: multiples of the factor."""
+        return padded_size((self.height, self.width), self.autoencoder.factor)
 
     def pad(self, picture: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, C, *padded], the last row and column repeated."""
@@ -55,7 +52,7 @@ class Canvas:
 
     def latents(self, picture: Tensor) -> Tensor:
         """[B, 3, height, width] in [-1, 1] -> latents of the padded picture."""
-        return self.encode(self.pad(picture))
+        return self.autoencoder.encode(self.pad(picture))
 
 
 def padded_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -72,21 +69,26 @@ class HoldsPicture(Protocol):
         """Height and width of the picture; None if the edit holds latents already."""
         ...
 
-    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
-        """The same edit on latents, and what is to be done to the decoded pictures at the end."""
+
+@runtime_checkable
+class Binds(Protocol):
+    """An edit that is made for one run, out of what it shall do in any."""
+
+    def bind(self, context: RunContext) -> tuple[Self, Finish]:
+        """The edit for this run, on latents; and what is to be done to the decoded pictures."""
         ...
 
 
 Bound = TypeVar("Bound")
 
 
-def bind(edits: Sequence[Bound], canvas: Canvas) -> tuple[list[Bound], Finish]:
+def bind(edits: Sequence[Bound], context: RunContext) -> tuple[list[Bound], Finish]:
     """Edits on latents, and all that they do to the decoded pictures, in their order."""
     bound: list[Bound] = []
     finishes: list[Finish] = []
     for edit in edits:
-        if isinstance(edit, HoldsPicture):
-            on_latents, finish = edit.bind(canvas)
+        if isinstance(edit, Binds):
+            on_latents, finish = edit.bind(context)
             bound.append(on_latents)
             finishes.append(finish)
         else:

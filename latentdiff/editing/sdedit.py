@@ -19,8 +19,8 @@ from latentdiff.editing.masks import (
     paste,
 )
 from latentdiff.editing.run_context import (
-    Canvas,
     Finish,
+    RunContext,
     latents_like,
     opened,
     pixels,
@@ -71,19 +71,20 @@ class SDEdit:
         """See `HoldsPicture`."""
         return size_of(self.image)
 
-    def bind(self, canvas: Canvas) -> tuple[Self, Finish]:
+    def bind(self, context: RunContext) -> tuple[Self, Finish]:
         """See `HoldsPicture`."""
         if isinstance(self.image, Tensor):
             return self, unchanged
         picture = pixels(self.image)
-        latents = canvas.latents(picture)
+        latents = context.latents(picture)
         if self.strength == 0:
             return replace(self, image=latents, mask=None), lambda p: picture.to(p).expand_as(p)
         if self.mask is None:
             return replace(self, image=latents), unchanged
         mask = mask_tensor(self.mask)
-        bound = replace(self, image=latents, mask=latent_mask(canvas.pad(mask), canvas.factor))
-        return bound, lambda painted: paste(painted, picture, mask, canvas.factor)
+        factor = context.autoencoder.factor
+        bound = replace(self, image=latents, mask=latent_mask(context.pad(mask), factor))
+        return bound, lambda painted: paste(painted, picture, mask, factor)
 
     def timetable(self, timetable: Timetable) -> Timetable:
         """The last steps of the run, `repeats` times; the loop jumps back up in between."""

@@ -15,7 +15,6 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from latentdiff.errors import UserError
-from latentdiff.formats.check import check_vae
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
@@ -26,6 +25,7 @@ from latentdiff.formats.weights import (
     read_json,
     weight_files,
 )
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
 
 if TYPE_CHECKING:
@@ -35,22 +35,6 @@ Network = TypeVar("Network", bound=nn.Module)
 Config = dict[str, Any]
 
 _STEM = "diffusion_pytorch_model"
-
-
-def check_folder(folder: Path) -> None:
-    """Pass if the folder says that it is a model of the kind that loads here.
-
-    Raises:
-        UserError: it has no index, or one of a family that needs other parts.
-    """
-    path = folder / "model_index.json"
-    index = read_json(path)
-    for part in ("text_encoder_2", "transformer", "prior", "image_encoder"):
-        if index.get(part) not in (None, [None, None]):
-            raise UserError(
-                f"{path}: a {index.get('_class_name')!s:.60} with a {part}; only models of one "
-                "U-Net, one VAE and one text encoder work here."
-            )
 
 
 def unet(folder: Path) -> tuple[UNet2DConditionModel, WeightFiles]:
@@ -92,7 +76,7 @@ def load_vae(folder: Path) -> AutoencoderKL | VQModel:
     """
     autoencoder, files = vae(folder)
     with blaming(folder):
-        check_vae(autoencoder)
+        DiffusersAutoencoder(autoencoder)
     return fill(autoencoder, files, torch.float32, torch.device("cpu"))
 
 

@@ -17,47 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.formats.check import Kind, kind_of, latent_affine, latent_channels
-from latentdiff.models.text_encoders import ClipTower, TextTower
+from latentdiff.models.autoencoder import latent_affine, latent_channels
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-
-_PIPELINES: dict[Kind, str] = {
-    "text-to-image": "StableDiffusionPipeline",
-    "inpainting": "StableDiffusionInpaintPipeline",
-    "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
-}
-
-
-def save_folder(
-    folder: Path,
-    vae: "AutoencoderKL | VQModel",
-    unet: "UNet2DConditionModel",
-    text: TextTower,
-    schedule: dict[str, object],
-    dtype: torch.dtype | None,
-) -> Path:
-    """Write the parts of a model; see `Bundle.save`.
-
-    Raises:
-        UserError: the folder cannot be written, or holds something that is no model.
-    """
-    replaceable = (folder / "model_index.json").is_file() or not folder.exists()
-    if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: not a model folder, so it is not replaced; name another.")
-    with staged(folder) as stage:
-        vae = without_offset(vae)
-        _save_diffusers(vae, stage / "vae", dtype)
-        _save_diffusers(unet, stage / "unet", dtype)
-        _save_text(text, stage, dtype)
-        write_json(stage / "scheduler" / "scheduler_config.json", schedule)
-        index = _index(vae, unet, text, schedule)
-        write_json(stage / "model_index.json", index)
-    return folder
 
 
 def save_network(network: "AutoencoderKL | VQModel", folder: Path) -> None:
@@ -67,7 +32,21 @@ def save_network(network: "AutoencoderKL | VQModel", folder: Path) -> None:
         UserError: the folder cannot be written, or a weight is not finite.
     """
     with staged(folder) as stage:
-        _save_diffusers(network, stage, None)
+        save_diffusers(network, stage, None)
+
+
+@contextlib.contextmanager
+def replacing_model(folder: Path) -> Iterator[Path]:
+    """A folder beside a model's that takes its place at the end.
+
+    Raises:
+        UserError: the folder cannot be written, or holds something that is no model.
+    """
+    replaceable = (folder / "model_index.json").is_file() or not folder.exists()
+    if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: not a model folder, so it is not replaced; name another.")
+    with staged(folder) as stage:
+        yield stage
 
 
 @contextlib.contextmanager
@@ -172,59 +151,19 @@ def save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | Non
     shutil.copymode(path.with_name("config.json"), path)  # safetensors lets only its owner read
 
 
-def _save_diffusers(
+def save_diffusers(
     network: "AutoencoderKL | VQModel | UNet2DConditionModel",
     folder: Path,
     dtype: torch.dtype | None,
 ) -> None:
+    """A network of diffusers as a folder with its config and weights.
+
+    Raises:
+        UserError: a weight is not finite in that precision.
+    """
     network.save_config(folder)
     path = folder / "diffusion_pytorch_model.safetensors"
     save_weights(network.state_dict(), path, dtype)
-
-
-def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
-    config = copy.deepcopy(text.model.config)
-    config.architectures = [type(text.model).__name__]
-    config.save_pretrained(stage / "text_encoder")
-    values = dict(text.model.state_dict())
-    if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
-        values = {f"text_model.{name}": value for name, value in values.items()}
-    else:
-        values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
-    save_weights(values, stage / "text_encoder" / "model.safetensors", dtype)
-    text.tokenizer.save_pretrained(stage / "tokenizer")
-    if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
-        text.tokenizer.backend_tokenizer.model.save(str(stage / "tokenizer"))
-
-
-def _index(
-    vae: "AutoencoderKL | VQModel",
-    unet: "UNet2DConditionModel",
-    text: TextTower,
-    schedule: dict[str, object],
-) -> dict[str, object]:
-    """What each folder holds; it names a pipeline of diffusers only where that draws the same."""
-    from diffusers import __version__
-
-    kind = kind_of(vae, unet)
-    known = isinstance(text, ClipTower) and type(vae).__name__ == "AutoencoderKL"
-    known &= not bool(latent_affine(vae)[1].any())
-    known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
-    known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
-    known &= "beta_schedule" in schedule or "trained_betas" in schedule
-    known &= kind != "inpainting" or latent_channels(vae) == 4  # all that it takes
-    return {
-        "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",
-        "_diffusers_version": __version__,
-        "vae": ["diffusers", type(vae).__name__],
-        "unet": ["diffusers", type(unet).__name__],
-        "text_encoder": ["transformers", type(text.model).__name__],
-        "tokenizer": ["transformers", type(text.tokenizer).__name__],
-        "scheduler": ["diffusers", str(schedule["_class_name"])],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
 
 
 def without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":

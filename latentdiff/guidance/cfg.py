@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Condition, ConditionedDenoiser, Denoiser, bind
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Denoiser, Estimate, bind
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.guidance.batch import together
 
 
 def classifier_free(
@@ -26,7 +26,8 @@ def classifier_free(
 
     Ho & Salimans 2022 (Classifier-Free Diffusion Guidance), eq. 6, with their 1 + w called scale:
     1 is off, and then (as outside the interval) only the positive condition is evaluated. Guiding
-    x_0 is guiding eps, v or flow, for all are affine in each other at one level.
+    x_0 is guiding eps, v or flow, for all are affine in each other at one level. A learned variance
+    is the positive condition's own, as GLIDE and DiT take it.
 
     With a picture in the conditions, image_scale (negative - blind) more than image_scale 1 is
     added: Brooks et al. 2023 (InstructPix2Pix), eq. 3, whose s_T is scale and s_I image_scale. All
@@ -51,7 +52,7 @@ def classifier_free(
         UserError: a condition that a scale other than 1 needs is missing; rescale or interval out
             of range; conditions of different shapes.
     """
-    low, high = _bounds(interval)
+    low, high = bounds(interval)
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale must lie between 0 and 1, not {rescale}.")
     if not math.isfinite(scale) or not math.isfinite(image_scale):
@@ -63,22 +64,23 @@ def classifier_free(
         raise UserError(f"guidance at scale {scale} needs a negative (or empty) condition.")
     if image_scale != 1 and blind is None:
         raise UserError(f"guidance at image scale {image_scale} needs a condition without it.")
-    others = [blind] if blind is not None and image_scale != 1 else []
-    every = together(denoise, [negative, positive, *others])
+    branches = [Branch("negative", negative), Branch("positive", positive)]
+    if blind is not None and image_scale != 1:
+        branches.append(Branch("blind", blind))
 
-    def guided(x: Tensor, level: NoiseLevel) -> Tensor:
+    def guided(x: Tensor, level: NoiseLevel) -> Estimate:
         if not low < level.ratio <= high:
             return unguided(x, level)
-        x0_negative, x0_positive, *x0_blind = every(x, level)
-        x0 = x0_negative + scale * (x0_positive - x0_negative)
-        if x0_blind:
-            x0 = x0 + (image_scale - 1) * (x0_negative - x0_blind[0])
-        return _restore_contrast(x0, x0_positive, rescale) if rescale else x0
+        away, towards, *without = denoise(x, level, branches)
+        x0 = away.x0 + scale * (towards.x0 - away.x0)
+        if without:
+            x0 = x0 + (image_scale - 1) * (away.x0 - without[0].x0)
+        return towards.with_x0(_restore_contrast(x0, towards.x0, rescale) if rescale else x0)
 
     return guided
 
 
-def _bounds(interval: tuple[float, float]) -> tuple[float, float]:
+def bounds(interval: tuple[float, float]) -> tuple[float, float]:
     """The interval, if it is one.
 
     Raises:

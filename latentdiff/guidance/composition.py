@@ -2,52 +2,48 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import ASK_TOGETHER, POSITIVE, Condition, ConditionedDenoiser
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Estimate
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.errors import UserError
 
 
 def composed(
-    denoise: ConditionedDenoiser, further: Sequence[tuple[Condition, float]]
+    denoise: ConditionedDenoiser,
+    further: Sequence[tuple[Condition, float]],
+    negative: Condition,
 ) -> ConditionedDenoiser:
-    """The estimate under the positive condition becomes positive + sum_i w_i (x_0i - negative).
+    """Move the estimate under the positive condition to positive + sum_i w_i (x_0i - negative).
 
     Classifier-free guidance of scale s makes of it negative + s (positive - negative) +
     sum_i s w_i (x_0i - negative): Liu et al. 2022 (Composable Diffusion), eq. 11, with weights of s
-    and s w_i. So it goes with every guidance. All rows go through the network as one batch. Where
-    no negative condition is asked, guidance is off, and the further ones are, too.
+    and s w_i. So it goes with every guidance, and without any. All rows go through the network as
+    one batch; the negative condition is asked here where the guidance does not ask it.
 
     Args:
-        denoise: to guide; the guidance goes around what is returned. Its conditions are `mark`ed;
-            of several that are not positive, the one before or after it is its negative.
-        further: conditions for B pictures, with what the positive one has beside them left out,
-            and their weights.
+        denoise: to guide; the guidance goes around what is returned.
+        further: conditions for B pictures and their weights.
+        negative: for B pictures, where the guidance has none.
     """
     if not further:
         return denoise
+    others = [Branch("further", condition) for condition, _ in further]
+    origin = Branch("negative", negative)
 
-    def shifted(x: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        positive = condition[POSITIVE]
-        if not positive.any():
-            raise UserError(ASK_TOGETHER)
-        if bool(positive.all()):
-            return denoise(x, level, condition)
-        rows, others = (which.nonzero().flatten() for which in (positive, ~positive))
-        joined = dict(condition)
-        for name, part in condition.items():
-            more = [each.get(name, part[rows]) for each, _ in further]
-            joined[name] = torch.cat([part, *more])
-        joined[POSITIVE][len(x) :] = False
-        count = len(further)
-        batch = torch.cat([x, *[x[rows]] * count])
-        x0, *each_x0 = denoise(batch, level, joined).split([len(x), *[len(rows)] * count])
-        base = x0[others[: len(rows)]]
-        total = x0[rows]
-        for (_, weight), more_x0 in zip(further, each_x0, strict=True):
-            total = total + weight * (more_x0 - base)
-        return x0.index_copy(0, rows.to(x0.device), total)
+    def shifted(x: Tensor, level: NoiseLevel, branches: Sequence[Branch]) -> tuple[Estimate, ...]:
+        roles = [branch.role for branch in branches]
+        if "positive" not in roles:
+            return denoise(x, level, branches)
+        alone = [] if "negative" in roles else [origin]
+        found = denoise(x, level, [*branches, *alone, *others])
+        estimates, more = list(found[: len(branches)]), found[-len(others) :]
+        base = found[len(branches) if alone else roles.index("negative")].x0
+        place = roles.index("positive")
+        x0 = estimates[place].x0
+        for (_, weight), estimate in zip(further, more, strict=True):
+            x0 = x0 + weight * (estimate.x0 - base)
+        estimates[place] = estimates[place].with_x0(x0)
+        return tuple(estimates)
 
     return shifted

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser, Estimate
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 
@@ -50,14 +50,15 @@ def from_estimate(
     if strength == 0:
         return denoise
 
-    def guided(x: Tensor, level: NoiseLevel) -> Tensor:
+    def guided(x: Tensor, level: NoiseLevel) -> Estimate:
         if not low < level.ratio <= high:
             return denoise(x, level)
         if through:
             return _through(denoise, score, x, level, strength)
-        x0 = denoise(x, level)
+        estimate = denoise(x, level)
         power = level.alpha**2 + level.sigma**2
-        return x0 + strength * level.sigma**2 / power * _gradient(score, x0)
+        change = strength * level.sigma**2 / power * _gradient(score, estimate.x0)
+        return estimate.with_x0(estimate.x0 + change)
 
     return guided
 
@@ -68,14 +69,16 @@ def _through(
     x: Tensor,
     level: NoiseLevel,
     strength: float,
-) -> Tensor:
+) -> Estimate:
     if level.alpha == 0:
         return denoise(x, level)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        x0 = denoise(leaf, level)
-        (gradient,) = torch.autograd.grad(score(x0).sum(), leaf)
-    return x0.detach() + strength * level.sigma**2 / level.alpha * gradient
+        estimate = denoise(leaf, level)
+        (gradient,) = torch.autograd.grad(score(estimate.x0).sum(), leaf)
+    x0 = estimate.x0.detach() + strength * level.sigma**2 / level.alpha * gradient
+    v = estimate.variance
+    return Estimate(x0, None if v is None else v.detach())
 
 
 def _gradient(score: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:

@@ -1,22 +1,21 @@
-"""Away from what the same network says with its attention spoilt (PAG, SEG)."""
+"""Guidance by the model's own attention, spoilt: PAG and SEG."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import ASK_TOGETHER, POSITIVE, Condition, ConditionedDenoiser
+from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Estimate
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-
-SPOILT = "spoilt"
-"""In a condition: int64 [B], by which of the network's perturbations a row is spoilt; 0: none."""
+from latentdiff.guidance.cfg import bounds
+from latentdiff.models.perturbation import MID, BlurredQueries, IdentityAttention, Perturbation
 
 
 def perturbed(
     denoise: ConditionedDenoiser,
-    perturbation: int,
-    pictures: int,
+    number: int,
     *,
     scale: float,
     interval: tuple[float, float] = (0.0, math.inf),
@@ -24,16 +23,14 @@ def perturbed(
     """Add scale (x_0 - x_0 spoilt) to the estimates under every condition of a picture.
 
     Ahn et al. 2024 (PAG), eq. 11, and Hong 2024 (SEG), eq. 12, with their scale (0 is off). The
-    spoilt rows go through the network in the batch of the others. What guidance makes of several
-    estimates are sums with weights of total 1, and so exactly this term arrives in what is
+    spoilt branch goes through the network in the batch of the others. What guidance makes of
+    several estimates are sums with weights of total 1, and so exactly this term arrives in what is
     guided: eps = eps_cfg + scale (eps - eps spoilt). (Of projected guidance the direction that it
-    projects along is that of the shifted x_0.) Of several positive conditions the mean is added.
+    projects along is that of the shifted x_0.)
 
     Args:
-        denoise: the network's own; the guidance goes around what is returned. Its conditions are
-            `mark`ed, and it does to rows of `SPOILT` what they say.
-        perturbation: number of the perturbation, from 1.
-        pictures: B; a batch holds one or more conditions for each.
+        denoise: the network's own; the guidance goes around what is returned.
+        number: of the network's perturbation, from 1.
         scale: strength.
         interval: only where low < sigma / alpha <= high.
 
@@ -41,25 +38,87 @@ def perturbed(
         UserError: a scale or an interval out of range; in the run, a method of guidance that asks
             its conditions one by one.
     """
-    low, high = interval
-    if not math.isfinite(scale) or not 0 <= low <= high:
-        raise UserError(
-            f"perturbed attention needs a finite scale and an interval from a small sigma to a "
-            f"large one, not {scale} and {interval}."
-        )
+    low, high = bounds(interval)
+    if not math.isfinite(scale):
+        raise UserError(f"perturbed attention needs a finite scale, not {scale}.")
+    known: dict[int, tuple[Branch, Branch]] = {}  # so that each step asks the same branches
 
-    def shifted(x: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+    def spoilt_of(branches: Sequence[Branch]) -> Branch:
+        positive = next((b for b in branches if b.role == "positive" and not b.perturbation), None)
+        if positive is None:
+            raise UserError(
+                "perturbed attention needs a guidance that asks all its conditions in one call of "
+                "the denoiser."
+            )
+        if id(positive) not in known:
+            known.clear()
+            spoilt = Branch("further", positive.condition, number)
+            known[id(positive)] = positive, spoilt
+        return known[id(positive)][1]
+
+    def shifted(x: Tensor, level: NoiseLevel, branches: Sequence[Branch]) -> tuple[Estimate, ...]:
         if scale == 0 or not low < level.ratio <= high:
-            return denoise(x, level, condition)
-        rows = condition[POSITIVE].nonzero().flatten()
-        if not len(rows):
-            raise UserError(ASK_TOGETHER)
-        joined = {name: torch.cat([part, part[rows]]) for name, part in condition.items()}
-        joined[POSITIVE][len(x) :] = False  # another perturbation leaves these rows alone
-        spoilt = condition.get(SPOILT, torch.zeros(len(x), dtype=torch.int64))
-        joined[SPOILT] = torch.cat([spoilt, torch.full((len(rows),), perturbation)])
-        x0, x0_spoilt = denoise(torch.cat([x, x[rows]]), level, joined).split([len(x), len(rows)])
-        away = (x0[rows] - x0_spoilt).view(-1, pictures, *x.shape[1:]).mean(0)
-        return x0 + scale * away.repeat(len(x) // pictures, *[1] * (x.ndim - 1))
+            return denoise(x, level, branches)
+        *estimates, spoilt = denoise(x, level, [*branches, spoilt_of(branches)])
+        place = next(n for n, branch in enumerate(branches) if branch.role == "positive")
+        away = scale * (estimates[place].x0 - spoilt.x0)
+        return tuple(estimate.with_x0(estimate.x0 + away) for estimate in estimates)
 
     return shifted
+
+
+@dataclass(frozen=True, slots=True)
+class PAG:
+    """Perturbed-attention guidance: Ahn et al. 2024.
+
+    Attributes:
+        scale: strength; 0 is off, 3 their choice.
+        layers: prefixes of the names of the layers to spoil.
+        interval: of sigma / alpha, above the first and up to the second.
+    """
+
+    scale: float = 3.0
+    layers: tuple[str, ...] = MID
+    interval: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """See `EditsBranches`."""
+        return IdentityAttention(self.layers)
+
+    def branches(self, denoise: ConditionedDenoiser, number: int) -> ConditionedDenoiser:
+        """See `EditsBranches`."""
+        return perturbed(denoise, number, scale=self.scale, interval=self.interval)
+
+
+@dataclass(frozen=True, slots=True)
+class SEG:
+    """Smoothed-energy guidance: Hong 2024.
+
+    Attributes:
+        scale: strength; 0 is off, 3 their choice.
+        blur: standard deviation of the blur of the queries, in places of the layer's grid.
+        layers: prefixes of the names of the layers to spoil.
+        interval: of sigma / alpha, above the first and up to the second.
+
+    Raises:
+        UserError: a blur that is not above 0.
+    """
+
+    scale: float = 3.0
+    blur: float = math.inf
+    layers: tuple[str, ...] = MID
+    interval: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        if not self.blur > 0:
+            raise UserError(f"the blur of SEG must be above 0, not {self.blur}.")
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """See `EditsBranches`."""
+        return BlurredQueries(self.blur, self.layers)
+
+    def branches(self, denoise: ConditionedDenoiser, number: int) -> ConditionedDenoiser:
+        """See `EditsBranches`."""
+        return perturbed(denoise, number, scale=self.scale, interval=self.interval)

@@ -1,42 +1,46 @@
 """What one step of stage 2 is made of: times, noised latents, targets and their weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from latentdiff.bundle import Bundle
 from latentdiff.diffusion.prediction import Prediction, target, to_x0
 from latentdiff.diffusion.process import DiscreteVP, Process
 from latentdiff.diffusion.variance import gaussian_kl, gaussian_surprise, learned_log_std
 from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import generator
-from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
+from latentdiff.models.text_encoders import TextStates, Tokens
 
 Times = Literal["uniform", "logit-normal"]
 
 
 class Conditioned(nn.Module):
-    """U-Net and text tower as one module, so that Accelerate wraps, clips and averages both."""
+    """Network and conditioner as one module, so that Accelerate wraps, clips and averages both."""
 
-    def __init__(self, unet: UNet2DConditionModel, tower: TextTower) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__()
-        self.unet = unet
-        self.text = tower.model
-        self._tower = (tower,)  # in a tuple, so that its network is registered once
+        self.unet = bundle.network.module
+        self.text = nn.ModuleDict(bundle.conditioner.modules)
+        self._bundle = (bundle,)  # in a tuple, so that no module is registered twice
 
-    def forward(self, x: Tensor, t: Tensor, words: Tokens | TextStates) -> Tensor:
-        """The network's output [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
+    def forward(
+        self, x: Tensor, t: Tensor, words: Tokens | TextStates, beside: Tensor | None = None
+    ) -> Tensor:
+        """Predict [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
-        Tokens go through the tower, for it to be trained; its states, made before, do not.
+        Tokens go through the text encoders, for them to be trained; states, made before, do not.
         """
-        text = self._tower[0].states(words) if isinstance(words, Tokens) else words
-        mask = None if text.mask is None else text.mask.to(x.device)
-        return self.unet(x, t, text.states.to(x.device), encoder_attention_mask=mask).sample
+        (bundle,) = self._bundle
+        text = bundle.conditioner.states(words) if isinstance(words, Tokens) else words
+        size = x.shape[-2] * bundle.factor, x.shape[-1] * bundle.factor
+        condition = replace(bundle.conditioner.condition(text, size), beside=beside)
+        return bundle.network(x, t, condition)
 
 
 def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tensor:

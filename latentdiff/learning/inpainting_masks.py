@@ -68,17 +68,17 @@ def with_mask_input(bundle: Bundle) -> Bundle:
         return bundle
     if bundle.kind != "text-to-image":
         raise UserError(f"{bundle.name} is an {bundle.kind} model: it cannot learn to inpaint")
-    old = bundle.unet.conv_in
-    channels = 2 * bundle.latent_channels + 1
-    config = {**bundle.unet.config, "in_channels": channels}
-    unet = UNet2DConditionModel.from_config(config)
+    narrow = bundle.network.module
+    assert isinstance(narrow, UNet2DConditionModel)
+    old, channels = narrow.conv_in, 2 * bundle.latent_channels + 1
+    unet = UNet2DConditionModel.from_config({**narrow.config, "in_channels": channels})
     assert isinstance(unet, UNet2DConditionModel)
-    weights = bundle.unet.state_dict()
+    weights = narrow.state_dict()
     wide = weights["conv_in.weight"].new_zeros(old.out_channels, channels, *old.kernel_size)
     wide[:, : old.in_channels] = weights["conv_in.weight"]
     unet.load_state_dict({**weights, "conv_in.weight": wide})
-    nn.Module.to(unet, bundle.device, bundle.dtype)
-    return replace(bundle, unet=unet.eval())
+    nn.Module.to(unet, bundle.device, bundle.network.dtype)
+    return replace(bundle, network=bundle.network.with_module(unet.eval()))
 
 
 class Holes:
@@ -111,5 +111,5 @@ class Holes:
         pictures = torch.stack([self.pictures[number][variant] for number, variant in chosen])
         size = pictures.shape[-2], pictures.shape[-1]
         masks = torch.stack([draw_mask(seed, step, place, size) for place in places])
-        masked = bundle.encode(masked_picture(to_range(pictures), masks))
+        masked = bundle.autoencoder.encode(masked_picture(to_range(pictures), masks))
         return inpainting_channels(masks.to(masked.device), masked)

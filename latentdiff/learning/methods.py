@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -67,7 +68,7 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
         bundle = with_mask_input(bundle)
     if bundle.kind == "instruct-pix2pix":
         raise UserError(f"{bundle.name} is an instruct-pix2pix model, which is not trained here")
-    for network in (bundle.unet, bundle.vae, bundle.text.model):
+    for network in bundle.modules.values():
         network.requires_grad_(False)
     if config.method == "textual-inversion":
         bundle = add_words(bundle, config.inversion.tokens, config.inversion.start_from)
@@ -83,10 +84,12 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
             seed=config.seed,
         )
     else:
-        bundle.unet.requires_grad_(True)
-        bundle.text.model.requires_grad_(config.train_text)
+        bundle.network.module.requires_grad_(True)
+        for encoder in bundle.conditioner.modules.values():
+            encoder.requires_grad_(config.train_text)
     if config.gradient_checkpointing:
-        bundle.unet.enable_gradient_checkpointing()
+        unet: Any = bundle.network.module
+        unet.enable_gradient_checkpointing()
     return bundle
 
 
@@ -106,7 +109,7 @@ def without_lora(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_dropout(bundle: Bundle) -> Iterator[None]:
     """Inside the context the U-Net and the text encoder compute as they do after training."""
-    networks = bundle.unet, bundle.text.model
+    networks = bundle.network.module, *bundle.conditioner.modules.values()
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()

@@ -30,8 +30,7 @@ def drawn_from(bundle: Bundle) -> str:
     process = bundle.process
     times = torch.linspace(process.t_min, process.t_max, 9, dtype=torch.float64)
     parts = [weights_hash(dict(zip(("alpha", "sigma"), process.alpha_sigma(times), strict=True)))]
-    networks = bundle.unet, bundle.vae, bundle.text.model
-    parts += [weights_hash(network.state_dict()) for network in networks]
+    parts += [weights_hash(network.state_dict()) for network in bundle.modules.values()]
     return " ".join([*parts, bundle.prediction])
 
 

@@ -14,10 +14,10 @@ from latentdiff.data.check import Checked
 from latentdiff.data.examples import Example
 from latentdiff.data.variants import Size, Variant, bucket_sizes, nearest_bucket
 from latentdiff.errors import UserError
-from latentdiff.formats.check import latent_affine
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.buckets import BucketOrder
 from latentdiff.learning.order import generator, sample_noise
+from latentdiff.models.autoencoder import latent_affine
 from latentdiff.models.vae import VAE, encode_moments
 from latentdiff.pictures import to_uint8
 

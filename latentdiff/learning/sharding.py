@@ -42,8 +42,8 @@ class Shown:
         self.bundle, self.module, self.device, self.split = bundle, module, device, split
         self.twin: Bundle | None = None
         if split and main:
-            copied = copy.deepcopy((bundle.unet, bundle.text))
-            self.twin = replace(bundle, unet=copied[0], text=copied[1])
+            copied = copy.deepcopy((bundle.network, bundle.conditioner))
+            self.twin = replace(bundle, network=copied[0], conditioner=copied[1])
             self._move(torch.device("cpu"))
 
     @contextmanager
@@ -52,7 +52,7 @@ class Shown:
         if not self.split:
             yield self.bundle
             return
-        held = self.twin and dict(Conditioned(self.twin.unet, self.twin.text).named_parameters())
+        held = self.twin and dict(Conditioned(self.twin).named_parameters())
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -65,5 +65,5 @@ class Shown:
 
     def _move(self, device: torch.device) -> None:
         if self.twin is not None:
-            nn.Module.to(self.twin.unet, device)
-            nn.Module.to(self.twin.text.model, device)
+            for module in (self.twin.network.module, *self.twin.conditioner.modules.values()):
+                nn.Module.to(module, device)

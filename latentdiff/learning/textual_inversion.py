@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_save import save_tensors
+from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.text_encoders import ClipTower
 
 
@@ -55,9 +56,7 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     Raises:
         UserError: no CLIP text encoder, a word that it has already, or two that it reads as one.
     """
-    tower = bundle.text
-    if not isinstance(tower, ClipTower):
-        raise UserError("only a CLIP text encoder can learn new words")
+    tower = clip_of(bundle)
     backend = tower.tokenizer.backend_tokenizer
     known = backend.get_vocab()
     for token in tokens:
@@ -79,11 +78,23 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     tower.model.requires_grad_(False)
     tower.model.set_input_embeddings(WordRows(table, first, start.repeat(len(tokens), 1)))
     tower.model.config.vocab_size = max(table.num_embeddings, first + len(tokens))
-    return replace(bundle, text=ClipTower(tower.model, tower.tokenizer))
+    return replace(bundle, conditioner=TextConditioner(ClipTower(tower.model, tower.tokenizer)))
+
+
+def clip_of(bundle: Bundle) -> ClipTower:
+    """The one CLIP text encoder of a model.
+
+    Raises:
+        UserError: it has another, or several.
+    """
+    conditioner = bundle.conditioner
+    if not isinstance(conditioner, TextConditioner) or not isinstance(conditioner.tower, ClipTower):
+        raise UserError("only a CLIP text encoder can learn new words")
+    return conditioner.tower
 
 
 def _ids(bundle: Bundle, token: str) -> list[int]:
-    return bundle.text.tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
+    return clip_of(bundle).tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
 
 
 def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path]:
@@ -98,7 +109,7 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
     Raises:
         UserError: they cannot be written.
     """
-    words = bundle.text.model.get_input_embeddings()
+    words = clip_of(bundle).model.get_input_embeddings()
     assert isinstance(words, WordRows)
     rows = words.rows.detach().cpu()
     paths: list[Path] = []
@@ -111,12 +122,12 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
 
 def with_learned_words(bundle: Bundle) -> Bundle:
     """The model with the learned rows in a plain table, to be saved; `bundle` stays as it is."""
-    assert isinstance(bundle.text, ClipTower)
-    model = copy.deepcopy(bundle.text.model)
+    tower = clip_of(bundle)
+    model = copy.deepcopy(tower.model)
     words = model.get_input_embeddings()
     assert isinstance(words, WordRows)
     model.set_input_embeddings(words.merged())
-    return replace(bundle, text=ClipTower(model, bundle.text.tokenizer))
+    return replace(bundle, conditioner=TextConditioner(ClipTower(model, tower.tokenizer)))
 
 
 def check_words(tokens: Sequence[str], captions: Sequence[str]) -> None:

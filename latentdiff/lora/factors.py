@@ -57,7 +57,7 @@ class Lora:
 
 def network(bundle: Bundle, part: Part) -> nn.Module:
     """The network that a part names."""
-    return bundle.unet if part == "unet" else bundle.text.model
+    return bundle.modules[part]
 
 
 def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

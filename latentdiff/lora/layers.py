@@ -24,7 +24,6 @@ from latentdiff.lora.factors import (
     network,
 )
 from latentdiff.lora.file import peft_settings
-from latentdiff.models.text_encoders import ClipTower, T5Tower
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -83,8 +82,6 @@ def add_lora(
     _check_settings(rank, alpha, dropout)
     if others := lora_names(bundle):
         raise UserError(f"the model has a LoRA already ('{others[0]}'): remove or fuse it first.")
-    if text_encoder and not isinstance(bundle.text, ClipTower):
-        raise UserError("only a CLIP text encoder can have a LoRA; leave text_encoder off.")
     named = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else targets
     chosen: dict[Part, Sequence[str]] = {"unet": named}
     if text_encoder:
@@ -97,6 +94,8 @@ def add_lora(
             for module, layer in layers(network(bundle, part)).items()
             if any(f".{module}".endswith(f".{end}") for end in ends)
         }
+        if not matching and part == "text_encoder":
+            raise UserError("only a CLIP text encoder can have a LoRA; leave text_encoder off.")
         if not matching:
             raise UserError(f"targets: no layer of the {part} has a name that ends in {named}.")
         strength = float(rank if alpha is None else alpha)
@@ -286,10 +285,12 @@ def fused(bundle: Bundle) -> Bundle:
     """
     if not lora_names(bundle):
         raise UserError("there is no LoRA in this model to fuse.")
-    unet = _merged(bundle.unet)
-    model: Any = _merged(bundle.text.model)
-    tower = ClipTower if isinstance(bundle.text, ClipTower) else T5Tower
-    return replace(bundle, unet=unet, text=tower(model, bundle.text.tokenizer))
+    encoders = {name: _merged(model) for name, model in bundle.conditioner.modules.items()}
+    return replace(
+        bundle,
+        network=bundle.network.with_module(_merged(bundle.network.module)),
+        conditioner=bundle.conditioner.with_modules(encoders),
+    )
 
 
 def _merged(model: Network) -> Network:

@@ -1,5 +1,8 @@
 """One call: words in, pictures out."""
 
-from latentdiff.pipeline.latent_diffusion import LatentDiffusionPipeline, PipelineOutput
+from latentdiff.pipeline.latent_diffusion import LatentDiffusionPipeline
+from latentdiff.pipeline.output import PipelineOutput
+from latentdiff.pipeline.request import Request
+from latentdiff.pipeline.run import Run
 
-__all__ = ["LatentDiffusionPipeline", "PipelineOutput"]
+__all__ = ["LatentDiffusionPipeline", "PipelineOutput", "Request", "Run"]

@@ -5,17 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.bundle import Bundle
-from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.inversion import slerp
-from latentdiff.diffusion.noise import NoiseStreams
-from latentdiff.diffusion.sampling import sample
+from latentdiff.diffusion.solver import Solver
 from latentdiff.errors import UserError
-from latentdiff.guidance import classifier_free
 from latentdiff.pictures import Picture, open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.prompts import check_prompts
-from latentdiff.solvers import DPMpp2M, Solver
 
 
 def between_pictures(
@@ -67,27 +63,26 @@ def between_pictures(
     return output.images[..., :height, :width]
 
 
-@torch.no_grad()
 def between_prompts(
-    bundle: Bundle,
+    pipe: LatentDiffusionPipeline,
     a: str,
     b: str,
     weights: Sequence[float],
     *,
     num_inference_steps: int = 20,
     guidance_scale: float = 4.0,
-    solver: Solver | None = None,
+    solver: str | Solver | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Pictures between two prompts: one noise, and text states between theirs.
 
     Args:
-        bundle: the model.
+        pipe: the model.
         a, b: the prompts.
         weights: one for each picture to draw; 0 is a, 1 is b.
         num_inference_steps: of the run.
         guidance_scale: 1 is off.
-        solver: None is DPM-Solver++(2M).
+        solver: None is the model's own.
         seed: of the noise, the same for all.
 
     Returns:
@@ -98,40 +93,23 @@ def between_prompts(
     """
     if not weights:
         raise UserError("weights: name at least one place between the prompts.")
-    text = bundle.text.encode([*check_prompts([a, b]), ""])
-    first, last, empty = text.states.split(1)
-    positive: dict[str, Tensor] = {
-        "states": torch.cat([slerp(first, last, weight) for weight in weights])
+    bundle = pipe.bundle
+    with torch.no_grad():
+        encoded = bundle.conditioner.encode([*check_prompts([a, b]), ""], bundle.size).condition
+    between = {
+        name: torch.cat([slerp(value[:1], value[1:2], weight) for weight in weights])
+        if value.is_floating_point()
+        else value[:2].any(0, keepdim=True).expand(len(weights), *value.shape[1:])
+        for name, value in encoded.given().items()
     }
-    negative: dict[str, Tensor] = {"states": empty.expand(len(weights), -1, -1)}
-    if text.mask is not None:
-        seen = (text.mask[0] | text.mask[1])[None]
-        positive["mask"] = seen.expand(len(weights), -1)
-        negative["mask"] = text.mask[2:].expand(len(weights), -1)
-    x = _run(
-        bundle, positive, negative, num_inference_steps, guidance_scale, solver or DPMpp2M(), seed
+    output = pipe(
+        prompt_embeds=Condition(**between),
+        negative_prompt_embeds=encoded.take([2]),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        seed=[seed] * len(weights),
+        output_type="pt",
+        progress=False,
     )
-    return (bundle.decode(x) / 2 + 0.5).clamp(0, 1)
-
-
-def _run(
-    bundle: Bundle,
-    positive: Condition,
-    negative: Condition,
-    steps: int,
-    guidance_scale: float,
-    solver: Solver,
-    seed: int,
-) -> Tensor:
-    denoise = classifier_free(
-        conditioned_denoiser(bundle.network(), bundle.process, bundle.prediction),
-        positive,
-        negative,
-        scale=guidance_scale,
-    )
-    timetable = bundle.timetable(None, steps)
-    noise = NoiseStreams.of([(seed, 0)] * len(positive["states"]))
-    height, width = bundle.size
-    shape = (bundle.latent_channels, height // bundle.factor, width // bundle.factor)
-    x = noise.draw(shape).to(bundle.device) * bundle.process.prior_scale(timetable[0])
-    return sample(denoise, solver, timetable, x, noise=noise)
+    return output.images

@@ -1,11 +1,9 @@
 """Words in, pictures out."""
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
@@ -13,84 +11,24 @@ from tqdm import tqdm
 
 from latentdiff import lora
 from latentdiff.bundle import Bundle, Precision
-from latentdiff.diffusion.denoiser import (
-    Condition,
-    LearnedVarianceDenoiser,
-    conditioned_denoiser,
-    mark,
-)
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import bind, conditioned_denoiser
+from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.inversion import invert
-from latentdiff.diffusion.noise import NoiseStreams
-from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.diffusion.sampling import Callback, Edit, EditsInput, EditsTimetable, sample
+from latentdiff.diffusion.sampling import Callback
+from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
-from latentdiff.editing import Canvas, bind, padded_size, picture_size
-from latentdiff.errors import UserError
-from latentdiff.guidance import classifier_free, composed, named
-from latentdiff.guidance.guides import (
-    Guide,
-    Scene,
-    SpoilsAttention,
-    resolve,
-    spoil_attention,
-    steer,
-)
-from latentdiff.guidance.named import Method
+from latentdiff.editing import RunContext
+from latentdiff.guidance.methods import Method
 from latentdiff.models.attention import Attention
-from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
-from latentdiff.pipeline.arguments import (
-    MAX_PIXELS,
-    MAX_STEPS,
-    check_levels,
-    finite,
-    first_noise,
-    latent_shape,
-    listed,
-    picture_streams,
-    solver_of,
-    whole,
-)
-from latentdiff.pipeline.prompt_weights import without_weights
-from latentdiff.pipeline.prompts import (
-    Also,
-    check_also,
-    check_negatives,
-    check_prompts,
-    encode_prompts,
-    seeing,
-)
+from latentdiff.pictures import Picture, open_picture, to_tensor
+from latentdiff.pipeline.arguments import MAX_STEPS, latent_shape, solver_of, whole
+from latentdiff.pipeline.output import OutputType, PipelineOutput
+from latentdiff.pipeline.preparation import prepare
+from latentdiff.pipeline.prompts import Also, check_prompts, encode_prompts
+from latentdiff.pipeline.request import Request
+from latentdiff.pipeline.run import Run
 from latentdiff.registry import check_name
-from latentdiff.solvers import Solver
-
-OutputType = Literal["pil", "pt", "np", "latent"]
-
-_TOO_MUCH = (
-    "'cfg++' with a solver that draws noise guides up to twice as much as its scale says; take "
-    "about half of it, or a solver that draws none, as 'ddim' or 'dpmpp-2m'"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineOutput:
-    """What a call of the pipeline gives.
-
-    Attributes:
-        images: with output_type "pil" a list of RGB pictures; "pt" a tensor [B, 3, H, W] in
-            [0, 1]; "np" an array [B, H, W, 3] in [0, 1]; "latent" the latents.
-        seeds: of each picture.
-        indices: of each picture within its seed; `pipe(prompt, seed=s, first=i)` with a picture's
-            own seed and index draws it again.
-        latents: [B, C, h, w] float32, as the run left them.
-        nfe: how often the U-Net was called.
-        cut: of each picture's prompt, the part that did not fit the model's window; mostly "".
-    """
-
-    images: Any
-    seeds: list[int]
-    indices: list[int]
-    latents: Tensor
-    nfe: int
-    cut: list[str]
 
 
 class LatentDiffusionPipeline:
@@ -165,12 +103,23 @@ class LatentDiffusionPipeline:
         """
         return lora.fused(self.bundle)
 
-    @torch.no_grad()
+    def prepare(self, request: Request) -> Run:
+        """Check the arguments of a call and encode its prompts; nothing is drawn yet.
+
+        `run.steps()` makes the moves one by one, `run.finish()` what is left of them.
+
+        Raises:
+            UserError: an argument is out of range.
+        """
+        return prepare(self.bundle, request)
+
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | Condition | None = None,
+        negative_prompt_embeds: Tensor | Condition | None = None,
         also: Sequence[Also] = (),
         prompt_weights: bool = False,
         height: int | None = None,
@@ -187,8 +136,7 @@ class LatentDiffusionPipeline:
         first: int = 0,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
-        edits: Sequence[Edit] = (),
-        guides: Sequence[Guide | str] = (),
+        edits: Sequence[Edit | str] = (),
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
         progress: bool = True,
@@ -198,6 +146,8 @@ class LatentDiffusionPipeline:
         Args:
             prompt: what to draw; several draw several, in their order.
             negative_prompt: what to steer away from, for all prompts or one for each.
+            prompt_embeds: in place of prompts, their states [P, L, D], or a whole `Condition`.
+            negative_prompt_embeds: likewise, of one row or P.
             also: further prompts for every picture and their weights beside the prompt's 1, as
                 ("a hat", 0.7) or "a hat:0.7"; see `latentdiff.guidance.composition`.
             prompt_weights: read (x), (x:1.3) and [x] in all prompts as weights of their words.
@@ -205,24 +155,24 @@ class LatentDiffusionPipeline:
             width: likewise.
             num_inference_steps: 1 .. 1000.
             guidance: "cfg", "apg" or "cfg++"; or a method of one's own, as
-                `partial(guidance.projected, momentum=-0.5)`: see `latentdiff.guidance.named`.
+                `partial(guidance.projected, momentum=-0.5)`: see `latentdiff.guidance.methods`.
             guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1).
             guidance_rescale: see `classifier_free`.
-            guidance_interval: see `classifier_free`.
+            guidance_interval: guide only where sigma / alpha lies above the first number and up to
+                the second.
             solver: a name of `solvers.names()`, a solver, or None: the one the model was made for.
             timetable: a name of `timetable.names()`, levels from noise to data, or None: the
                 timetable the model was made for.
-            num_images_per_prompt: how many of each prompt; they follow one another.
+            num_images_per_prompt: number of pictures of each prompt; they follow one another.
             seed: of the noise; picture i of a seed is the same in every batch. A sequence names a
                 seed for each picture. None takes a random one, which the output tells.
             first: index of the first picture within its seed.
             generator: where the seed is drawn from, instead of `seed`.
             latents: [B, C, height / factor, width / factor] standard noise to begin with.
-            edits: constraints on the run: `latentdiff.editing`, or any that `sample` takes. The
-                pictures they hold give the size of the run: height and width are then left out,
-                and sides that are no multiple of the autoencoder's factor are padded and cropped.
-            guides: what steers the run beside its guidance, as `PAG(3.0)` or "pag:3": see
-                `latentdiff.guidance.guides`.
+            edits: what steers the run: `latentdiff.editing`, the guides of `latentdiff.guidance`
+                (`PAG(3.0)`, or in words "pag:3"), or any that `sample` takes. The pictures they
+                hold give the size of the run: height and width are then left out, and sides that
+                are no multiple of the autoencoder's factor are padded and cropped.
             output_type: see `PipelineOutput.images`.
             callback_on_step_end: see `sample`.
             progress: show a bar on standard error.
@@ -230,95 +180,56 @@ class LatentDiffusionPipeline:
         Raises:
             UserError: an argument is out of range; nothing was drawn.
         """
-        bundle = self.bundle
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            also=also,
+            prompt_weights=prompt_weights,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            solver=solver,
+            timetable=timetable,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            first=first,
+            generator=generator,
+            latents=latents,
+            edits=edits,
+        )
+        return self.draw(
+            request,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            progress=progress,
+        )
+
+    def draw(
+        self,
+        request: Request,
+        *,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callback | None = None,
+        progress: bool = True,
+    ) -> PipelineOutput:
+        """Draw what a request says: the call itself, with its arguments as a value.
+
+        Raises:
+            UserError: an argument is out of range; nothing was drawn.
+        """
         check_name("output type", output_type, get_args(OutputType))
-        prompts = check_prompts(prompt)
-        per_prompt = whole(num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
-        negatives = check_negatives(negative_prompt, len(prompts))
-        listed(also, "also", "('a hat', 0.7)")
-        listed(edits, "edits", "SDEdit(picture, 0.6)")
-        listed(guides, "guides", "'pag:3'")
-        pictured = picture_size(edits, height, width)
-        if pictured is not None:
-            height, width = padded_size(pictured, bundle.factor)
-        shape = latent_shape(bundle, height, width, len(prompts) * per_prompt)
-        steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
-        finite(guidance_scale, "guidance_scale")
-        finite(guidance_rescale, "guidance_rescale")
-        stepper = solver_of(bundle.solver if solver is None else solver, bundle)
-        if timetable is None or isinstance(timetable, str):
-            timetable = bundle.timetable(timetable, steps)
-        check_levels(timetable)
-        seeds, indices = picture_streams(seed, first, generator, shape[0])
-        noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
-        x = first_noise(latents, noise, shape, bundle.device)
-        own_size = shape[2] * bundle.factor, shape[3] * bundle.factor
-        canvas = _canvas(bundle, *(pictured or own_size))
-        edits, finish = bind(edits, canvas)
-
-        seen, image_scale = _beside(edits, x)
-        guided = guidance_scale != 1 or image_scale != 1
-        texts, weights = check_also(also, guided)
-        conditions, cut = encode_prompts(
-            bundle.text,
-            prompts,
-            negatives if guided else None,
-            per_prompt,
-            weights=prompt_weights,
-            also=texts,
-        )
-        steering = resolve(guides, bundle.device)
-        spoiling = [guide for guide in steering if isinstance(guide, SpoilsAttention)]
-        network, calls = _counted(bundle.network([guide.perturbation for guide in spoiling]))
-        heard: list[Tensor] = []
-        denoise = conditioned_denoiser(network, bundle.process, bundle.prediction, heard)
-        conditions = [mark(each, each is conditions[0]) for each in conditions]
-        if spoiling:
-            denoise = spoil_attention(denoise, spoiling, shape[0])
-        denoise = composed(denoise, list(zip(conditions[2:], weights, strict=True)))
-        positive, negative, blind = seeing(conditions, seen)
-        denoise = named.create(
-            guidance,
-            denoise,
-            positive,
-            negative,
-            timetable,
-            scale=guidance_scale,
-            rescale=guidance_rescale,
-            interval=guidance_interval,
-            blind=blind,
-            image_scale=image_scale,
-        )
-        said = [without_weights(text) for text in prompts] if prompt_weights else prompts
-        scene = Scene([text for text in said for _ in range(per_prompt)], bundle.decode)
-        denoise = steer(denoise, steering, scene)
-        if bundle.learns_variance:
-            denoise = LearnedVarianceDenoiser(denoise, heard)
-        undrawn = noise.generators[0].get_state()
-        with tqdm(total=_moves(timetable, edits), disable=not progress, leave=False) as bar:
-
-            def after_move(index: int, level: NoiseLevel, x: Tensor) -> Tensor | None:
-                bar.update()
-                return (
-                    None if callback_on_step_end is None else callback_on_step_end(index, level, x)
-                )
-
-            x = sample(
-                denoise,
-                stepper,
-                timetable,
-                x * bundle.process.prior_scale(timetable[0]),
-                edits=edits,
-                noise=noise,
-                callback=after_move,
-            )
-        drew = not torch.equal(undrawn, noise.generators[0].get_state())
-        if drew and not edits and guidance == "cfg++" and 0 < guidance_scale < 1:  # edits draw, too
-            warnings.warn(_TOO_MUCH, stacklevel=3)
-        images = x
-        if output_type != "latent":
-            images = _finish(finish(canvas.crop(bundle.decode(x))), output_type)
-        return PipelineOutput(images, seeds, indices, x, len(calls), cut)
+        run = self.prepare(request)
+        for move in tqdm(run.steps(), total=len(run), disable=not progress, leave=False):
+            if callback_on_step_end is not None:
+                replaced = callback_on_step_end(move.index, move.level, move.x)
+                run.latents = run.latents if replaced is None else replaced
+        return run.finish(output_type)
 
     @torch.no_grad()
     def invert(
@@ -354,67 +265,15 @@ class LatentDiffusionPipeline:
         prompts = check_prompts([prompt]) if prompt else [""]
         picture = to_tensor(open_picture(image))[None]
         height, width = picture.shape[-2:]
-        canvas = _canvas(bundle, height, width)
-        latent_shape(bundle, *canvas.padded, 1)
+        context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
+        latent_shape(bundle, *context.padded, 1)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         refinements = whole(refinements, "refinements", 0, MAX_STEPS)
         levels = bundle.timetable(timetable, steps)
         stepper = solver_of(solver, bundle)
-        conditions, _ = encode_prompts(bundle.text, prompts, None, 1)
-        denoise = classifier_free(
-            conditioned_denoiser(bundle.network(), bundle.process, bundle.prediction),
-            conditions[0],
-            None,
-            scale=1,
-        )
-        latents = canvas.latents(picture).to(bundle.device)
+        (condition,), _ = encode_prompts(bundle.conditioner, [prompts], 1, context.padded)
+        conditioned = conditioned_denoiser(bundle.network, bundle.process, bundle.prediction)
+        denoise = bind(conditioned, condition)
+        latents = context.latents(picture).to(bundle.device)
         x = invert(denoise, stepper, levels, latents, refinements=refinements)
         return x / bundle.process.prior_scale(levels[0])
-
-
-def _canvas(bundle: Bundle, height: int, width: int) -> Canvas:
-    scale = bundle.vae.config["scaling_factor"]
-    return Canvas(height, width, bundle.factor, bundle.encode, bundle.decode, scale)
-
-
-def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:
-    """What an edit shows the network beside x, and the scale of guidance by it.
-
-    Raises:
-        UserError: several edits would.
-    """
-    showing = [edit for edit in edits if isinstance(edit, EditsInput)]
-    if not showing:
-        return None, 1.0
-    if len(showing) > 1:
-        raise UserError("edits: one Inpaint or Instruct is all that a network can be shown.")
-    return showing[0].beside(x), showing[0].image_guidance_scale
-
-
-def _counted(
-    network: Callable[[Tensor, Tensor, Condition], Tensor],
-) -> tuple[Callable[[Tensor, Tensor, Condition], Tensor], list[None]]:
-    """The network, and a list that grows by one at each of its calls."""
-    calls: list[None] = []
-
-    def counting(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        calls.append(None)
-        return network(x, t, condition)
-
-    return counting, calls
-
-
-def _moves(timetable: Timetable, edits: Sequence[Edit]) -> int:
-    """How many moves `sample` will make."""
-    for edit in edits:
-        if isinstance(edit, EditsTimetable):
-            timetable = edit.timetable(timetable)
-    return len(timetable) - 1
-
-
-def _finish(pictures: Tensor, output_type: OutputType) -> object:
-    """Pictures [B, 3, H, W] about [-1, 1], as the caller wants them."""
-    if output_type == "pil":
-        return [to_pil(picture) for picture in pictures.cpu()]
-    unit = (pictures / 2 + 0.5).clamp(0, 1)
-    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()

@@ -5,19 +5,10 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
-from latentdiff.diffusion.denoiser import Condition
+from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
-from latentdiff.models.text_encoders import TextStates, TextTower, token_spans
-from latentdiff.pipeline.prompt_weights import (
-    emphasise,
-    has_weights,
-    padded_weights,
-    parse_weights,
-    token_weights,
-)
+from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.prompt_weights import has_weights, without_weights
 
 MAX_PROMPT = 10_000  # characters
 
@@ -62,12 +53,11 @@ def check_negatives(given: str | Sequence[str] | None, count: int) -> list[str]:
     return negatives if len(negatives) == count else negatives * count
 
 
-def check_also(also: Sequence[Also], guided: bool) -> tuple[list[str], list[float]]:
+def check_also(also: Sequence[Also]) -> tuple[list[str], list[float]]:
     """The further prompts, and the weight of each.
 
     Raises:
-        UserError: as `check_prompts`; a weight is no finite number; or nothing guides, so that they
-            would do nothing.
+        UserError: as `check_prompts`, or a weight is no finite number.
     """
     texts: list[str] = []
     weights: list[float] = []
@@ -89,94 +79,61 @@ def check_also(also: Sequence[Also], guided: bool) -> tuple[list[str], list[floa
         if not math.isfinite(weights[-1]):
             raise UserError(f"also: a weight must be a finite number, not {weight!s:.40}.")
         texts += check_prompts(text, "also")
-    if texts and not guided:
-        raise UserError("also: further prompts act through guidance: guidance_scale must not be 1.")
     return texts, weights
 
 
 def encode_prompts(
-    tower: TextTower,
-    prompts: list[str],
-    negatives: list[str] | None,
+    conditioner: Conditioner,
+    rows: Sequence[Sequence[str]],
     per_prompt: int,
+    size: tuple[int, int],
     *,
     weights: bool = False,
-    also: Sequence[str] = (),
 ) -> tuple[list[Condition], list[str]]:
-    """Text states for every picture: each different text is encoded once, all in one batch.
+    """Encode every different text once, all in one batch.
 
     Args:
-        tower: of the model.
-        prompts: P texts.
-        negatives: P texts, or None where nothing guides.
-        per_prompt: how many pictures of each prompt; they follow one another.
-        weights: read weights in the texts, as `pipeline.prompt_weights.parse_weights` does.
-        also: further texts, each for every picture.
+        conditioner: of the model.
+        rows: lists of P texts: the prompts, perhaps their negatives, further ones.
+        per_prompt: number of pictures of each prompt; they follow one another.
+        size: height and width of the pictures.
+        weights: read weights in the texts, as `models.prompt_weights.parse_weights` does.
 
     Returns:
-        The condition of the prompts, then of the negatives, then of each further text, each for
-        P * per_prompt pictures; and of each picture's prompt, the part beyond the tower's window,
-        of which the caller of the pipeline is warned.
+        The condition of each row for P * per_prompt pictures; and of each picture's prompt, the
+        part beyond the model's window, of which the caller of the pipeline is warned.
 
     Raises:
-        UserError: a weight out of range, or a prompt of weights alone.
+        UserError: a weight out of range.
     """
-    rows = [prompts] if negatives is None else [prompts, negatives]
-    rows += [[text] * len(prompts) for text in also]
     texts = list(dict.fromkeys(text for row in rows for text in row))
-    if weights:
-        encoded = _encode_weighted(tower, texts, needed={*prompts, *also})
-    else:
-        encoded = tower.encode(texts)
-        if any(map(has_weights, texts)):
-            warnings.warn(
-                "a prompt holds (text:number), which is read as plain words; "
-                "prompt_weights=True (--weights) reads it as a weight",
-                stacklevel=4,
-            )
+    encoded = conditioner.encode(texts, size, weights=weights)
+    if not weights and any(map(has_weights, texts)):
+        warnings.warn(
+            "a prompt holds (text:number), which is read as plain words; "
+            "prompt_weights=True (--weights) reads it as a weight",
+            stacklevel=5,
+        )
     for text, lost in zip(texts, encoded.cut, strict=True):
         if lost:
             warnings.warn(
                 f"the prompt {text[:40]!r}... is longer than the model's window of "
-                f"{tower.window} tokens; not used: {lost!r}",
-                stacklevel=4,
+                f"{conditioner.window} tokens; not used: {lost!r}",
+                stacklevel=5,
             )
-    conditions: list[Condition] = []
-    for row in rows:
-        places = [texts.index(text) for text in row for _ in range(per_prompt)]
-        condition = {"states": encoded.states[places]}
-        if encoded.mask is not None:
-            condition["mask"] = encoded.mask[places]
-        conditions.append(condition)
-    return conditions, [encoded.cut[texts.index(t)] for t in prompts for _ in range(per_prompt)]
-
-
-def _encode_weighted(tower: TextTower, texts: list[str], needed: set[str]) -> TextStates:
-    """The states of texts with weights in them; those that are needed hold more than weights."""
-    pieces = [parse_weights(text) for text in texts]
-    plain = ["".join(part for part, _ in each) for each in pieces]
-    for text, words in zip(texts, plain, strict=True):
-        if text in needed and not words.strip():
-            raise UserError(f"prompt: {text[:40]!r} holds weights but no words; say what to draw.")
-    encoded = tower.encode([*plain, ""])
-    weights = [
-        token_weights(each, token_spans(tower, words))
-        for each, words in zip(pieces, plain, strict=True)
+    conditions = [
+        encoded.condition.take([texts.index(text) for text in row for _ in range(per_prompt)])
+        for row in rows
     ]
-    states, empty = encoded.states[:-1], encoded.states[-1]
-    states = emphasise(states, empty, padded_weights(weights, states))
-    return TextStates(states, None if encoded.mask is None else encoded.mask[:-1], encoded.cut[:-1])
+    return conditions, [encoded.cut[texts.index(t)] for t in rows[0] for _ in range(per_prompt)]
 
 
-def seeing(
-    conditions: list[Condition], seen: Tensor | None
-) -> tuple[Condition, Condition | None, Condition | None]:
-    """The positive condition; the negative one, if there is; and this without what is seen."""
-    positive, negative = conditions[0], conditions[1] if len(conditions) > 1 else None
-    if seen is None:
-        return positive, negative, None
-    positive = {**positive, "beside": seen}
-    if negative is None:
-        return positive, None, None
-    blind = {**negative, "beside": torch.zeros_like(seen)}
-    return positive, {**negative, "beside": seen}, blind
+def check_words(texts: Sequence[str]) -> None:
+    """Pass if each text, read with weights, holds more than weights.
+
+    Raises:
+        UserError: one does not.
+    """
+    for text in texts:
+        if not without_weights(text).strip():
+            raise UserError(f"prompt: {text[:40]!r} holds weights but no words; say what to draw.")

@@ -1,7 +1,7 @@
 """Adams-Bashforth methods on the noise: DEIS and, as one of its forms, linear multistep (LMS)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -100,6 +100,7 @@ class DEIS:
     order: int = 3
     variable: Variable = "log-rho"
     process: Process | None = None
+    stochastic: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_name("variable", self.variable, get_args(Variable))
@@ -120,7 +121,7 @@ class DEIS:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there)
         if here.alpha == 0:
             return moved, state

@@ -121,6 +121,11 @@ class Adaptive:
     def order(self) -> int:
         return self.pair.order
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.eta > 0
+
     def init(self) -> AdaptiveState:
         return AdaptiveState()
 
@@ -154,11 +159,11 @@ class Adaptive:
         """
         end = goal if goal.sigma > 0 else self.process.level(self.process.t_min)
         if here.log_snr >= end.log_snr:
-            return ddim_move(x, denoise(x, here), here, goal), goal, state
+            return ddim_move(x, denoise(x, here).x0, here, goal), goal, state
         if here.alpha == 0:
             there = self.process.level_of_ratio(max(_FIRST_RATIO, end.ratio))
             std = sde_std(here, there, self.eta)
-            moved = ddim_move(x, denoise(x, here), here, there, std)
+            moved = ddim_move(x, denoise(x, here).x0, here, there, std)
             return (moved + std * noise.like(x) if std else moved), there, state
         place, last = self.pair.place(here), self.pair.place(end)
         length, memo = state.length or self.first, state.memo

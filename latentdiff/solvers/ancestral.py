@@ -10,7 +10,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Denoiser, LearnsVariance
+from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel, transition
 from latentdiff.diffusion.solver import ddim_move, posterior_std
@@ -38,6 +38,11 @@ class DDIM:
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta must lie between 0 and 1, not {self.eta}.")
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.eta > 0
+
     def init(self) -> None:
         return None
 
@@ -51,7 +56,7 @@ class DDIM:
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
         std = self.eta * posterior_std(here, there)
-        x_next = ddim_move(x, denoise(x, here), here, there, std)
+        x_next = ddim_move(x, denoise(x, here).x0, here, there, std)
         return (x_next + std * noise.like(x) if std else x_next), None
 
 
@@ -71,6 +76,7 @@ class DDPM:
 
     variance: Variance | None = None
     order: int = field(default=1, init=False)
+    stochastic: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if self.variance is not None:
@@ -90,17 +96,16 @@ class DDPM:
     ) -> tuple[Tensor, None]:
         small = posterior_std(here, there)
         wants = self.variance in (None, "learned-range") and there.sigma > 0
-        if wants and isinstance(denoise, LearnsVariance):
-            x0, v = denoise.with_variance(x, here)
-            mean = ddim_move(x, x0, here, there, small)
+        estimate = denoise(x, here)
+        mean = ddim_move(x, estimate.x0, here, there, small)
+        if wants and estimate.variance is not None:
             log_large = math.log(transition(there, here)[1])
-            std = learned_log_std(v, math.log(small), log_large).exp()
+            std = learned_log_std(estimate.variance, math.log(small), log_large).exp()
             return mean + std * noise.like(x), None
         if wants and self.variance is not None:
             raise UserError(
                 "the variance 'learned-range' needs a network that tells it: a model trained "
                 "with objective.learned_variance."
             )
-        mean = ddim_move(x, denoise(x, here), here, there, small)
         std = transition(there, here)[1] if self.variance == "fixed-large" else small
         return (mean + std * noise.like(x) if there.sigma else mean), None

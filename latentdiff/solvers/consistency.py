@@ -24,6 +24,7 @@ class Consistency:
     """
 
     order: int = field(default=1, init=False)
+    stochastic: bool = field(default=True, init=False)
 
     def init(self) -> None:
         return None
@@ -37,7 +38,7 @@ class Consistency:
         state: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
-        return renoise(denoise(x, here), there, noise), None
+        return renoise(denoise(x, here).x0, there, noise), None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class LCM:
 
     scaling: float = 10.0
     order: int = field(default=1, init=False)
+    stochastic: bool = field(default=True, init=False)
 
     def init(self) -> None:
         return None
@@ -68,7 +70,7 @@ class LCM:
     ) -> tuple[Tensor, None]:
         time = here.t * self.scaling
         power = time**2 + 0.25
-        x0 = 0.25 / power * x + time / power**0.5 * denoise(x, here)
+        x0 = 0.25 / power * x + time / power**0.5 * denoise(x, here).x0
         return renoise(x0, there, noise), None
 
 
@@ -95,6 +97,11 @@ class TCD:
         if not 0 <= self.gamma <= 1:
             raise UserError(f"gamma must lie between 0 and 1, not {self.gamma}.")
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.gamma > 0
+
     def init(self) -> None:
         return None
 
@@ -107,7 +114,7 @@ class TCD:
         state: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         if there.sigma == 0 or self.gamma == 0:
             return ddim_move(x, x0, here, there), None
         if self.gamma == 1:

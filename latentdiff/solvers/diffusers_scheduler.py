@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Denoiser, LearnsVariance
+from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.prediction import Prediction, target
 from latentdiff.diffusion.process import NoiseLevel, Process
@@ -17,6 +17,8 @@ from latentdiff.diffusion.timetable import Timetable, of_times
 from latentdiff.errors import UserError
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+_DRAW_NOISE = ("Ancestral", "DDPM", "LCM", "TCD", "SDE", "SASolver")
 
 
 class _State(NamedTuple):
@@ -52,6 +54,13 @@ class DiffusersScheduler:
         kind = type(self.scheduler).__name__
         if not hasattr(self.scheduler, "set_timesteps") or kind == "PNDMScheduler":
             raise UserError(f"{kind} cannot be run as a solver.")
+
+    @property
+    def stochastic(self) -> bool:
+        """True where the scheduler draws noise, by its class or its algorithm."""
+        kind = type(self.scheduler).__name__
+        algorithm = str(self.scheduler.config.get("algorithm_type", ""))
+        return any(name in kind for name in _DRAW_NOISE) or algorithm.startswith("sde-")
 
     def timetable(self) -> Timetable:
         """The levels that the scheduler steps between, from noise to clean data."""
@@ -104,17 +113,13 @@ class DiffusersScheduler:
 
     def _output(self, denoise: Denoiser, x: Tensor, level: NoiseLevel) -> Tensor:
         """What a network of the scheduler's prediction would have said."""
-        variance: list[Tensor] = []
-        config = self.scheduler.config
-        if config.get("variance_type") == "learned_range" and isinstance(denoise, LearnsVariance):
-            x0, v = denoise.with_variance(x, level)
-            variance.append(v)
-        else:
-            x0 = denoise(x, level)
+        config, estimate = self.scheduler.config, denoise(x, level)
+        x0, v = estimate.x0, estimate.variance
         kind = str(getattr(config, "prediction_type", "flow"))
         prediction = _PREDICTIONS.get(kind, "flow")
         output = target(prediction, x0, eps_of(x, x0, level), level.alpha, level.sigma)
-        return torch.cat([output, *variance], 1)
+        told = config.get("variance_type") == "learned_range"
+        return torch.cat([output, v], 1) if told and v is not None else output
 
 
 def _scale(scheduler: Any, level: NoiseLevel) -> float:

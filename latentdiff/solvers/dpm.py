@@ -36,6 +36,11 @@ class DPM2:
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta must lie between 0 and 1, not {self.eta}.")
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.eta > 0
+
     def init(self) -> None:
         return None
 
@@ -49,13 +54,13 @@ class DPM2:
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
         std = self.eta * posterior_std(here, there)
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there, std)
         if there.sigma > 0 and here.alpha > 0:
             ratio = math.sqrt(there.sigma**2 - std**2) / there.alpha
             middle = self.process.level_of_ratio(math.sqrt(here.ratio * ratio))
             x_middle = ddim_move(x, x0, here, middle)
-            change = eps_of(x_middle, denoise(x_middle, middle), middle) - eps_of(x, x0, here)
+            change = eps_of(x_middle, denoise(x_middle, middle).x0, middle) - eps_of(x, x0, here)
             moved = moved + there.alpha * (ratio - here.ratio) * change
         return (moved + std * noise.like(x) if std else moved), None
 
@@ -73,6 +78,7 @@ class DPMSolver3:
 
     process: Process
     order: int = field(default=3, init=False)
+    stochastic: bool = field(default=False, init=False)
 
     def init(self) -> None:
         return None
@@ -86,16 +92,16 @@ class DPMSolver3:
         state: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there)
         if there.sigma == 0 or here.alpha == 0:
             return moved, None
         eps = eps_of(x, x0, here)
         first, second = (between(self.process, here, there, share) for share in (1 / 3, 2 / 3))
         x_first = ddim_move(x, x0, here, first)
-        change = eps_of(x_first, denoise(x_first, first), first) - eps
+        change = eps_of(x_first, denoise(x_first, first).x0, first) - eps
         x_second = ddim_move(x, x0, here, second) + 2 * slope_weight(here, second) * change
-        change = eps_of(x_second, denoise(x_second, second), second) - eps
+        change = eps_of(x_second, denoise(x_second, second).x0, second) - eps
         return moved + 1.5 * slope_weight(here, there) * change, None
 
 

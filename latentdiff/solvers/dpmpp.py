@@ -51,6 +51,11 @@ class DPMpp2S:
     def order(self) -> int:
         return 2
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.eta > 0
+
     def init(self) -> None:
         return None
 
@@ -64,7 +69,7 @@ class DPMpp2S:
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
         std = sde_std(here, there, self.eta)
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         if there.sigma == 0 or here.alpha == 0:
             moved = ddim_move(x, x0, here, there, std)
             return (moved + std * noise.like(x) if std else moved), None
@@ -72,9 +77,9 @@ class DPMpp2S:
         std_middle = sde_std(here, middle, self.eta)
         x_middle = ddim_move(x, x0, here, middle, std_middle)
         if not std:
-            return ddim_move(x, denoise(x_middle, middle), here, there), None
+            return ddim_move(x, denoise(x_middle, middle).x0, here, there), None
         drawn = std_middle * noise.like(x)
-        moved = ddim_move(x, denoise(x_middle + drawn, middle), here, there, std)
+        moved = ddim_move(x, denoise(x_middle + drawn, middle).x0, here, there, std)
         std_rest = sde_std(middle, there, self.eta)
         keep = math.sqrt(there.sigma**2 - std_rest**2) / middle.sigma
         return moved + keep * drawn + std_rest * noise.like(x), None
@@ -104,6 +109,11 @@ class DPMpp2M:
     def order(self) -> int:
         return 2
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.eta > 0
+
     def init(self) -> History:
         return ()
 
@@ -116,7 +126,7 @@ class DPMpp2M:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         h = 0.5 * (there.log_snr - here.log_snr)
         estimate = x0
         if state and there.sigma > 0:
@@ -158,6 +168,11 @@ class DPMpp3M:
         """Of the ODE; with noise the covariance is of order 2."""
         return 2 if self.eta else 3
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.eta > 0
+
     def init(self) -> History:
         return ()
 
@@ -170,7 +185,7 @@ class DPMpp3M:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         h = 0.5 * (there.log_snr - here.log_snr)
         std = sde_std(here, there, self.eta)
         moved = ddim_move(x, x0, here, there, std)

@@ -22,6 +22,11 @@ class Euler:
     churn: Churn | None = None
     order: int = field(default=1, init=False)
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.churn is not None and self.churn.s_churn > 0
+
     def init(self) -> None:
         return None
 
@@ -36,7 +41,7 @@ class Euler:
     ) -> tuple[Tensor, None]:
         if self.churn is not None:
             x, here = self.churn.raise_level(x, here, noise)
-        return ddim_move(x, denoise(x, here), here, there), None
+        return ddim_move(x, denoise(x, here).x0, here, there), None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ class Heun:
     churn: Churn | None = None
     order: int = field(default=2, init=False)
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.churn is not None and self.churn.s_churn > 0
+
     def init(self) -> None:
         return None
 
@@ -68,11 +78,11 @@ class Heun:
     ) -> tuple[Tensor, None]:
         if self.churn is not None:
             x, here = self.churn.raise_level(x, here, noise)
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         euler = ddim_move(x, x0, here, there)
         if there.sigma == 0 or here.alpha == 0:
             return euler, None
         # The trapezoidal rule on (x / alpha - x_0) / s over s = sigma / alpha, rearranged so that
         # only the change of x_0 is corrected.
         weight = 0.5 * there.alpha * (here.ratio / there.ratio - 1)
-        return euler + weight * (denoise(euler, there) - x0), None
+        return euler + weight * (denoise(euler, there).x0 - x0), None

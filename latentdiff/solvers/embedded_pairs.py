@@ -66,7 +66,7 @@ class DormandPrince:
     ) -> tuple[Tensor, Tensor, _Seen]:
         def slope(y: Tensor, level: NoiseLevel) -> Tensor:
             size = math.hypot(level.alpha, level.sigma)
-            return (size * denoise(size * y, level) - level.alpha * y) / level.sigma
+            return (size * denoise(size * y, level).x0 - level.alpha * y) / level.sigma
 
         start, end = self.place(here), self.place(there)
         length = end - start
@@ -113,13 +113,13 @@ class DPMSolver23:
         memo: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, Tensor, None]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         eps = eps_of(x, x0, here)
         first, second = (between(self.process, here, there, share) for share in (1 / 3, 2 / 3))
         x_first = ddim_move(x, x0, here, first)
-        change = eps_of(x_first, denoise(x_first, first), first) - eps
+        change = eps_of(x_first, denoise(x_first, first).x0, first) - eps
         x_second = ddim_move(x, x0, here, second) + 2 * slope_weight(here, second) * change
-        change_second = eps_of(x_second, denoise(x_second, second), second) - eps
+        change_second = eps_of(x_second, denoise(x_second, second).x0, second) - eps
         moved = ddim_move(x, x0, here, there)
         growth = -there.sigma * math.expm1(0.5 * (there.log_snr - here.log_snr))
         low = moved + 1.5 * growth * change
@@ -157,9 +157,9 @@ class ImprovedEulerMaruyama:
         noise: NoiseStreams,
     ) -> tuple[Tensor, Tensor, None]:
         dt, z = there.t - here.t, noise.like(x)
-        drift, size = reverse_drift(self.process, x, denoise(x, here), here)
+        drift, size = reverse_drift(self.process, x, denoise(x, here).x0, here)
         euler = x + dt * drift + math.sqrt(-dt) * size * z
-        drift, size = reverse_drift(self.process, euler, denoise(euler, there), there)
+        drift, size = reverse_drift(self.process, euler, denoise(euler, there).x0, there)
         other = x + dt * drift + math.sqrt(-dt) * size * z
         improved = 0.5 * (euler + other)
         return improved, euler - improved, None

@@ -1,6 +1,6 @@
 """gDDIM: exponential Adams methods in t, a predictor and a corrector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class GDDIM:
 
     process: Process
     degree: int = 3
+    stochastic: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 2 <= self.degree <= 4:
@@ -53,7 +54,7 @@ class GDDIM:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there)
         if here.alpha == 0:
             return moved, state
@@ -62,7 +63,7 @@ class GDDIM:
         if there.sigma == 0:
             return moved, history
         predicted = moved + self._bend(history, here, there, eps)
-        eps_there = eps_of(predicted, denoise(predicted, there), there)
+        eps_there = eps_of(predicted, denoise(predicted, there).x0, there)
         known = ((there, eps_there), *history)[: self.degree]
         return moved + self._bend(known, here, there, eps), history
 

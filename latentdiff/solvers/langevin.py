@@ -39,6 +39,7 @@ class PredictorCorrector:
     predictor: Solver
     corrections: int = 1
     snr: float = 0.16
+    stochastic: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if self.corrections < 1 or not 0 < self.snr < math.inf:
@@ -65,7 +66,7 @@ class PredictorCorrector:
         if there.sigma == 0:
             return x, state
         for _ in range(self.corrections):
-            score = score_of(x, denoise(x, there), there)
+            score = score_of(x, denoise(x, there).x0, there)
             z = noise.like(x)
             size = 2 * (self.snr * _norm(z) / _norm(score)) ** 2
             x = x + size * score + (2 * size).sqrt() * z
@@ -97,6 +98,7 @@ class AnnealedLangevin:
     repeats: int = 20
     size: float = 0.2
     order: int = field(default=1, init=False)
+    stochastic: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or not 0 < self.size < 2:
@@ -118,6 +120,6 @@ class AnnealedLangevin:
             return DDIM(eta=1.0).step(denoise, x, here, there, None, noise)
         variance = self.size * here.sigma**2
         for _ in range(self.repeats):
-            score = score_of(x, denoise(x, here), here)
+            score = score_of(x, denoise(x, here).x0, here)
             x = x + 0.5 * variance * score + math.sqrt(variance) * noise.like(x)
-        return (denoise(x, here) if there.sigma == 0 else there.alpha / here.alpha * x), None
+        return (denoise(x, here).x0 if there.sigma == 0 else there.alpha / here.alpha * x), None

@@ -48,6 +48,7 @@ class IPNDM:
     """
 
     order: int = field(default=2, init=False)
+    stochastic: bool = field(default=False, init=False)
 
     def init(self) -> History:
         return ()
@@ -61,7 +62,7 @@ class IPNDM:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         history = (eps_of(x, x0, here), *state)[:4]
         if here.alpha == 0:
             return ddim_move(x, x0, here, there), history
@@ -77,6 +78,7 @@ class PLMS:
     """
 
     order: int = field(default=2, init=False)
+    stochastic: bool = field(default=False, init=False)
 
     def init(self) -> History:
         return ()
@@ -90,7 +92,7 @@ class PLMS:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there)
         if here.alpha == 0:
             return moved, state
@@ -99,7 +101,7 @@ class PLMS:
         if state:
             return transfer(x, adams(history), here, there), history
         if there.sigma > 0:
-            eps_there = eps_of(moved, denoise(moved, there), there)
+            eps_there = eps_of(moved, denoise(moved, there).x0, there)
             moved = transfer(x, 0.5 * (eps + eps_there), here, there)
         return moved, history
 
@@ -118,6 +120,7 @@ class PNDM:
 
     process: Process
     order: int = field(default=2, init=False)
+    stochastic: bool = field(default=False, init=False)
 
     def init(self) -> History:
         return ()
@@ -131,7 +134,7 @@ class PNDM:
         state: History,
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         if here.alpha == 0:
             return ddim_move(x, x0, here, there), state
         eps = eps_of(x, x0, here)
@@ -146,7 +149,7 @@ class PNDM:
         """Liu et al. 2022, eq. 13: the noise of one pseudo Runge-Kutta step."""
 
         def noise_at(x: Tensor, level: NoiseLevel) -> Tensor:
-            return eps_of(x, denoise(x, level), level)
+            return eps_of(x, denoise(x, level).x0, level)
 
         middle = self.process.level(0.5 * (here.t + there.t))
         second = noise_at(transfer(x, eps, here, middle), middle)

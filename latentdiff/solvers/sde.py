@@ -61,6 +61,7 @@ class EulerMaruyama:
 
     process: Process
     order: int = field(default=1, init=False)
+    stochastic: bool = field(default=True, init=False)
 
     def init(self) -> None:
         return None
@@ -74,7 +75,7 @@ class EulerMaruyama:
         state: None,
         noise: NoiseStreams,
     ) -> tuple[Tensor, None]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         if there.sigma == 0:
             return x0, None
         if here.alpha == 0:
@@ -133,6 +134,11 @@ class SASolver:
         best = max(self.predictor, self.corrector)
         return min(best, 2) if self.tau else best
 
+    @property
+    def stochastic(self) -> bool:
+        """True where the settings have it draw noise."""
+        return self.tau > 0
+
     def init(self) -> SAState:
         return SAState((), None)
 
@@ -145,7 +151,7 @@ class SASolver:
         state: SAState,
         noise: NoiseStreams,
     ) -> tuple[Tensor, SAState]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         now, then = 0.5 * here.log_snr, 0.5 * there.log_snr
         if state.predicted is not None and self.corrector:
             known = [(now, x0), *state.history][: self.corrector]

@@ -1,7 +1,7 @@
 """UniPC: a predictor and a corrector out of one formula, on x_0 in log-SNR."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -48,6 +48,7 @@ class UniPC:
 
     degree: int = 2
     variant: Variant = "bh2"
+    stochastic: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_name("variant", self.variant, get_args(Variant))
@@ -70,7 +71,7 @@ class UniPC:
         state: UniPCState,
         noise: NoiseStreams,
     ) -> tuple[Tensor, UniPCState]:
-        x0 = denoise(x, here)
+        x0 = denoise(x, here).x0
         now, then = 0.5 * here.log_snr, 0.5 * there.log_snr
         if state.predicted is not None:
             x = x + here.alpha * (self._correct(x0, now, state.history) - state.predicted)

@@ -74,7 +74,7 @@ def main(
             if only and name not in only:
                 continue
             latents = draw(pipe, asked, guides, steps, guidance_scale, seed)
-            pictures = pipe.bundle.decode(latents)
+            pictures = pipe.bundle.autoencoder.decode(latents)
             rows += [to_pil(picture) for picture in pictures[:8].cpu()]
             score, sure = scores(*parts, pipe, asked, latents, pictures, labels)
             shown = real.shown(pictures, asked)

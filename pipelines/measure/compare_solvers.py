@@ -102,7 +102,7 @@ def compare(
         for count in steps:
             ends, calls = latents(solver, count)
             points.setdefault(solver, []).append((calls, _distance(ends, converged)))
-            pictures.append(to_pil(pipe.bundle.decode(ends[:1])[0]))
+            pictures.append(to_pil(pipe.bundle.autoencoder.decode(ends[:1])[0]))
     return pictures, points, _distance(half, converged)
 
 

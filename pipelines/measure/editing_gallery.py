@@ -153,7 +153,7 @@ def photo(pipe: LatentDiffusionPipeline) -> Image.Image:
     mask = Image.new("L", picture.size, 0)
     ImageDraw.Draw(mask).ellipse((44, 36, 76, 60), fill=255)
     pixels = to_tensor(picture)[None]
-    decoded = pipe.bundle.decode(pipe.bundle.encode(pixels)).float()
+    decoded = pipe.bundle.autoencoder.decode(pipe.bundle.autoencoder.encode(pixels)).float()
     grey = Image.composite(Image.new("RGB", picture.size, "grey"), picture, mask)
     filled = fill(pixels, mask_tensor(mask))
     repainted = draw(pipe, "a cat face", RePaint(picture, mask), scale=1.0)

@@ -43,7 +43,9 @@ def there_and_back(
         progress=False,
     )
     with torch.no_grad():
-        known = pipe.bundle.decode(pipe.bundle.encode(to_tensor(picture)[None]))
+        known = pipe.bundle.autoencoder.decode(
+            pipe.bundle.autoencoder.encode(to_tensor(picture)[None])
+        )
     return psnr(back.images * 2 - 1, known.clamp(-1, 1)).item()
 
 

@@ -110,7 +110,7 @@ def test_every_edit_with_every_solver_and_guidance(name: str, solver: str, scale
         assert torch.equal(output.images[0][:, known], (given / 2 + 0.5)[:, known])
     if "ILVR" in name or name == "all":
         padded = torch.nn.functional.pad(given[None], (0, 2, 0, 5), mode="replicate")
-        reference = pipe().bundle.encode(padded)
+        reference = pipe().bundle.autoencoder.encode(padded)
         gap = low_pass(output.latents, 2) - low_pass(reference, 2)
         assert gap.square().mean().sqrt() < 1e-4
 
@@ -137,5 +137,7 @@ def test_invert_and_return(side: int, refinements: int) -> None:
     )
     bundle = pipe().bundle
     with torch.no_grad():
-        known = bundle.decode(bundle.encode(to_tensor(picture)[None])).clamp(-1, 1)
+        known = bundle.autoencoder.decode(
+            bundle.autoencoder.encode(to_tensor(picture)[None])
+        ).clamp(-1, 1)
     assert psnr(back.images * 2 - 1, known).item() >= 35

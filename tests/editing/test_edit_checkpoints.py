@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, unet_of, vae_of
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -102,7 +102,7 @@ def test_the_network_is_given_just_that(pipes: dict[str, LatentDiffusionPipeline
     image, mask = picture(13, 15), half(13, 15)
     for kind, edit in (("inpainting", Inpaint(image, mask)), ("instruct-pix2pix", Instruct(image))):
         bundle = pipes[kind].bundle
-        batches, hook = watched(bundle.unet.conv_in)
+        batches, hook = watched(unet_of(bundle).conv_in)
         drawn(pipes[kind], edit, scale=4.0 if kind == "inpainting" else 1.0)
         hook.remove()
         pixels = pictures.to_tensor(image)[None]
@@ -175,12 +175,12 @@ def test_latents_in_place_of_pictures(pipes: dict[str, LatentDiffusionPipeline])
     """Complete with latents: the same run but for pasting."""
     bundle, image = pipes["inpainting"].bundle, picture()
     white = Image.new("L", (16, 16), 255)
-    encoded = bundle.encode(torch.zeros(1, 3, 16, 16))
+    encoded = bundle.autoencoder.encode(torch.zeros(1, 3, 16, 16))
     on_latents = Inpaint(encoded, torch.ones(1, 1, 8, 8))
     assert (
         drawn(pipes["inpainting"], on_latents) == drawn(pipes["inpainting"], Inpaint(image, white))
     ).all()
-    raw = bundle.encode(pictures.to_tensor(image)[None]) / 0.7
+    raw = bundle.autoencoder.encode(pictures.to_tensor(image)[None]) / 0.7
     pipe = pipes["instruct-pix2pix"]
     assert (drawn(pipe, Instruct(raw)) == drawn(pipe, Instruct(image))).all()
 
@@ -277,7 +277,7 @@ def test_a_saved_model_comes_back(
     bundle = tiny_bundle(in_channels=CHANNELS[kind])
     if kind != "instruct-pix2pix":  # refuses one
         mean, std = [0.5, -1.0, 0.0, 2.0], [0.5, 1, 2, 4]
-        bundle.vae.register_to_config(latents_mean=mean, latents_std=std)
+        vae_of(bundle).register_to_config(latents_mean=mean, latents_std=std)
     again = Bundle.load(bundle.save(tmp_path / "model"))
     assert (again.kind, again.latent_channels) == (kind, 4)
     edits: dict[str, list[Edit]] = {"inpainting": [INPAINT], "instruct-pix2pix": [INSTRUCT]}

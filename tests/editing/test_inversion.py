@@ -79,7 +79,7 @@ def test_invert_and_return_through_the_pipeline() -> None:
     )
     bundle = pipe.bundle
     with torch.no_grad():
-        known = bundle.decode(bundle.encode(to_tensor(picture)[None]))
+        known = bundle.autoencoder.decode(bundle.autoencoder.encode(to_tensor(picture)[None]))
     assert psnr(back.images * 2 - 1, known.clamp(-1, 1)).item() > 35
 
 

@@ -121,6 +121,6 @@ def test_every_edit_with_every_solver_and_guidance(name: str, solver: str, scale
         known = output.images[0, :, :, :8]
         assert torch.equal(known, to_tensor(given)[:, :, :8] / 2 + 0.5)
     if "ILVR" in name or name == "all":
-        reference = pipe().bundle.encode(to_tensor(given)[None])
+        reference = pipe().bundle.autoencoder.encode(to_tensor(given)[None])
         gap = low_pass(output.latents, 4) - low_pass(reference, 4)
         assert gap.square().mean().sqrt() < 1e-4

@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix
 )
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import Inpaint, Instruct, LatentDiffusionPipeline
@@ -55,10 +55,10 @@ def diffusers_folder(kind: Kind, folder: Path) -> Path:
         clip_sample=False,
     )
     THEIRS[kind](
-        vae=bundle.vae,
-        text_encoder=bundle.text.model,
-        tokenizer=bundle.text.tokenizer,
-        unet=bundle.unet,
+        vae=vae_of(bundle),
+        text_encoder=tower_of(bundle).model,
+        tokenizer=tower_of(bundle).tokenizer,
+        unet=unet_of(bundle),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -115,7 +115,7 @@ def draw_ours(bundle: Bundle, scale: float, image_scale: float) -> np.ndarray:
         output_type="latent",
         progress=False,
     ).latents
-    return (bundle.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return (bundle.autoencoder.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 RUNS: list[tuple[Kind, float, float]] = [

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import PAG, LatentDiffusionPipeline
@@ -49,10 +49,10 @@ RUNS = [
 def theirs_of(bundle: Bundle, scheduler: object) -> StableDiffusionPipeline:
     """diffusers' pipeline around the same networks."""
     parts: dict[str, Any] = {
-        "vae": bundle.vae,
-        "text_encoder": bundle.text.model,
-        "tokenizer": bundle.text.tokenizer,
-        "unet": bundle.unet,
+        "vae": vae_of(bundle),
+        "text_encoder": tower_of(bundle).model,
+        "tokenizer": tower_of(bundle).tokenizer,
+        "unet": unet_of(bundle),
         "scheduler": scheduler,
         "safety_checker": None,
         "feature_extractor": None,
@@ -154,7 +154,7 @@ def test_a_learned_variance_draws_the_same_there(tmp_path: Path) -> None:
     ours = draw_ddpm(bundle, start, **about)
     assert ours.std() > 0.05
     assert np.abs(ours - drawn).max() <= TOLERANCE
-    bundle.unet.state_dict()["conv_out.bias"][4:] += 1.0
+    unet_of(bundle).state_dict()["conv_out.bias"][4:] += 1.0
     assert np.abs(draw_ddpm(bundle, start, **about) - ours).max() > 100 * TOLERANCE
 
 
@@ -167,13 +167,15 @@ def draw_ddpm(bundle: Bundle, start: Tensor, **about: Any) -> np.ndarray:
 def test_a_latent_mean_is_folded_into_what_diffusers_reads(tmp_path: Path) -> None:
     bundle = tiny_bundle()
     means, stds = [0.5, -1.0, 0.0, 2.0], [0.5, 1.0, 2.0, 4.0]
-    bundle.vae.register_to_config(latents_mean=means, latents_std=stds)
+    vae_of(bundle).register_to_config(latents_mean=means, latents_std=stds)
     theirs: Any = StableDiffusionPipeline.from_pretrained(bundle.save(tmp_path / "model"))
     ours = draw_ours(bundle, "on")
     assert difference(ours, draw_theirs(theirs, "on")) <= TOLERANCE
     again = Bundle.load(tmp_path / "model")
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert (again.encode(pictures) - bundle.encode(pictures)).abs().max() < 1e-4
+    assert (
+        again.autoencoder.encode(pictures) - bundle.autoencoder.encode(pictures)
+    ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["off", "negative"])
@@ -212,7 +214,7 @@ def test_pag_draws_what_diffusers_draws(
 def test_learned_words_open_in_diffusers_to_the_bit(tokens: list[str], tmp_path: Path) -> None:
     folder = tiny_bundle().save(tmp_path / "model")
     bundle = add_words(Bundle.load(folder), tokens)
-    rows = bundle.text.model.get_input_embeddings().get_parameter("rows")
+    rows = tower_of(bundle).model.get_input_embeddings().get_parameter("rows")
     torch.nn.init.normal_(rows, generator=torch.Generator().manual_seed(0))
     theirs: Any = StableDiffusionPipeline.from_pretrained(folder)
     for path in save_words(bundle, tokens, tmp_path):

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import tiny_bundle, tiny_clip
+from tiny import tiny_bundle, tiny_clip, tower_of, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
@@ -78,10 +78,10 @@ def test_what_is_saved_comes_back(
     assert torch.equal(draw(again), draw(bundle))
     assert (again.prediction, again.steps.spacing) == ("v", "karras")
     assert again.solver == bundle.solver
-    for ours, theirs in ((bundle.unet, again.unet), (bundle.vae, again.vae)):
+    for ours, theirs in ((unet_of(bundle), unet_of(again)), (vae_of(bundle), vae_of(again))):
         assert dict(ours.config) == {**theirs.config, **dict(ours.config)}
     assert not [p for p in tmp_path.iterdir() if p.name != "model"]
-    assert not any(p.requires_grad for p in again.unet.parameters())
+    assert not any(p.requires_grad for p in unet_of(again).parameters())
     again.save(tmp_path / "model")  # replaces a model
     for part in (UNET, VAE, TEXT):
         one = load_file(tmp_path / "model" / part)
@@ -94,8 +94,8 @@ def test_half_precision_files(tmp_path: Path) -> None:
     assert {t.dtype for t in load_file(folder / UNET).values()} == {torch.float16}
     again = Bundle.load(folder)
     assert (again.dtype, again.device.type) == (torch.float32, "cpu")
-    for name, value in again.unet.state_dict().items():
-        assert torch.equal(value, bundle.unet.state_dict()[name].half().float())
+    for name, value in unet_of(again).state_dict().items():
+        assert torch.equal(value, unet_of(bundle).state_dict()[name].half().float())
     low = Bundle.load(folder, dtype="bfloat16")
     assert low.dtype == torch.bfloat16
     assert (draw(low) - draw(again)).abs().max() < 0.25
@@ -155,21 +155,23 @@ def test_the_latent_scale_shift_and_statistics() -> None:
     bundle = tiny_bundle()
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z = bundle.vae.encode(pictures).latent_dist.mode()  # pyright: ignore
-    bundle.vae.register_to_config(scaling_factor=0.3, shift_factor=-0.2)
-    assert (bundle.encode(pictures) - (z + 0.2) * 0.3).abs().max() < 1e-6
+    vae_of(bundle).register_to_config(scaling_factor=0.3, shift_factor=-0.2)
+    assert (bundle.autoencoder.encode(pictures) - (z + 0.2) * 0.3).abs().max() < 1e-6
     decoded = bundle.vae.decode(z).sample  # pyright: ignore
-    assert (bundle.decode((z + 0.2) * 0.3) - decoded).abs().max() < 1e-5
+    assert (bundle.autoencoder.decode((z + 0.2) * 0.3) - decoded).abs().max() < 1e-5
 
     mean, std = torch.tensor([0.1, 0.2, -3.0, 0.0]), torch.tensor([1.0, 2.0, 0.5, 4.0])
-    bundle.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    vae_of(bundle).register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     latents = (z - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1) * 0.3
-    assert (bundle.encode(pictures) - latents).abs().max() < 1e-6
-    assert (bundle.decode(latents) - decoded).abs().max() < 1e-5
+    assert (bundle.autoencoder.encode(pictures) - latents).abs().max() < 1e-6
+    assert (bundle.autoencoder.decode(latents) - decoded).abs().max() < 1e-5
     for wrong in ({"scaling_factor": 0}, {"latents_std": [1.0, 2.0]}, {"latents_mean": ["x"] * 4}):
         broken = tiny_bundle()
-        broken.vae.register_to_config(**wrong)
+        vae_of(broken).register_to_config(**wrong)
         with pytest.raises(UserError, match="must be finite"):
-            Bundle(broken.vae, broken.unet, broken.text, broken.process, broken.prediction)
+            Bundle(
+                vae_of(broken), unet_of(broken), tower_of(broken), broken.process, broken.prediction
+            )
 
 
 def cut_short(path: Path) -> None:
@@ -405,21 +407,21 @@ def test_parts_must_fit() -> None:
     wide.model.config.hidden_size = 24
     wide = type(wide)(wide.model, wide.tokenizer)  # pyright: ignore
     with pytest.raises(UserError, match="width 16, but the text encoder's have 24"):
-        Bundle(bundle.vae, bundle.unet, wide, bundle.process, "eps")
+        Bundle(vae_of(bundle), unet_of(bundle), wide, bundle.process, "eps")
     for changes, expected in (
         ({"in_channels": 7}, "takes 7 and gives 4 channels, but the vae's latents have 4"),
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
         ({"sample_size": None}, "sample_size does not say"),
     ):
         bundle = tiny_bundle()
-        bundle.unet.register_to_config(**changes)
+        unet_of(bundle).register_to_config(**changes)
         with pytest.raises(UserError, match=expected):
-            Bundle(bundle.vae, bundle.unet, bundle.text, bundle.process, "eps")
+            Bundle(vae_of(bundle), unet_of(bundle), tower_of(bundle), bundle.process, "eps")
     for changes in ({"latents_std": [2.0] * 4}, {"latents_mean": [0.0] * 4}, {"shift_factor": 0.1}):
         bundle = tiny_bundle(in_channels=8)
-        bundle.vae.register_to_config(**changes)
+        vae_of(bundle).register_to_config(**changes)
         with pytest.raises(UserError, match="such a pair does not work"):
-            Bundle(bundle.vae, bundle.unet, bundle.text, bundle.process, "eps")
+            Bundle(vae_of(bundle), unet_of(bundle), tower_of(bundle), bundle.process, "eps")
 
 
 def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -434,7 +436,9 @@ def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) 
     whole = draw(Bundle.load(folder))
     broken = tiny_bundle(seed=1)
     with torch.no_grad():
-        next(broken.text.model.parameters()).fill_(torch.inf)  # found after the U-Net is written
+        next(tower_of(broken).model.parameters()).fill_(
+            torch.inf
+        )  # found after the U-Net is written
     with pytest.raises(UserError, match="not finite"):
         broken.save(folder)
     assert torch.equal(draw(Bundle.load(folder)), whole)
@@ -445,14 +449,14 @@ def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) 
 
 def test_attention_backends_agree() -> None:
     bundle = tiny_bundle()
-    assert set_attention(bundle.unet, "eager") == "eager"
+    assert set_attention(unet_of(bundle), "eager") == "eager"
     eager = draw(bundle)
-    assert set_attention(bundle.unet, "sdpa") == "sdpa"
+    assert set_attention(unet_of(bundle), "sdpa") == "sdpa"
     assert (draw(bundle) - eager).abs().max() < 1e-4
-    assert set_attention(bundle.unet) == "sdpa"
-    assert set_attention(bundle.unet.bfloat16()) == "eager"
-    kinds = {type(p).__name__ for p in bundle.unet.attn_processors.values()}
+    assert set_attention(unet_of(bundle)) == "sdpa"
+    assert set_attention(unet_of(bundle).bfloat16()) == "eager"
+    kinds = {type(p).__name__ for p in unet_of(bundle).attn_processors.values()}
     assert kinds == {"AttnProcessor"}
     if find_spec("xformers") is None:
         with pytest.raises(UserError, match="not installed"):
-            set_attention(bundle.unet, "xformers")
+            set_attention(unet_of(bundle), "xformers")

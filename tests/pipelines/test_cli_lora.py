@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_bundle
+from tiny import tiny_bundle, unet_of
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
@@ -122,8 +122,8 @@ def test_convert_goes_both_ways_and_fuses(
     assert {value.dtype for value in load_file(mixed).values()} == {torch.float16}
     pipe = LatentDiffusionPipeline.from_pretrained(model)
     pipe.load_lora(lora, 0.5)
-    wanted = pipe.fuse_loras().unet.state_dict()
-    got = Bundle.load(mixed).unet.state_dict()
+    wanted = unet_of(pipe.fuse_loras()).state_dict()
+    got = unet_of(Bundle.load(mixed)).state_dict()
     assert all(torch.equal(got[name], wanted[name].half().float()) for name in wanted)
     assert capsys.readouterr().out.split() == [str(file), str(folder), str(mixed)]
 

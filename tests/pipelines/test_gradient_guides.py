@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import WINDOW, clip_tokenizer, tiny_bundle
+from tiny import WINDOW, clip_tokenizer, tiny_bundle, vae_of
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel
@@ -54,7 +54,7 @@ def draw(*guides: Guide | str, **arguments: Any) -> Tensor:
 def test_the_gradient_of_clip_is_that_of_finite_differences(through: bool) -> None:
     """Through the decoder, and through a denoiser, in float64 and with the networks' own parts."""
     clip = Clip(tiny_clip_model().model.double(), CLIP.tokenizer)
-    vae: Any = tiny_bundle().vae.double()
+    vae: Any = vae_of(tiny_bundle()).double()
     level = BUNDLE.process.level(400.0)
     scene = Scene(["a red heart"], lambda latents: vae.decode(latents).sample)
     guide = ClipGuide(clip, scale=2.0, through=through)

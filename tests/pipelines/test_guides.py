@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from tiny import tiny_bundle
+from tiny import tiny_bundle, unet_of
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
@@ -28,7 +28,9 @@ def draw(**arguments: Any) -> Tensor:
 
 
 def attention() -> Any:
-    layer = dict(BUNDLE.unet.named_modules())["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    layer = dict(unet_of(BUNDLE).named_modules())[
+        "mid_block.attentions.0.transformer_blocks.0.attn1"
+    ]
     assert isinstance(layer, Attention)
     return layer
 
@@ -121,14 +123,14 @@ def test_pictures_do_not_mix_and_batches_do_not_matter() -> None:
 
 
 def test_threads_with_different_guides_share_a_pipeline() -> None:
-    before = [m.processor for m in BUNDLE.unet.modules() if isinstance(m, Attention)]
+    before = [m.processor for m in unet_of(BUNDLE).modules() if isinstance(m, Attention)]
     kinds: list[list[Guide]] = [[], [PAG(3.0)], [SEG(2.0)], [PAG(1.0, layers=("down_blocks.0",))]]
     serial = [draw(guides=kind) for kind in kinds]
     with ThreadPoolExecutor(8) as pool:
         parallel = list(pool.map(lambda kind: draw(guides=kind), kinds * 2))
     for kind, picture in enumerate(parallel):
         assert torch.equal(picture, serial[kind % 4])
-    after = [m.processor for m in BUNDLE.unet.modules() if isinstance(m, Attention)]
+    after = [m.processor for m in unet_of(BUNDLE).modules() if isinstance(m, Attention)]
     assert all(old is new for old, new in zip(before, after, strict=True))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tower_of, unet_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, UserError
@@ -56,7 +56,7 @@ def answers(unet: Any, encoder: Any) -> tuple[Tensor, Tensor]:
 
 
 def ours(bundle: Bundle) -> tuple[Tensor, Tensor]:
-    return answers(bundle.unet, bundle.text.model)
+    return answers(unet_of(bundle), tower_of(bundle).model)
 
 
 def theirs(pipe: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,10 @@ def test_off_and_out_leave_the_model_as_it_was(model: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="remove it, or fuse it"):
         bundle.save(tmp_path / "never")
     detach_lora(bundle, "a")
-    for one, other in ((bundle.unet, clean.unet), (bundle.text.model, clean.text.model)):
+    for one, other in (
+        (unet_of(bundle), unet_of(clean)),
+        (tower_of(bundle).model, tower_of(clean).model),
+    ):
         mine, kept = one.state_dict(), other.state_dict()
         assert list(mine) == list(kept)
         assert all(torch.equal(mine[name], kept[name]) for name in kept)
@@ -219,7 +222,7 @@ def test_off_and_out_leave_the_model_as_it_was(model: Path, tmp_path: Path) -> N
 def test_fusing_adds_the_product_to_the_weights(model: Path, tmp_path: Path) -> None:
     """W + scale * alpha / rank * up @ down, with convolutions; the first model stays as it is."""
     bundle = Bundle.load(model)
-    before = {name: value.clone() for name, value in bundle.unet.state_dict().items()}
+    before = {name: value.clone() for name, value in unet_of(bundle).state_dict().items()}
     lora = made()
     attach_lora(bundle, lora, "a", 0.5)
     mixed = ours(bundle)
@@ -229,7 +232,7 @@ def test_fusing_adds_the_product_to_the_weights(model: Path, tmp_path: Path) -> 
     for module, pair in lora.unet.items():
         product = torch.einsum("or,ri...->oi...", pair.up.flatten(1), pair.down)
         wanted = before[f"{module}.weight"] + 0.5 * 2.0 / 3 * product
-        got = fresh.unet.get_submodule(module).weight
+        got = unet_of(fresh).get_submodule(module).weight
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
     opened = diffusers_pipe(fresh.save(tmp_path / "fused"))
     assert gap(ours(fresh), theirs(opened)) == 0
@@ -242,7 +245,10 @@ def test_training_starts_from_the_model_and_trains_the_lora_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert gap(ours(bundle), ours(clean)) == 0
     needing = [
-        p for n in (bundle.unet, bundle.text.model) for p in n.parameters() if p.requires_grad
+        p
+        for n in (unet_of(bundle), tower_of(bundle).model)
+        for p in n.parameters()
+        if p.requires_grad
     ]
     assert {id(p) for p in needing} == {id(p) for p in trained}
     assert sum(p.numel() for p in trained) < 20_000
@@ -256,8 +262,8 @@ def test_training_starts_from_the_model_and_trains_the_lora_alone() -> None:
     optimizer = torch.optim.AdamW(trained, 0.1)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        states = bundle.text.encode(["a red heart", "a cat"]).states
-        bundle.unet(x, 5, encoder_hidden_states=states).sample.square().mean().backward()
+        states = tower_of(bundle).encode(["a red heart", "a cat"]).states
+        unet_of(bundle)(x, 5, encoder_hidden_states=states).sample.square().mean().backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
     assert gap(ours(bundle), ours(clean)) > 0.001
@@ -397,8 +403,8 @@ def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
 
 def test_refused_settings_leave_the_model_alone() -> None:
     bundle = tiny_bundle()
-    names = set(bundle.unet.state_dict())
-    bundle.unet.requires_grad_(True)
+    names = set(unet_of(bundle).state_dict())
+    unet_of(bundle).requires_grad_(True)
     for refused in (
         lambda: add_lora(bundle, name="bad name"),
         lambda: add_lora(bundle, rank=0),
@@ -414,8 +420,8 @@ def test_refused_settings_leave_the_model_alone() -> None:
     ):
         with pytest.raises(UserError):
             refused()
-    assert set(bundle.unet.state_dict()) == names
-    assert all(parameter.requires_grad for parameter in bundle.unet.parameters())
+    assert set(unet_of(bundle).state_dict()) == names
+    assert all(parameter.requires_grad for parameter in unet_of(bundle).parameters())
     attach_lora(bundle, made(), "a")
     for refused in (lambda: attach_lora(bundle, made(), "a"), lambda: add_lora(bundle)):
         with pytest.raises(UserError, match="already"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, PipelineOutput, SDEdit, UserError
@@ -79,7 +79,7 @@ def test_two_threads_share_a_pipeline() -> None:
 
 def test_the_conditions_are_one_batch_and_scale_one_is_off() -> None:
     sizes: list[int] = []
-    hook = CLIP.bundle.unet.register_forward_pre_hook(
+    hook = unet_of(CLIP.bundle).register_forward_pre_hook(
         lambda _, inputs: sizes.append(len(inputs[0]))
     )
     try:
@@ -108,8 +108,8 @@ def test_guidance_arguments_arrive() -> None:
 
 def told(v: float) -> LatentDiffusionPipeline:
     """The same model with a head that says v of every variance."""
-    own = CLIP.bundle.unet.state_dict()
-    unet = tiny_bundle(learned_variance=True).unet
+    own = unet_of(CLIP.bundle).state_dict()
+    unet = unet_of(tiny_bundle(learned_variance=True))
     for name, value in unet.state_dict().items():
         value.fill_(0.0 if name.endswith("weight") else v)
         value[: len(own[name])] = own[name]
@@ -312,7 +312,7 @@ def test_bad_input_is_one_line_before_any_drawing(bad: dict[str, Any]) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the network was called")
 
-    hook = CLIP.bundle.unet.register_forward_pre_hook(refuse)
+    hook = unet_of(CLIP.bundle).register_forward_pre_hook(refuse)
     try:
         with pytest.raises(UserError) as caught:
             draw(bad.get("prompt", "a cat"), **{k: v for k, v in bad.items() if k != "prompt"})
@@ -337,15 +337,15 @@ def test_a_near_miss_gets_a_hint(wrong: dict[str, Any], hint: str) -> None:
 
 def test_many_pictures_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    decode: Callable[..., Any] = CLIP.bundle.vae.decode
+    decode: Callable[..., Any] = vae_of(CLIP.bundle).decode
 
     def watched(z: Tensor, **options: Any) -> Any:
         decoded.append(len(z))
         return decode(z, **options)
 
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole = CLIP.bundle.decode(latents)
+    whole = CLIP.bundle.autoencoder.decode(latents)
     monkeypatch.setattr("latentdiff.bundle._DECODED_AT_ONCE", 2 * 16 * 16)
-    monkeypatch.setattr(CLIP.bundle.vae, "decode", watched)
-    assert distance(CLIP.bundle.decode(latents), whole) <= 1e-5
+    monkeypatch.setattr(vae_of(CLIP.bundle), "decode", watched)
+    assert distance(CLIP.bundle.autoencoder.decode(latents), whole) <= 1e-5
     assert decoded == [2, 2, 1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import WINDOW, tiny_bundle, tiny_clip, tiny_t5
+from tiny import WINDOW, tiny_bundle, tiny_clip, tiny_t5, tower_of, unet_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
@@ -33,7 +33,7 @@ def draw(prompt: Any, pipe: LatentDiffusionPipeline = CLIP, **changed: Any) -> P
 def states_seen(pipe: LatentDiffusionPipeline) -> Iterator[list[Tensor]]:
     """The text states of every call of the U-Net."""
     seen: list[Tensor] = []
-    hook = pipe.bundle.unet.register_forward_pre_hook(
+    hook = unet_of(pipe.bundle).register_forward_pre_hook(
         lambda _, inputs, named: seen.append(named["encoder_hidden_states"]), with_kwargs=True
     )
     try:
@@ -73,7 +73,7 @@ def test_words_move_by_their_weights_in_the_prompt_and_the_negative_one(
     """empty + w (states - empty), place by place, of the very tokens of the plain prompt."""
     with states_seen(pipe) as seen:
         draw("a (red:1.5) heart", pipe, prompt_weights=True, negative_prompt="[cat], dog")
-    tower = pipe.bundle.text
+    tower = tower_of(pipe.bundle)
     with torch.no_grad():
         plain = tower.encode(["cat, dog", "a red heart", ""]).states
     pieces = ([("cat", 1 / 1.1), (", dog", 1.0)], [("a ", 1.0), ("red", 1.5), (" heart", 1.0)])

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import clip_tokenizer, tiny_bundle
+from tiny import clip_tokenizer, tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
@@ -78,7 +78,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def tensors(bundle: Any) -> dict[str, Tensor]:
     parts = {"unet": bundle.unet, "vae": bundle.vae}
-    parts["text"] = bundle.text.model if isinstance(bundle, Bundle) else bundle.text_encoder
+    parts["text"] = tower_of(bundle).model if isinstance(bundle, Bundle) else bundle.text_encoder
     return {f"{p}.{n}": v for p, network in parts.items() for n, v in network.state_dict().items()}
 
 
@@ -102,8 +102,10 @@ def test_a_round_trip_keeps_every_bit(saved: Saved, tmp_path: Path) -> None:
     again = Bundle.load(opened.save(tmp_path / "folder")).save(tmp_path / "two.safetensors")
     assert same(load_file(file), load_file(again))
     assert (opened.prediction, opened.steps) == (bundle.prediction, bundle.steps)
-    assert opened.unet.config["sample_size"] == 64
-    states = [b.text.encode(["a red heart"]).states for b in (bundle, opened, Bundle.load(again))]
+    assert unet_of(opened).config["sample_size"] == 64
+    states = [
+        tower_of(b).encode(["a red heart"]).states for b in (bundle, opened, Bundle.load(again))
+    ]
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[0], states[2])
 
@@ -112,7 +114,7 @@ def test_keys_are_those_of_the_field(saved: Saved) -> None:
     """Names that real checkpoints of either version have, and none of transformers 5."""
     bundle, _, file = saved
     names = set(load_file(file))
-    second = bundle.text.model.config.hidden_act == "gelu"
+    second = tower_of(bundle).model.config.hidden_act == "gelu"
     for name in (
         "model.diffusion_model.input_blocks.3.0.op.weight",
         "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
@@ -139,14 +141,14 @@ def test_a_file_of_others_opens_by_its_shapes(saved: Saved, tmp_path: Path) -> N
     halves = {n: v.half().float() for n, v in tensors(bundle).items()}
     assert same(halves, tensors(opened))
     assert (opened.prediction, opened.steps.family) == ("eps", "ddim")
-    for network, wanted in ((opened.unet, bundle.unet), (opened.vae, bundle.vae)):
+    for network, wanted in ((unet_of(opened), unet_of(bundle)), (vae_of(opened), vae_of(bundle))):
         for key in ("block_out_channels", "layers_per_block", "down_block_types"):
             assert list(_each(network.config[key])) == list(_each(wanted.config[key])), key
     random = torch.Generator().manual_seed(0)
     x, states = torch.randn(1, 4, 8, 8, generator=random), torch.randn(1, 5, 64, generator=random)
-    told = opened.unet(x, 3, states).sample  # by the same number of heads
+    told = unet_of(opened)(x, 3, states).sample  # by the same number of heads
     bundle = Bundle.load(folder, dtype=torch.float16).save(tmp_path / "half")
-    wanted = Bundle.load(bundle, dtype="float32").unet(x, 3, states).sample
+    wanted = unet_of(Bundle.load(bundle, dtype="float32"))(x, 3, states).sample
     assert torch.equal(told, wanted)
 
 
@@ -174,14 +176,14 @@ def test_v_prediction_is_found_out(saved: Saved, tmp_path: Path) -> None:
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
     told = {"modelspec.prediction_type": "v", "modelspec.resolution": "768x768"}
     opened = Bundle.load(foreign_file(file, tmp_path / "a.safetensors", **told))
-    assert (opened.prediction, opened.unet.config["sample_size"]) == ("v", 96)
+    assert (opened.prediction, unet_of(opened).config["sample_size"]) == ("v", 96)
 
 
 def test_the_telltale_of_version_2(tmp_path: Path) -> None:
     """It is the norm of the last block but two of the four-level U-Net."""
     bundle = sd_like(2, levels=4)
     norm = "up_blocks.3.attentions.2.transformer_blocks.0.norm1"
-    bias = bundle.unet.get_parameter(f"{norm}.bias")
+    bias = unet_of(bundle).get_parameter(f"{norm}.bias")
     random = torch.Generator().manual_seed(0)
     folder = bundle.save(tmp_path / "folder")
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")

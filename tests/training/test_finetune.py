@@ -15,7 +15,7 @@ import typer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import picture_folder, script
-from tiny import WINDOW, tiny_bundle
+from tiny import WINDOW, tiny_bundle, tower_of
 from typer.testing import CliRunner
 
 from latentdiff.bundle import Bundle
@@ -193,10 +193,10 @@ def test_textual_inversion_learns_one_row_and_changes_nothing_else(
     assert torch.equal(after[:-1], before)
     (row,) = load_file(out / "learned_embeds.safetensors").values()
     assert torch.equal(after[-1], row)
-    red = tiny_bundle().text.tokenizer.backend_tokenizer.encode("red").ids[1:-1]
+    red = tower_of(tiny_bundle()).tokenizer.backend_tokenizer.encode("red").ids[1:-1]
     assert 0 < (row - before[red].mean(0)).abs().max() < 0.1
     bundle = Bundle.load(out / "model")
-    assert len(before) in bundle.text.tokenize(["a <thing> disc"]).ids[0]
+    assert len(before) in tower_of(bundle).tokenize(["a <thing> disc"]).ids[0]
 
 
 def test_a_new_inpainting_model_draws_as_before_and_then_learns_from_its_mask(
@@ -206,7 +206,7 @@ def test_a_new_inpainting_model_draws_as_before_and_then_learns_from_its_mask(
     wide = with_mask_input(old)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     beside = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(1))
-    states = old.text.encode(["a red heart", "a cat"]).states
+    states = tower_of(old).encode(["a red heart", "a cat"]).states
     t = torch.tensor([1.0, 900.0])
     with torch.no_grad():
         plain = old.network()(x, t, {"states": states})
@@ -355,7 +355,7 @@ def test_prior_predictions_keep_what_prior_pictures_do_not(work: Path, tmp_path:
     """The model is random, so its pictures are no data: learning them moves other prompts, while
     learning its predictions holds them."""
     old = Bundle.load(work / "model")
-    states = old.text.encode(["a cat", "a red heart"] * 4).states
+    states = tower_of(old).encode(["a cat", "a red heart"] * 4).states
     x = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(10, 990, 8).round()
     moved: dict[str, float] = {}

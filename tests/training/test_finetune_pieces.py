@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CAPTIONS, tiny_bundle
+from tiny import CAPTIONS, tiny_bundle, tower_of, unet_of
 
 from latentdiff.learning.buckets import CYCLE, BucketOrder
 from latentdiff.learning.captions import Captions, CaptionStates
@@ -48,9 +48,9 @@ def test_every_step_has_one_bucket_and_every_sample_its_share(weighted: bool) ->
 def test_cached_states_are_those_of_the_tower(tower: str, tmp_path: Path) -> None:
     bundle = tiny_bundle(tower=tower)  # pyright: ignore[reportArgumentType]
     texts = [("a red heart", "heart"), ("a cat",), ("a red cat on a heart",)]
-    captions = Captions(bundle.text, texts, 0.3, seed=1)
-    network = Conditioned(bundle.unet, bundle.text)
-    states = CaptionStates(captions, bundle.text, tmp_path)
+    captions = Captions(tower_of(bundle), texts, 0.3, seed=1)
+    network = Conditioned(unet_of(bundle), tower_of(bundle))
+    states = CaptionStates(captions, tower_of(bundle), tmp_path)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([3.0, 500.0, 999.0])
     chosen: set[int] = set()
@@ -64,7 +64,7 @@ def test_cached_states_are_those_of_the_tower(tower: str, tmp_path: Path) -> Non
 
 
 def test_states_are_those_of_the_padding_and_the_window_that_the_tower_has(tmp_path: Path) -> None:
-    model = tiny_bundle().text.model
+    model = tower_of(tiny_bundle()).model
     for window, pad in ((12, "<|endoftext|>"), (12, "!"), (10, "!")):
         tokenizer = train_tokenizer(CAPTIONS, 560, window)
         tokenizer.pad_token = pad
@@ -76,7 +76,9 @@ def test_states_are_those_of_the_padding_and_the_window_that_the_tower_has(tmp_p
 
 
 def test_each_sample_loses_its_caption_with_its_own_probability() -> None:
-    captions = Captions(tiny_bundle().text, [("a cat",), ("a heart",), ("a dog",)], [0, 1, 0.5], 1)
+    captions = Captions(
+        tower_of(tiny_bundle()), [("a cat",), ("a heart",), ("a dog",)], [0, 1, 0.5], 1
+    )
     rows = [captions.choose(step, [0, 1, 2], [0, 1, 2]) for step in range(200)]
     assert {row[:2] for row in map(tuple, rows)} == {(1, 0)}
     assert 70 < sum(row[2] == 0 for row in rows) < 130

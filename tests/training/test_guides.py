@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scripts import picture_folder, script
-from tiny import tiny_bundle
+from tiny import tiny_bundle, vae_of
 from torch import Tensor
 
 from latentdiff.bundle import Bundle
@@ -50,8 +50,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = "".join(json.dumps(row) + "\n" for row in named)
     (folder / "pictures/metadata.jsonl").write_text(lines)
     bundle = tiny_bundle()
-    latents = bundle.encode(pictures(folder))
-    vae: Any = bundle.vae
+    latents = bundle.autoencoder.encode(pictures(folder))
+    vae: Any = vae_of(bundle)
     with torch.no_grad():
         vae.quant_conv.bias[4:] -= 20  # a sure posterior
     vae.register_to_config(scaling_factor=1.0)
@@ -122,7 +122,7 @@ def test_a_classifier_learns_colours_and_its_folder_opens(work: Path, tmp_path: 
     classifier = Classifier.load(tmp_path / "run/model")
     assert classifier.labels == sorted(COLOURS)
     bundle = Bundle.load(work / "model")
-    level, latents = bundle.process.level(0.0), bundle.encode(pictures(work))
+    level, latents = bundle.process.level(0.0), bundle.autoencoder.encode(pictures(work))
     every = [
         classifier.log_probability(latents, level, classifier.places([colour] * 12))
         for colour in COLOURS

@@ -166,7 +166,7 @@ def test_stage_2_learns_variances(work: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     assert record["loss"] > 0.001 * record["bound"] > 0
     pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
-    assert pipe.bundle.learns_variance
+    assert pipe.bundle.network.learns_variance
     for solver in ("ddpm", "dpmpp-2m"):
         made = pipe("a red disc", num_inference_steps=2, seed=0, solver=solver, progress=False)
         assert made.images[0].size == (32, 32)
@@ -190,7 +190,9 @@ def test_a_vq_autoencoder_goes_through_both_stages(work: Path, tmp_path: Path) -
     run_stage("diffusion", config, work, f"out={tmp_path}/run", *where)
     pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
     pictures = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert 0.1 < pipe.bundle.encode(pictures).std() < 10  # the measured scale is applied
+    assert (
+        0.1 < pipe.bundle.autoencoder.encode(pictures).std() < 10
+    )  # the measured scale is applied
     assert pipe("a red disc", num_inference_steps=2, seed=0, progress=False).nfe == 2
 
 

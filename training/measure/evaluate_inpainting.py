@@ -212,7 +212,7 @@ def measure(
         rows += [case.picture, shown, drawn["Blend"][at], drawn["RePaint"][at]]
     out.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid(rows, 8), out)
-    return table(cases, scores, nfe, run, str(pipe.bundle.dtype).removeprefix("torch."))
+    return table(cases, scores, nfe, run, str(pipe.bundle.network.dtype).removeprefix("torch."))
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def fill_all(
             progress=False,
         )
         nfe = output.nfe
-        made += pipe.bundle.decode(output.latents).cpu().float().split(1)
+        made += pipe.bundle.autoencoder.decode(output.latents).cpu().float().split(1)
     return made, nfe
 
 

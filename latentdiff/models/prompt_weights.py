@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.models.text_encoders import TextStates, TextTower, token_spans
 
 LARGEST = 10.0
 
@@ -139,3 +140,21 @@ def _joined(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
         else:
             joined.append((text, weight))
     return joined or [("", 1.0)]
+
+
+def weighted_states(tower: TextTower, prompts: Sequence[str]) -> TextStates:
+    """The states of prompts with weights in them.
+
+    Raises:
+        UserError: as `parse_weights`.
+    """
+    pieces = [parse_weights(text) for text in prompts]
+    plain = ["".join(part for part, _ in each) for each in pieces]
+    encoded = tower.encode([*plain, ""])
+    weights = [
+        token_weights(each, token_spans(tower, words))
+        for each, words in zip(pieces, plain, strict=True)
+    ]
+    states, empty = encoded.states[:-1], encoded.states[-1]
+    states = emphasise(states, empty, padded_weights(weights, states))
+    return TextStates(states, None if encoded.mask is None else encoded.mask[:-1], encoded.cut[:-1])

@@ -1,0 +1,75 @@
+"""The condition of a network: all that it is told besides x_t and t."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Condition:
+    """Tensors with the batch first, each None where a network has no use for it.
+
+    Attributes:
+        states: of a prompt, for cross-attention [B, L, D].
+        mask: bool [B, L], True where the network may look; None: it looks everywhere.
+        pooled: one vector of a prompt [B, P].
+        sizes: of the picture, its crop and its target, in pixels [B, 6].
+        beside: further channels behind those of x [B, extra, h, w].
+    """
+
+    states: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
+    beside: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """The condition of these rows, in this order; a row may be named twice."""
+        return type(self)(**{name: value[list(rows)] for name, value in self.given().items()})
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """Several conditions as one batch, in their order.
+
+    States of different lengths are padded to the longest, and the padding is masked.
+
+    Raises:
+        UserError: they do not have the same fields, or differ in more than the length of states.
+    """
+    if len(conditions) == 1:
+        return conditions[0]
+    parts = [condition.given() for condition in _of_one_length(conditions)]
+    shapes = [{name: value.shape for name, value in each.items()} for each in parts]
+    if any(shape != shapes[0] for shape in shapes):
+        raise UserError(
+            f"conditions of one call must have the same fields and shapes, not {shapes}."
+        )
+    return Condition(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _of_one_length(conditions: Sequence[Condition]) -> Sequence[Condition]:
+    """The conditions with states [B, L, D] of the longest L and a mask, where L differs."""
+    lengths = {c.states.shape[1] for c in conditions if c.states is not None}
+    if len(lengths) < 2:
+        return conditions
+    longest = max(lengths)
+    padded: list[Condition] = []
+    for condition in conditions:
+        given, states = condition.given(), condition.states
+        if states is not None:
+            seen = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            missing = longest - states.shape[1]
+            given["states"] = torch.nn.functional.pad(states, (0, 0, 0, missing))
+            given["mask"] = torch.nn.functional.pad(given.get("mask", seen), (0, missing))
+        padded.append(Condition(**given))
+    return padded

@@ -1,0 +1,169 @@
+"""Stable Diffusion 1 and 2, and models of their shape: U-Net, autoencoder, one text encoder."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.formats.families import Config, Nouns, Opened, Weights
+from latentdiff.formats.weights import blaming, read_json
+from latentdiff.models.autoencoder import DiffusersAutoencoder, latent_affine
+from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.network import DiffusersUNet, Kind
+from latentdiff.models.text_encoders import ClipTower, TextTower
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    from latentdiff.formats.weights import WeightFiles
+
+# Parts of other families.
+_FOREIGN = ("text_encoder_2", "transformer", "prior", "image_encoder")
+
+_PIPELINES: dict[Kind, str] = {
+    "text-to-image": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
+}
+
+
+def claims_folder(index: Mapping[str, object]) -> bool:
+    """True where the model has no part of another family."""
+    return all(index.get(part) in (None, [None, None]) for part in _FOREIGN)
+
+
+def claims_file(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True where the file holds a U-Net under its name in Stable Diffusion."""
+    from latentdiff.formats.single_file_names import UNET
+
+    return any(name.startswith(UNET) for name in shapes)
+
+
+def open_folder(folder: Path) -> Opened:
+    """See `Family.open_folder`."""
+    from latentdiff.formats import diffusers_folder as parts
+
+    path = folder / "model_index.json"
+    index = read_json(path)
+    for part in _FOREIGN:
+        if index.get(part) not in (None, [None, None]):
+            raise UserError(
+                f"{path}: a {index.get('_class_name')!s:.60} with a {part}; only models of one "
+                "U-Net, one VAE and one text encoder work here."
+            )
+    unet, unet_files = parts.unet(folder / "unet")
+    vae, vae_files = parts.vae(folder / "vae")
+    text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
+    path = folder / "scheduler" / "scheduler_config.json"
+    schedule = read_json(path)
+    with blaming(folder):
+        return _opened(
+            (unet, unet_files), (vae, vae_files), (text, text_files), schedule, str(path)
+        )
+
+
+def open_file(file: Path) -> Opened:
+    """See `Family.open_file`."""
+    from latentdiff.formats.single_file import open_single
+
+    unet, vae, text, schedule = open_single(file)
+    with blaming(file):
+        return _opened(unet, vae, text, schedule, f"{file}: scheduler")
+
+
+def _opened(
+    unet: "tuple[UNet2DConditionModel, WeightFiles]",
+    vae: "tuple[AutoencoderKL | VQModel, WeightFiles]",
+    text: "tuple[TextTower, WeightFiles]",
+    schedule: Config,
+    schedule_name: str,
+) -> Opened:
+    autoencoder = DiffusersAutoencoder(vae[0])
+    network = DiffusersUNet(unet[0], autoencoder.channels)
+    weights = [
+        Weights(unet[0], unet[1], steady=False),
+        Weights(vae[0], vae[1], steady=True),
+        Weights(text[0].model, text[1], steady=True),
+    ]
+    nouns = Nouns(autoencoder, TextConditioner(text[0]), network)
+    return Opened(nouns, weights, schedule, schedule_name)
+
+
+def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
+    """See `Family.write_folder`. A latent mean is folded into the autoencoder's convolutions."""
+    from latentdiff.formats.diffusers_save import save_diffusers, without_offset, write_json
+
+    vae = without_offset(_vae(nouns))
+    nouns = Nouns(DiffusersAutoencoder(vae), nouns.conditioner, nouns.network)
+    save_diffusers(vae, stage / "vae", dtype)
+    save_diffusers(_unet(nouns), stage / "unet", dtype)
+    _save_text(_tower(nouns), stage, dtype)
+    write_json(stage / "model_index.json", _index(nouns, schedule))
+
+
+def write_file(path: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
+    """See `Family.write_file`."""
+    from latentdiff.formats.single_file import save_single
+
+    save_single(path, _vae(nouns), _unet(nouns), _tower(nouns), schedule, dtype)
+
+
+def _vae(nouns: Nouns) -> "AutoencoderKL | VQModel":
+    return cast(Any, nouns.autoencoder.module)
+
+
+def _unet(nouns: Nouns) -> "UNet2DConditionModel":
+    return cast(Any, nouns.network.module)
+
+
+def _tower(nouns: Nouns) -> TextTower:
+    assert isinstance(nouns.conditioner, TextConditioner)
+    return nouns.conditioner.tower
+
+
+def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
+    from latentdiff.formats.diffusers_save import save_weights
+
+    config = copy.deepcopy(text.model.config)
+    config.architectures = [type(text.model).__name__]
+    config.save_pretrained(stage / "text_encoder")
+    values = dict(text.model.state_dict())
+    if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
+        values = {f"text_model.{name}": value for name, value in values.items()}
+    else:
+        values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
+    save_weights(values, stage / "text_encoder" / "model.safetensors", dtype)
+    text.tokenizer.save_pretrained(stage / "tokenizer")
+    if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
+        text.tokenizer.backend_tokenizer.model.save(str(stage / "tokenizer"))
+
+
+def _index(nouns: Nouns, schedule: Config) -> Config:
+    """The folders' contents; it names a pipeline of diffusers only where that draws the same."""
+    from diffusers import __version__
+
+    vae, text = nouns.autoencoder.module, _tower(nouns)
+    kind = nouns.network.kind
+    known = isinstance(text, ClipTower) and type(vae).__name__ == "AutoencoderKL"
+    known &= not bool(latent_affine(_vae(nouns))[1].any())
+    known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
+    known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
+    known &= "beta_schedule" in schedule or "trained_betas" in schedule
+    known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
+    return {
+        "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",
+        "_diffusers_version": __version__,
+        "vae": ["diffusers", type(vae).__name__],
+        "unet": ["diffusers", type(nouns.network.module).__name__],
+        "text_encoder": ["transformers", type(text.model).__name__],
+        "tokenizer": ["transformers", type(text.tokenizer).__name__],
+        "scheduler": ["diffusers", str(schedule["_class_name"])],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }

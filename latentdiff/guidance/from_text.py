@@ -1,0 +1,80 @@
+"""Guides in the words of a command line: "pag:3", "threshold:0.995", "clip:2:FOLDER"."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from latentdiff.bundle import Bundle
+from latentdiff.diffusion.edits import Edit
+from latentdiff.errors import UserError
+from latentdiff.guidance.autoguidance import Autoguidance
+from latentdiff.guidance.classifier import Classifier
+from latentdiff.guidance.classifier_guidance import ClassifierGuide
+from latentdiff.guidance.clip import Clip
+from latentdiff.guidance.clip_guidance import ClipGuide
+from latentdiff.guidance.perturbed_attention import PAG, SEG
+from latentdiff.guidance.thresholding import DynamicThresholding
+from latentdiff.registry import check_name
+
+_KINDS = ("pag", "seg", "threshold", "autoguidance", "clip", "classifier")
+FORM = (
+    "pag:SCALE, seg:SCALE, threshold:QUANTILE, autoguidance:SCALE:MODEL, clip:SCALE:FOLDER or "
+    "classifier:SCALE:FOLDER:LABEL"
+)
+
+
+def check_text(text: str) -> tuple[str, float, list[str]]:
+    """Name, number and further words of a guide, before anything is loaded.
+
+    Raises:
+        UserError: it does not read as one of `FORM`.
+    """
+    name, *given = text.split(":", 1)
+    check_name("guide", name, _KINDS)
+    number, *rest = given[0].split(":", 1) if given else ("",)
+    words = rest
+    if name == "classifier" and rest:
+        folder, _, label = rest[0].rpartition(":")
+        words = [folder, label]
+    wanted = {"autoguidance": 1, "clip": 1, "classifier": 2}.get(name, 0)
+    value = _number(number)
+    if value is None or len(words) != wanted or not all(words):
+        raise UserError(f"a guide reads {FORM}, not {text!r:.80}.")
+    return name, value, words
+
+
+def resolve(edits: Sequence[Edit | str], device: torch.device) -> list[Edit]:
+    """The edits, with those that are text made; see `FORM`.
+
+    Args:
+        edits: values or text.
+        device: where to load what is loaded.
+
+    Raises:
+        UserError: a text has an unknown name, no number, or a folder that does not load.
+    """
+    return [_create(edit, device) if isinstance(edit, str) else edit for edit in edits]
+
+
+def _create(text: str, device: torch.device) -> Edit:
+    name, value, words = check_text(text)
+    if name == "pag":
+        return PAG(value)
+    if name == "seg":
+        return SEG(value)
+    if name == "threshold":
+        return DynamicThresholding(value)
+    if name == "autoguidance":
+        return Autoguidance(Bundle.load(words[0], device=device), value)
+    if name == "clip":
+        return ClipGuide(Clip.load(words[0], device), value)
+    return ClassifierGuide(Classifier.load(words[0], device), words[1], value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,172 @@
+"""The autoencoder of a model: pictures to standardised latents and back."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+
+# Pixels decoded at once: the activations of an autoencoder are hundreds of times its pictures.
+_DECODED_AT_ONCE = 2**20
+
+
+class Autoencoder(Protocol):
+    """Pictures to latents of about unit variance, which a network denoises, and back.
+
+    Scale, shift and statistics of the latents are applied in here and nowhere else.
+    """
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, for its weights and its device."""
+        ...
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        ...
+
+    @property
+    def scaling_factor(self) -> float:
+        """The config's: the numbers that InstructPix2Pix sees are latents divided by this."""
+        ...
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor], float32.
+
+        The mean of the posterior is taken, so the answer is always the same.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> pictures [B, 3, h * factor, w * factor], float32 about [-1, 1].
+
+        Many pictures are decoded a few at a time.
+        """
+        ...
+
+    def moments(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> mean and std of the posterior [B, 2C, h, w], float32.
+
+        They are the module's own numbers, to be kept; `draw` makes latents of them.
+        """
+        ...
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents [B, C, h, w] out of the posterior: mean + std * noise, standardised.
+
+        Args:
+            moments: [B, 2C, h, w], as `moments` gives them; on any device.
+            noise: standard normal [B, C, h, w], on the same one.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusersAutoencoder:
+    """A KL or VQ autoencoder of diffusers.
+
+    Attributes:
+        module: of RGB pictures.
+
+    Raises:
+        UserError: it is not of RGB pictures, or its config's scale makes no sense.
+    """
+
+    module: "AutoencoderKL | VQModel"
+
+    def __post_init__(self) -> None:
+        if (self.module.config["in_channels"], self.module.config["out_channels"]) != (3, 3):
+            raise UserError("vae: it is not for RGB pictures of 3 channels.")
+        latent_affine(self.module)
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.module.config["block_out_channels"]) - 1)
+
+    @property
+    def channels(self) -> int:
+        return latent_channels(self.module)
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.module.config["scaling_factor"]
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        parameter = next(self.module.parameters())
+        encoded: Any = self.module.encode(pictures.to(parameter.device, parameter.dtype))
+        z: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
+        return self._standardised(z.float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        parameter = next(self.module.parameters())
+        gain, offset = (part.to(latents.device) for part in latent_affine(self.module))
+        z = (latents * gain + offset).to(parameter.device, parameter.dtype)
+        pixels = z.shape[-2] * z.shape[-1] * self.factor**2
+        decode: Any = self.module.decode
+        chunks = z.split(max(1, _DECODED_AT_ONCE // pixels))
+        return torch.cat([decode(chunk, return_dict=False)[0].float() for chunk in chunks])
+
+    @torch.no_grad()
+    def moments(self, pictures: Tensor) -> Tensor:
+        parameter = next(self.module.parameters())
+        encoded: Any = self.module.encode(pictures.to(parameter.device, parameter.dtype))
+        if "latents" in encoded:  # of a VQ model, which has no spread
+            mean = encoded.latents.float()
+            return torch.cat([mean, torch.zeros_like(mean)], 1)
+        posterior = encoded.latent_dist
+        return torch.cat([posterior.mean.float(), posterior.std.float()], 1)
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        mean, std = moments.chunk(2, 1)
+        return self._standardised(mean + std * noise)
+
+    def _standardised(self, z: Tensor) -> Tensor:
+        """The module's own numbers [B, C, h, w] as latents of about unit variance."""
+        gain, offset = (part.to(z.device) for part in latent_affine(self.module))
+        return (z - offset) / gain
+
+
+def latent_channels(vae: "AutoencoderKL | VQModel") -> int:
+    """C of the latents; in a VQ model they are what its codebook is looked up with."""
+    return vae.config.get("vq_embed_dim") or vae.config["latent_channels"]
+
+
+def latent_affine(vae: "AutoencoderKL | VQModel") -> tuple[Tensor, Tensor]:
+    """Gain and offset, each [1, C, 1, 1] or [1, 1, 1, 1], of z = gain * latents + offset.
+
+    The config says latents = (z - shift_factor) * scaling_factor, or with statistics for each
+    channel (z - latents_mean) / latents_std * scaling_factor.
+
+    Raises:
+        UserError: the config's numbers are none, not finite, or a scale is zero.
+    """
+    mean = _each(vae.config.get("latents_mean") or vae.config.get("shift_factor") or 0.0)
+    std = _each(vae.config.get("latents_std") or 1.0)
+    scale = vae.config["scaling_factor"]
+    channels = latent_channels(vae)
+    numbers = [*mean, *std, scale]
+    sound = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    if not (sound and scale and all(std)) or {len(mean), len(std)} - {1, channels}:
+        raise UserError(
+            "vae: its scaling_factor, shift_factor, latents_mean and latents_std must be finite "
+            f"numbers, scales not zero, and lists {channels} long."
+        )
+    gain, offset = torch.tensor(std) / scale, torch.tensor(mean, dtype=torch.float32)
+    return gain.view(1, -1, 1, 1), offset.view(1, -1, 1, 1)
+
+
+def _each(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,224 @@
+"""The network of a model: (x_t, t, condition) -> its prediction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.condition import Condition
+from latentdiff.errors import UserError
+from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+Kind = Literal["text-to-image", "inpainting", "instruct-pix2pix"]
+"""The input of a network: x_t; x_t, a mask and the masked picture; or x_t and the picture to
+change."""
+
+# What a run must give it, and what a user does about it.
+_NEEDS: dict[Kind, str] = {
+    "text-to-image": "this model sees x_t alone: use RePaint or Blend in place of Inpaint, and "
+    "SDEdit in place of Instruct.",
+    "inpainting": "this is an inpainting model: it needs edits=[Inpaint(image, mask)], which is "
+    "`latentdiff inpaint`.",
+    "instruct-pix2pix": "this is an InstructPix2Pix model: it needs edits=[Instruct(image)], which "
+    "is `latentdiff edit`.",
+}
+
+# Inputs that a config can ask for and that no prompt tells: sizes, classes, pictures, poses.
+_EXTRA_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+
+
+class Network(Protocol):
+    """A denoising network, with its facts declared. An engine is one that computes it faster."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network's weights, to train, to save and to put a LoRA into."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C of the latents that it denoises."""
+        ...
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of its input, those of `Condition.beside` included."""
+        ...
+
+    @property
+    def learns_variance(self) -> bool:
+        """True for an output of 2C channels, the last C of which tell the variance of a step."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """What it sees beside x_t."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """D of the text states that it attends to."""
+        ...
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width, in latents, that it was trained on."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """Sides in latents should be multiples of this, so that every level halves evenly."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
+    ) -> Tensor:
+        """Predict from x_t: see `latentdiff.diffusion.denoiser.CallsNetwork`.
+
+        Raises:
+            UserError: the condition lacks what it sees beside x_t, or has too much.
+        """
+        ...
+
+    def perturbable(self, perturbations: Sequence[Perturbation]) -> Self:
+        """The same network, whose attention can be spoilt; this one stays as it is.
+
+        Raises:
+            UserError: a perturbation names a layer that is not there.
+        """
+        ...
+
+    def with_module(self, module: nn.Module) -> Self:
+        """The same network around other weights."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusersUNet:
+    """A U-Net of diffusers with cross-attention, as Stable Diffusion 1 and 2 have it.
+
+    Attributes:
+        module: of diffusers.
+        channels: C of the latents; the module may take C, 2C + 1 (inpainting: a mask and the masked
+            picture's latents) or 2C (InstructPix2Pix), and give C or 2C.
+
+    Raises:
+        UserError: other numbers of channels, or an input that no prompt tells.
+    """
+
+    module: "UNet2DConditionModel"
+    channels: int
+
+    def __post_init__(self) -> None:
+        config = self.module.config
+        inside, outside = config["in_channels"], config["out_channels"]
+        if inside not in self._kinds() or outside not in (self.channels, 2 * self.channels):
+            raise UserError(
+                f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
+                f"{self.channels}; depth, upscaling and such checkpoints do not work here."
+            )
+        for key in _EXTRA_INPUTS:
+            if config[key] is not None:
+                raise UserError(
+                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL and "
+                    "others that need more than a prompt; they do not work here."
+                )
+        if config["encoder_hid_dim_type"] not in (None, "text_proj"):
+            kind = config["encoder_hid_dim_type"]
+            raise UserError(f"unet: its encoder_hid_dim_type '{kind!s:.40}' does not work here.")
+        sides = _each(config["sample_size"])
+        if len(sides) > 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise UserError("unet: its sample_size does not say how large its pictures are.")
+
+    def _kinds(self) -> dict[int, Kind]:
+        """By the number of input channels."""
+        return {
+            self.channels: "text-to-image",
+            2 * self.channels + 1: "inpainting",
+            2 * self.channels: "instruct-pix2pix",
+        }
+
+    @property
+    def in_channels(self) -> int:
+        return self.module.config["in_channels"]
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.module.config["out_channels"] == 2 * self.channels
+
+    @property
+    def kind(self) -> Kind:
+        return self._kinds()[self.in_channels]
+
+    @property
+    def width(self) -> int:
+        config = self.module.config
+        if config["encoder_hid_dim_type"] == "text_proj":
+            return config["encoder_hid_dim"]
+        widths = _each(config["cross_attention_dim"])
+        if any(width != widths[0] for width in widths):
+            raise UserError(f"unet: its levels attend to text states of other widths: {widths}.")
+        return widths[0]
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        sides = _each(self.module.config["sample_size"])
+        return sides[0], sides[-1]
+
+    @property
+    def multiple(self) -> int:
+        return 2 ** (len(self.module.config["block_out_channels"]) - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
+    ) -> Tensor:
+        spoilt = None
+        if perturbed:
+            rows = torch.tensor(perturbed).repeat_interleave(len(x) // len(perturbed))
+            spoilt = {"spoilt": Spoilt(rows.to(x.device), (x.shape[-2], x.shape[-1]))}
+        if condition.beside is not None:
+            x = torch.cat([x, condition.beside.to(x)], dim=1)
+        if x.shape[1] != self.in_channels:
+            raise UserError(
+                f"the U-Net takes {self.in_channels} channels, not {x.shape[1]}: "
+                f"{_NEEDS[self.kind]}"
+            )
+        states, mask = condition.states, condition.mask
+        assert states is not None
+        return self.module(
+            x.to(self.dtype),
+            t,
+            encoder_hidden_states=states.to(x.device, self.dtype),
+            encoder_attention_mask=None if mask is None else mask.to(x.device),
+            cross_attention_kwargs=spoilt,
+            return_dict=False,
+        )[0]
+
+    def perturbable(self, perturbations: Sequence[Perturbation]) -> Self:
+        return self.with_module(perturbable(self.module, perturbations))
+
+    def with_module(self, module: Any) -> Self:
+        return type(self)(module, self.channels)
+
+
+def _each(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,267 @@
+"""From the arguments of a call to a run: everything is checked and encoded, nothing drawn."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from latentdiff.bundle import Bundle
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import Denoiser, conditioned_denoiser
+from latentdiff.diffusion.edits import Edit, EditsBranches, EditsInput
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.sampling import check_edits, visited
+from latentdiff.diffusion.solver import Solver
+from latentdiff.diffusion.timetable import Timetable
+from latentdiff.editing import RunContext, bind, padded_size, picture_size
+from latentdiff.errors import UserError
+from latentdiff.guidance import composed, methods
+from latentdiff.guidance.from_text import check_text, resolve
+from latentdiff.models.prompt_weights import without_weights
+from latentdiff.pipeline.arguments import (
+    MAX_PIXELS,
+    MAX_STEPS,
+    check_levels,
+    finite,
+    first_noise,
+    latent_shape,
+    listed,
+    picture_streams,
+    solver_of,
+    whole,
+)
+from latentdiff.pipeline.prompts import (
+    check_also,
+    check_negatives,
+    check_prompts,
+    check_words,
+    encode_prompts,
+)
+from latentdiff.pipeline.request import Request
+from latentdiff.pipeline.run import CountedNetwork, Run
+
+_TOO_MUCH = (
+    "'cfg++' with a solver that draws noise guides up to twice as much as its scale says; take "
+    "about half of it, or a solver that draws none, as 'ddim' or 'dpmpp-2m'"
+)
+
+
+@torch.no_grad()
+def prepare(bundle: Bundle, request: Request) -> Run:
+    """Check a call and make everything that its steps need.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+    edits = _edits(request, bundle)
+    texts = _texts(request)
+    pictured = picture_size(edits, request.height, request.width)
+    size = (request.height, request.width)
+    if pictured is not None:
+        size = padded_size(pictured, bundle.factor)
+    shape = latent_shape(bundle, *size, texts.pictures)
+    stepper, timetable = _way(request, bundle)
+    seeds, indices = picture_streams(request.seed, request.first, request.generator, shape[0])
+    noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
+    x = first_noise(request.latents, noise, shape, bundle.device)
+
+    height, width = pictured or (shape[2] * bundle.factor, shape[3] * bundle.factor)
+    said = [without_weights(t) if request.prompt_weights else t for t in texts.prompts]
+    prompts = [text for text in said for _ in range(texts.per_prompt)]
+    context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
+    edits, ending = bind(edits, context)
+    levels = visited(timetable, edits)
+    network = CountedNetwork(bundle.network)
+    denoise, cut = _guided(bundle, network, request, texts, edits, timetable, context, x)
+    _warn_of_noise(request, stepper)
+    x = x * bundle.process.prior_scale(timetable[0])
+    return Run(
+        denoise, stepper, levels, x, noise, edits, context, ending, network, seeds, indices, cut
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is to be encoded, or was.
+
+    Attributes:
+        prompts: P texts; of ready-made conditions, P times "".
+        negatives: P texts.
+        also: further texts.
+        weights: of those.
+        per_prompt: number of pictures of each prompt.
+    """
+
+    prompts: list[str]
+    negatives: list[str]
+    also: list[str]
+    weights: list[float]
+    per_prompt: int
+
+    @property
+    def pictures(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+
+def _texts(request: Request) -> _Texts:
+    """The prompts of a call, checked."""
+    if (request.prompt is None) == (request.prompt_embeds is None):
+        raise UserError("prompt: give a prompt, or prompt_embeds, and not both.")
+    if request.negative_prompt is not None and request.negative_prompt_embeds is not None:
+        raise UserError("negative_prompt: give it or negative_prompt_embeds, not both.")
+    if request.prompt is not None:
+        prompts = check_prompts(request.prompt)
+    else:
+        prompts = [""] * _rows(request.prompt_embeds, "prompt_embeds")
+    per_prompt = whole(request.num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
+    listed(request.also, "also", "('a hat', 0.7)")
+    also, weights = check_also(request.also)
+    if request.prompt_weights:
+        check_words([*(prompts if request.prompt is not None else ()), *also])
+    negatives = check_negatives(request.negative_prompt, len(prompts))
+    return _Texts(prompts, negatives, also, weights, per_prompt)
+
+
+def _rows(given: Tensor | Condition | None, name: str) -> int:
+    """The number of rows of ready-made states [P, L, D], or of a condition with states."""
+    states = given.states if isinstance(given, Condition) else given
+    if not isinstance(states, Tensor) or states.ndim != 3 or not len(states):
+        raise UserError(f"{name}: give states [P, L, D], or a Condition that holds some.")
+    return len(states)
+
+
+def _edits(request: Request, bundle: Bundle) -> list[Edit]:
+    """The edits, with those in words made of them."""
+    listed(request.edits, "edits", "SDEdit(picture, 0.6), 'pag:3'")
+    for edit in request.edits:
+        if isinstance(edit, str):
+            check_text(edit)
+    check_edits([edit for edit in request.edits if not isinstance(edit, str)])
+    return resolve(request.edits, bundle.device)
+
+
+def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
+    """The solver and the levels before edits."""
+    steps = whole(request.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
+    finite(request.guidance_scale, "guidance_scale")
+    finite(request.guidance_rescale, "guidance_rescale")
+    stepper = solver_of(bundle.solver if request.solver is None else request.solver, bundle)
+    timetable = request.timetable
+    if timetable is None or isinstance(timetable, str):
+        timetable = bundle.timetable(timetable, steps)
+    check_levels(timetable)
+    return stepper, timetable
+
+
+def _warn_of_noise(request: Request, solver: Solver) -> None:
+    if request.guidance == "cfg++" and 0 < request.guidance_scale < 1 and solver.stochastic:
+        warnings.warn(_TOO_MUCH, stacklevel=5)
+
+
+def _guided(
+    bundle: Bundle,
+    network: CountedNetwork,
+    request: Request,
+    texts: _Texts,
+    edits: Sequence[Edit],
+    timetable: Timetable,
+    context: RunContext,
+    x: Tensor,
+) -> tuple[Denoiser, list[str]]:
+    """The denoiser of a run, but for what edits do to its estimates; and the prompts' cut ends."""
+    seen, image_scale = _beside(edits, x)
+    settings = {"scale": request.guidance_scale, "rescale": request.guidance_rescale}
+    settings |= {"image_scale": image_scale}
+    methods.check(request.guidance, interval=request.guidance_interval, **settings)
+    guided = request.guidance_scale != 1 or image_scale != 1
+    positive, negative, further, cut = _conditions(bundle, request, texts, guided, context)
+    blind = None
+    if seen is not None:
+        blind = None if negative is None else replace(negative, beside=torch.zeros_like(seen))
+        negative = None if negative is None else replace(negative, beside=seen)
+        positive = replace(positive, beside=seen)
+        further = [replace(each, beside=seen) for each in further]
+    spoiling = [edit for edit in edits if isinstance(edit, EditsBranches)]
+    if spoiling:
+        network.network = bundle.network.perturbable([edit.perturbation for edit in spoiling])
+    denoise = conditioned_denoiser(network, bundle.process, bundle.prediction)
+    for number, edit in enumerate(spoiling, 1):
+        denoise = edit.branches(denoise, number)
+    if further and negative is not None:
+        denoise = composed(denoise, list(zip(further, texts.weights, strict=True)), negative)
+    guided_denoiser = methods.create(
+        request.guidance,
+        denoise,
+        positive,
+        negative,
+        timetable,
+        interval=request.guidance_interval,
+        blind=blind,
+        **settings,
+    )
+    return guided_denoiser, cut
+
+
+def _conditions(
+    bundle: Bundle, request: Request, texts: _Texts, guided: bool, context: RunContext
+) -> tuple[Condition, Condition | None, list[Condition], list[str]]:
+    """Positive and negative condition, the further ones, and the prompts' cut ends."""
+    ready = request.prompt_embeds is not None
+    away = request.negative_prompt_embeds
+    encodes_negative = (guided or bool(texts.also)) and away is None
+    rows = ([] if ready else [texts.prompts]) + ([texts.negatives] if encodes_negative else [])
+    rows += [[text] * len(texts.prompts) for text in texts.also]
+    conditions: list[Condition] = []
+    cut = [""] * texts.pictures
+    if rows:
+        conditions, ends = encode_prompts(
+            bundle.conditioner,
+            rows,
+            texts.per_prompt,
+            context.padded,
+            weights=request.prompt_weights,
+        )
+        cut = cut if ready else ends
+    if request.prompt_embeds is not None:
+        conditions.insert(0, _ready(request.prompt_embeds, texts, bundle, "prompt_embeds"))
+    positive, *others = conditions
+    if away is not None:
+        others.insert(0, _ready(away, texts, bundle, "negative_prompt_embeds"))
+    negative = others.pop(0) if encodes_negative or away is not None else None
+    return positive, negative, others, cut
+
+
+def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) -> Condition:
+    """A ready-made condition of P rows, or of one, for every picture.
+
+    Raises:
+        UserError: another number of rows, or states of another width.
+    """
+    rows, wanted = _rows(given, name), len(texts.prompts)
+    condition = given if isinstance(given, Condition) else Condition(states=given)
+    if rows not in (1, wanted):
+        raise UserError(f"{name}: {rows} rows were given for {wanted} prompts.")
+    assert condition.states is not None
+    if condition.states.shape[2] != bundle.network.width:
+        raise UserError(
+            f"{name}: the model attends to states of width {bundle.network.width}, not "
+            f"{condition.states.shape[2]}."
+        )
+    places = range(wanted) if rows == wanted else [0] * wanted
+    return condition.take([row for row in places for _ in range(texts.per_prompt)])
+
+
+def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:
+    """What an edit shows the network beside x, and the scale of guidance by it.
+
+    Raises:
+        UserError: several edits would.
+    """
+    showing = [edit for edit in edits if isinstance(edit, EditsInput)]
+    if not showing:
+        return None, 1.0
+    if len(showing) > 1:
+        raise UserError("edits: one Inpaint or Instruct is all that a network can be shown.")
+    return showing[0].beside(x), showing[0].image_guidance_scale

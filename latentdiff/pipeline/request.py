@@ -1,0 +1,42 @@
+"""The arguments of one call, as a value: from Python, a command line, a server or a picture."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.edits import Edit
+from latentdiff.diffusion.solver import Solver
+from latentdiff.diffusion.timetable import Timetable
+from latentdiff.guidance.methods import Method
+from latentdiff.pipeline.prompts import Also
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What to draw, and how; `LatentDiffusionPipeline.__call__` explains each argument."""
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    prompt_embeds: Tensor | Condition | None = None
+    negative_prompt_embeds: Tensor | Condition | None = None
+    also: Sequence[Also] = ()
+    prompt_weights: bool = False
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 20
+    guidance: str | Method = "cfg"
+    guidance_scale: float = 4.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, math.inf)
+    solver: str | Solver | None = None
+    timetable: str | Timetable | None = None
+    num_images_per_prompt: int = 1
+    seed: int | Sequence[int] | None = None
+    first: int = 0
+    generator: torch.Generator | None = None
+    latents: Tensor | None = None
+    edits: Sequence[Edit | str] = ()

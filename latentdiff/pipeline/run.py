@@ -1,0 +1,152 @@
+"""One call of the pipeline, prepared: it can be stepped, watched, cancelled and finished."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import Denoiser, Estimate
+from latentdiff.diffusion.edits import Edit
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.diffusion.sampling import Move, moves
+from latentdiff.diffusion.solver import Solver
+from latentdiff.diffusion.timetable import Timetable
+from latentdiff.editing import Finish, RunContext
+from latentdiff.errors import UserError
+from latentdiff.models.network import Network
+from latentdiff.pipeline.output import OutputType, PipelineOutput, converted
+
+
+@dataclass(eq=False)
+class CountedNetwork:
+    """A network that counts its calls."""
+
+    network: Network
+    calls: int = 0
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int]
+    ) -> Tensor:
+        self.calls += 1
+        return self.network(x, t, condition, perturbed)
+
+
+@dataclass(eq=False)
+class Run:
+    """A call of which nothing is drawn yet; `LatentDiffusionPipeline.prepare` makes it.
+
+    One run belongs to one thread, but for `cancel`.
+
+    Attributes:
+        denoise: guided.
+        solver: makes the steps.
+        levels: that the run visits, jumps of edits included.
+        latents: [B, C, h, w] as they are now; another tensor may be put there between two steps.
+        noise: the streams of B pictures.
+        edits: bound to this run.
+        seeds, indices, cut: see `PipelineOutput`.
+        x0: the last estimate of the data [B, C, h, w]; None before the first.
+    """
+
+    denoise: Denoiser
+    solver: Solver
+    levels: Timetable
+    latents: Tensor
+    noise: NoiseStreams
+    edits: Sequence[Edit]
+    context: RunContext
+    ending: Finish
+    network: CountedNetwork
+    seeds: list[int]
+    indices: list[int]
+    cut: list[str]
+    x0: Tensor | None = None
+    cancelled: bool = False
+    done: bool = False
+    _begun: bool = field(default=False, init=False)
+
+    def __len__(self) -> int:
+        """The number of moves."""
+        return len(self.levels) - 1
+
+    def cancel(self) -> None:
+        """Let the run end before its next step; from any thread."""
+        self.cancelled = True
+
+    def steps(self) -> Iterator[Move]:
+        """Make the moves of the run, each when it is asked for.
+
+        Raises:
+            UserError: the run has begun already.
+        """
+        if self._begun:
+            raise UserError("this run has been stepped through: prepare another.")
+        self._begun = True
+        run = moves(
+            self.denoise,
+            self.solver,
+            self.levels,
+            self.latents,
+            edits=[*self.edits, _Noting(self)],
+            noise=self.noise,
+        )
+        replaced: Tensor | None = None
+        while not self.cancelled:
+            try:
+                with torch.no_grad():
+                    move = run.send(replaced)
+            except StopIteration as ended:
+                self.latents, self.done = ended.value, True
+                return
+            self.latents = move.x
+            yield move
+            replaced = None if self.latents is move.x else self.latents
+
+    def preview(self, output_type: OutputType = "pil") -> object:
+        """Decode the present estimate, as pictures; the noise before the first step.
+
+        Returns:
+            See `PipelineOutput.images`.
+        """
+        return self._pictures(self.latents if self.x0 is None else self.x0, output_type)
+
+    def finish(self, output_type: OutputType = "pil") -> PipelineOutput:
+        """Make the steps that are left, if none was made, and decode.
+
+        Raises:
+            UserError: the run was cancelled, or left in the middle.
+        """
+        if not self._begun:
+            for _ in self.steps():
+                pass
+        if not self.done:
+            how = "cancelled" if self.cancelled else "left before its last step"
+            raise UserError(f"the run was {how}, so there is no picture; `preview` shows its last.")
+        images = self._pictures(self.latents, output_type)
+        calls = self.network.calls
+        return PipelineOutput(images, self.seeds, self.indices, self.latents, calls, self.cut)
+
+    @torch.no_grad()
+    def _pictures(self, latents: Tensor, output_type: OutputType) -> object:
+        if output_type == "latent":
+            return latents
+        pictures = self.context.crop(self.context.autoencoder.decode(latents))
+        return converted(self.ending(pictures), output_type)
+
+
+@dataclass(frozen=True, eq=False)
+class _Noting:
+    """An edit that changes nothing, and notes each estimate."""
+
+    run: Run
+
+    def denoiser(self, denoise: Denoiser) -> Denoiser:
+        def noted(x: Tensor, level: NoiseLevel) -> Estimate:
+            estimate = denoise(x, level)
+            self.run.x0 = estimate.x0
+            return estimate
+
+        return noted
