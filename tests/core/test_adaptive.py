@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, sampling
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.diffusion.process import NoiseLevel, Process
@@ -27,7 +28,7 @@ class Counted:
     def __init__(self) -> None:
         self.levels: list[NoiseLevel] = []
 
-    def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Estimate:
         self.levels.append(level)
         return DATA(x, level)
 
@@ -119,7 +120,7 @@ def test_a_network_of_nan_is_no_endless_loop() -> None:
     x, levels = start(where)
     with pytest.raises(UserError, match="finite"):
         sampling.sample(
-            lambda x, level: x * math.nan, rk45(where), levels, x, noise=NoiseStreams(0)
+            lambda x, level: Estimate(x * math.nan), rk45(where), levels, x, noise=NoiseStreams(0)
         )
     with pytest.raises(UserError, match="tolerances"):
         rk45(where, atol=0.0)

@@ -57,7 +57,7 @@ def exact_flow(here: float, there: float) -> Tensor:
 
     def slope(angle: float, y: NDArray[np.float64]) -> NDArray[np.float64]:
         level = NoiseLevel(0.0, math.sin(angle), math.cos(angle))
-        x0 = DATA(torch.from_numpy(y).view_as(points()) * level.sigma, level)
+        x0 = DATA(torch.from_numpy(y).view_as(points()) * level.sigma, level).x0
         return x0.numpy().ravel() / math.cos(angle) ** 2
 
     ends = (math.atan2(1, here), math.atan2(1, there))
@@ -157,7 +157,7 @@ def test_the_mixture_of_one_is_the_gaussian() -> None:
     away = (x - level.alpha * mean[:, None, None]).flatten(2)
     pulled = level.alpha * covariance @ torch.linalg.solve(spread, away)
     expected = pulled.reshape(x.shape) + mean[:, None, None]
-    torch.testing.assert_close(Gaussian(mean, covariance)(x, level), expected)
+    torch.testing.assert_close(Gaussian(mean, covariance)(x, level).x0, expected)
 
 
 def test_the_mixture_is_its_own_score() -> None:
@@ -169,4 +169,4 @@ def test_the_mixture_is_its_own_score() -> None:
     log_p = DATA.log_weights[:, None, None] - spread.log()[:, None, None]
     log_p = (log_p - (away**2).sum(2) / (2 * spread[:, None, None])).logsumexp(1)
     (score,) = torch.autograd.grad(log_p.sum(), x)
-    torch.testing.assert_close(DATA(x, level), (x + level.sigma**2 * score) / level.alpha)
+    torch.testing.assert_close(DATA(x, level).x0, (x + level.sigma**2 * score) / level.alpha)

@@ -32,7 +32,7 @@ SHAPE = (1, 2, 3, 3)
 
 
 def x0_of(x: Array, level: NoiseLevel) -> Array:
-    return DATA(torch.from_numpy(x), level).numpy()
+    return DATA(torch.from_numpy(x), level).x0.numpy()
 
 
 def lam(level: NoiseLevel) -> float:

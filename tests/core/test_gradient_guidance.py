@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentdiff import guidance
 from latentdiff.diffusion import process
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.diffusion.process import NoiseLevel
@@ -39,22 +40,26 @@ def test_a_tilted_gaussian(kind: str, through: bool) -> None:
     for part in (0.2, 0.5, 0.9):
         level = where.level(where.t_min + part * (where.t_max - where.t_min))
         with torch.no_grad():  # as the pipeline runs
-            torch.testing.assert_close(guided(X, level), tilted(X, level), atol=1e-9, rtol=1e-9)
+            got, expected = guided(X, level).x0, tilted(X, level).x0
+            torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_off_outside_its_interval_and_at_pure_noise() -> None:
     level = process.create("flow").level(0.5)
 
-    def half(x: Tensor, level: NoiseLevel) -> Tensor:
-        return x / 2
+    def half(x: Tensor, level: NoiseLevel) -> Estimate:
+        return Estimate(x / 2, x.square())
 
     assert guidance.from_estimate(half, score, strength=0.0) is half
     above = guidance.from_estimate(half, score, strength=1.0, interval=(level.ratio, math.inf))
-    assert torch.equal(above(X, level), half(X, level))
+    assert torch.equal(above(X, level).x0, X / 2)
     noise = process.create("flow").level(1.0)
-    assert torch.equal(guidance.from_estimate(half, score, strength=1.0)(X, noise), X / 2)
+    assert torch.equal(guidance.from_estimate(half, score, strength=1.0)(X, noise).x0, X / 2)
     past = guidance.from_estimate(half, score, strength=1.0, through=False)
-    torch.testing.assert_close(past(X, noise), X / 2 + SLOPE.expand_as(X))
+    torch.testing.assert_close(past(X, noise).x0, X / 2 + SLOPE.expand_as(X))
+    through = guidance.from_estimate(half, score, strength=1.0)
+    for guided in (through, past):  # a learned variance stays the network's own
+        torch.testing.assert_close(guided(X, level).variance, X.square(), rtol=0, atol=0)
     for strength, interval in ((math.inf, (0.0, 1.0)), (1.0, (1.0, 0.0))):
         with pytest.raises(UserError, match="a finite strength and an interval"):
             guidance.from_estimate(half, score, strength=strength, interval=interval)

@@ -1,6 +1,7 @@
 """Classifier-free guidance: off at 1, one batch, its formula, rescale and interval."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,16 +9,18 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, sampling, timetable
-from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import Branch, Denoiser, Estimate, bind, conditioned_denoiser
 from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free
 
 FLOW = process.create("flow")
 LEVEL = FLOW.level(0.5)
 X = NoiseStreams(0, count=3).draw((2, 4, 4))
-CATS = {"states": torch.full((3, 5, 2), 0.7)}
-DOGS = {"states": torch.full((3, 5, 2), -0.3)}
+CATS = Condition(states=torch.full((3, 5, 2), 0.7))
+DOGS = Condition(states=torch.full((3, 5, 2), -0.3))
 
 
 class Network:
@@ -26,10 +29,13 @@ class Network:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert len(x) == len(t) == len(condition["states"])
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int]
+    ) -> Tensor:
+        assert condition.states is not None
+        assert len(x) == len(t) == len(condition.states)
         self.batches.append(len(x))
-        return torch.tanh(x + condition["states"].mean((1, 2))[:, None, None, None])
+        return torch.tanh(x + condition.states.mean((1, 2))[:, None, None, None])
 
 
 @pytest.fixture
@@ -38,12 +44,13 @@ def network() -> Network:
 
 
 def expected(condition: Condition) -> Tensor:
-    return torch.tanh(X + condition["states"].mean())
+    assert condition.states is not None
+    return torch.tanh(X + condition.states.mean())
 
 
 def test_scale_is_the_formula_in_one_batch(network: Network) -> None:
     denoise = conditioned_denoiser(network, FLOW, "x0")
-    x0 = classifier_free(denoise, CATS, DOGS, scale=3.0)(X, LEVEL)
+    x0 = classifier_free(denoise, CATS, DOGS, scale=3.0)(X, LEVEL).x0
     torch.testing.assert_close(x0, expected(DOGS) + 3 * (expected(CATS) - expected(DOGS)))
     assert network.batches == [6]
 
@@ -54,19 +61,22 @@ def test_scale_1_is_unguided_and_costs_nothing(
 ) -> None:
     denoise = conditioned_denoiser(network, FLOW, "v")
     guided = classifier_free(denoise, CATS, negative, scale=1.0, rescale=0.7)
+    alone = [Branch("positive", CATS)]
+    unguided: Denoiser = lambda x, level: denoise(x, level, alone)[0]  # noqa: E731
     levels = timetable.create("trailing", FLOW, 4)
     ends = [
         sampling.sample(each, solvers.create("dpmpp-2m"), levels, X, noise=NoiseStreams(0, count=3))
-        for each in (guided, lambda x, level: denoise(x, level, CATS))
+        for each in (guided, unguided, bind(denoise, CATS))
     ]
-    assert torch.equal(*ends)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
     assert set(network.batches) == {3}
 
 
 def test_guiding_x0_is_guiding_eps(network: Network) -> None:
     """One level, one affine map: the same x_0 comes of guiding the network's own output."""
     denoise = conditioned_denoiser(network, FLOW, "eps")
-    x0 = classifier_free(denoise, CATS, DOGS, scale=4.0)(X, LEVEL)
+    x0 = classifier_free(denoise, CATS, DOGS, scale=4.0)(X, LEVEL).x0
     eps = expected(DOGS) + 4 * (expected(CATS) - expected(DOGS))
     torch.testing.assert_close(x0, (X - LEVEL.sigma * eps) / LEVEL.alpha)
 
@@ -74,15 +84,19 @@ def test_guiding_x0_is_guiding_eps(network: Network) -> None:
 def test_rescale_restores_each_pictures_contrast(network: Network) -> None:
     denoise = conditioned_denoiser(network, FLOW, "x0")
     plain, half, full = (
-        classifier_free(denoise, CATS, DOGS, scale=6.0, rescale=phi)(X, LEVEL)
+        classifier_free(denoise, CATS, DOGS, scale=6.0, rescale=phi)(X, LEVEL).x0
         for phi in (0.0, 0.5, 1.0)
     )
     std = expected(CATS).std((1, 2, 3))
     torch.testing.assert_close(full.std((1, 2, 3)), std)
     torch.testing.assert_close(half, 0.5 * plain + 0.5 * full)
     assert (plain.std((1, 2, 3)) / std - 1).abs().min() > 0.05
-    flat = classifier_free(lambda x, level, condition: 0 * x, CATS, DOGS, scale=6.0, rescale=1.0)
-    assert torch.equal(flat(X, LEVEL), 0 * X)
+
+    def nothing(x: Tensor, level: NoiseLevel, branches: Sequence[Branch]) -> tuple[Estimate, ...]:
+        return tuple(Estimate(0 * x) for _ in branches)
+
+    flat = classifier_free(nothing, CATS, DOGS, scale=6.0, rescale=1.0)
+    assert torch.equal(flat(X, LEVEL).x0, 0 * X)
 
 
 def test_interval_is_in_sigma_over_alpha(network: Network) -> None:
@@ -101,12 +115,14 @@ def test_impossible_guidance_is_refused(network: Network) -> None:
     denoise = conditioned_denoiser(network, FLOW, "x0")
     with pytest.raises(UserError, match="needs a negative"):
         classifier_free(denoise, CATS, None, scale=2.0)
+    with pytest.raises(UserError, match="condition without it"):
+        classifier_free(denoise, CATS, DOGS, scale=2.0, image_scale=1.5)
     with pytest.raises(UserError, match="between 0 and 1"):
         classifier_free(denoise, CATS, DOGS, scale=2.0, rescale=1.5)
     with pytest.raises(UserError, match="interval"):
         classifier_free(denoise, CATS, DOGS, scale=2.0, interval=(2.0, 1.0))
     with pytest.raises(UserError, match="finite"):
         classifier_free(denoise, CATS, DOGS, scale=math.nan)
-    longer = {"states": torch.zeros(3, 6, 2)}
-    with pytest.raises(UserError, match="same names and shapes"):
-        classifier_free(denoise, CATS, longer, scale=2.0)
+    other = Condition(states=torch.zeros(3, 5, 3))
+    with pytest.raises(UserError, match="same fields and shapes"):
+        classifier_free(denoise, CATS, other, scale=2.0)(X, LEVEL)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import UserError
-from latentdiff.pipeline.prompt_weights import has_weights, parse_weights
+from latentdiff.models.prompt_weights import has_weights, parse_weights
 from latentdiff.pipeline.prompts import check_also
 
 
@@ -68,5 +68,5 @@ def test_no_text_takes_long_to_read(text: str) -> None:
     has_weights(text)
     parse_weights(text)
     with pytest.raises(UserError):
-        check_also([text * 10], True)
+        check_also([text * 10])
     assert time.process_time() - start < 0.5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, sampling, timetable
-from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser, Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian, GaussianMixture, mixture
 from latentdiff.diffusion.prediction import Prediction, target, to_x0
@@ -40,12 +40,12 @@ def where_of(kind: str) -> process.Process:
 def told(data: GaussianMixture, prediction: Prediction) -> Denoiser:
     """The exact denoiser as a network of this prediction tells it."""
 
-    def denoise(x: Tensor, level: NoiseLevel) -> Tensor:
-        x0 = data(x, level)
+    def denoise(x: Tensor, level: NoiseLevel) -> Estimate:
+        x0 = data(x, level).x0
         if level.alpha == 0 and prediction in ("eps", "score"):
-            return x0  # they say nothing there
+            return Estimate(x0)  # they say nothing there
         said = target(prediction, x0, eps_of(x, x0, level), level.alpha, level.sigma)
-        return to_x0(prediction, said, x, level.alpha, level.sigma)
+        return Estimate(to_x0(prediction, said, x, level.alpha, level.sigma))
 
     return denoise
 

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,13 +28,15 @@ def start(noise: NoiseStreams) -> Tensor:
 
 
 class ToPoint:
-    """An edit with all three touch points: begin at a picture, visit 4 levels, end at it."""
+    """An edit with three touch points: begin at a picture, visit 4 levels, end at it."""
 
     def __init__(self, picture: Tensor) -> None:
         self.picture = picture
         self.seen: list[NoiseLevel] = []
+        self.asked = 0
 
     def timetable(self, timetable: Timetable) -> Timetable:
+        self.asked += 1
         return timetable[-4:]
 
     def begin(self, x: Tensor, timetable: Timetable, noise: NoiseStreams) -> Tensor:
@@ -56,10 +59,12 @@ def test_edits_act_where_they_have_a_touch_point_and_in_their_order() -> None:
     edit = ToPoint(torch.full((1, 2, 4, 4), 0.25, dtype=torch.float64))
     for edits, change in (([edit], 0), ([edit, Shift()], 1), ([Shift(), edit], 0)):
         edit.seen.clear()
+        edit.asked = 0
         solver = solvers.create("dpmpp-2m")
         end = sampling.sample(DATA, solver, LEVELS, start(noise), edits=edits, noise=noise)
         assert torch.equal(end, edit.picture + change)
         assert edit.seen == list(LEVELS[-3:])
+        assert edit.asked == 1  # an edit that keeps count, or draws, may rely on it
 
 
 def test_what_is_no_edit_is_refused() -> None:
@@ -128,6 +133,32 @@ def test_the_callback_sees_and_may_replace() -> None:
     )
     assert seen == list(enumerate(LEVELS[1:]))
     assert end.abs().max() == 0
+
+
+def test_moves_made_one_by_one_are_the_run() -> None:
+    """Bit for bit, with a jump back; an x that is sent back takes the place of the one reached."""
+    levels = [*LEVELS[:5], *LEVELS[2:]]
+    for replaced_at in (None, 3, len(levels) - 2):
+
+        def watch(index: int, _: NoiseLevel, x: Tensor, at: int | None = replaced_at) -> Any:
+            return x.flip(-1) if index == at else None
+
+        solver = solvers.create("dpmpp-3m-sde")
+        noise = NoiseStreams(1)
+        x = start(noise)
+        whole = sampling.sample(DATA, solver, levels, x, noise=noise, callback=watch)
+        noise = NoiseStreams(1)
+        run = sampling.moves(DATA, solver, levels, start(noise), noise=noise)
+        made: list[sampling.Move] = []
+        sent: Tensor | None = None
+        for _ in levels[1:]:
+            made.append(run.send(sent))
+            sent = watch(made[-1].index, made[-1].level, made[-1].x)
+        with pytest.raises(StopIteration) as ended:
+            run.send(sent)
+        assert torch.equal(ended.value.value, whole)
+        assert [move.index for move in made] == list(range(len(levels) - 1))
+        assert [move.level for move in made] == levels[1:]
 
 
 @pytest.mark.parametrize("kind", process.names())

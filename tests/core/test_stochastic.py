@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.diffusion.process import NoiseLevel, Process
@@ -159,10 +160,10 @@ def test_churn_raises_the_level_as_edm_says() -> None:
     edm = process.create("edm")
     seen: list[float] = []
 
-    def watch(x: Tensor, level: NoiseLevel) -> Tensor:
+    def watch(x: Tensor, level: NoiseLevel) -> Estimate:
         assert level.t == pytest.approx(math.log(level.sigma) / 4)
         seen.append(level.sigma)
-        return 0.0 * x
+        return Estimate(0.0 * x)
 
     solver = Euler(Churn(edm, s_churn=3, steps=10, s_min=0.5, s_max=90))
     levels = [edm.level_of_ratio(sigma) for sigma in (80.0, 70.0, 4.0, 0.6, 0.4)]
@@ -178,9 +179,9 @@ def test_churn_raises_the_level_as_edm_says() -> None:
 def test_churn_noise_is_inflated_by_s_noise() -> None:
     edm, seen = process.create("edm"), []
 
-    def watch(x: Tensor, level: NoiseLevel) -> Tensor:
+    def watch(x: Tensor, level: NoiseLevel) -> Estimate:
         seen.append(x)
-        return 0.0 * x
+        return Estimate(0.0 * x)
 
     here = edm.level_of_ratio(2.0)
     x = torch.zeros(1, 1, 4, 4)
