@@ -41,7 +41,8 @@ class Condition:
 def joined(conditions: Sequence[Condition]) -> Condition:
     """Several conditions as one batch, in their order.
 
-    States of different lengths are padded to the longest, and the padding is masked.
+    States of different lengths are padded to the longest, and the padding is masked. Where only
+    some have a mask, the others get one that lets the network look everywhere.
 
     Raises:
         UserError: they do not have the same fields, or differ in more than the length of states.
@@ -58,9 +59,10 @@ def joined(conditions: Sequence[Condition]) -> Condition:
 
 
 def _of_one_length(conditions: Sequence[Condition]) -> Sequence[Condition]:
-    """The conditions with states [B, L, D] of the longest L and a mask, where L differs."""
+    """The conditions with states [B, L, D] of the longest L and a mask, where either differs."""
     lengths = {c.states.shape[1] for c in conditions if c.states is not None}
-    if len(lengths) < 2:
+    masked = {c.mask is not None for c in conditions if c.states is not None}
+    if len(lengths) < 2 and len(masked) < 2:
         return conditions
     longest = max(lengths)
     padded: list[Condition] = []

@@ -1,6 +1,7 @@
 """Learned variances: the optimum of a Gaussian, the loss term by term, and v under guidance."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from latentdiff import guidance
 from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import (
-    Condition,
+    Branch,
     Denoiser,
-    LearnedVarianceDenoiser,
+    Estimate,
     bind,
     conditioned_denoiser,
-    learned_variance_denoiser,
-    mark,
+    network_denoiser,
 )
 from latentdiff.diffusion.likelihood import variational_bound
 from latentdiff.diffusion.noise import NoiseStreams
@@ -26,7 +27,7 @@ from latentdiff.diffusion.process import DiscreteVP, NoiseLevel, transition
 from latentdiff.diffusion.solver import posterior_std
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
-from latentdiff.guidance import named
+from latentdiff.guidance import methods
 from latentdiff.learning.denoising import bound_terms, check_learned_variance, noised_batch
 from latentdiff.learning.losses import weighted_mse
 from latentdiff.solvers import DDPM
@@ -53,15 +54,15 @@ def best_v(levels: Timetable) -> dict[float, float]:
     return best
 
 
-def oracle(levels: Timetable) -> LearnedVarianceDenoiser:
+def oracle(levels: Timetable) -> Denoiser:
     """The exact denoiser of DATA, as a network that predicts x_0 and tells the best v."""
     best = best_v(levels)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         level = VP.level(t[0].item())
-        return torch.cat([DATA(x, level), torch.full_like(x, best[level.t])], 1)
+        return torch.cat([DATA(x, level).x0, torch.full_like(x, best[level.t])], 1)
 
-    return learned_variance_denoiser(network, VP, "x0")
+    return network_denoiser(network, VP, "x0")
 
 
 def test_the_best_variance_makes_the_bound_tight_however_few_the_steps() -> None:
@@ -112,7 +113,7 @@ def test_respaced_times_have_the_betas_of_equation_19() -> None:
 
     totals = [
         variational_bound(
-            learned_variance_denoiser(network, where, "eps"),
+            network_denoiser(network, where, "eps"),
             x,
             where,
             timetable.of_times(where, visited[::-1]),
@@ -133,7 +134,7 @@ def test_the_loss_is_the_bound_of_every_step(prediction: Prediction, last_beta: 
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([torch.tanh(x + t[0] / 7), torch.sin(3 * x - t[0])], 1)
 
-    denoise = learned_variance_denoiser(network, where, prediction)
+    denoise = network_denoiser(network, where, prediction)
     levels = timetable.of_times(where, range(6)[::-1])
     bound = variational_bound(denoise, x, where, levels, NoiseStreams(1, count=2))
     same = NoiseStreams(1, count=2)
@@ -152,7 +153,7 @@ def test_the_loss_moves_v_alone_and_to_the_best() -> None:
     t = torch.tensor([0.0, 1.0, 60.0, 700.0], dtype=torch.float64)
     alpha, sigma = (part.view(-1, 1, 1, 1).float() for part in VP.alpha_sigma(t))
     x0 = [
-        DATA((a * x + s * n).double()[None], VP.level(time.item())).float()
+        DATA((a * x + s * n).double()[None], VP.level(time.item())).x0.float()
         for a, x, s, n, time in zip(alpha, latents, sigma, noise, t, strict=True)
     ]
     mean = torch.cat(x0).requires_grad_()
@@ -199,7 +200,7 @@ def test_the_hybrid_loss_trains_a_network_to_the_best_bound() -> None:
     with torch.no_grad():
         learned, small, large = (
             variational_bound(
-                learned_variance_denoiser(network, where, "x0"),
+                network_denoiser(network, where, "x0"),
                 x,
                 where,
                 levels,
@@ -225,38 +226,70 @@ class Twice:
     """An edit that looks at the estimate, and changes it."""
 
     def denoiser(self, denoise: Denoiser) -> Denoiser:
-        return lambda x, level: 2 * denoise(x, level)
+        def twice(x: Tensor, level: NoiseLevel) -> Estimate:
+            estimate = denoise(x, level)
+            return estimate.with_x0(2 * estimate.x0)
+
+        return twice
+
+
+def answer(x: Tensor, shift: Tensor) -> Tensor:
+    """A network's x_0 and v [B, 2C, H, W], both of which the condition [B, 1] tells."""
+    shift = shift[:, :, None, None]
+    return torch.cat([torch.tanh(x + shift), torch.cos(x) + shift], 1)
+
+
+def network_with_v(x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int]) -> Tensor:
+    assert condition.pooled is not None
+    return answer(x, condition.pooled)
 
 
 def test_under_every_guidance_v_is_the_prompts_own() -> None:
+    """And it stays so through further prompts, spoilt attention, thresholds and other edits."""
     x = NoiseStreams(0, count=3).draw((2, 4, 4))
     levels = timetable.create("trailing", VP, 4)
-    shifts = (0.7, -0.3, 0.1)
+    positive, negative, further = (
+        Condition(pooled=torch.tensor(shifts)[:, None])
+        for shifts in ((0.7, 0.5, -0.2), (-0.3, 0.0, 0.1), (0.1, -0.6, 0.9))
+    )
+    own = torch.cos(x) + torch.tensor([0.7, 0.5, -0.2]).view(3, 1, 1, 1)
+    base = conditioned_denoiser(network_with_v, VP, "x0")
+    bases = [
+        base,
+        guidance.composed(base, [(further, 0.7)], negative),
+        guidance.perturbed(base, 1, scale=2.0),
+    ]
+    for denoise in bases:
+        guided = [
+            methods.create(name, denoise, positive, negative, levels, scale=0.6, interval=interval)
+            for name in methods.names()
+            for interval in ((0.0, math.inf), (1e6, 1e7))
+        ]
+        guided += [bind(denoise, positive)]
+        for guide in guided:
+            estimate = guide(x, levels[1])
+            torch.testing.assert_close(estimate.variance, own)
+            twice = Twice().denoiser(guide)(x, levels[1])
+            torch.testing.assert_close(twice.x0, 2 * estimate.x0)
+            for edit in (Twice(), guidance.DynamicThresholding(0.9, 0.5)):
+                edited = edit.denoiser(guide)(x, levels[1])
+                assert (edited.x0 - estimate.x0).abs().max() > 0.01
+                torch.testing.assert_close(edited.variance, own)
 
-    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        shift = condition["shift"][:, None, None, None]
-        return torch.cat([torch.tanh(x + shift), torch.cos(x) + shift], 1)
 
-    conditions = [mark({"shift": torch.full((3,), s)}, s == shifts[0]) for s in shifts]
-
-    def check(guide: Denoiser, heard: list[Tensor], level: NoiseLevel) -> None:
-        told = LearnedVarianceDenoiser(guide, heard)
-        x0, v = told.with_variance(x, level)
-        torch.testing.assert_close(v, torch.cos(x) + 0.7)
-        torch.testing.assert_close(x0, guide(x, level))
-        edited, same_v = told.around(Twice().denoiser(told)).with_variance(x, level)
-        torch.testing.assert_close(edited, 2 * x0)
-        assert torch.equal(same_v, v)
-
-    for name in named.names():
-        heard: list[Tensor] = []
-        base = conditioned_denoiser(network, VP, "x0", heard)
-        guided = named.create(name, base, conditions[0], conditions[1], levels, scale=0.6)
-        check(guided, heard, levels[1])
-    heard = []
-    base = conditioned_denoiser(network, VP, "x0", heard)
-    check(guidance.weighted(base, conditions[::2], [3, 1], conditions[1]), heard, levels[1])
-    check(bind(base, conditions[0]), heard, levels[1])
+def test_each_branch_has_its_own_v_and_a_plain_network_none() -> None:
+    x = NoiseStreams(0, count=2).draw((2, 4, 4))
+    shifts = [torch.tensor([[0.7], [0.5]]), torch.tensor([[-0.3], [0.0]])]
+    branches = [Branch("negative", Condition(pooled=shifts[0]))]
+    branches += [Branch("positive", Condition(pooled=shifts[1]))]
+    level = VP.level(300.0)
+    estimates = conditioned_denoiser(network_with_v, VP, "x0")(x, level, branches)
+    for estimate, shift in zip(estimates, shifts, strict=True):
+        expected, v = answer(x, shift).chunk(2, 1)
+        torch.testing.assert_close(estimate.x0, expected)
+        torch.testing.assert_close(estimate.variance, v)
+    plain = network_denoiser(lambda x, t: torch.tanh(x), VP, "x0")(x, level)
+    assert plain.variance is None
 
 
 def test_ddpm_takes_v_through_an_edit_too() -> None:
@@ -268,7 +301,7 @@ def test_ddpm_takes_v_through_an_edit_too() -> None:
         def network(x: Tensor, t: Tensor, v: float = v) -> Tensor:
             return torch.cat([torch.tanh(x), torch.full_like(x, v)], 1)
 
-        told = learned_variance_denoiser(network, VP, "x0")
+        told = network_denoiser(network, VP, "x0")
         edits = [Twice()]
         fixed, learned = (
             sampling.sample(told, s, levels, x, edits=edits, noise=NoiseStreams(1))
@@ -277,3 +310,11 @@ def test_ddpm_takes_v_through_an_edit_too() -> None:
         torch.testing.assert_close(learned, fixed)
         ends.append(learned)
     assert (ends[0] - ends[1]).abs().max() > 0.01
+
+
+def test_a_variance_that_no_network_tells_is_refused() -> None:
+    denoise = network_denoiser(lambda x, t: torch.tanh(x), VP, "x0")
+    levels = timetable.create("trailing", VP, 3)
+    x = NoiseStreams(0).draw((2, 4, 4))
+    with pytest.raises(UserError, match="needs a network that tells it"):
+        sampling.sample(denoise, DDPM("learned-range"), levels, x, noise=NoiseStreams(1))

@@ -4,89 +4,99 @@ import math
 
 import pytest
 import torch
+from told import Told, one_by_one, telling, told
 from torch import Tensor
 
-from latentdiff import guidance
+from latentdiff import PAG, SEG, guidance
 from latentdiff.diffusion import process, timetable
-from latentdiff.diffusion.denoiser import Condition, ConditionedDenoiser, Denoiser, bind, mark
+from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Denoiser, bind
 from latentdiff.diffusion.noise import NoiseStreams
-from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.guidance.perturbed_attention import SPOILT
 
 FLOW = process.create("flow")
 LEVEL = FLOW.level(0.5)
 LEVELS = timetable.create("trailing", FLOW, 4)
 X = NoiseStreams(0, count=3).draw((2, 4, 4)).double()
 SCALE = 2.5
+SHIFTS = {"cat": (0.7, 0.2, -0.4), "dog": (-0.3, 0.5, 0.1), "none": (0.0, 0.05, -0.1)}
+CAT, DOG, NONE = (telling(*SHIFTS[name]) for name in ("cat", "dog", "none"))
 
 
-def condition(shift: float, positive: bool) -> Condition:
-    return mark({"states": torch.full((3, 1, 1), shift)}, positive)
+def x0(name: str, number: int = 0) -> Tensor:
+    return told(X, torch.tensor(SHIFTS[name], dtype=torch.float64), number)
 
 
-CAT, DOG, NONE = condition(0.7, True), condition(-0.3, True), condition(0.0, False)
+def lost(number: int) -> Tensor:
+    """The part of the positive estimate that is lost when it is spoilt."""
+    return x0("cat") - x0("cat", number)
 
 
-class Denoise:
-    """x_0 = tanh(x + shift), of spoilt rows tanh(x / (1 + number) + shift)."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def __call__(self, x: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        self.batches.append(len(x))
-        spoilt = condition.get(SPOILT, torch.zeros(len(x)))[:, None, None, None]
-        return torch.tanh(x / (1 + spoilt) + condition["states"][:, :, :, None])
-
-
-def x0(shift: float, number: int = 0) -> Tensor:
-    return torch.tanh(X / (1 + number) + torch.tensor(shift))
-
-
-def under(name: str, denoise: ConditionedDenoiser) -> tuple[Denoiser, Tensor]:
-    """A guidance, and the mean of what its positive conditions lose when they are spoilt."""
-    cat, dog = x0(0.7) - x0(0.7, 1), x0(-0.3) - x0(-0.3, 1)
+def under(name: str, denoise: ConditionedDenoiser) -> Denoiser:
     return {
-        "off": (bind(denoise, CAT), cat),
-        "cfg": (guidance.classifier_free(denoise, CAT, NONE, scale=4.0), cat),
-        "cfg++": (guidance.cfg_plus_plus(denoise, CAT, NONE, LEVELS, strength=0.6), cat),
-        "apg": (guidance.projected(denoise, CAT, NONE, scale=4.0, parallel=1.0), cat),
-        "several": (guidance.weighted(denoise, [CAT, DOG], [3.0, -1.0], NONE), (cat + dog) / 2),
-    }[name]
+        "off": lambda: bind(denoise, CAT),
+        "cfg": lambda: guidance.classifier_free(denoise, CAT, NONE, scale=4.0),
+        "cfg++": lambda: guidance.cfg_plus_plus(denoise, CAT, NONE, LEVELS, strength=0.6),
+        "apg": lambda: guidance.projected(denoise, CAT, NONE, scale=4.0, parallel=1.0),
+        "also": lambda: guidance.classifier_free(
+            guidance.composed(denoise, [(DOG, -0.4)], NONE), CAT, NONE, scale=4.0
+        ),
+        "also, off": lambda: bind(guidance.composed(denoise, [(DOG, -0.4)], NONE), CAT),
+    }[name]()
 
 
-@pytest.mark.parametrize("name", ["off", "cfg", "cfg++", "apg", "several"])
+@pytest.mark.parametrize("name", ["off", "cfg", "cfg++", "apg", "also", "also, off"])
 def test_the_term_arrives_under_every_guidance_in_one_batch(name: str) -> None:
-    denoise = Denoise()
-    plain, away = under(name, denoise)
-    without = plain(X, LEVEL)
-    rows = denoise.batches.pop()
-    both, _ = under(name, guidance.perturbed(denoise, 1, 3, scale=SCALE))
-    torch.testing.assert_close(both(X, LEVEL), without + SCALE * away)
-    assert denoise.batches == [rows + (6 if name == "several" else 3)]
+    network = Told()
+    denoise = network.denoiser(FLOW)
+    without = under(name, denoise)(X, LEVEL).x0
+    rows = network.batches.pop()
+    both = under(name, guidance.perturbed(denoise, 1, scale=SCALE))
+    torch.testing.assert_close(both(X, LEVEL).x0, without + SCALE * lost(1))
+    assert network.batches == [rows + 3]
 
 
 def test_two_perturbations_add_up() -> None:
-    denoise = Denoise()
-    first = guidance.perturbed(denoise, 1, 3, scale=SCALE)
-    second = guidance.perturbed(first, 2, 3, scale=-0.5)
-    got = guidance.classifier_free(second, CAT, NONE, scale=4.0)(X, LEVEL)
-    expected = x0(0.0) + 4 * (x0(0.7) - x0(0.0))
-    expected += SCALE * (x0(0.7) - x0(0.7, 1)) - 0.5 * (x0(0.7) - x0(0.7, 2))
+    network = Told()
+    first = guidance.perturbed(network.denoiser(FLOW), 1, scale=SCALE)
+    second = guidance.perturbed(first, 2, scale=-0.5)
+    got = guidance.classifier_free(second, CAT, NONE, scale=4.0)(X, LEVEL).x0
+    expected = x0("none") + 4 * (x0("cat") - x0("none"))
+    expected += SCALE * lost(1) - 0.5 * lost(2)
     torch.testing.assert_close(got, expected)
-    assert denoise.batches == [12]
+    assert network.batches == [12]
+
+
+@pytest.mark.parametrize("edit", [PAG(SCALE), SEG(SCALE)])
+def test_the_edits_are_the_function(edit: PAG | SEG) -> None:
+    """With the number that the pipeline gives the edit, and its scale and interval."""
+    denoise = Told().denoiser(FLOW)
+    got = bind(edit.branches(denoise, 2), CAT)(X, LEVEL).x0
+    torch.testing.assert_close(got, x0("cat") + SCALE * lost(2))
+    outside = type(edit)(SCALE, interval=(LEVEL.ratio, math.inf))
+    assert torch.equal(bind(outside.branches(denoise, 2), CAT)(X, LEVEL).x0, x0("cat"))
 
 
 def test_off_and_outside_its_interval_nothing_is_spoilt() -> None:
-    denoise = Denoise()
-    off = guidance.perturbed(denoise, 1, 3, scale=0.0)
-    above = guidance.perturbed(denoise, 1, 3, scale=SCALE, interval=(LEVEL.ratio, math.inf))
+    network = Told()
+    denoise, alone = network.denoiser(FLOW), [Branch("positive", CAT)]
+    off = guidance.perturbed(denoise, 1, scale=0.0)
+    above = guidance.perturbed(denoise, 1, scale=SCALE, interval=(LEVEL.ratio, math.inf))
     for idle in (off, above):
-        assert torch.equal(idle(X, LEVEL, CAT), x0(0.7))
-    assert denoise.batches == [3, 3]
-    upto = guidance.perturbed(denoise, 1, 3, scale=SCALE, interval=(0, LEVEL.ratio))
-    assert not torch.equal(upto(X, LEVEL, CAT), x0(0.7))
-    for scale, interval in ((math.nan, (0.0, 1.0)), (1.0, (2.0, 1.0))):
-        with pytest.raises(UserError, match="a finite scale and an interval"):
-            guidance.perturbed(denoise, 1, 3, scale=scale, interval=interval)
+        assert torch.equal(idle(X, LEVEL, alone)[0].x0, x0("cat"))
+    assert network.batches == [3, 3]
+    upto = guidance.perturbed(denoise, 1, scale=SCALE, interval=(0, LEVEL.ratio))
+    torch.testing.assert_close(upto(X, LEVEL, alone)[0].x0, x0("cat") + SCALE * lost(1))
+    with pytest.raises(UserError, match="a finite scale"):
+        guidance.perturbed(denoise, 1, scale=math.nan)
+    with pytest.raises(UserError, match="interval is two numbers"):
+        guidance.perturbed(denoise, 1, scale=1.0, interval=(2.0, 1.0))
+
+
+def test_a_guidance_that_asks_one_by_one_is_refused_instead_of_wrong() -> None:
+    """A call with the negative condition alone has nothing to spoil."""
+    spoilt = guidance.perturbed(Told().denoiser(FLOW), 1, scale=SCALE)
+    with pytest.raises(UserError, match="in one call"):
+        spoilt(X, LEVEL, [Branch("negative", NONE)])
+    guided = guidance.classifier_free(one_by_one(spoilt), CAT, NONE, scale=4.0)
+    with pytest.raises(UserError, match="in one call"):
+        guided(X, LEVEL)
