@@ -18,7 +18,7 @@ from latentdiff.errors import UserError
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
-_DRAW_NOISE = ("Ancestral", "DDPM", "LCM", "TCD", "SDE", "SASolver")
+_DRAW_NOISE = ("Ancestral", "DDPM", "LCM", "TCD", "SDE", "SASolver", "UnCLIP")
 
 
 class _State(NamedTuple):
@@ -57,10 +57,11 @@ class DiffusersScheduler:
 
     @property
     def stochastic(self) -> bool:
-        """True where the scheduler draws noise, by its class or its algorithm."""
-        kind = type(self.scheduler).__name__
-        algorithm = str(self.scheduler.config.get("algorithm_type", ""))
-        return any(name in kind for name in _DRAW_NOISE) or algorithm.startswith("sde-")
+        """True where the scheduler draws noise, by its class or its settings."""
+        kind, config = type(self.scheduler).__name__, self.scheduler.config
+        if any(name in kind for name in _DRAW_NOISE) or config.get("stochastic_sampling"):
+            return True
+        return str(config.get("algorithm_type", "")).startswith("sde-")
 
     def timetable(self) -> Timetable:
         """The levels that the scheduler steps between, from noise to clean data."""

@@ -2,10 +2,34 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import (
+    KDPM2AncestralDiscreteScheduler,
+)
+from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
+from diffusers.schedulers.scheduling_tcd import TCDScheduler
+from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 from latentdiff import solvers
@@ -13,9 +37,24 @@ from latentdiff.diffusion import process, sampling, timetable
 from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian
-from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.diffusion.process import Flow, NoiseLevel, Process
 from latentdiff.diffusion.timetable import Timetable
-from latentdiff.solvers import DDIM, DDPM, Churn, Euler, Heun, Solver
+from latentdiff.solvers import (
+    DDIM,
+    DDPM,
+    DPM2,
+    TCD,
+    Churn,
+    DPMpp2M,
+    DPMpp2S,
+    DPMpp3M,
+    Euler,
+    Heun,
+    PredictorCorrector,
+    SASolver,
+    Solver,
+)
+from latentdiff.solvers.diffusers_scheduler import DiffusersScheduler
 
 SIDE = 72  # one picture of 5,184 pixels is as many independent draws
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
@@ -217,3 +256,80 @@ def test_few_step_solvers_are_exact_for_one_picture(name: str) -> None:
     draws = run(POINT, solvers.create(name, where), levels)
     end = levels[-1]
     assert_law(draws, end.alpha * MEAN, end.sigma**2 * torch.eye(2).double())
+
+
+def declared(where: Process) -> dict[str, Solver]:
+    """Every named solver, and those whose settings decide about noise, with both answers."""
+    settings: dict[str, Solver] = {
+        "ddim eta 0": DDIM(eta=0.0),
+        "ddim eta small": DDIM(eta=0.01),
+        "ddpm large": DDPM("fixed-large"),
+        "euler churn": Euler(Churn(where, s_churn=1, steps=10)),
+        "euler no churn": Euler(Churn(where, s_churn=0, steps=10)),
+        "heun churn": Heun(Churn(where, s_churn=1, steps=10)),
+        "heun no churn": Heun(Churn(where, s_churn=0, steps=10)),
+        "dpm2 eta": DPM2(where, eta=0.3),
+        "2s eta": DPMpp2S(where, eta=0.3),
+        "2m eta": DPMpp2M(eta=0.3),
+        "3m eta": DPMpp3M(eta=0.3),
+        "sa tau 0": SASolver(tau=0.0),
+        "sa tau small": SASolver(tau=0.1),
+        "tcd gamma 0": TCD(where, gamma=0.0),
+        "tcd gamma 1": TCD(where, gamma=1.0),
+        "pc of an ode": PredictorCorrector(DDIM()),
+    }
+    return {**{name: solvers.create(name, where) for name in solvers.names()}, **settings}
+
+
+@pytest.mark.parametrize("kind", ["vp-scaled-linear", "flow"])
+@pytest.mark.parametrize("name", declared(process.create("ve")))
+def test_a_solver_says_whether_it_draws_noise(name: str, kind: str) -> None:
+    """One step, and then those after it, from one x with two different noise streams."""
+    where = process.create(kind)
+    solver = declared(where)[name]
+    levels = [where.level_of_ratio(ratio) for ratio in (4.0, 2.0, 1.0, 0.5)]
+    x = NoiseStreams(9).draw((2, 3, 3)).double() * levels[0].sigma
+    for count in (2, 4):
+        one, other = (
+            sampling.sample(ANISOTROPIC, solver, levels[:count], x, noise=NoiseStreams(seed))
+            for seed in (1, 2)
+        )
+        assert bool((one != other).any()) == solver.stochastic
+
+
+@cache
+def foreign() -> dict[str, tuple[Any, str]]:
+    """diffusers' schedulers that the adapter runs, and the processes they are of."""
+    plain = [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler]
+    plain += [DEISMultistepScheduler, KDPM2DiscreteScheduler, LMSDiscreteScheduler]
+    plain += [DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler]
+    noisy = [DDPMScheduler, EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler]
+    noisy += [LCMScheduler, TCDScheduler, SASolverScheduler]
+    of_sde = [DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler]
+    betas: Any = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    cells = {kind.__name__: (kind(**betas), "vp") for kind in [*plain, *noisy]}
+    for kind in of_sde:
+        made = kind(**betas, algorithm_type="sde-dpmsolver++")
+        cells[f"{kind.__name__} sde"] = (made, "vp")
+    flow = FlowMatchEulerDiscreteScheduler
+    return cells | {
+        "UnCLIPScheduler": (UnCLIPScheduler(), "cosine"),
+        "FlowMatchEulerDiscrete": (flow(), "flow"),
+        "FlowMatchEulerDiscrete stochastic": (flow(stochastic_sampling=True), "flow"),
+        "FlowMatchLCM": (FlowMatchLCMScheduler(), "flow"),
+    }
+
+
+@pytest.mark.parametrize("name", foreign())
+def test_a_foreign_scheduler_says_so_too(name: str) -> None:
+    scheduler, kind = foreign()[name]
+    where = Flow(1000.0) if kind == "flow" else process.create("vp-scaled-linear")
+    where = process.create("vp-cosine") if kind == "cosine" else where
+    solver = DiffusersScheduler(scheduler, where, 6)
+    levels = solver.timetable()
+    data = Gaussian(MEAN.float(), COVARIANCE.float())
+    x = NoiseStreams(9).draw((2, 3, 3))
+    one, other = (
+        sampling.sample(data, solver, levels[:5], x, noise=NoiseStreams(seed)) for seed in (1, 2)
+    )
+    assert bool((one != other).any()) == solver.stochastic
