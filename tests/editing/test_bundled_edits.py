@@ -13,8 +13,8 @@ from _pytest.mark.structures import ParameterSet
 from PIL import Image, ImageDraw
 
 from latentdiff import ILVR, LatentDiffusionPipeline, RePaint, SDEdit, solvers
+from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.metrics.psnr import psnr
 from latentdiff.pictures import to_tensor

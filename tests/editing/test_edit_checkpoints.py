@@ -25,11 +25,12 @@ from latentdiff import (
 )
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion import process
-from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.denoiser import conditioned_denoiser
+from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.noise import NoiseStreams
-from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.masks import inpainting_channels, masked_picture
-from latentdiff.guidance import classifier_free, named
+from latentdiff.guidance import classifier_free, methods
 
 CHANNELS = {"text-to-image": 4, "inpainting": 9, "instruct-pix2pix": 8}
 
@@ -56,15 +57,13 @@ def half(width: int = 16, height: int = 16) -> Image.Image:
 
 def drawn(
     pipe: LatentDiffusionPipeline,
-    *edits: Edit,
+    *edits: Edit | str,
     solver: str = "ddim",
     scale: float = 4.0,
-    guides: Sequence[str] = (),
 ) -> np.ndarray:
     output = pipe(
         "a red heart",
         edits=edits,
-        guides=guides,
         num_inference_steps=3,
         solver=solver,
         guidance_scale=scale,
@@ -109,7 +108,7 @@ def test_the_network_is_given_just_that(pipes: dict[str, LatentDiffusionPipeline
         if kind == "inpainting":
             pixels = pixels.where(torch.from_numpy(np.array(mask)) == 0, 0.0)
         padded = torch.nn.functional.pad(pixels, (0, 1, 0, 1), mode="replicate")
-        encoded = bundle.vae.encode(padded).latent_dist.mode()  # pyright: ignore
+        encoded = vae_of(bundle).encode(padded).latent_dist.mode()
         if kind == "inpainting":
             assert [tuple(batch.shape) for batch in batches] == [(2, 9, 8, 7)] * 3
             for row in batches[1]:
@@ -165,7 +164,7 @@ def test_they_go_with_every_solver_and_with_guides(
     ]
     for kind, edits in runs:
         plain = drawn(pipes[kind], *edits, solver=solver)
-        steered = drawn(pipes[kind], *edits, solver=solver, guides=["pag:3"])
+        steered = drawn(pipes[kind], "pag:3", *edits, solver=solver)
         assert (plain != steered).any()
         for result in (plain, steered) if kind == "inpainting" or len(edits) > 1 else ():
             assert (result == np.asarray(image))[known].all()
@@ -188,18 +187,20 @@ def test_latents_in_place_of_pictures(pipes: dict[str, LatentDiffusionPipeline])
 X = NoiseStreams(0, count=2).draw((4, 4, 4))
 
 
-def seeing_network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def seeing_network(
+    x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
+) -> Tensor:
     """Not linear in anything; it sees the picture."""
-    return torch.tanh(
-        x + condition["states"].mean((1, 2))[:, None, None, None] * condition["beside"]
-    )
+    assert condition.states is not None
+    assert condition.beside is not None
+    return torch.tanh(x + condition.states.mean((1, 2))[:, None, None, None] * condition.beside)
 
 
 def conditions() -> list[Condition]:
     """Positive, negative, and negative without the picture."""
     states = [torch.full((2, 5, 3), value) for value in (0.7, -0.3, -0.3)]
     beside = [torch.full((2, 4, 4, 4), value) for value in (1.0, 1.0, 0.0)]
-    return [{"states": s, "beside": b} for s, b in zip(states, beside, strict=True)]
+    return [Condition(states=s, beside=b) for s, b in zip(states, beside, strict=True)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])
@@ -208,7 +209,7 @@ def test_two_scales_are_equation_3(scale: float, image_scale: float) -> None:
     """Brooks et al. 2023 in eps, though guidance is of x_0; the network is asked once."""
     vp, batches = process.create("vp-linear"), list[int]()
 
-    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def network(x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int]) -> Tensor:
         batches.append(len(x))
         return seeing_network(x, t, condition)
 
@@ -221,7 +222,7 @@ def test_two_scales_are_equation_3(scale: float, image_scale: float) -> None:
         scale=scale,
         blind=blind,
         image_scale=image_scale,
-    )(X, level)
+    )(X, level).x0
     both, picture_alone, neither = (
         seeing_network(X, torch.zeros(2), each) for each in (positive, negative, blind)
     )
@@ -239,7 +240,9 @@ def test_scales_that_cannot_be() -> None:
     with pytest.raises(UserError, match="finite number, not inf"):
         Instruct(picture(), math.inf)
     with pytest.raises(UserError, match="no image guidance; 'cfg' does"):
-        named.create("apg", denoise, positive, negative, [], scale=2, blind=blind, image_scale=1.5)
+        methods.create(
+            "apg", denoise, positive, negative, [], scale=2, blind=blind, image_scale=1.5
+        )
 
 
 INPAINT, INSTRUCT = Inpaint(picture(), half()), Instruct(picture())

@@ -1,19 +1,24 @@
 """Inversion and back, on closed-form data and through a real tiny model; slerp."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, unet_of
+from torch import nn
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import LatentDiffusionPipeline, solvers
 from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.inversion import invert, slerp
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian, mixture
+from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.metrics.psnr import psnr
 from latentdiff.pictures import to_tensor
@@ -21,6 +26,7 @@ from latentdiff.solvers import DDIM, DDPM, Euler, Heun, Solver
 
 DATA = mixture([1, 2], [[0.0, 1.0], [1.0, -1.0]], [0.3, 0.5])
 NOISE = NoiseStreams(0)
+BUNDLE = tiny_bundle()
 
 
 def points() -> torch.Tensor:
@@ -62,7 +68,7 @@ def test_a_gaussian_inverts_to_its_exact_noise() -> None:
 
 def test_invert_and_return_through_the_pipeline() -> None:
     """At least 35 dB against the autoencoder's own reconstruction, at 50 steps without guidance."""
-    pipe = LatentDiffusionPipeline(tiny_bundle())
+    pipe = LatentDiffusionPipeline(BUNDLE)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     noise = pipe.invert(picture, "a red heart")
@@ -94,6 +100,43 @@ def test_slerp_keeps_the_length_of_noise() -> None:
     torch.testing.assert_close(slerp(a, b, 0.25), slerp(b, a, 0.75))
 
 
+def never(x: torch.Tensor, level: NoiseLevel) -> Estimate:
+    raise AssertionError("the network was called")
+
+
+@pytest.mark.parametrize("name", solvers.names())
+def test_a_solver_that_draws_noise_is_refused_before_the_network_is_called(name: str) -> None:
+    """And every other one inverts; also in the pipeline, where its U-Net is watched."""
+    where = process.create("vp-scaled-linear")
+    solver = solvers.create(name, where)
+    levels = [where.level_of_ratio(ratio) for ratio in (2.0, 1.0, 0.5)]
+    if not solver.stochastic:
+        assert torch.isfinite(invert(DATA, solver, levels, points())).all()
+        return
+    with pytest.raises(UserError, match="needs a solver that draws no noise"):
+        invert(never, solver, levels, points())
+    with pytest.raises(UserError, match="needs a solver that draws no noise"):
+        invert(never, solver, levels, points(), refinements=0)
+    pipe = LatentDiffusionPipeline(BUNDLE)
+    with (
+        watched(unet_of(BUNDLE)) as calls,
+        pytest.raises(UserError, match="needs a solver that draws no noise"),
+    ):
+        pipe.invert(Image.new("RGB", (16, 16)), "a cat", solver=name, num_inference_steps=2)
+    assert calls == []
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[list[int]]:
+    """The number of rows of each of its calls."""
+    calls: list[int] = []
+    hook = network.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
 def test_mistakes_are_named() -> None:
     levels = timetable.create("karras", process.create("flow"), 4)
     for solver, given, refinements, said in (
@@ -103,8 +146,8 @@ def test_mistakes_are_named() -> None:
         (DDPM(), levels, 1, "draws no noise"),
     ):
         with pytest.raises(UserError, match=said):
-            invert(DATA, solver, given, points(), refinements=refinements)
-    pipe = LatentDiffusionPipeline(tiny_bundle())
+            invert(never, solver, given, points(), refinements=refinements)
+    pipe = LatentDiffusionPipeline(BUNDLE)
     picture = Image.new("RGB", (16, 16))
     wrong: dict[str, Any] = {"image": 3, "prompt": 3, "solver": 3, "refinements": "a"}
     for name, value in wrong.items():

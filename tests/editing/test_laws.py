@@ -12,9 +12,9 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, sampling, timetable
+from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian
-from latentdiff.diffusion.sampling import Edit
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import ILVR, Blend, RePaint, SDEdit
 from latentdiff.editing.ilvr import Space

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import tiny_bundle
 
 from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit, solvers
-from latentdiff.diffusion.sampling import Edit
+from latentdiff.diffusion.edits import Edit
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.pictures import to_tensor
 
