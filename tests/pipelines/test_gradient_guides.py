@@ -14,9 +14,13 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff import PAG, Classifier, ClassifierGuide, Clip, ClipGuide, LatentDiffusionPipeline
+from latentdiff.diffusion.denoiser import Estimate
+from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.diffusion.process import NoiseLevel
+from latentdiff.editing import RunContext
 from latentdiff.errors import UserError
-from latentdiff.guidance.guides import Guide, Scene
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.fresh_clip import build_clip
 from latentdiff.pictures import to_pil
@@ -44,34 +48,44 @@ def tiny_classifier() -> Classifier:
 CLIP, CLASSIFIER = tiny_clip_model(), tiny_classifier()
 
 
-def draw(*guides: Guide | str, **arguments: Any) -> Tensor:
+def draw(*edits: Edit | str, **arguments: Any) -> Tensor:
     settings = {"num_inference_steps": 3, "seed": 0, "output_type": "latent", "progress": False}
     pipe = LatentDiffusionPipeline(BUNDLE)
-    return pipe(PROMPTS, guides=guides, **(settings | arguments)).images
+    return pipe(PROMPTS, edits=edits, **(settings | arguments)).images
+
+
+class Exact(DiffusersAutoencoder):
+    """Without scale, and without the step down to float32."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        decode: Any = self.module.decode
+        return decode(latents).sample
 
 
 @pytest.mark.parametrize("through", [False, True])
 def test_the_gradient_of_clip_is_that_of_finite_differences(through: bool) -> None:
     """Through the decoder, and through a denoiser, in float64 and with the networks' own parts."""
     clip = Clip(tiny_clip_model().model.double(), CLIP.tokenizer)
-    vae: Any = vae_of(tiny_bundle()).double()
+    autoencoder = Exact(vae_of(tiny_bundle()).double())
     level = BUNDLE.process.level(400.0)
-    scene = Scene(["a red heart"], lambda latents: vae.decode(latents).sample)
-    guide = ClipGuide(clip, scale=2.0, through=through)
+    context = RunContext(16, 16, autoencoder, ["a red heart"])
+    guide, finish = ClipGuide(clip, scale=2.0, through=through).bind(context)
     x = NoiseStreams(0, count=1).draw((4, 8, 8)).double()
 
-    def denoise(x: Tensor, level: object) -> Tensor:
-        return torch.tanh(1.5 * x)
+    def denoise(x: Tensor, level: NoiseLevel) -> Estimate:
+        return Estimate(torch.tanh(1.5 * x))
 
-    shift = (guide.denoiser(denoise, scene)(x, level) - denoise(x, level))[0]
-    texts = clip.texts(scene.prompts)
+    shift = (guide.denoiser(denoise)(x, level).x0 - denoise(x, level).x0)[0]
+    assert torch.equal(finish(x), x)
+    texts = clip.texts(["a red heart"])
     spot = torch.zeros_like(x)
     for channel, row, column in ((0, 0, 0), (1, 3, 5), (3, 7, 2)):
         spot.zero_()[0, channel, row, column] = 1e-5
         ends = []
         for sign in (1, -1):
-            x0 = denoise(x + sign * spot, level) if through else denoise(x, level) + sign * spot
-            ends.append(clip.temperature * clip.score(scene.decode(x0), texts).item())
+            there = denoise(x + sign * spot, level).x0
+            x0 = there if through else denoise(x, level).x0 + sign * spot
+            ends.append(clip.temperature * clip.score(autoencoder.decode(x0), texts).item())
         slope = (ends[0] - ends[1]) / 2e-5
         power = level.alpha if through else level.alpha**2 + level.sigma**2
         expected = 2.0 * level.sigma**2 / power * slope
@@ -115,7 +129,7 @@ def test_both_steer_the_pipeline_up_their_score_beside_everything_else(tmp_path:
     assert torch.equal(draw(ClipGuide(CLIP, 0.0), ClassifierGuide(CLASSIFIER, "cat", 0.0)), plain)
 
     def clip_score(latents: Tensor) -> Tensor:
-        return CLIP.score(BUNDLE.decode(latents), CLIP.texts(PROMPTS))
+        return CLIP.score(BUNDLE.autoencoder.decode(latents), CLIP.texts(PROMPTS))
 
     for through in (False, True):
         steered = draw(ClipGuide(CLIP, 3.0, through=through))
@@ -167,6 +181,9 @@ def test_bad_guides_are_told(tmp_path: Path) -> None:
     for text in ("clip:3", "clip::x", "classifier:3:folder", "pag:inf", "seg:1:2"):
         with pytest.raises(UserError, match="a guide reads"):
             draw(text)
+    x, level = torch.zeros(1, 4, 8, 8), BUNDLE.process.level(300.0)
+    with pytest.raises(UserError, match="run it in the pipeline"):
+        ClipGuide(CLIP).denoiser(lambda x, level: Estimate(x))(x, level)
     folder = CLASSIFIER.save(tmp_path / "c")
     (folder / "config.json").write_text('{"_class_name": "LatentClassifier", "labels": ["a"]}')
     with pytest.raises(UserError, match=str(folder)):

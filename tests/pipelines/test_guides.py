@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from latentdiff import PAG, SEG, LatentDiffusionPipeline
+from latentdiff.diffusion.edits import Edit
 from latentdiff.errors import UserError
 from latentdiff.guidance import projected
-from latentdiff.guidance.guides import Guide
 from latentdiff.models.perturbation import BlurredQueries, IdentityAttention, blur_matrix
 
 BUNDLE = tiny_bundle()
@@ -86,10 +86,10 @@ def test_a_guide_changes_the_picture_and_its_scale_0_no_bit(
     guide: PAG | SEG, guidance: dict[str, Any]
 ) -> None:
     plain = draw(**guidance)
-    assert (draw(guides=[guide], **guidance) - plain).abs().max() > 1e-4
-    assert torch.equal(draw(guides=[type(guide)(0.0)], **guidance), plain)
+    assert (draw(edits=[guide], **guidance) - plain).abs().max() > 1e-4
+    assert torch.equal(draw(edits=[type(guide)(0.0)], **guidance), plain)
     outside = type(guide)(3.0, interval=(1e6, math.inf))
-    assert torch.equal(draw(guides=[outside], **guidance), plain)
+    assert torch.equal(draw(edits=[outside], **guidance), plain)
 
 
 def test_one_network_call_a_step_and_any_size() -> None:
@@ -99,7 +99,7 @@ def test_one_network_call_a_step_and_any_size() -> None:
         height=10,
         width=22,  # latents of 5 x 11, so the middle is 3 x 6
         num_inference_steps=3,
-        guides=[PAG(2.0), SEG(2.0, blur=1.0)],
+        edits=[PAG(2.0), SEG(2.0, blur=1.0)],
         num_images_per_prompt=2,
         progress=False,
     )
@@ -108,14 +108,14 @@ def test_one_network_call_a_step_and_any_size() -> None:
 
 
 def test_pictures_do_not_mix_and_batches_do_not_matter() -> None:
-    together = draw(guides=[PAG(3.0)], num_images_per_prompt=2)
+    together = draw(edits=[PAG(3.0)], num_images_per_prompt=2)
     pipe = LatentDiffusionPipeline(BUNDLE)
     alone = pipe(
         PROMPTS[1],
         seed=0,
         first=3,
         num_inference_steps=3,
-        guides=[PAG(3.0)],
+        edits=[PAG(3.0)],
         output_type="latent",
         progress=False,
     )
@@ -124,10 +124,10 @@ def test_pictures_do_not_mix_and_batches_do_not_matter() -> None:
 
 def test_threads_with_different_guides_share_a_pipeline() -> None:
     before = [m.processor for m in unet_of(BUNDLE).modules() if isinstance(m, Attention)]
-    kinds: list[list[Guide]] = [[], [PAG(3.0)], [SEG(2.0)], [PAG(1.0, layers=("down_blocks.0",))]]
-    serial = [draw(guides=kind) for kind in kinds]
+    kinds: list[list[Edit]] = [[], [PAG(3.0)], [SEG(2.0)], [PAG(1.0, layers=("down_blocks.0",))]]
+    serial = [draw(edits=kind) for kind in kinds]
     with ThreadPoolExecutor(8) as pool:
-        parallel = list(pool.map(lambda kind: draw(guides=kind), kinds * 2))
+        parallel = list(pool.map(lambda kind: draw(edits=kind), kinds * 2))
     for kind, picture in enumerate(parallel):
         assert torch.equal(picture, serial[kind % 4])
     after = [m.processor for m in unet_of(BUNDLE).modules() if isinstance(m, Attention)]
@@ -144,11 +144,11 @@ def test_a_method_of_ones_own() -> None:
 
 def test_bad_guides_are_told() -> None:
     with pytest.raises(UserError, match="layer is called 'middle'; there are: do"):
-        draw(guides=[PAG(layers=("middle",))])
-    with pytest.raises(UserError, match="is no guide"):
-        draw(guides=[3.0])
+        draw(edits=[PAG(layers=("middle",))])
+    with pytest.raises(UserError, match="is no edit"):
+        draw(edits=[3.0])
     with pytest.raises(UserError, match="finite scale"):
-        draw(guides=[SEG(math.inf)])
+        draw(edits=[SEG(math.inf)])
     for blur in (0.0, -1.0, math.nan):
         with pytest.raises(UserError, match="blur of SEG must be above 0"):
             SEG(blur=blur)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from latentdiff import PAG, SEG, LatentDiffusionPipeline, solvers
-from latentdiff.guidance import named
+from latentdiff.guidance import methods
 from latentdiff.solvers import Solver
 from latentdiff.solvers.adaptive import Adaptive
 
 GUIDANCES: dict[str, dict[str, Any]] = {
-    **{name: {"guidance": name, "guidance_scale": 3.0} for name in named.names()},
+    **{name: {"guidance": name, "guidance_scale": 3.0} for name in methods.names()},
     "cfg++": {"guidance": "cfg++", "guidance_scale": 0.6},
     "rescaled": {"guidance_scale": 3.0, "guidance_rescale": 0.7, "guidance_interval": (0.3, 9.0)},
-    "pag": {"guidance_scale": 3.0, "guides": [PAG(2.0)]},
-    "seg": {"guidance_scale": 1.0, "guides": [SEG(2.0)]},
+    "pag": {"guidance_scale": 3.0, "edits": [PAG(2.0)]},
+    "seg": {"guidance_scale": 1.0, "edits": [SEG(2.0)]},
 }
 # Each solver with one guidance by default, all pairs with `pytest -m slow`.
 PAIRS = [
