@@ -8,9 +8,10 @@ pictures. Ends by writing `OUT/model`, which `ClassifierGuide` and `ClipGuide` o
 command again to resume.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,6 @@ from latentdiff.formats.check import latent_affine
 from latentdiff.guidance.classifier import Classifier
 from latentdiff.guidance.clip import Clip
 from latentdiff.learning.batches import (
-    Key,
     PictureSet,
     encode_pictures,
     sample_order,
@@ -34,13 +34,14 @@ from latentdiff.learning.batches import (
     to_range,
 )
 from latentdiff.learning.captions import Captions
-from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
 from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
 from latentdiff.learning.denoising import draw_times
-from latentdiff.learning.ema import EMA
+from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import contrastive
-from latentdiff.learning.order import Shares, generator, sample_noise, spread_uniform
-from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.learning.order import Key, Stream, columns, generator, sample_noise, spread_uniform
+from latentdiff.learning.run import Run
+from latentdiff.learning.trained import Trained
 from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.fresh_clip import build_clip
 from latentdiff.models.fresh_text import train_tokenizer
@@ -77,47 +78,45 @@ class GuidesConfig(RunConfig):
     save_dtype: Literal["float32", "float16"] = "float16"
 
 
-def split(config: GuidesConfig) -> tuple[list[Example], list[Example]]:
-    """Pictures to learn from, and others to be measured on.
+class Guide(Objective[Key]):
+    """What both have in common: held-out pictures to be measured on, and a folder that is left."""
 
-    Raises:
-        UserError: there are none of either.
-    """
-    train, held_out = split_examples(config.data)
-    if not held_out:
-        raise UserError("no picture is held out to measure on: set data.held_out")
-    return train, held_out
+    def __init__(self, run: Run, config: GuidesConfig) -> None:
+        self.config, self.run = config, run
+        self.train, self.held_out = split_examples(config.data)
+        if not self.held_out:
+            raise UserError("no picture is held out to measure on: set data.held_out")
+        self.order = sample_order(self.train, config.data, config.seed)
 
+    def learn(self, module: nn.Module) -> None:
+        """Have the weights of the module learn."""
+        self.run.say(f"{len(self.train)} pictures for training, {len(self.held_out)} held out")
+        self.model = Trained("model", module, self.config.optim)
+        self.trained = [self.model]
 
-class Task(Protocol):
-    """What is trained, on what loss, and how good it is."""
+    @abstractmethod
+    def measure(self) -> dict[str, float]:
+        """How good it is on the held-out pictures."""
 
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def train(self) -> list[Example]: ...
-
-    @property
-    def held_out(self) -> list[Example]: ...
-
-    def loss(self, wrapped: nn.Module, keys: Sequence[Key]) -> Tensor:
-        """Of a micro-batch, a function of its keys and the weights."""
-        ...
-
-    def evaluate(self) -> dict[str, float]:
-        """Of the held-out pictures."""
-        ...
-
+    @abstractmethod
     def save(self, folder: Path, dtype: torch.dtype) -> None: ...
 
+    def evaluate(self, step: int) -> None:
+        found = self.measure()
+        self.run.record(step, found)
+        self.run.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
-class LatentLabels:
+    def finish(self) -> None:
+        if self.run.main:
+            self.save(self.run.out / "model", getattr(torch, self.config.save_dtype))
+            self.run.say(f"wrote {self.run.out / 'model'}")
+
+
+class LatentLabels(Guide):
     """Which label a picture has, from its latents at any noise."""
 
     def __init__(self, run: Run, config: GuidesConfig, task: ClassifierTask) -> None:
-        self.config, self.run = config, run
-        self.train, self.held_out = split(config)
+        super().__init__(run, config)
         bundle = Bundle.load(task.model, device=run.device, dtype="float32")
         self.process = bundle.process
         self.affine = latent_affine(bundle.vae)
@@ -134,7 +133,8 @@ class LatentLabels:
             for part in (self.train, self.held_out)
         )
         torch.manual_seed(config.seed)  # the initial weights
-        self.module = LatentClassifier(bundle.latent_channels, labels, task.width)
+        self.classifier = LatentClassifier(bundle.latent_channels, labels, task.width)
+        self.learn(self.classifier)
 
     def name(self, example: Example) -> str:
         """The label of a picture.
@@ -152,17 +152,16 @@ class LatentLabels:
         mean, std = moments.chunk(2, 1)
         return (mean + std * noise - offset) / gain
 
-    def loss(self, wrapped: nn.Module, keys: Sequence[Key]) -> Tensor:
-        step, config = keys[0][0], self.config
-        places = [place for _, place, _ in keys]
-        samples = [sample for _, _, sample in keys]
-        shape = (self.module.latent_channels, *self.moments.shape[2:])
-        posterior, noise = sample_noise(config.seed, step, places, shape, 2)
-        uniform = spread_uniform(config.seed, step, places, config.optim.batch_size)
+    def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
+        step, places, samples = columns(items)
+        at, shape = (self.config.seed, step, places), self.moments.shape
+        posterior, noise = sample_noise(*at, (shape[1] // 2, *shape[2:]), 2)
+        uniform = spread_uniform(*at, self.config.optim.batch_size)
         alpha, sigma = self.process.alpha_sigma(draw_times(self.process, uniform, "uniform"))
         latents = self.latents(self.moments[samples], posterior)
-        logits = self.logits(wrapped, latents, noise, alpha, sigma)
-        return F.cross_entropy(logits.float(), self.answers[samples].to(logits.device))
+        logits = self.logits(self.model.network, latents, noise, alpha, sigma)
+        answers = self.answers[samples].to(logits.device)
+        return {"loss": F.cross_entropy(logits.float(), answers)}
 
     def logits(
         self, network: nn.Module, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
@@ -175,7 +174,7 @@ class LatentLabels:
         return network((a * latents + s * noise).to(device), log_snr.float().to(device))
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Accuracy of the held-out pictures at five times of the process."""
         count, (channels, *size) = len(self.held_out), self.held_moments.shape[1:]
         shape, found = (channels // 2, *size), {}
@@ -187,15 +186,15 @@ class LatentLabels:
             )
             levels = torch.full((2, count), level.alpha, dtype=torch.float64)
             levels[1] = level.sigma
-            guess = self.logits(self.module, latents, noise, *levels).argmax(1).cpu()
+            guess = self.logits(self.classifier, latents, noise, *levels).argmax(1).cpu()
             found[f"accuracy/t={part:g}"] = float((guess == self.held_answers).float().mean())
         return found
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        Classifier(self.module).save(folder, dtype)
+        Classifier(self.classifier).save(folder, dtype)
 
 
-class PicturesAndTexts:
+class PicturesAndTexts(Guide):
     """Which caption belongs to which picture."""
 
     def __init__(self, run: Run, config: GuidesConfig, task: ClipTask) -> None:
@@ -203,8 +202,8 @@ class PicturesAndTexts:
             raise UserError("a CLIP learns from all pairs of a batch: set optim.accumulation: 1")
         if run.accelerator.num_processes > 1:
             raise UserError("a CLIP learns from all pairs of a batch: launch it as one process")
-        self.config, self.run, self.task = config, run, task
-        self.train, self.held_out = split(config)
+        super().__init__(run, config)
+        self.task = task
         self.pictures, self.held_pictures = (
             PictureSet(part, config.data.size) for part in (self.train, self.held_out)
         )
@@ -223,16 +222,14 @@ class PicturesAndTexts:
         )
         self.clip = Clip(model, tokenizer)
         self.captions = Captions(ClipTower(model.text_model, tokenizer), captions, 0.0, config.seed)
-        self.module = PairNetwork(self.clip)
+        self.learn(PairNetwork(self.clip))
 
-    def loss(self, wrapped: nn.Module, keys: Sequence[Key]) -> Tensor:
-        step = keys[0][0]
-        places = [place for _, place, _ in keys]
-        samples = [sample for _, _, sample in keys]
+    def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
+        step, places, samples = columns(items)
         pictures = to_range(torch.stack([self.pictures.load(sample) for sample in samples]))
         pictures = self.disturbed(pictures, step, places).to(self.run.device)
         ids = self.captions.tokens(step, places, samples).ids.to(self.run.device)
-        return contrastive(*wrapped(pictures, ids))
+        return {"loss": contrastive(*self.model.network(pictures, ids))}
 
     def disturbed(self, pictures: Tensor, step: int, places: Sequence[int]) -> Tensor:
         """Shifted on white and noised, so that a gradient shows shapes and not single pixels."""
@@ -240,7 +237,7 @@ class PicturesAndTexts:
         padded = F.pad(pictures, (most,) * 4, value=1.0)
         rows: list[Tensor] = []
         for picture, place in zip(padded, places, strict=True):
-            random = generator(seed, 5, step, place)
+            random = generator(seed, Stream.DISTURBANCE, step, place)
             top, left = random.integers(2 * most + 1, size=2)
             moved = picture[:, top : top + side, left : left + side]
             noise = torch.from_numpy(random.standard_normal(moved.shape, dtype="float32"))
@@ -248,7 +245,7 @@ class PicturesAndTexts:
         return torch.stack(rows)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """How often the own caption, or picture, is the first or among the first five."""
         load = self.held_pictures.load
         every = torch.stack([load(number) for number in range(len(self.held_out))])
@@ -284,101 +281,19 @@ class PairNetwork(nn.Module):
         return clip.pictures(pictures), clip.embed(ids), temperature
 
 
-def main(
-    config: Annotated[Path, typer.Option(help="YAML file, see training/configs.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value changes, as optim.steps=2000.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read all data, one step, one save, then stop.")
-    ] = False,
-) -> None:
+def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a classifier of noised latents, or a small CLIP; re-run the same command to resume."""
-    try:
+    with told_in_one_line():
         train(load_config(GuidesConfig, config, overrides or []), dry_run)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def train(config: GuidesConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
     with Run(config, dry, may_shrink=config.task.kind != "clip") as run:
         if isinstance(config.task, ClassifierTask):
-            fit(config, run, LatentLabels(run, config, config.task))
+            fit(run, LatentLabels(run, config, config.task))
         else:
-            fit(config, run, PicturesAndTexts(run, config, config.task))
-
-
-def fit(config: GuidesConfig, run: Run, task: Task) -> None:
-    """Prepare -> loop -> save."""
-    optim, module = config.optim, task.module
-    run.say(f"{len(task.train)} pictures for training, {len(task.held_out)} held out")
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = adamw(iter(trained), optim)
-    start = 0
-    if found := run.resume():
-        tensors, state = found
-        module.load_state_dict(tensors["model"])
-        unpack_optimizer(optimizer, tensors["optimizer"])
-        start = int(str(state["step"]))
-    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
-    ema = EMA(module, optim.ema_decay)
-    if found:
-        tensors, state = found
-        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
-        del found, tensors
-
-    def save(step: int) -> None:
-        tensors = {
-            "model": module.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": pack_optimizer(optimizer),
-        }
-        run.save(step, tensors, {"ema_updates": ema.updates})
-
-    stop = min(start + 1, optim.steps) if run.dry else optim.steps
-    shares = Shares(
-        sample_order(task.train, config.data, config.seed),
-        range(start, stop),
-        optim.batch_size,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-    )
-
-    def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
-        return {"loss": task.loss(wrapped, keys)}
-
-    with run.signals(), run.bar(start, stop) as bar:
-        for keys in shares:
-            rate = learning_rate(optim, keys[0][0])
-            values = run.gradients([wrapped], trained, keys, terms)
-            if run.optimize(rate, (optimizer, trained)):
-                ema.update()
-
-            bar.update()
-            done = keys[0][0] + 1
-            if done % config.log_every == 0 or done == stop:
-                loss = values["loss"].item()
-                run.record(done, {"loss": loss, "lr": rate})
-                bar.set_postfix({"loss": f"{loss:.4f}", "bad": run.bad_steps})
-            if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied():
-                    found = task.evaluate()
-                run.record(done, found)
-                run.say(f"step {done}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-            stopping = run.stopping
-            if done % config.checkpoint_every == 0 or done == stop or stopping:
-                save(done)
-            if stopping:
-                raise SystemExit(128 + stopping)
-
-    if run.dry:
-        run.say("dry run: data, one step and one save are fine")
-    elif run.main:
-        with ema.applied():
-            task.save(config.out / "model", getattr(torch, config.save_dtype))
-        run.say(f"wrote {config.out / 'model'}")
+            fit(run, PicturesAndTexts(run, config, config.task))
 
 
 if __name__ == "__main__":

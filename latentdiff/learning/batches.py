@@ -15,7 +15,7 @@ from latentdiff.data.examples import Example, balanced_weights, load_picture
 from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
-from latentdiff.learning.order import Key, SampleOrder, Shares, generator
+from latentdiff.learning.order import Key, SampleOrder, Shares, Stream, generator
 from latentdiff.models.vae import VAE, encode_moments
 
 MEMORY = 2**30  # bytes of decoded pictures that a process keeps
@@ -33,7 +33,8 @@ def split_examples(data: DataConfig) -> tuple[list[Example], list[Example]]:
         held = {key: tuple(values) for key, values in {**data.where, **data.held_out}.items()}
         return train, read_folder(data.root, where=held)
     count = round(len(train) * data.held_out_fraction)
-    out = set(generator(0).permutation(len(train))[:count].tolist())
+    random = generator(0, Stream.HELD_OUT, 0, 0)
+    out = set(random.permutation(len(train))[:count].tolist())
     kept = [example for number, example in enumerate(train) if number not in out]
     if not kept:
         raise UserError(f"{data.root}: no picture is left for training")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from latentdiff.data.cache import TextCache, weights_hash
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import Stream, generator
 from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
 
 
@@ -52,7 +52,7 @@ class Captions:
         """A row of `all` per sample; row 0, the empty caption, with its probability."""
         rows: list[int] = []
         for place, sample in zip(places, samples, strict=True):
-            random = generator(self.seed, 4, step, place)
+            random = generator(self.seed, Stream.CAPTION, step, place)
             dropped = random.random() < self.dropout[sample]
             row = self.rows[sample][random.integers(len(self.rows[sample]))]
             rows.append(0 if dropped else row)

@@ -17,8 +17,8 @@ from latentdiff.learning import losses
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjective
 from latentdiff.learning.inpainting_masks import with_mask_input
-from latentdiff.learning.run import adamw
 from latentdiff.learning.textual_inversion import add_words
+from latentdiff.learning.trained import adamw
 from latentdiff.lora import add_lora
 
 

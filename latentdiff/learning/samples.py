@@ -17,7 +17,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats.check import latent_affine
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.buckets import BucketOrder
-from latentdiff.learning.order import generator, sample_noise
+from latentdiff.learning.order import Stream, generator, sample_noise
 from latentdiff.models.vae import VAE, encode_moments
 from latentdiff.pictures import to_uint8
 
@@ -60,10 +60,9 @@ class Samples:
 
     def variants(self, seed: int, step: int, places: list[int], samples: list[int]) -> list[int]:
         """Which variant of each sample is trained: f(seed, step, place)."""
-        return [
-            int(generator(seed, 9, step, place).integers(len(self.moments[sample])))
-            for place, sample in zip(places, samples, strict=True)
-        ]
+        draws = [generator(seed, Stream.VARIANT, step, place) for place in places]
+        counts = [len(self.moments[sample]) for sample in samples]
+        return [int(draw.integers(count)) for draw, count in zip(draws, counts, strict=True)]
 
     def latents(
         self, vae: VAE, seed: int, step: int, places: list[int], chosen: list[tuple[int, int]]

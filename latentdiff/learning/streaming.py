@@ -8,7 +8,7 @@ from torch import Tensor
 from latentdiff.data.examples import load_picture
 from latentdiff.data.stream import ShardStream
 from latentdiff.learning.batches import to_range
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import Stream, generator
 from latentdiff.models.text_encoders import TextTower, Tokens
 from latentdiff.models.vae import VAE, encode_moments
 
@@ -46,7 +46,7 @@ class StreamedCaptions:
         """One caption for each sample, or the empty one with probability `dropout`."""
         chosen: list[str] = []
         for place, sample in zip(places, samples, strict=True):
-            random = generator(self.seed, 4, step, place)
+            random = generator(self.seed, Stream.CAPTION, step, place)
             dropped = random.random() < self.dropout
             captions = self.stream[sample].captions
             caption = captions[random.integers(len(captions))]

@@ -21,7 +21,7 @@ from latentdiff.data.examples import Example, load_pictures
 from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 from latentdiff.guidance.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide, Guide
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -134,7 +134,7 @@ class Real:
 
     def captions(self, count: int, seed: int) -> list[Example]:
         """Pictures whose first captions are asked for."""
-        order = generator(seed, 6).permutation(len(self.examples))
+        order = philox(seed, 6).permutation(len(self.examples))
         return [self.examples[number] for number in order[:count]]
 
     def shown(self, pictures: Tensor, asked: Sequence[Example]) -> int:

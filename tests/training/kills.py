@@ -72,8 +72,8 @@ def stop_after_a_step() -> None:
     """SIGTERM for this process once it has taken one step."""
     optimize = Run.optimize
 
-    def stopped(self: Run, rate: float, *parts: Any) -> bool:
-        done = optimize(self, rate, *parts)
+    def stopped(self: Run, step: int, networks: Any) -> bool:
+        done = optimize(self, step, networks)
         os.kill(os.getpid(), signal.SIGTERM)
         return done
 
@@ -185,7 +185,7 @@ def signal_twice(lab: Lab) -> None:
     """A second SIGTERM in the middle of a step: exit code 143 at once, without a save."""
     out = "diffusion-twice"
 
-    def linger(self: Run, rate: float, *parts: Any) -> bool:
+    def linger(self: Run, step: int, networks: Any) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             time.sleep(0.01)
@@ -231,10 +231,10 @@ def orphan(lab: Lab, out: str, launched: bool, *changes: str) -> Path:
             os._exit(0)
         optimize = Run.optimize
 
-        def waited(self: Run, rate: float, *parts: Any) -> bool:
+        def waited(self: Run, step: int, networks: Any) -> bool:
             while os.getppid() == before:
                 time.sleep(0.002)
-            return optimize(self, rate, *parts)
+            return optimize(self, step, networks)
 
         before, Run.optimize = os.getppid(), waited
 

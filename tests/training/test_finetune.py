@@ -300,9 +300,9 @@ def test_pictures_to_inpaint_may_be_in_shards_and_go_mid_run(
     whole = finetune(work, tmp_path / "whole", "full", data={"root": str(pictures)}, **settings)
     optimize = Run.optimize
 
-    def then_delete(self: Run, rate: float, *parts: Any) -> bool:
+    def then_delete(self: Run, step: int, networks: Any) -> bool:
         shutil.rmtree(tmp_path / "shards", ignore_errors=True)
-        return optimize(self, rate, *parts)
+        return optimize(self, step, networks)
 
     monkeypatch.setattr(Run, "optimize", then_delete)
     shards = {"root": str(tmp_path / "shards/{00000..00001}.tar")}

@@ -28,7 +28,7 @@ from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
 from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_weight, weighted_mse
 from latentdiff.learning.methods import make_optimizer
 from latentdiff.learning.order import SampleOrder, Shares, sample_noise, spread_uniform
-from latentdiff.learning.run import learning_rate
+from latentdiff.learning.trained import learning_rate
 from latentdiff.metrics.perceptual import VGG_STAGES, VGG_WIDTHS, lpips, random_features
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.models.fresh_text import train_tokenizer

@@ -25,7 +25,7 @@ from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.card import around, write_between
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.metrics.psnr import psnr
 from latentdiff.models.vae import encode_moments
@@ -208,7 +208,7 @@ def choose_splits(real: RealPictures, asked: list[str] | None) -> list[str]:
 def choose(real: RealPictures, numbers: list[int], count: int, seed: int) -> list[int]:
     """Training pictures to ask for: without repeats, balanced over (style, emoji)."""
     weights = balanced_weights([real.examples[n] for n in numbers], ("style", "base"))
-    picked = generator(seed, 5).choice(
+    picked = philox(seed, 5).choice(
         len(numbers), min(count, len(numbers)), replace=False, p=weights
     )
     return [numbers[int(place)] for place in picked]

@@ -35,7 +35,7 @@ from latentdiff.editing import Blend, Canvas, RePaint
 from latentdiff.editing.run_context import Finish
 from latentdiff.errors import UserError
 from latentdiff.learning.card import around, write_between
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics import perceptual
 from latentdiff.pictures import centre_square, grid, save_png, to_pil, to_tensor
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -125,7 +125,7 @@ def held_out(data: Path, styles: list[str], count: int, seed: int) -> list[Examp
     ]
     if not found:
         raise UserError(f"{data} has no held-out pictures of the styles {', '.join(styles)}.")
-    order = generator(seed, 6).permutation(len(found))[:count]
+    order = philox(seed, 6).permutation(len(found))[:count]
     return [found[int(place)] for place in order]
 
 
@@ -136,7 +136,7 @@ def prepare(pipe: LatentDiffusionPipeline, example: Example, place: int, seed: i
     side = bundle.size[0]
     picture = centre_square(example.open(), side)
     kind = list(HOLES)[place % len(HOLES)]
-    mask = HOLES[kind](side, generator(seed, 7, place))
+    mask = HOLES[kind](side, philox(seed, 7, place))
     canvas = Canvas(side, side, bundle.factor, bundle.encode, bundle.decode)
     bound, finish = Blend(picture, mask).bind(canvas)
     assert isinstance(bound.image, Tensor)
