@@ -17,7 +17,6 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_save import save_network
 from latentdiff.learning.batches import (
@@ -113,8 +112,8 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
         run.say(f"{len(self.examples)} pictures for training, {len(self.held_out)} held out")
         self.pictures = PictureSet(self.examples, data.size)
         if run.dry:
-            for number in range(len(self.examples)):
-                self.pictures.load(number)  # so that a broken one is named before the run starts
+            for _ in self.pictures.parts(64):  # a broken one is named before the run starts
+                pass
             run.say(f"all {len(self.examples)} pictures can be read")
         self.order = sample_order(self.examples, data, config.seed)
         side = data.size // 2 ** (len(model.channels) - 1)
@@ -130,9 +129,9 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
             data.size,
             model.codes,
         )
-        self.main = Trained("vae", self.vae, optim, called=Autoencoding(self.vae))
+        self.model = Trained("vae", self.vae, optim, called=Autoencoding(self.vae))
         self.critic = Trained("critic", PatchDiscriminator(), optim, averaged=False)
-        self.trained = [self.main, self.critic]
+        self.trained = [self.model, self.critic]
         self.distance = perceptual_distance(config.loss.perceptual_features).to(run.device)
 
     def adversarial(self, step: int) -> bool:
@@ -141,7 +140,7 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
         return self.config.loss.adversarial > 0.0 and step >= start
 
     def stepping(self, step: int) -> Sequence[Trained]:
-        return self.trained if self.adversarial(step) else [self.main]
+        return self.trained if self.adversarial(step) else [self.model]
 
     def batches(self, shares: Shares) -> Iterator[list[tuple[Tensor, Key]]]:
         return shares_of_pictures(self.pictures, shares, self.config.data.workers)
@@ -152,7 +151,7 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
         step, places, _ = columns([key for _, key in items])
         real = to_range(torch.stack([picture for picture, _ in items])).to(self.run.device)
         noise = sample_noise(self.config.seed, step, places, self.latent_shape)[0]
-        fake, regulariser = self.main.network(real, noise.to(self.run.device))
+        fake, regulariser = self.model.network(real, noise.to(self.run.device))
         fake = fake.float()
         l1, perceptual = F.l1_loss(fake, real), self.distance(fake, real).mean()
         loss = weights.l1 * l1 + weights.perceptual * perceptual + weights.regulariser * regulariser
@@ -169,28 +168,20 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
         return values | {"adversarial": adversarial, "weight": weight, "critic": critic_loss}
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> None:
-        """PSNR over the held-out pictures and a grid of the first eight, above what they become."""
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """PSNR over the held-out pictures; a grid of the first eight, above what they become."""
         if not self.run.main or not self.held_out:
-            return
+            return None
         scores: list[float] = []
         shown: list[Tensor] = []
-        for real in self.loaded(self.held_out, 32):
+        for part in PictureSet(self.held_out, self.config.data.size).parts(32):
+            real = part.to(self.run.device)
             mean = encode_moments(self.vae, real).chunk(2, 1)[0]
             fake = self.vae.decode(mean).sample.float().clamp(-1, 1)  # pyright: ignore
             scores += psnr(real, fake).tolist()
             shown = shown or [*real[:8], *fake[:8]]
-        mean_psnr = sum(scores) / len(scores)
-        self.run.record(step, {"psnr": mean_psnr})
-        self.run.say(f"step {step}: PSNR {mean_psnr:.2f} dB on {len(scores)} held-out pictures")
         self.run.picture(step, "reconstructions", grid([to_pil(picture) for picture in shown], 8))
-
-    def loaded(self, examples: Sequence[Example], at_once: int) -> Iterator[Tensor]:
-        """Pictures [B, 3, S, S] in [-1, 1]."""
-        pictures = PictureSet(list(examples), self.config.data.size)
-        for first in range(0, len(examples), at_once):
-            numbers = range(first, min(first + at_once, len(examples)))
-            yield to_range(torch.stack([pictures.load(n) for n in numbers])).to(self.run.device)
+        return {"psnr": sum(scores) / len(scores)}
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -219,8 +210,8 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
         chosen = self.examples[:: -(-len(self.examples) // most)]
         parts: list[Tensor] = []
         with self.run.accelerator.autocast(), tqdm(total=len(chosen), desc="latents") as bar:
-            for real in self.loaded(chosen, 64):
-                parts.append(encode_moments(self.vae, real))
+            for real in PictureSet(chosen, self.config.data.size).parts(64):
+                parts.append(encode_moments(self.vae, real.to(self.run.device)))
                 bar.update(len(real))
         mean, std = torch.cat(parts).double().chunk(2, 1)
         centre = mean.mean((0, 2, 3))

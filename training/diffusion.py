@@ -146,22 +146,19 @@ class Denoising(Objective[Key]):
             raise UserError(f"data.size={size} is no multiple of {factor}, as {config.vae} needs")
         self.latent_shape = (vae.config["latent_channels"], size // factor, size // factor)
         self.gain, self.offset = (part.to(run.device) for part in latent_affine(vae))
+        bundle = build(config, vae, self.examples, size // factor)
+        dropout = objective.caption_dropout
         if stream is None:
             cache = config.out / "cache"
             self.moments = encode_pictures(vae, self.examples, size, cache, run.accelerator)
             self.order = sample_order(self.examples, config.data, seed)
+            texts = [example.captions for example in self.examples]
+            self.captions = Captions(bundle.text, texts, dropout, seed)
+            run.say(*self.captions.warnings())
         else:
             self.moments = StreamedMoments(vae, stream, size, run.device)
             counts = [shard.samples for shard in stream.shards]
             self.order = WindowOrder(counts, seed, stream.keep // 2)
-        bundle = build(config, vae, self.examples)
-        dropout = objective.caption_dropout
-        if stream is None:
-            texts = [example.captions for example in self.examples]
-            self.captions = Captions(bundle.text, texts, dropout, seed)
-            for line in self.captions.warnings():
-                run.say(line)
-        else:
             self.captions = StreamedCaptions(bundle.text, stream, dropout, seed)
         bundle.text.model.requires_grad_(config.text.train)
         set_attention(bundle.unet, config.unet.backend)
@@ -214,8 +211,7 @@ class Denoising(Objective[Key]):
             self.run.say(f"wrote {folder}")
         count = None if self.stream is None else self.stream.starts[-1]
         outcome = Outcome(folder, "model", "", self.examples, config.data.root, count)
-        for line in share(outcome, config):
-            self.run.say(line)
+        self.run.say(*share(outcome, config))
 
 
 def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
@@ -232,8 +228,8 @@ def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
     return ShardStream(find_shards(str(data.root)), folder, 2 * config.shards_at_hand)
 
 
-def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:
-    """The parts of a new model around a trained autoencoder."""
+def build(config: DiffusionConfig, vae: VAE, examples: list[Example], side: int) -> Bundle:
+    """The parts of a new model around a trained autoencoder, for latents of side x side."""
     if config.text.pretrained is None:
         words = sorted({caption for example in examples for caption in example.captions})
         tokenizer = train_tokenizer(words, config.text.vocabulary, config.text.window)
@@ -243,10 +239,9 @@ def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:
         tower: TextTower = ClipTower(encoder, tokenizer)
     else:
         tower = Bundle.load(config.text.pretrained).text
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     unet = build_unet(
         vae.config["latent_channels"],
-        config.data.size // factor,
+        side,
         config.unet.channels,
         config.unet.layers,
         config.unet.attention,

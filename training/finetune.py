@@ -16,6 +16,7 @@ docs/finetune.md has it all.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,15 +38,13 @@ from latentdiff.learning.checkpoint import Tensors
 from latentdiff.learning.command import DryRun, told_in_one_line
 from latentdiff.learning.config import override, put, read_yaml
 from latentdiff.learning.denoising import Conditioned, bound, draw_times, noised_batch, offset_noise
-from latentdiff.learning.ema import trained_parameters
 from latentdiff.learning.finetune_config import FinetuneConfig, Method, resolve
 from latentdiff.learning.inpainting_masks import Holes, middle
 from latentdiff.learning.loop import Objective, fit
-from latentdiff.learning.losses import weighted_mse
+from latentdiff.learning.losses import min_snr_gamma, weighted_mse
 from latentdiff.learning.methods import (
     make_optimizer,
     make_trainable,
-    min_snr_gamma,
     with_objective,
     without_dropout,
     without_lora,
@@ -150,7 +149,8 @@ class Finetuning(Objective[Key]):
         self.config, self.run = config, run
         loaded = Bundle.load(config.model, dtype="float32", device=run.device)
         bundle = with_objective(loaded, config.objective)
-        self.gamma = min_snr_gamma(bundle, config.objective)
+        gamma = config.objective.min_snr_gamma
+        self.gamma = min_snr_gamma(gamma, bundle.prediction, bundle.process)
         self.samples = samples = collect_samples(run, config, loaded)  # draws its own, as it is
         self.order = samples.order(config.seed)
         self.bundle = bundle = make_trainable(bundle, config)
@@ -162,7 +162,7 @@ class Finetuning(Objective[Key]):
             # samples are drawn into these; their files may be gone later
             some = samples.examples[: len(config.sample_prompts) or 8]
             self.masked = [centre_square(example.open(), min(bundle.size)) for example in some]
-        self.learns_text = any(p.requires_grad for p in bundle.text.model.parameters())
+        learns_text = any(p.requires_grad for p in bundle.text.model.parameters())
         priors = len(samples.examples) - samples.count
         self.keeps_predictions = priors > 0 and config.prior.target == "prediction"
         dropout = [config.objective.caption_dropout] * len(samples.examples)
@@ -170,14 +170,13 @@ class Finetuning(Objective[Key]):
             dropout[samples.count :] = [config.prior.caption_dropout] * priors
         texts = [example.captions for example in samples.examples]
         self.captions = captions = Captions(bundle.text, texts, dropout, config.seed)
-        for line in captions.warnings():
-            run.say(line)
+        run.say(*captions.warnings())
         cache = config.out / "cache"
-        self.states = None if self.learns_text else CaptionStates(captions, bundle.text, cache)
+        self.states = None if learns_text else CaptionStates(captions, bundle.text, cache)
         module = Conditioned(bundle.unet, bundle.text).train()
         self.shown = run.shown(bundle, module)
-        optimizer = make_optimizer(iter(trained_parameters(module).values()), config)
-        self.model = Trained("model", module, config.optim, optimizer)
+        make = partial(make_optimizer, config=config)
+        self.model = Trained("model", module, config.optim, make)
         self.trained = [self.model]
 
     def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
@@ -225,14 +224,32 @@ class Finetuning(Objective[Key]):
         self.evaluate(0)  # the model as it is before it learns
 
     def evaluate(self, step: int) -> None:
+        """A grid at fixed seeds; an inpainting model fills the middle of the pictures."""
+        seed, prompts = self.config.seed, self.config.sample_prompts
+        prompts = prompts or [example.captions[0] for example in self.samples.examples[:8]]
+        # Prompts that are alike, as with one caption for all pictures, show different draws.
+        seeds = [seed + prompts[:n].count(prompt) for n, prompt in enumerate(prompts)]
         with self.shown.whole() as bundle:
-            draw_samples(self.run, self.config, bundle, self.samples, self.masked, step)
+            if not self.run.main:
+                return
+
+            def draw(part: Sequence[tuple[str, int]]) -> list[Image.Image]:
+                return pictures_of(self.run, bundle, [p for p, _ in part], [s for _, s in part])
+
+            if self.masked:
+                drawn: list[Image.Image] = []
+                for number, prompt in enumerate(prompts):
+                    edit = Inpaint(self.masked[number % len(self.masked)], middle(bundle))
+                    drawn += pictures_of(self.run, bundle, [prompt], [seed], edits=[edit])
+            else:
+                drawn = list(in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw))
+            self.run.picture(step, "samples", grid(drawn, 8))
 
     def finish(self) -> None:
         own = self.samples.examples[: self.samples.count]  # without prior pictures
         with self.shown.whole() as bundle:
-            for line in save_outcome(bundle, self.config, own) if self.run.main else ():
-                self.run.say(line)
+            if self.run.main:
+                self.run.say(*save_outcome(bundle, self.config, own))
 
 
 def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples:
@@ -244,23 +261,19 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     where = {key: tuple(values) for key, values in data.where.items()}
     listed = list_folder(data.root, where=where)
     checked = check_pictures(listed, least, prompt=data.instance_prompt, progress=run.main)
-    for fault in checked.faults:
-        run.say(fault.line)
+    run.say(*(fault.line for fault in checked.faults))
     if checked.faults and data.bad == "refuse":
         raise UserError(f"{checked.summary()} cannot be used: mend them, or use --bad skip")
     if not checked.examples:
         raise UserError(f"{data.root}: no picture is left to learn from")
-    check_words(
-        config.inversion.tokens, [caption for e in checked.examples for caption in e.captions]
-    )
+    captions = [caption for example in checked.examples for caption in example.captions]
+    check_words(config.inversion.tokens, captions)
     run.say(f"{len(checked.examples)} pictures to learn from")
 
-    cache, skip = config.out / "cache", data.bad == "skip"
+    cache, skip, crops = config.out / "cache", data.bad == "skip", variants(data.crops, data.flip)
     buckets = assign_buckets(checked.sizes, size, unit, data.buckets)
     with run.accelerator.main_process_first():
-        samples = encode_samples(
-            bundle.vae, checked, buckets, variants(data.crops, data.flip), cache, skip=skip
-        )
+        samples = encode_samples(bundle.vae, checked, buckets, crops, cache, skip=skip)
     prior = config.prior
     if not prior.prompts:
         return samples
@@ -269,18 +282,16 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     source = f"{drawn_from(bundle)} {config.seed} {prior.steps} {prior.guidance_scale} {size}"
     examples = prior_examples(config.out / "prior", prior.prompts, prior.count, source)
 
-    def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        steps, scale = prior.steps, prior.guidance_scale
-        return pictures_of(run, bundle, prompts, seeds, steps=steps, scale=scale, size=size)
-
+    draw = partial(
+        pictures_of, run, bundle, steps=prior.steps, scale=prior.guidance_scale, size=size
+    )
     if run.main:
         drawn = draw_missing(examples, config.seed, draw, progress=True)
         run.say(f"{drawn} prior pictures drawn, {len(examples) - drawn} were there")
     run.accelerator.wait_for_everyone()
+    checked, buckets = Checked(examples, [], []), [size] * len(examples)
     with run.accelerator.main_process_first():
-        kept = encode_samples(
-            bundle.vae, Checked(examples, [], []), [size] * len(examples), [Variant()], cache
-        )
+        kept = encode_samples(bundle.vae, checked, buckets, [Variant()], cache)
     return samples.joined(kept, prior.weight)
 
 
@@ -308,33 +319,6 @@ def pictures_of(
             edits=edits,
             progress=False,
         ).images
-
-
-def draw_samples(
-    run: Run,
-    config: FinetuneConfig,
-    bundle: Bundle,
-    samples: Samples,
-    masked: list[Image.Image],
-    step: int,
-) -> None:
-    """A grid at fixed seeds; an inpainting model fills the middle of the pictures."""
-    if not run.main:
-        return
-    drawn: list[Image.Image] = []
-    prompts = config.sample_prompts or [e.captions[0] for e in samples.examples[:8]]
-    if not masked:
-        # Prompts that are alike, as with one caption for all pictures, show different draws.
-        seeds = [config.seed + prompts[:n].count(prompt) for n, prompt in enumerate(prompts)]
-
-        def draw(part: Sequence[tuple[str, int]]) -> list[Image.Image]:
-            return pictures_of(run, bundle, [p for p, _ in part], [seed for _, seed in part])
-
-        drawn += in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw)
-    for number, prompt in enumerate(prompts if masked else ()):
-        edit = Inpaint(masked[number % len(masked)], middle(bundle))
-        drawn += pictures_of(run, bundle, [prompt], [config.seed], edits=[edit])
-    run.picture(step, "samples", grid(drawn, 8))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ pictures. Ends by writing `OUT/model`, which `ClassifierGuide` and `ClipGuide` o
 command again to resume.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -81,6 +80,8 @@ class GuidesConfig(RunConfig):
 class Guide(Objective[Key]):
     """What both have in common: held-out pictures to be measured on, and a folder that is left."""
 
+    result: Classifier | Clip
+
     def __init__(self, run: Run, config: GuidesConfig) -> None:
         self.config, self.run = config, run
         self.train, self.held_out = split_examples(config.data)
@@ -94,22 +95,11 @@ class Guide(Objective[Key]):
         self.model = Trained("model", module, self.config.optim)
         self.trained = [self.model]
 
-    @abstractmethod
-    def measure(self) -> dict[str, float]:
-        """How good it is on the held-out pictures."""
-
-    @abstractmethod
-    def save(self, folder: Path, dtype: torch.dtype) -> None: ...
-
-    def evaluate(self, step: int) -> None:
-        found = self.measure()
-        self.run.record(step, found)
-        self.run.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-
     def finish(self) -> None:
+        folder = self.run.out / "model"
         if self.run.main:
-            self.save(self.run.out / "model", getattr(torch, self.config.save_dtype))
-            self.run.say(f"wrote {self.run.out / 'model'}")
+            self.result.save(folder, getattr(torch, self.config.save_dtype))
+            self.run.say(f"wrote {folder}")
 
 
 class LatentLabels(Guide):
@@ -134,6 +124,7 @@ class LatentLabels(Guide):
         )
         torch.manual_seed(config.seed)  # the initial weights
         self.classifier = LatentClassifier(bundle.latent_channels, labels, task.width)
+        self.result = Classifier(self.classifier)
         self.learn(self.classifier)
 
     def name(self, example: Example) -> str:
@@ -174,7 +165,7 @@ class LatentLabels(Guide):
         return network((a * latents + s * noise).to(device), log_snr.float().to(device))
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Accuracy of the held-out pictures at five times of the process."""
         count, (channels, *size) = len(self.held_out), self.held_moments.shape[1:]
         shape, found = (channels // 2, *size), {}
@@ -189,9 +180,6 @@ class LatentLabels(Guide):
             guess = self.logits(self.classifier, latents, noise, *levels).argmax(1).cpu()
             found[f"accuracy/t={part:g}"] = float((guess == self.held_answers).float().mean())
         return found
-
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
-        Classifier(self.classifier).save(folder, dtype)
 
 
 class PicturesAndTexts(Guide):
@@ -220,7 +208,7 @@ class PicturesAndTexts(Guide):
             text_layers=task.text_layers,
             heads=task.heads,
         )
-        self.clip = Clip(model, tokenizer)
+        self.clip = self.result = Clip(model, tokenizer)
         self.captions = Captions(ClipTower(model.text_model, tokenizer), captions, 0.0, config.seed)
         self.learn(PairNetwork(self.clip))
 
@@ -245,13 +233,10 @@ class PicturesAndTexts(Guide):
         return torch.stack(rows)
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """How often the own caption, or picture, is the first or among the first five."""
-        load = self.held_pictures.load
-        every = torch.stack([load(number) for number in range(len(self.held_out))])
-        pictures = torch.cat(
-            [self.clip.pictures(to_range(part).to(self.run.device)) for part in every.split(64)]
-        )
+        parts = self.held_pictures.parts(64)
+        pictures = torch.cat([self.clip.pictures(part.to(self.run.device)) for part in parts])
         texts = self.clip.texts([example.captions[0] for example in self.held_out])
         logits = pictures @ texts.T
         found: dict[str, float] = {}
@@ -260,9 +245,6 @@ class PicturesAndTexts(Guide):
             found[f"{name}/first"] = float((rank < 1).float().mean())
             found[f"{name}/first five"] = float((rank < 5).float().mean())
         return found
-
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
-        self.clip.save(folder, dtype)
 
 
 class PairNetwork(nn.Module):

@@ -61,6 +61,17 @@ class PictureSet(Dataset[tuple[Tensor | UserError, Key]]):
     def _load(self, number: int) -> Tensor:
         return load_picture(self.examples[number], self.size)
 
+    def parts(self, most: int) -> Iterator[Tensor]:
+        """All pictures in their order, `most` at a time: float32 [B, 3, S, S] in [-1, 1].
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        count = len(self.examples)
+        for first in range(0, count, most):
+            numbers = range(first, min(first + most, count))
+            yield to_range(torch.stack([self.load(number) for number in numbers]))
+
     def __getitem__(self, index: Key) -> tuple[Tensor | UserError, Key]:
         try:
             return self.load(index[2]), index

@@ -49,6 +49,9 @@ class Objective(Protocol[Item]):
         """Those of `trained` that take optimizer step `step`; the gradients of others are lost."""
         return self.trained
 
+    def after_step(self, step: int, values: dict[str, Tensor]) -> None:
+        """Called after each step, with the means of the terms: here `state` may change."""
+
     def state(self) -> tuple[dict[str, Tensors], dict[str, object]]:
         """What a checkpoint holds beside the networks: tensors by file, and values for JSON.
 
@@ -62,11 +65,14 @@ class Objective(Protocol[Item]):
     def begin(self) -> None:
         """Called before the first step of a run that does not resume."""
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int) -> dict[str, float] | None:
         """Measure and draw, with averaged weights; every process is asked.
 
         Where a save falls on `step`, it is written by then. A run that goes on from it evaluates
         first, because the one before may have been killed here; what it records is kept once.
+
+        Returns:
+            What the main process records and tells, by name; None: nothing.
         """
 
     def finish(self) -> None:
@@ -86,7 +92,7 @@ def fit(run: Run, objective: Objective[Item]) -> None:
     if not start:
         objective.begin()
     elif start % config.evaluate_every == 0 or start == last:
-        _evaluate(objective, start)
+        _evaluate(run, objective, start)
     shares = Shares(
         objective.order,
         range(start, stop),
@@ -110,7 +116,7 @@ def fit(run: Run, objective: Objective[Item]) -> None:
             if stopping:  # if there is something to draw, the run that goes on draws it first
                 raise SystemExit(128 + stopping)
             if done % config.evaluate_every == 0 or done == stop:
-                _evaluate(objective, done)
+                _evaluate(run, objective, done)
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
         return
@@ -171,9 +177,15 @@ def _step(
             one.average()
     for one in objective.trained:
         one.optimizer.zero_grad()
+    objective.after_step(step, values)
     return values
 
 
-def _evaluate(objective: Objective[Item], step: int) -> None:
+def _evaluate(run: Run, objective: Objective[Item], step: int) -> None:
     with averages(objective.trained):
-        objective.evaluate(step)
+        found = objective.evaluate(step)
+    if found:
+        run.record(step, found)
+        run.say(
+            f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        )

@@ -1,7 +1,7 @@
 """Which samples make up step k: a pure function of (seed, step), so that a resumed run is exact."""
 
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 from functools import lru_cache
 from typing import Protocol
 
@@ -18,6 +18,7 @@ def columns(keys: Sequence[Key]) -> tuple[int, list[int], list[int]]:
     return keys[0][0], [place for _, place, _ in keys], [sample for _, _, sample in keys]
 
 
+@unique
 class Stream(IntEnum):
     """Everything that a run draws at random, each from numbers of its own.
 

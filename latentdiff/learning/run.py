@@ -165,9 +165,9 @@ class Run:
         """Where this process computes."""
         return self.accelerator.device
 
-    def say(self, line: str) -> None:
-        """A line to the person, from the main process, without breaking the bar."""
-        if self.main:
+    def say(self, *lines: str) -> None:
+        """Lines to the person, from the main process, without breaking the bar."""
+        for line in lines if self.main else ():
             tqdm.write(line)
 
     def shown(self, bundle: Bundle, module: Conditioned) -> Shown:

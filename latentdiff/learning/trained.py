@@ -1,8 +1,9 @@
 """A network in training: its optimizer, its learning rate, its average and its checkpoint."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from accelerate import Accelerator
 from torch import nn
@@ -36,7 +37,7 @@ class Trained:
         name: of its file in a checkpoint.
         module: the network; those of its parameters learn that require gradients.
         optim: the learning rate and its curve, the clipping and the average of this network.
-        optimizer: of these parameters; AdamW as `optim` says where it is None.
+        make_optimizer: makes the optimizer of these parameters; by default AdamW as `optim` says.
         called: the module around it that the loss calls, where that is not the network itself.
         averaged: whether a float32 average of the weights (EMA) is kept.
 
@@ -51,7 +52,7 @@ class Trained:
         name: str,
         module: nn.Module,
         optim: OptimConfig,
-        optimizer: Optimizer | None = None,
+        make_optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
         *,
         called: nn.Module | None = None,
         averaged: bool = True,
@@ -59,9 +60,8 @@ class Trained:
         self.name = name
         self.module = module
         self.optim = optim
-        if optimizer is None:
-            optimizer = adamw(iter(trained_parameters(module).values()), optim)
-        self.optimizer: Optimizer = optimizer
+        make = make_optimizer or partial(adamw, optim=optim)
+        self.optimizer = make(iter(trained_parameters(module).values()))
         self.network: nn.Module = module if called is None else called
         self.averaged = averaged
         self.parameters: list[nn.Parameter] = []

@@ -200,6 +200,28 @@ def signal_twice(lab: Lab) -> None:
     print("a second signal: stopped at once")
 
 
+def kill_in_a_drawing(lab: Lab, stage: str) -> None:
+    """SIGKILL in the middle of the last drawing: its step is saved, and the next run draws it."""
+    out = f"{stage}-drawing"
+    folder = lab.folder / out
+    picture = Run.picture
+
+    def killed(self: Run, step: int, name: str, image: Any) -> None:
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        picture(self, step, name, image)
+
+    child = lab.start(stage, out, before=lambda: setattr(Run, "picture", killed))
+    lab.ended(child, out, -signal.SIGKILL)
+    drawn = {path.name for path in (lab.folder / f"{stage}-whole/pictures").iterdir()}
+    (missing,) = drawn - {path.name for path in folder.glob("pictures/*")}
+    assert checkpoint.checkpoints(folder / "checkpoints")[0].name == f"step-{STEPS:08d}"
+    lab.finish(stage, out)
+    pictures = [lab.folder / run / "pictures" / missing for run in (f"{stage}-whole", out)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    compare(lab.folder / f"{stage}-whole", folder, stage)
+
+
 def signal_in_the_last_drawing(lab: Lab) -> None:
     """SIGTERM after the last step: the run ends before its result, which the next run makes."""
     stage, out = "finetune", "finetune-last"
@@ -265,6 +287,8 @@ def main() -> None:
             kills = (arguments.kills + number) // len(STAGES)
             struck = Counter(kill(lab, stage, kills, lines, chance))
             print(f"{stage}: {dict(struck)}: equal to the run left alone")
+            kill_in_a_drawing(lab, stage)
+        print("a kill in a drawing: its step was saved, and drawn by the run that went on")
         signal_twice(lab)
         signal_in_the_last_drawing(lab)
         stopped = orphan(lab, "orphan", True, "checkpoint_every=99")

@@ -44,6 +44,13 @@ def test_every_step_has_one_bucket_and_every_sample_its_share(weighted: bool) ->
         assert fresh.batch(step, 4) == batches[step]
 
 
+def test_buckets_of_one_size_have_orders_of_their_own() -> None:
+    order = BucketOrder(["a"] * 40 + ["b"] * 40, 3)
+    first, second = (own.epoch(0).tolist() for own in order.orders)
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+
+
 @pytest.mark.parametrize("tower", ["clip", "t5"])
 def test_cached_states_are_those_of_the_tower(tower: str, tmp_path: Path) -> None:
     bundle = tiny_bundle(tower=tower)  # pyright: ignore[reportArgumentType]

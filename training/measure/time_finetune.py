@@ -155,7 +155,7 @@ def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
             contextlib.redirect_stderr(quiet),
             contextlib.redirect_stdout(quiet),
             steps_timed(FEW + steps) as ends,
-            mock.patch.object(finetune, "draw_samples"),
+            mock.patch.object(finetune.Finetuning, "evaluate", return_value=None),
             contextlib.suppress(Enough),
         ):
             finetune.train(resolve(values, "time_finetune"), False)
