@@ -22,7 +22,7 @@ from latentdiff.data.folder import read_folder
 from latentdiff.diffusion.edits import Edit
 from latentdiff.errors import UserError
 from latentdiff.guidance import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -135,7 +135,7 @@ class Real:
 
     def captions(self, count: int, seed: int) -> list[Example]:
         """Pictures whose first captions are asked for."""
-        order = generator(seed, 6).permutation(len(self.examples))
+        order = philox(seed, 6).permutation(len(self.examples))
         return [self.examples[number] for number in order[:count]]
 
     def shown(self, pictures: Tensor, asked: Sequence[Example]) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import load_vae
+from latentdiff.formats.diffusers_folder import load_autoencoder
 from latentdiff.models.attention import set_attention
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -269,12 +269,12 @@ def test_damage_is_one_clear_line(damage: str, folder: Path) -> None:
     ],
 )
 def test_an_autoencoder_alone_is_read_with_the_same_care(damage: str, folder: Path) -> None:
-    whole, bundle = load_vae(folder / "vae"), Bundle.load(folder)
-    assert torch.equal(whole.decode(X).sample, vae_of(bundle).decode(X).sample)  # pyright: ignore
+    whole, bundle = load_autoencoder(folder / "vae"), Bundle.load(folder)
+    assert torch.equal(whole.decode(X), bundle.autoencoder.decode(X))
     act, expected = DAMAGES[damage]
     act(folder)
     with pytest.raises(UserError, match=expected) as caught:
-        load_vae(folder / "vae")
+        load_autoencoder(folder / "vae")
     assert "\n" not in str(caught.value)
 
 
