@@ -80,6 +80,11 @@ class Bundle:
                 f"unet: it is of latents of {self.network.channels} channels, but the vae's have "
                 f"{self.autoencoder.channels}."
             )
+        if self.kind == "instruct-pix2pix" and self.autoencoder.scaling_factor is None:
+            raise UserError(
+                "vae: it has a shift_factor, latents_mean or latents_std, and so nothing says "
+                "which numbers its InstructPix2Pix U-Net was shown; such a pair does not work here."
+            )
 
     @classmethod
     def load(

@@ -6,8 +6,7 @@ python pipelines/interpolate.py "a red heart" "a green apple" --out way.png
 import argparse
 from pathlib import Path
 
-from latentdiff import UserError
-from latentdiff.bundle import Bundle
+from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline.interpolation import between_prompts
 
@@ -24,7 +23,11 @@ def main() -> None:
     weights = [k / max(1, given.number - 1) for k in range(given.number)]
     try:
         drawn = between_prompts(
-            Bundle.load(given.model), given.a, given.b, weights, seed=given.seed
+            LatentDiffusionPipeline.from_pretrained(given.model),
+            given.a,
+            given.b,
+            weights,
+            seed=given.seed,
         )
         print(save_png(grid([to_pil(one * 2 - 1) for one in drawn], 8), given.out))
     except UserError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentdiff import UserError, solvers
 from latentdiff.bundle import Bundle
-from latentdiff.diffusion.denoiser import Condition, conditioned_denoiser
+from latentdiff.diffusion.denoiser import conditioned_denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.sampling import sample
 from latentdiff.guidance import classifier_free
@@ -24,11 +24,12 @@ from latentdiff.pictures import save_png, to_pil
 @torch.no_grad()
 def draw(bundle: Bundle, prompt: str, *, steps: int, guidance_scale: float, seed: int) -> Tensor:
     """One picture [1, 3, H, W], about [-1, 1]."""
-    # Words become text states. The empty prompt is what guidance steers away from.
-    positive, negative = conditions(bundle, [prompt, ""])
+    # Words become the network's condition. The empty prompt is what guidance steers away from.
+    condition = bundle.conditioner.encode([prompt, ""], bundle.size).condition
+    positive, negative = condition.take([0]), condition.take([1])
 
-    # The U-Net becomes a denoiser: (x_t, level) -> x_0. Guidance makes another denoiser out of it.
-    denoise = conditioned_denoiser(bundle.network(), bundle.process, bundle.prediction)
+    # The network becomes a denoiser: (x_t, level) -> x_0. Guidance makes another denoiser of it.
+    denoise = conditioned_denoiser(bundle.network, bundle.process, bundle.prediction)
     guided = classifier_free(denoise, positive, negative, scale=guidance_scale)
 
     # The noise levels to visit, from noise to data, and how to step from one to the next.
@@ -42,15 +43,6 @@ def draw(bundle: Bundle, prompt: str, *, steps: int, guidance_scale: float, seed
     x = x.to(bundle.device) * bundle.process.prior_scale(timetable[0])
     x = sample(guided, solver, timetable, x, noise=noise)
     return bundle.autoencoder.decode(x)
-
-
-def conditions(bundle: Bundle, prompts: list[str]) -> list[Condition]:
-    """What the U-Net is told of each prompt: states [1, L, D], and a mask [1, L] where one is."""
-    text = bundle.text.encode(prompts)
-    if text.mask is None:
-        return [{"states": states} for states in text.states.split(1)]
-    pairs = zip(text.states.split(1), text.mask.split(1), strict=True)
-    return [{"states": states, "mask": mask} for states, mask in pairs]
 
 
 def main() -> None:

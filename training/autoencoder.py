@@ -7,9 +7,8 @@ adaptive weight (Esser et al. 2021, eq. 6-7; Rombach et al. 2022, appendix G). E
 latents and writing `OUT/vae` in the diffusers layout. Run the same command again to resume.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_save import save_network
 from latentdiff.learning.batches import (
@@ -28,21 +26,21 @@ from latentdiff.learning.batches import (
     split_examples,
     to_range,
 )
-from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
 from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
-from latentdiff.learning.ema import EMA
+from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import adaptive_weight, discriminator_hinge
-from latentdiff.learning.order import Key, Shares, sample_noise
-from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.learning.order import Key, Shares, columns, sample_noise
+from latentdiff.learning.run import Run
+from latentdiff.learning.trained import Trained
 from latentdiff.metrics.perceptual import create as perceptual_distance
 from latentdiff.metrics.psnr import psnr
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.models.vae import (
-    VAE,
     AutoencoderKL,
     Autoencoding,
     build_vae,
-    encode_moments,
     standardise_latents,
 )
 from latentdiff.pictures import grid, to_pil
@@ -88,42 +86,10 @@ class AutoencoderConfig(RunConfig):
         return self
 
 
-class Losses:
-    """The terms of the autoencoder's loss but for the adversarial one."""
-
-    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
-        self.weights = config.loss
-        self.start = int(config.loss.adversarial_start * config.optim.steps)
-        self.distance = perceptual_distance(config.loss.perceptual_features).to(device)
-
-    def adversarial_on(self, step: int) -> bool:
-        """Whether the discriminator takes part at this step."""
-        return self.weights.adversarial > 0.0 and step >= self.start
-
-    def __call__(self, real: Tensor, fake: Tensor, regulariser: Tensor) -> dict[str, Tensor]:
-        """Scalars: each term, and "loss", their weighted sum, with its graph."""
-        l1 = F.l1_loss(fake, real)
-        perceptual = self.distance(fake, real).mean()
-        weights = self.weights
-        loss = weights.l1 * l1 + weights.perceptual * perceptual + weights.regulariser * regulariser
-        return {"loss": loss, "l1": l1, "perceptual": perceptual, "regulariser": regulariser}
-
-
-def main(
-    config: Annotated[Path, typer.Option(help="YAML file, see training/configs.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value changes, as optim.steps=2000.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read all data, one step, one save, then stop.")
-    ] = False,
-) -> None:
+def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train an autoencoder on a folder of pictures; re-run the same command to resume."""
-    try:
+    with told_in_one_line():
         train(load_config(AutoencoderConfig, config, overrides or []), dry_run)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def train(config: AutoencoderConfig, dry: bool) -> None:
@@ -131,198 +97,127 @@ def train(config: AutoencoderConfig, dry: bool) -> None:
     if config.precision == "fp16" and config.loss.adversarial > 0.0:  # one scale for two losses
         raise UserError("loss.adversarial does not go with precision fp16: set precision: bf16")
     with Run(config, dry) as run:
-        fit(config, run)
+        fit(run, Reconstruction(config, run))
 
 
-def fit(config: AutoencoderConfig, run: Run) -> None:
-    """Build -> prepare -> loop -> save."""
-    optim = config.optim
-    examples, held_out = split_examples(config.data)
-    run.say(f"{len(examples)} pictures for training, {len(held_out)} held out")
-    if run.dry:
-        check_all(examples, config.data.size, run)
+class Reconstruction(Objective[tuple[Tensor, Key]]):
+    """An autoencoder that reconstructs pictures, and a critic that tells which are real."""
 
-    torch.manual_seed(config.seed)  # the initial weights
-    vae = build_vae(
-        config.model.kind,
-        config.model.channels,
-        config.model.layers,
-        config.model.latent_channels,
-        config.model.norm_groups,
-        config.data.size,
-        config.model.codes,
-    )
-    critic = PatchDiscriminator()
-    losses = Losses(config, run.device)
+    told = "l1"
 
-    module = Autoencoding(vae)
-    start = 0
-    optimizer = adamw(vae.parameters(), optim)
-    critic_optimizer = adamw(critic.parameters(), optim)
-    if found := run.resume():
-        tensors, state = found
-        vae.load_state_dict(tensors["vae"])
-        critic.load_state_dict(tensors["critic"])
-        unpack_optimizer(optimizer, tensors["optimizer"])
-        unpack_optimizer(critic_optimizer, tensors["critic_optimizer"])
-        start = int(str(state["step"]))
-    module, critic, optimizer, critic_optimizer = run.accelerator.prepare(
-        module, critic, optimizer, critic_optimizer
-    )
-    ema = EMA(vae, optim.ema_decay)
-    if found:
-        tensors, state = found
-        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
-        del found, tensors  # of the size of all that is trained, thrice
-    parameters = list(module.parameters())
-    critic_parameters = list(critic.parameters())
+    def __init__(self, config: AutoencoderConfig, run: Run) -> None:
+        data, model, optim = config.data, config.model, config.optim
+        self.config, self.run = config, run
+        self.examples, self.held_out = split_examples(data)
+        run.say(f"{len(self.examples)} pictures for training, {len(self.held_out)} held out")
+        self.pictures = PictureSet(self.examples, data.size)
+        if run.dry:
+            for _ in self.pictures.parts(64):  # a broken one is named before the run starts
+                pass
+            run.say(f"all {len(self.examples)} pictures can be read")
+        self.order = sample_order(self.examples, data, config.seed)
+        side = data.size // 2 ** (len(model.channels) - 1)
+        self.latent_shape = (model.latent_channels, side, side)
 
-    def save(step: int) -> None:
-        run.save(
-            step,
-            {
-                "vae": vae.state_dict(),
-                "ema": ema.state_dict(),
-                "critic": run.accelerator.unwrap_model(critic).state_dict(),
-                "optimizer": pack_optimizer(optimizer),
-                "critic_optimizer": pack_optimizer(critic_optimizer),
-            },
-            {"ema_updates": ema.updates},
+        torch.manual_seed(config.seed)  # the initial weights
+        self.vae = build_vae(
+            model.kind,
+            model.channels,
+            model.layers,
+            model.latent_channels,
+            model.norm_groups,
+            data.size,
+            model.codes,
         )
+        self.model = Trained("vae", self.vae, optim, called=Autoencoding(self.vae))
+        self.critic = Trained("critic", PatchDiscriminator(), optim, averaged=False)
+        self.trained = [self.model, self.critic]
+        self.distance = perceptual_distance(config.loss.perceptual_features).to(run.device)
 
-    stop = min(start + 1, optim.steps) if run.dry else optim.steps
-    shares = Shares(
-        sample_order(examples, config.data, config.seed),
-        range(start, stop),
-        optim.batch_size,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-    )
-    latent_size = config.data.size // 2 ** (len(config.model.channels) - 1)
-    shape = (config.model.latent_channels, latent_size, latent_size)
-    last_layer = vae.decoder.conv_out.weight
+    def adversarial(self, step: int) -> bool:
+        """Whether the critic takes part at this step."""
+        start = int(self.config.loss.adversarial_start * self.config.optim.steps)
+        return self.config.loss.adversarial > 0.0 and step >= start
 
-    def terms(items: Sequence[tuple[Tensor, Key]]) -> dict[str, Tensor]:
+    def stepping(self, step: int) -> Sequence[Trained]:
+        return self.trained if self.adversarial(step) else [self.model]
+
+    def batches(self, shares: Shares) -> Iterator[list[tuple[Tensor, Key]]]:
+        return shares_of_pictures(self.pictures, shares, self.config.data.workers)
+
+    def terms(self, items: Sequence[tuple[Tensor, Key]]) -> dict[str, Tensor]:
         """The loss of both networks on a micro-batch; the adaptive weight is that micro-batch's."""
-        step = items[0][1][0]
-        real = to_range(torch.stack([picture for picture, _ in items])).to(run.device)
-        noise = sample_noise(config.seed, step, [place for _, (_, place, _) in items], shape)[0]
-        fake, regulariser = module(real, noise.to(run.device))
+        weights, critic = self.config.loss, self.critic.network
+        step, places, _ = columns([key for _, key in items])
+        real = to_range(torch.stack([picture for picture, _ in items])).to(self.run.device)
+        noise = sample_noise(self.config.seed, step, places, self.latent_shape)[0]
+        fake, regulariser = self.model.network(real, noise.to(self.run.device))
         fake = fake.float()
-        values = losses(real, fake, regulariser)
-        if losses.adversarial_on(step):
-            critic.requires_grad_(False)
-            adversarial = -critic(fake).mean()
-            critic.requires_grad_(True)
-            weight = adaptive_weight(values["loss"], adversarial, last_layer)
-            critic_loss = discriminator_hinge(critic(real), critic(fake.detach()))
-            values["loss"] = values["loss"] + config.loss.adversarial * weight * adversarial
-            # no parameter is in both sums, so each network gets its own gradient of the total
-            values["loss"] = values["loss"] + critic_loss
-            values |= {"adversarial": adversarial, "weight": weight, "critic": critic_loss}
-        return values
+        l1, perceptual = F.l1_loss(fake, real), self.distance(fake, real).mean()
+        loss = weights.l1 * l1 + weights.perceptual * perceptual + weights.regulariser * regulariser
+        values = {"loss": loss, "l1": l1, "perceptual": perceptual, "regulariser": regulariser}
+        if not self.adversarial(step):
+            return values
+        critic.requires_grad_(False)
+        adversarial = -critic(fake).mean()
+        critic.requires_grad_(True)
+        weight = adaptive_weight(loss, adversarial, self.vae.decoder.conv_out.weight)
+        critic_loss = discriminator_hinge(critic(real), critic(fake.detach()))
+        # no parameter is in both sums, so each network gets its own gradient of the total
+        values["loss"] = loss + weights.adversarial * weight * adversarial + critic_loss
+        return values | {"adversarial": adversarial, "weight": weight, "critic": critic_loss}
 
-    pictures = PictureSet(examples, config.data.size)
-    with run.signals(), run.bar(start, stop) as bar:
-        for items in shares_of_pictures(pictures, shares, config.data.workers):
-            step = items[0][1][0]
-            rate = learning_rate(optim, step)
-            both = [*parameters, *critic_parameters]
-            values = run.gradients([module, critic], both, items, terms)
-            parts = [(optimizer, parameters), (critic_optimizer, critic_parameters)]
-            if run.optimize(rate, *parts[: 1 + losses.adversarial_on(step)]):
-                ema.update()
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """PSNR over the held-out pictures; a grid of the first eight, above what they become."""
+        if not self.run.main or not self.held_out:
+            return None
+        scores: list[float] = []
+        shown: list[Tensor] = []
+        autoencoder = DiffusersAutoencoder(self.vae)
+        for part in PictureSet(self.held_out, self.config.data.size).parts(32):
+            real = part.to(self.run.device)
+            fake = autoencoder.decode(autoencoder.encode(real)).clamp(-1, 1)
+            scores += psnr(real, fake).tolist()
+            shown = shown or [*real[:8], *fake[:8]]
+        self.run.picture(step, "reconstructions", grid([to_pil(picture) for picture in shown], 8))
+        return {"psnr": sum(scores) / len(scores)}
 
-            bar.update()
-            done = step + 1
-            if done % config.log_every == 0 or done == stop:
-                means = {name: value.item() for name, value in values.items()}
-                run.record(done, {**means, "lr": rate})
-                bar.set_postfix({"l1": f"{means['l1']:.4f}", "bad": run.bad_steps})
-            if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied():
-                    evaluate(run, vae, held_out, config.data.size, done)
-            stopping = run.stopping
-            if done % config.checkpoint_every == 0 or done == stop or stopping:
-                save(done)
-            if stopping:
-                raise SystemExit(128 + stopping)
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Measure the latents of the training pictures, write their scale and shift, save the VAE.
 
-    if run.dry:
-        run.say("dry run: data, one step and one save are fine")
-        return
-    with ema.applied():
-        finish(run, vae, examples, config.data.size)
+        A KL model has them folded into its weights, channel by channel; a VQ model, whose codes are
+        what they are, gets one scaling factor.
+        """
+        if not self.run.main:
+            return
+        mean, std = self.latent_statistics()
+        if isinstance(self.vae, AutoencoderKL):
+            standardise_latents(self.vae, mean, std)
+        else:
+            scale = float((std.square() + mean.square()).mean().rsqrt())
+            self.vae.register_to_config(scaling_factor=scale)
+        save_network(self.vae, self.run.out / "vae")
+        told = f"latents had mean {mean.mean():.3f} and std {std.mean():.3f}"
+        self.run.say(f"{told}; wrote {self.run.out / 'vae'}")
 
+    def latent_statistics(self, most: int = 2048) -> tuple[Tensor, Tensor]:
+        """Mean and std [C] of the latent channels over pictures and places, spread included.
 
-def check_all(examples: list[Example], size: int, run: Run) -> None:
-    """Decode every picture once, so that a broken one is named before the run starts."""
-    pictures = PictureSet(examples, size)
-    for number in range(len(examples)):
-        pictures.load(number)
-    run.say(f"all {len(examples)} pictures can be read")
-
-
-@torch.no_grad()
-def evaluate(run: Run, vae: VAE, held_out: list[Example], size: int, step: int) -> None:
-    """PSNR over the held-out pictures and a grid of the first eight with their reconstructions."""
-    if not run.main or not held_out:
-        return
-    pictures = PictureSet(held_out, size)
-    scores: list[float] = []
-    shown: list[Tensor] = []
-    for first in range(0, len(held_out), 32):
-        numbers = range(first, min(first + 32, len(held_out)))
-        real = to_range(torch.stack([pictures.load(n) for n in numbers])).to(run.device)
-        mean = encode_moments(vae, real).chunk(2, 1)[0]
-        fake = vae.decode(mean).sample.float().clamp(-1, 1)  # pyright: ignore
-        scores += psnr(real, fake).tolist()
-        if first == 0:
-            shown = [*real[:8], *fake[:8]]
-    mean_psnr = sum(scores) / len(scores)
-    run.record(step, {"psnr": mean_psnr})
-    run.say(f"step {step}: PSNR {mean_psnr:.2f} dB on {len(scores)} held-out pictures")
-    run.picture(step, "reconstructions", grid([to_pil(picture) for picture in shown], 8))
-
-
-@torch.no_grad()
-def finish(run: Run, vae: VAE, examples: list[Example], size: int) -> None:
-    """Measure the latents of the training pictures, write their scale and shift, save the VAE.
-
-    A KL model has them folded into its weights, channel by channel; a VQ model, whose codes are
-    what they are, gets one scaling factor.
-    """
-    if not run.main:
-        return
-    mean, std = latent_statistics(run, vae, examples, size)
-    if isinstance(vae, AutoencoderKL):
-        standardise_latents(vae, mean, std)
-    else:
-        scale = float((std.square() + mean.square()).mean().rsqrt())
-        vae.register_to_config(scaling_factor=scale)
-    save_network(vae, run.out / "vae")
-    run.say(f"latents had mean {mean.mean():.3f} and std {std.mean():.3f}; wrote {run.out / 'vae'}")
-
-
-def latent_statistics(
-    run: Run, vae: VAE, examples: list[Example], size: int, most: int = 2048
-) -> tuple[Tensor, Tensor]:
-    """Mean and std [C] of the latent channels over pictures and places, spread included.
-
-    Of more than `most` pictures every n-th is measured.
-    """
-    chosen = examples[:: -(-len(examples) // most)]
-    pictures = PictureSet(chosen, size)
-    parts: list[Tensor] = []
-    for start in tqdm(range(0, len(chosen), 64), desc="latents", disable=not run.main):
-        numbers = range(start, min(start + 64, len(chosen)))
-        real = to_range(torch.stack([pictures.load(n) for n in numbers])).to(run.device)
-        with run.accelerator.autocast():
-            parts.append(encode_moments(vae, real))
-    mean, std = torch.cat(parts).double().chunk(2, 1)
-    centre = mean.mean((0, 2, 3))
-    spread = ((mean - centre[:, None, None]).square() + std.square()).mean((0, 2, 3)).sqrt()
-    return centre.float(), spread.float()
+        Of more than `most` pictures every n-th is measured.
+        """
+        chosen = self.examples[:: -(-len(self.examples) // most)]
+        parts: list[Tensor] = []
+        autoencoder = DiffusersAutoencoder(self.vae)
+        with self.run.accelerator.autocast(), tqdm(total=len(chosen), desc="latents") as bar:
+            for real in PictureSet(chosen, self.config.data.size).parts(64):
+                parts.append(autoencoder.moments(real))
+                bar.update(len(real))
+        mean, std = torch.cat(parts).double().chunk(2, 1)
+        centre = mean.mean((0, 2, 3))
+        spread = ((mean - centre[:, None, None]).square() + std.square()).mean((0, 2, 3)).sqrt()
+        return centre.float(), spread.float()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ theirs). Ends by writing `OUT/model` in the diffusers layout. Run the same comma
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
 import typer
@@ -23,32 +23,34 @@ from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
-from latentdiff.formats.check import latent_affine
-from latentdiff.formats.diffusers_folder import load_vae
+from latentdiff.formats.diffusers_folder import load_autoencoder
 from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions
 from latentdiff.learning.card import Outcome, share
-from latentdiff.learning.checkpoint import pack_optimizer, unpack_optimizer
+from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
 from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
 from latentdiff.learning.denoising import (
     Conditioned,
     Times,
-    bound_terms,
+    bound,
     check_learned_variance,
     draw_times,
     noised_batch,
 )
-from latentdiff.learning.ema import EMA, trained
+from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import min_snr_gamma, weighted_mse
-from latentdiff.learning.order import Key, Shares, WindowOrder, sample_noise, spread_uniform
-from latentdiff.learning.run import Run, adamw, learning_rate
+from latentdiff.learning.order import Key, WindowOrder, columns, sample_noise, spread_uniform
+from latentdiff.learning.run import Run
 from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
+from latentdiff.learning.trained import Trained
 from latentdiff.models.attention import set_attention
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.conditioner import Conditioner, TextConditioner
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
-from latentdiff.models.text_encoders import ClipTower, TextTower
+from latentdiff.models.network import DiffusersUNet
+from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.unet import build_unet
-from latentdiff.models.vae import VAE
 from latentdiff.pictures import grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -110,166 +112,106 @@ class DiffusionConfig(RunConfig):
     sample_prompts: list[str] = Field(default_factory=list)
 
 
-def main(
-    config: Annotated[Path, typer.Option(help="YAML file, see training/configs.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value changes, as optim.steps=2000.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read all data, one step, one save, then stop.")
-    ] = False,
-) -> None:
+def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a latent diffusion model on captioned pictures; re-run the same command to resume."""
-    try:
+    with told_in_one_line():
         train(load_config(DiffusionConfig, config, overrides or []), dry_run)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def train(config: DiffusionConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
     with Run(config, dry, may_split=True) as run:
-        fit(config, run)
+        fit(run, Denoising(config, run))
 
 
-def fit(config: DiffusionConfig, run: Run) -> None:
-    """Build -> prepare -> loop -> save."""
-    optim, objective = config.optim, config.objective
-    process = processes.create(objective.process)
-    gamma = min_snr_gamma(objective.min_snr_gamma, objective.prediction, process)
-    if objective.learned_variance:
-        check_learned_variance(process, objective.times)
-    stream = open_stream(config, run)
-    examples = split_examples(config.data)[0] if stream is None else stream.of_shard(0)
-    count = len(examples) if stream is None else stream.starts[-1]
-    run.say(f"{count} pictures for training")
+class Denoising(Objective[Key]):
+    """A U-Net that denoises latents, with a text tower that may learn along."""
 
-    torch.manual_seed(config.seed)  # the initial weights
-    vae = load_vae(config.vae)
-    torch.nn.Module.to(vae, run.device)  # diffusers' own `to` has no usable types
-    size, factor = config.data.size, 2 ** (len(vae.config["block_out_channels"]) - 1)
-    if size % factor:
-        raise UserError(f"data.size={size} is no multiple of {factor}, as {config.vae} needs")
-    shape = (vae.config["latent_channels"], size // factor, size // factor)
-    moments = (
-        encode_pictures(vae, examples, size, config.out / "cache", run.accelerator)
-        if stream is None
-        else StreamedMoments(vae, stream, size, run.device)
-    )
-    gain, offset = (part.to(run.device) for part in latent_affine(vae))
-    bundle = build(config, vae, examples)
-    captions = (
-        Captions(
-            bundle.text, [e.captions for e in examples], objective.caption_dropout, config.seed
-        )
-        if stream is None
-        else StreamedCaptions(bundle.text, stream, objective.caption_dropout, config.seed)
-    )
-    for line in captions.warnings() if isinstance(captions, Captions) else ():
-        run.say(line)
+    def __init__(self, config: DiffusionConfig, run: Run) -> None:
+        objective, size, seed = config.objective, config.data.size, config.seed
+        self.config, self.run = config, run
+        self.process = processes.create(objective.process)
+        self.gamma = min_snr_gamma(objective.min_snr_gamma, objective.prediction, self.process)
+        if objective.learned_variance:
+            check_learned_variance(self.process, objective.times)
+        self.stream = stream = open_stream(config, run)
+        self.examples = split_examples(config.data)[0] if stream is None else stream.of_shard(0)
+        count = len(self.examples) if stream is None else stream.starts[-1]
+        run.say(f"{count} pictures for training")
 
-    bundle.text.model.requires_grad_(config.text.train)
-    module = Conditioned(bundle.unet, bundle.text)
-    optimizer = adamw(iter(trained(module).values()), optim)
-    set_attention(bundle.unet, config.unet.backend)
-    start = 0
-    if found := run.resume():
-        module.load_state_dict(found[0]["model"])
-    shown = run.shown(bundle, module)
-    wrapped, optimizer = run.accelerator.prepare(module, optimizer)
-    parameters = list(trained(module).values())
-    ema = EMA(module, optim.ema_decay)
-    if found:
-        tensors, state = found
-        ema.load_state_dict(tensors["ema"], int(str(state["ema_updates"])))
-        unpack_optimizer(optimizer, tensors["optimizer"])
-        start = int(str(state["step"]))
-        del found, tensors
+        torch.manual_seed(seed)  # the initial weights
+        self.autoencoder = autoencoder = load_autoencoder(config.vae)
+        torch.nn.Module.to(autoencoder.module, run.device)  # diffusers' own `to` has no types
+        factor = autoencoder.factor
+        if size % factor:
+            raise UserError(f"data.size={size} is no multiple of {factor}, as {config.vae} needs")
+        self.latent_shape = (autoencoder.channels, size // factor, size // factor)
+        bundle = build(config, autoencoder, self.examples, size // factor)
+        dropout = objective.caption_dropout
+        if stream is None:
+            cache = config.out / "cache"
+            self.moments = encode_pictures(autoencoder, self.examples, size, cache, run.accelerator)
+            self.order = sample_order(self.examples, config.data, seed)
+            texts = [example.captions for example in self.examples]
+            self.captions = Captions(bundle.conditioner, texts, dropout, seed)
+            run.say(*self.captions.warnings())
+        else:
+            self.moments = StreamedMoments(autoencoder, stream, size)
+            counts = [shard.samples for shard in stream.shards]
+            self.order = WindowOrder(counts, seed, stream.keep // 2)
+            self.captions = StreamedCaptions(bundle.conditioner, stream, dropout, seed)
+        for encoder in bundle.conditioner.modules.values():
+            encoder.requires_grad_(config.text.train)
+        set_attention(bundle.network.module, config.unet.backend)
+        module = Conditioned(bundle)
+        self.shown = run.shown(bundle, module)
+        self.model = Trained("model", module, config.optim)
+        self.trained = [self.model]
 
-    def save(step: int) -> None:
-        tensors = {
-            "model": module.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": pack_optimizer(optimizer),
-        }
-        run.save(step, tensors, {"ema_updates": ema.updates})
-
-    stop = min(start + 1, optim.steps) if run.dry else optim.steps
-    shares = Shares(
-        sample_order(examples, config.data, config.seed)
-        if stream is None
-        else WindowOrder([s.samples for s in stream.shards], config.seed, stream.keep // 2),
-        range(start, stop),
-        optim.batch_size,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-    )
-
-    def terms(keys: Sequence[Key]) -> dict[str, Tensor]:
-        """The loss of a micro-batch, a function of its keys and the weights."""
-        step = keys[0][0]
-        places = [place for _, place, _ in keys]
-        samples = [sample for _, _, sample in keys]
-        mean, std = moments[samples].to(run.device).chunk(2, 1)
-        posterior, noise = sample_noise(config.seed, step, places, shape, 2).to(run.device)
-        latents = (mean + std * posterior - offset) / gain
-        uniform = spread_uniform(config.seed, step, places, optim.batch_size).to(run.device)
+    def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
+        process, objective = self.process, self.config.objective
+        step, places, samples = columns(items)
+        at, device = (self.config.seed, step, places), self.run.device
+        posterior, noise = sample_noise(*at, self.latent_shape, 2).to(device)
+        latents = self.autoencoder.draw(self.moments[samples].to(device), posterior)
+        uniform = spread_uniform(*at, self.config.optim.batch_size).to(device)
         t = draw_times(process, uniform, objective.times)
-        batch = noised_batch(process, objective.prediction, latents, noise, t, gamma)
-        output = wrapped(batch.x, batch.t, captions.tokens(step, places, samples))
-        loss = weighted_mse(output[:, : shape[0]], batch.target, batch.weights)
+        batch = noised_batch(process, objective.prediction, latents, noise, t, self.gamma)
+        words = self.captions.tokens(step, places, samples)
+        output = self.model.network(batch.x, batch.t, words)
+        loss = weighted_mse(output[:, : latents.shape[1]], batch.target, batch.weights)
         if not objective.learned_variance:
             return {"loss": loss}
-        step_terms = bound_terms(process, objective.prediction, output, latents, noise, t)
-        bound = (process.t_max + 1) * step_terms.mean()
+        bits = bound(process, objective.prediction, output, latents, noise, t)
         # Nichol & Dhariwal 2021, eq. 16
-        return {"loss": loss + objective.bound_weight * bound, "bound": bound.detach()}
+        return {"loss": loss + objective.bound_weight * bits, "bound": bits.detach()}
 
-    with run.signals(), run.bar(start, stop) as bar:
-        for keys in shares:
-            rate = learning_rate(optim, keys[0][0])
-            values = run.gradients([wrapped], parameters, keys, terms)
-            if run.optimize(rate, (optimizer, parameters)):
-                ema.update()
+    def evaluate(self, step: int) -> None:
+        """A grid of pictures at a fixed seed, for the configured prompts or the first captions."""
+        with self.shown.whole() as bundle:
+            if not self.run.main:
+                return
+            prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
+            pipe = LatentDiffusionPipeline(bundle)
 
-            bar.update()
-            done = keys[0][0] + 1
-            if done % config.log_every == 0 or done == stop:
-                losses = {name: value.item() for name, value in values.items()}
-                run.record(done, {**losses, "lr": rate})
-                bar.set_postfix({"loss": f"{losses['loss']:.4f}", "bad": run.bad_steps})
-            if done % config.evaluate_every == 0 or done == stop:
-                with ema.applied(), shown.whole() as whole:
-                    draw_samples(run, whole, config, examples, done)
-            stopping = run.stopping
-            if done % config.checkpoint_every == 0 or done == stop or stopping:
-                save(done)
-            if stopping:
-                raise SystemExit(128 + stopping)
+            def draw(places: Sequence[int]) -> list[Image.Image]:
+                some = [prompts[place] for place in places]
+                return pipe(some, seed=self.config.seed, first=places[0], progress=False).images
 
-    if run.dry:
-        run.say("dry run: data, one step and one save are fine")
-        return
-    with ema.applied(), shown.whole() as whole:
-        if run.main:
-            save_model(config, whole, examples, None if stream is None else count, run)
+            images = list(in_parts(range(len(prompts)), len(prompts), draw))
+            self.run.picture(step, "samples", grid(images, 8))
 
-
-def save_model(
-    config: DiffusionConfig,
-    bundle: Bundle,
-    examples: list[Example],
-    count: int | None,
-    run: Run,
-) -> None:
-    """The model's folder, with its card; `count` where the examples are only some."""
-    folder = config.out / "model"
-    bundle.save(folder, dtype=getattr(torch, config.save_dtype))
-    run.say(f"wrote {folder}")
-    outcome = Outcome(folder, "model", "", examples, config.data.root, count)
-    for line in share(outcome, config):
-        run.say(line)
+    def finish(self) -> None:
+        """Write the model's folder, with its card."""
+        folder, config = self.run.out / "model", self.config
+        with self.shown.whole() as bundle:
+            if not self.run.main:
+                return
+            bundle.save(folder, dtype=getattr(torch, config.save_dtype))
+            self.run.say(f"wrote {folder}")
+        count = None if self.stream is None else self.stream.starts[-1]
+        outcome = Outcome(folder, "model", "", self.examples, config.data.root, count)
+        self.run.say(*share(outcome, config))
 
 
 def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
@@ -286,52 +228,36 @@ def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
     return ShardStream(find_shards(str(data.root)), folder, 2 * config.shards_at_hand)
 
 
-def build(config: DiffusionConfig, vae: VAE, examples: list[Example]) -> Bundle:
-    """The parts of a new model around a trained autoencoder."""
+def build(
+    config: DiffusionConfig, autoencoder: Autoencoder, examples: list[Example], side: int
+) -> Bundle:
+    """The parts of a new model around a trained autoencoder, for latents of side x side."""
     if config.text.pretrained is None:
         words = sorted({caption for example in examples for caption in example.captions})
         tokenizer = train_tokenizer(words, config.text.vocabulary, config.text.window)
         encoder = build_text_encoder(
             tokenizer, config.text.width, config.text.layers, config.text.heads
         )
-        tower: TextTower = ClipTower(encoder, tokenizer)
+        conditioner: Conditioner = TextConditioner(ClipTower(encoder, tokenizer))
     else:
-        tower = Bundle.load(config.text.pretrained).text
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        conditioner = Bundle.load(config.text.pretrained).conditioner
     unet = build_unet(
-        vae.config["latent_channels"],
-        config.data.size // factor,
+        autoencoder.channels,
+        side,
         config.unet.channels,
         config.unet.layers,
         config.unet.attention,
         config.unet.head_dim,
-        tower.width,
+        conditioner.width,
         config.objective.learned_variance,
     )
     return Bundle(
-        vae=vae,
-        unet=unet,
-        text=tower,
+        autoencoder=autoencoder,
+        conditioner=conditioner,
+        network=DiffusersUNet(unet, autoencoder.channels),
         process=processes.create(config.objective.process),
         prediction=config.objective.prediction,
     )
-
-
-def draw_samples(
-    run: Run, bundle: Bundle, config: DiffusionConfig, examples: list[Example], step: int
-) -> None:
-    """A grid of pictures at a fixed seed, for the configured prompts or the first captions."""
-    if not run.main:
-        return
-    prompts = config.sample_prompts or [example.captions[0] for example in examples[:16]]
-    pipe = LatentDiffusionPipeline(bundle)
-
-    def draw(places: Sequence[int]) -> list[Image.Image]:
-        some = [prompts[place] for place in places]
-        return pipe(some, seed=config.seed, first=places[0], progress=False).images
-
-    images = list(in_parts(range(len(prompts)), len(prompts), draw))
-    run.picture(step, "samples", grid(images, 8))
 
 
 if __name__ == "__main__":

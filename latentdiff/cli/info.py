@@ -35,7 +35,7 @@ def info(
     ]
     rows += [("solvers", " ".join(solvers.names())), ("timetables", " ".join(timetable.names()))]
     for name, text in rows:
-        print(f"{name:<11}{text}")
+        print(f"{name:<14}{text}")
 
 
 def _describe(bundle: "Bundle") -> list[tuple[str, str]]:

@@ -29,8 +29,7 @@ def about_model(bundle: "Bundle") -> dict[str, object]:
 
 def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:
     """What the text of a picture says of its model and of its run, by the pipeline's own names."""
-    low, high = request.guidance_interval
-    return about_model(bundle) | {
+    record = about_model(bundle) | {
         "negative_prompt": request.negative_prompt,
         "also": request.also,
         "prompt_weights": request.prompt_weights,
@@ -38,13 +37,15 @@ def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:
         "guidance": request.guidance,
         "guidance_scale": request.guidance_scale,
         "guidance_rescale": request.guidance_rescale,
-        "guidance_interval": None if (low, high) == (0.0, math.inf) else [low, high],
-        "guides": [edit for edit in request.edits if isinstance(edit, str)],
+        "edits": [edit for edit in request.edits if isinstance(edit, str)],
         "solver": request.solver,
         "timetable": request.timetable,
         "height": request.height,
         "width": request.width,
     }
+    if request.guidance_interval != (0.0, math.inf):
+        record["guidance_interval"] = list(request.guidance_interval)
+    return record
 
 
 def check_writable(folder: Path) -> None:

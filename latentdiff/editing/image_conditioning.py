@@ -95,7 +95,9 @@ class Instruct:
         if not isinstance(self.image, Image.Image):
             return self, unchanged
         latents = context.latents(pixels(self.image))
-        return replace(self, image=latents / context.autoencoder.scaling_factor), unchanged
+        scale = context.autoencoder.scaling_factor
+        assert scale is not None  # as every model with such an input has it
+        return replace(self, image=latents / scale), unchanged
 
     def beside(self, x: Tensor) -> Tensor:
         """The picture [B, C, h, w]."""

@@ -68,16 +68,17 @@ def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
     return vae_of(config, str(path), files), files
 
 
-def load_vae(folder: Path) -> AutoencoderKL | VQModel:
+def load_autoencoder(folder: Path) -> DiffusersAutoencoder:
     """The autoencoder of a folder alone, in float32 on the CPU, frozen.
 
     Raises:
         UserError: missing, damaged, or not what its config says.
     """
-    autoencoder, files = vae(folder)
+    module, files = vae(folder)
     with blaming(folder):
-        DiffusersAutoencoder(autoencoder)
-    return fill(autoencoder, files, torch.float32, torch.device("cpu"))
+        autoencoder = DiffusersAutoencoder(module)
+    fill(module, files, torch.float32, torch.device("cpu"))
+    return autoencoder
 
 
 def vae_of(config: Config, name: str, files: WeightFiles) -> AutoencoderKL | VQModel:

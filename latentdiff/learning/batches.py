@@ -15,8 +15,8 @@ from latentdiff.data.examples import Example, balanced_weights, load_picture
 from latentdiff.data.folder import read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
-from latentdiff.learning.order import Key, SampleOrder, Shares, generator
-from latentdiff.models.vae import VAE, encode_moments
+from latentdiff.learning.order import Key, SampleOrder, Shares, Stream, generator
+from latentdiff.models.autoencoder import Autoencoder
 
 MEMORY = 2**30  # bytes of decoded pictures that a process keeps
 
@@ -33,7 +33,8 @@ def split_examples(data: DataConfig) -> tuple[list[Example], list[Example]]:
         held = {key: tuple(values) for key, values in {**data.where, **data.held_out}.items()}
         return train, read_folder(data.root, where=held)
     count = round(len(train) * data.held_out_fraction)
-    out = set(generator(0).permutation(len(train))[:count].tolist())
+    random = generator(0, Stream.HELD_OUT, 0, 0)
+    out = set(random.permutation(len(train))[:count].tolist())
     kept = [example for number, example in enumerate(train) if number not in out]
     if not kept:
         raise UserError(f"{data.root}: no picture is left for training")
@@ -59,6 +60,17 @@ class PictureSet(Dataset[tuple[Tensor | UserError, Key]]):
 
     def _load(self, number: int) -> Tensor:
         return load_picture(self.examples[number], self.size)
+
+    def parts(self, most: int) -> Iterator[Tensor]:
+        """All pictures in their order, `most` at a time: float32 [B, 3, S, S] in [-1, 1].
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        count = len(self.examples)
+        for first in range(0, count, most):
+            numbers = range(first, min(first + most, count))
+            yield to_range(torch.stack([self.load(number) for number in numbers]))
 
     def __getitem__(self, index: Key) -> tuple[Tensor | UserError, Key]:
         try:
@@ -113,21 +125,27 @@ def _ignore_signals(worker: int) -> None:
 
 
 def encode_pictures(
-    vae: VAE, examples: list[Example], size: int, folder: Path, accelerator: Accelerator
+    autoencoder: Autoencoder,
+    examples: list[Example],
+    size: int,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> Tensor:
     """Mean and std of every picture's raw latents, [N, 2C, h, w] float32 on the CPU.
 
     They are kept under `folder` and read from there the next time. Each process encodes its part.
     """
     cache = LatentCache(
-        folder, weights_hash(vae.state_dict()), f"centre square of {size} px; mean and std"
+        folder,
+        weights_hash(autoencoder.module.state_dict()),
+        f"centre square of {size} px; mean and std",
     )
 
     def encode(part: list[Example], progress: bool) -> Tensor:
         return cache.latents(
             part,
             lambda example: load_picture(example, size),
-            lambda pictures: encode_moments(vae, to_range(pictures).to(accelerator.device)),
+            lambda pictures: autoencoder.moments(to_range(pictures)),
             progress=progress,
         )
 

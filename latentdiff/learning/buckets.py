@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from latentdiff.learning.order import SampleOrder, generator
+from latentdiff.learning.order import SampleOrder, Stream, generator
 
 CYCLE = 256  # steps over which every bucket gets its share
 
@@ -29,14 +29,17 @@ class BucketOrder:
         labels = list(dict.fromkeys(buckets))
         self.seed = seed
         self.members = [[i for i, own in enumerate(buckets) if own == label] for label in labels]
-        self.orders = [SampleOrder(len(m), seed, weights[m]) for m in self.members]
+        self.orders = [
+            SampleOrder(len(own), seed, weights[own], bucket)
+            for bucket, own in enumerate(self.members)
+        ]
         shares = np.array([weights[m].sum() for m in self.members]) / weights.sum()
         self.edges = np.cumsum(shares) * CYCLE
         self.before = [np.zeros(len(labels), dtype=np.int64)]
         self.cycle = lru_cache(maxsize=2)(self._cycle)
 
     def _cycle(self, number: int) -> np.ndarray:
-        random = generator(self.seed, 6, number)
+        random = generator(self.seed, Stream.BUCKETS, number, 0)
         edges = np.floor(self.edges + random.random())
         edges[-1] = CYCLE
         counts = np.diff(np.minimum(edges, CYCLE), prepend=0.0).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Which caption a sample is trained with, and what the text tower makes of it."""
+"""The caption that a sample is trained with, and what the text encoders make of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from latentdiff.data.cache import TextCache, weights_hash
-from latentdiff.learning.order import generator
-from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
+from latentdiff.learning.order import Stream, generator
+from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.text_encoders import TextStates, Tokens
 
 
 class Captions:
@@ -23,7 +24,7 @@ class Captions:
 
     def __init__(
         self,
-        tower: TextTower,
+        conditioner: Conditioner,
         captions: Sequence[Sequence[str]],
         dropout: float | Sequence[float],
         seed: int,
@@ -32,9 +33,9 @@ class Captions:
         for caption in (caption for own in captions for caption in own):
             unique.setdefault(caption, len(unique))
         self.rows = [[unique[caption] for caption in own] or [0] for own in captions]
-        self.all = tower.tokenize(list(unique))
+        self.all = conditioner.tokenize(list(unique))
         self.cut = [both for both in zip(unique, self.all.cut, strict=True) if both[1]]
-        self.window = tower.window
+        self.window = conditioner.window
         self.dropout = dropout if isinstance(dropout, Sequence) else [dropout] * len(captions)
         self.seed = seed
 
@@ -52,7 +53,7 @@ class Captions:
         """A row of `all` per sample; row 0, the empty caption, with its probability."""
         rows: list[int] = []
         for place, sample in zip(places, samples, strict=True):
-            random = generator(self.seed, 4, step, place)
+            random = generator(self.seed, Stream.CAPTION, step, place)
             dropped = random.random() < self.dropout[sample]
             row = self.rows[sample][random.integers(len(self.rows[sample]))]
             rows.append(0 if dropped else row)
@@ -61,7 +62,7 @@ class Captions:
     def tokens(self, step: int, places: list[int], samples: list[int]) -> Tokens:
         """The tokens of the chosen captions, for a tower that is trained along."""
         rows = self.choose(step, places, samples)
-        return Tokens(self.all.ids[rows], self.all.mask[rows], [""] * len(rows))
+        return self.all.take(rows)
 
 
 class CaptionStates:
@@ -71,15 +72,13 @@ class CaptionStates:
         UserError: the cache cannot be written.
     """
 
-    def __init__(self, captions: Captions, tower: TextTower, folder: Path) -> None:
-        # CLIP pads to its window and sees it; T5 pads to the longest of a batch and does not
-        padding = f"token {tower.tokenizer.pad_token_id}, window {tower.window}"
-        cache = TextCache(folder, weights_hash(tower.model.state_dict()), padding)
+    def __init__(self, captions: Captions, conditioner: Conditioner, folder: Path) -> None:
+        weights = " ".join(weights_hash(m.state_dict()) for m in conditioner.modules.values())
+        cache = TextCache(folder, weights, conditioner.padding)
         self.captions = captions
-        self.states = cache.states(captions.all, tower.states)
+        self.states = cache.states(captions.all, conditioner.states)
         with torch.no_grad():
-            first = Tokens(captions.all.ids[:1], captions.all.mask[:1], [""])
-            self.masked = tower.states(first).mask is not None
+            self.masked = conditioner.states(captions.all.take([0])).mask is not None
 
     def of(self, step: int, places: list[int], samples: list[int]) -> TextStates:
         """The states of the chosen captions [B, L, D], on the CPU."""

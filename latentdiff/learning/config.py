@@ -70,7 +70,7 @@ class RunConfig(Strict):
     """What every stage has: where it writes, how often, and from which seed."""
 
     out: Path
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # a word of every generator's key
     precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_a_word)] = "no"
     optim: OptimConfig = OptimConfig()
     log_every: PositiveInt = 20

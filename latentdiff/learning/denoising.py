@@ -14,7 +14,7 @@ from latentdiff.diffusion.process import DiscreteVP, Process
 from latentdiff.diffusion.variance import gaussian_kl, gaussian_surprise, learned_log_std
 from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import Stream, generator
 from latentdiff.models.text_encoders import TextStates, Tokens
 
 Times = Literal["uniform", "logit-normal"]
@@ -49,8 +49,9 @@ def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tens
     Some of it added to the noise lets a model learn to change the brightness of whole pictures
     (Guttenberg 2023, "Diffusion with offset noise").
     """
-    rows = [generator(seed, 8, step, place).standard_normal(channels) for place in places]
-    return torch.from_numpy(np.stack(rows)).float()[:, :, None, None]
+    draws = [generator(seed, Stream.OFFSET_NOISE, step, place) for place in places]
+    rows = np.stack([draw.standard_normal(channels) for draw in draws])
+    return torch.from_numpy(rows).float()[:, :, None, None]
 
 
 def draw_times(process: Process, uniform: Tensor, kind: Times) -> Tensor:
@@ -125,6 +126,20 @@ def check_learned_variance(process: Process, times: Times) -> None:
         )
 
 
+def bound(
+    process: Process,
+    prediction: Prediction,
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """An estimate of the variational bound in bits per dimension, but for the prior's term: T times
+    the mean of `bound_terms` over the batch, a scalar."""
+    terms = bound_terms(process, prediction, output, latents, noise, t)
+    return (process.t_max + 1) * terms.mean()
+
+
 def bound_terms(
     process: Process,
     prediction: Prediction,
@@ -148,8 +163,7 @@ def bound_terms(
         t: whole times [B], float64.
 
     Returns:
-        [B] bits per dimension. T times their mean over uniform t estimates the bound, but for the
-        prior's term, which no network changes.
+        [B] bits per dimension.
     """
     t = t.view(-1, 1, 1, 1)
     alpha, sigma = process.alpha_sigma(t)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentdiff.learning.sharding import split_like
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that require gradients."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
@@ -27,7 +27,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        parameters = trained(module)
+        parameters = trained_parameters(module)
         self.names = list(parameters)
         self.live = list(parameters.values())
         self.shadow = [p.detach().float().clone() for p in self.live]

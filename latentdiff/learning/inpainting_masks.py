@@ -17,7 +17,7 @@ from latentdiff.data.variants import Size, Variant
 from latentdiff.editing.masks import inpainting_channels, masked_picture
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import Stream, generator
 from latentdiff.pictures import to_uint8
 
 WHOLE = 0.25  # of all masks, so that the model still draws from words alone
@@ -29,7 +29,7 @@ def draw_mask(seed: int, step: int, place: int, size: Size) -> Tensor:
     The whole picture, or one to three boxes or strokes whose sides and lengths are from an eighth
     to three quarters of the picture's.
     """
-    random = generator(seed, 11, step, place)
+    random = generator(seed, Stream.MASK, step, place)
     height, width = size
     if random.random() < WHOLE:
         return torch.ones(1, height, width)

@@ -14,12 +14,11 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.process import DiscreteVP, zero_terminal_snr
 from latentdiff.errors import UserError
-from latentdiff.learning import losses
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjective
 from latentdiff.learning.inpainting_masks import with_mask_input
-from latentdiff.learning.run import adamw
 from latentdiff.learning.textual_inversion import add_words
+from latentdiff.learning.trained import adamw
 from latentdiff.lora import add_lora
 
 
@@ -42,15 +41,6 @@ def with_objective(bundle: Bundle, objective: FinetuneObjective) -> Bundle:
             "signal: objective.prediction=v"
         )
     return replace(bundle, process=process, prediction=prediction)
-
-
-def min_snr_gamma(bundle: Bundle, objective: FinetuneObjective) -> float | None:
-    """Gamma of the loss weights; "auto" as in `losses.min_snr_gamma`.
-
-    Raises:
-        UserError: it is not defined for what the model predicts.
-    """
-    return losses.min_snr_gamma(objective.min_snr_gamma, bundle.prediction, bundle.process)
 
 
 def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:

@@ -1,6 +1,7 @@
 """Which samples make up step k: a pure function of (seed, step), so that a resumed run is exact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from enum import IntEnum, unique
 from functools import lru_cache
 from typing import Protocol
 
@@ -12,8 +13,55 @@ Key = tuple[int, int, int]
 """Step, place in the global batch, sample number."""
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A generator that depends on nothing but `key`."""
+def columns(keys: Sequence[Key]) -> tuple[int, list[int], list[int]]:
+    """The step of some keys of one step, their places and their sample numbers."""
+    return keys[0][0], [place for _, place, _ in keys], [sample for _, _, sample in keys]
+
+
+@unique
+class Stream(IntEnum):
+    """Everything that a run draws at random, each from numbers of its own.
+
+    Beside each stream stands what `when` and `which` of `generator` are. A number is part of every
+    run's result: never change one, and give none a second meaning.
+    """
+
+    HELD_OUT = 0  # 0, 0: pictures that are put aside to measure on
+    ORDER = 1  # epoch, bucket: the order of a bucket's samples
+    NOISE = 2  # step, place: draws of the posterior, and the noise of x_t
+    TIMES = 3  # step, 0: the offset of the times of a step
+    CAPTION = 4  # step, place: the choice of a caption, or of none
+    DISTURBANCE = 5  # step, place: the shift and the noise of CLIP's pictures
+    BUCKETS = 6  # cycle, 0: the bucket of each step of a cycle
+    PRIOR = 7  # number of a prior picture, 0: the seed that it is drawn with
+    OFFSET_NOISE = 8  # step, place
+    VARIANT = 9  # step, place: crop and flip
+    DROPOUT = 10  # step, the first place of a micro-batch: the seed of the layers' dropout
+    MASK = 11  # step, place: holes to be painted in
+    SHARDS = 20  # epoch, 0: the order of the shards
+    WINDOW = 21  # epoch, window: the order of its samples
+
+
+def generator(seed: int, stream: Stream, when: int, which: int) -> np.random.Generator:
+    """A generator that depends on nothing but its key, and shares it with no other.
+
+    Every key is of exactly four 32-bit words: numpy fills shorter ones up with zeros, so that
+    (7, 6) would be (7, 6, 0, 0), and spreads larger numbers over several words.
+
+    Raises:
+        ValueError: a part of the key does not fit into a word.
+    """
+    key = seed, int(stream), when, which
+    if not all(0 <= part < 2**32 for part in key):
+        raise ValueError(f"each of {key} must be from 0 to 2**32 - 1")
+    return philox(*key)
+
+
+def philox(*key: int) -> np.random.Generator:
+    """A counter-based generator of any key, of which zeros at the end are no part.
+
+    For what scripts pick outside a run; a run draws by `generator`.
+    """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
@@ -33,18 +81,22 @@ class SampleOrder:
 
     Args:
         weights: probabilities [N], or None for all alike.
+        bucket: its number, where there are several: each has an order of its own.
     """
 
-    def __init__(self, count: int, seed: int, weights: np.ndarray | None = None) -> None:
+    def __init__(
+        self, count: int, seed: int, weights: np.ndarray | None = None, bucket: int = 0
+    ) -> None:
         if count < 1:
             raise ValueError("an order needs at least one sample")
         self.count = count
         self.seed = seed
+        self.bucket = bucket
         self.weights = np.full(count, 1.0 / count) if weights is None else weights / weights.sum()
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, number: int) -> np.ndarray:
-        random = generator(self.seed, 1, number)
+        random = generator(self.seed, Stream.ORDER, number, self.bucket)
         edges = np.floor(np.cumsum(self.weights) * self.count + random.random())
         edges[-1] = self.count
         repeats = np.diff(np.minimum(edges, self.count), prepend=0.0).astype(np.int64)
@@ -89,7 +141,9 @@ def sample_noise(
 ) -> Tensor:
     """Standard normal [draws, B, *shape], float32: picture by picture f(seed, step, place)."""
     rows = [
-        generator(seed, 2, step, place).standard_normal((draws, *shape), dtype=np.float32)
+        generator(seed, Stream.NOISE, step, place).standard_normal(
+            (draws, *shape), dtype=np.float32
+        )
         for place in places
     ]
     return torch.from_numpy(np.stack(rows, axis=1))
@@ -101,7 +155,7 @@ def spread_uniform(seed: int, step: int, places: list[int], batch_size: int) -> 
     (u + place / batch_size) mod 1 with one u = f(seed, step): the low-discrepancy times of
     Kingma et al. 2021 (Variational Diffusion Models), appendix I.1.
     """
-    first = generator(seed, 3, step).random()
+    first = generator(seed, Stream.TIMES, step, 0).random()
     return (first + torch.tensor(places, dtype=torch.float64) / batch_size) % 1.0
 
 
@@ -126,7 +180,8 @@ class WindowOrder:
 
     def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in their order, and the position at which each window ends."""
-        shards: np.ndarray = generator(self.seed, 20, epoch).permutation(len(self.counts))
+        random = generator(self.seed, Stream.SHARDS, epoch, 0)
+        shards: np.ndarray = random.permutation(len(self.counts))
         lasts = np.arange(self.size, len(shards) + self.size, self.size).clip(max=len(shards)) - 1
         return shards, np.cumsum(self.counts[shards])[lasts]
 
@@ -134,7 +189,8 @@ class WindowOrder:
         """The sample numbers of a window, in their order."""
         shards = self.windows(epoch)[0][window * self.size : (window + 1) * self.size]
         numbers = [np.arange(int(self.starts[s]), int(self.starts[s + 1])) for s in shards]
-        return generator(self.seed, 21, epoch, window).permutation(np.concatenate(numbers))
+        random = generator(self.seed, Stream.WINDOW, epoch, window)
+        return random.permutation(np.concatenate(numbers))
 
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self.count)

@@ -16,7 +16,7 @@ from latentdiff.data.cache import weights_hash
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import in_parts
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import Stream, generator
 from latentdiff.pictures import save_png
 
 _AT_ONCE = 20
@@ -62,7 +62,8 @@ def draw_missing(examples: Sequence[Example], seed: int, draw: Draw, *, progress
     bar = tqdm(total=len(missing), desc="prior pictures", disable=not progress, leave=False)
 
     def draw_some(numbers: Sequence[int]) -> list[Image.Image]:
-        seeds = [int(generator(seed, 7, number).integers(2**32)) for number in numbers]
+        draws = [generator(seed, Stream.PRIOR, number, 0) for number in numbers]
+        seeds = [int(draw.integers(2**32)) for draw in draws]
         return draw([examples[number].captions[0] for number in numbers], seeds)
 
     with bar:

@@ -30,14 +30,16 @@ class Records:
 
     Args:
         step: the step at which the run goes on. What a killed run recorded after it is dropped,
-            for it comes again.
+            for it comes again; what it recorded at it and comes again is kept once.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
+        self.step = step
         self.log = folder / "log.jsonl"
+        self.kept: set[frozenset[str]] = set()  # names in each line of the step
         with _writing(folder):
             if self.log.exists():
                 self._rewind(step)
@@ -45,6 +47,7 @@ class Records:
 
     def _rewind(self, step: int) -> None:
         kept = [line for line in self.log.read_text().splitlines() if _step_of(line) <= step]
+        self.kept = {frozenset(json.loads(line)) for line in kept if _step_of(line) == step}
         staged = self.log.with_name(".log.jsonl.part")
         staged.write_text("".join(f"{line}\n" for line in kept))
         sync(staged)
@@ -53,9 +56,11 @@ class Records:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A line of `log.jsonl`, where NaN and infinity are null, and points in TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step, **finite}
         with _writing(self.log):
-            with self.log.open("a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+            if step > self.step or frozenset(line) not in self.kept:
+                with self.log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 

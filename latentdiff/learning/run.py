@@ -1,7 +1,6 @@
 """What a training run needs around its loop: device and precision, folder, checkpoints, records."""
 
 import fcntl
-import math
 import os
 import shutil
 import signal
@@ -17,7 +16,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
@@ -25,11 +23,12 @@ from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_save import sweep
 from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_memory
 from latentdiff.learning.checkpoint import Tensors, load_newest, make_folder, save_checkpoint, sync
-from latentdiff.learning.config import OptimConfig, RunConfig, dump_config
+from latentdiff.learning.config import RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.records import Records, check_installed
 from latentdiff.learning.settings import check_settings, settings_of
 from latentdiff.learning.sharding import Shown, gathered
+from latentdiff.learning.trained import Trained
 from latentdiff.memory import keep_freed_memory
 
 _RESULTS = "vae", "model", "pytorch_lora_weights.safetensors"  # what is large of them
@@ -38,30 +37,14 @@ _LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # which each of Accelerate's launchers set
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
 
 
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Linear warm-up, then constant or cosine to zero: a function of the step alone."""
-    warm = min(1.0, (step + 1) / max(1, optim.warmup))
-    if optim.schedule == "constant":
-        return optim.lr * warm
-    done = max(0.0, (step - optim.warmup) / max(1, optim.steps - optim.warmup))
-    return optim.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def adamw(parameters: Iterator[torch.nn.Parameter], optim: OptimConfig) -> AdamW:
-    """AdamW as the configuration says."""
-    return AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )
-
-
 class Run:
     """One training run: its Accelerator, its folder, its records and its checkpoints.
 
-    Nothing of the method is in here; the loop stands in the script. The folder is this run's
+    Nothing of the method is in here, and the loop is in `learning.loop`. The folder is this run's
     alone from `with Run(...) as run:` to the end of the block, or of the process.
 
     Args:
-        may_split: whether the loop can do with weights that FSDP2 splits over the processes.
+        may_split: whether the stage can do with weights that FSDP2 splits over the processes.
         may_shrink: whether the mean loss of smaller micro-batches is that of the whole.
 
     Raises:
@@ -182,9 +165,9 @@ class Run:
         """Where this process computes."""
         return self.accelerator.device
 
-    def say(self, line: str) -> None:
-        """A line to the person, from the main process, without breaking the bar."""
-        if self.main:
+    def say(self, *lines: str) -> None:
+        """Lines to the person, from the main process, without breaking the bar."""
+        for line in lines if self.main else ():
             tqdm.write(line)
 
     def shown(self, bundle: Bundle, module: Conditioned) -> Shown:
@@ -284,11 +267,12 @@ class Run:
             self.say(f"out of memory: micro-batches of {now} instead of {before}; losses stay")
         return means
 
-    def optimize(self, rate: float, *parts: tuple[Optimizer, Sequence[nn.Parameter]]) -> bool:
+    def optimize(self, step: int, networks: Sequence[Trained]) -> bool:
         """Clip and step if all gradients are finite; otherwise skip, count, give up after many.
 
         Args:
-            parts: optimizers, each with its parameters, whose gradients are clipped together.
+            step: its number, which the learning rates depend on.
+            networks: those that take this step; the gradients of each are clipped together.
 
         Returns:
             Whether the step was taken.
@@ -297,18 +281,16 @@ class Run:
             UserError: in `max_bad_steps` steps in a row the gradients were not finite.
         """
         norms = [
-            self.accelerator.clip_grad_norm_(parameters, self.config.optim.clip)
-            for _, parameters in parts
+            self.accelerator.clip_grad_norm_(one.parameters, one.optim.clip) for one in networks
         ]
         good = all(
             norm is None or bool(torch.isfinite(gathered(torch.as_tensor(norm)))) for norm in norms
         )
-        for optimizer, _ in parts:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for one in networks:
+            for group in one.optimizer.param_groups:
+                group["lr"] = one.rate(step)
             if good or self.accelerator.scaler is not None:  # which skips by itself, and adapts
-                optimizer.step()
-            optimizer.zero_grad()
+                one.optimizer.step()
         self.bad_steps += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.config.max_bad_steps:

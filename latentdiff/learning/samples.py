@@ -16,9 +16,8 @@ from latentdiff.data.variants import Size, Variant, bucket_sizes, nearest_bucket
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.buckets import BucketOrder
-from latentdiff.learning.order import generator, sample_noise
-from latentdiff.models.autoencoder import latent_affine
-from latentdiff.models.vae import VAE, encode_moments
+from latentdiff.learning.order import Stream, generator, sample_noise
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.pictures import to_uint8
 
 _ENCODED_AT_ONCE = 2**19  # pixels
@@ -60,13 +59,17 @@ class Samples:
 
     def variants(self, seed: int, step: int, places: list[int], samples: list[int]) -> list[int]:
         """Which variant of each sample is trained: f(seed, step, place)."""
-        return [
-            int(generator(seed, 9, step, place).integers(len(self.moments[sample])))
-            for place, sample in zip(places, samples, strict=True)
-        ]
+        draws = [generator(seed, Stream.VARIANT, step, place) for place in places]
+        counts = [len(self.moments[sample]) for sample in samples]
+        return [int(draw.integers(count)) for draw, count in zip(draws, counts, strict=True)]
 
     def latents(
-        self, vae: VAE, seed: int, step: int, places: list[int], chosen: list[tuple[int, int]]
+        self,
+        autoencoder: Autoencoder,
+        seed: int,
+        step: int,
+        places: list[int],
+        chosen: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         """x_0 [B, C, h, w], drawn from the posteriors, and noise of its shape, on the CPU.
 
@@ -76,10 +79,9 @@ class Samples:
             chosen: number and variant of each sample.
         """
         moments = torch.stack([self.moments[number][variant] for number, variant in chosen])
-        mean, std = moments.chunk(2, 1)
-        posterior, noise = sample_noise(seed, step, places, tuple(mean.shape[1:]), 2)
-        gain, offset = latent_affine(vae)
-        return (mean + std * posterior - offset) / gain, noise
+        shape = moments.shape[1] // 2, *moments.shape[2:]
+        posterior, noise = sample_noise(seed, step, places, shape, 2)
+        return autoencoder.draw(moments, posterior), noise
 
     def joined(self, prior: "Samples", weight: float) -> "Samples":
         """These and prior ones, half of all draws each; `weight` is of the prior's loss."""
@@ -109,7 +111,7 @@ def assign_buckets(sizes: Sequence[Size], size: Size, unit: int, many: bool) -> 
 
 
 def encode_samples(
-    vae: VAE,
+    autoencoder: Autoencoder,
     checked: Checked,
     buckets: list[Size],
     variants: Sequence[Variant],
@@ -122,9 +124,8 @@ def encode_samples(
     Raises:
         UserError: a picture has gone, or has latents that are not finite and `skip` is off.
     """
-    weights = weights_hash(vae.state_dict())
+    weights = weights_hash(autoencoder.module.state_dict())
     contents = [hashlib.sha256(example.read()).hexdigest() for example in checked.examples]
-    device = next(vae.parameters()).device
     moments: list[list[Tensor]] = [[] for _ in checked.examples]
     for bucket in dict.fromkeys(buckets):
         members = [number for number, own in enumerate(buckets) if own == bucket]
@@ -133,7 +134,7 @@ def encode_samples(
             found = store.latents(
                 [checked.examples[number] for number in members],
                 lambda example, v=variant, b=bucket: to_uint8(v.fill(example.open(), b)),
-                lambda pictures: encode_moments(vae, to_range(pictures).to(device)),
+                lambda pictures: autoencoder.moments(to_range(pictures)),
                 batch_size=max(1, min(64, _ENCODED_AT_ONCE // (bucket[0] * bucket[1]))),
             )
             for number, latent in zip(members, found, strict=True):

@@ -8,19 +8,19 @@ from torch import Tensor
 from latentdiff.data.examples import load_picture
 from latentdiff.data.stream import ShardStream
 from latentdiff.learning.batches import to_range
-from latentdiff.learning.order import generator
-from latentdiff.models.text_encoders import TextTower, Tokens
-from latentdiff.models.vae import VAE, encode_moments
+from latentdiff.learning.order import Stream, generator
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.text_encoders import Tokens
 
 
 class StreamedMoments:
     """Mean and std of the raw latents of samples, [B, 2C, h, w] float32 on the CPU."""
 
-    def __init__(self, vae: VAE, stream: ShardStream, size: int, device: torch.device) -> None:
-        self.vae = vae
+    def __init__(self, autoencoder: Autoencoder, stream: ShardStream, size: int) -> None:
+        self.autoencoder = autoencoder
         self.stream = stream
         self.size = size
-        self.device = device
 
     @torch.no_grad()
     def __getitem__(self, samples: Sequence[int]) -> Tensor:
@@ -30,14 +30,16 @@ class StreamedMoments:
             UserError: a shard cannot be fetched, or a picture not be decoded.
         """
         pictures = torch.stack([load_picture(self.stream[n], self.size) for n in samples])
-        return encode_moments(self.vae, to_range(pictures).to(self.device)).cpu()
+        return self.autoencoder.moments(to_range(pictures)).cpu()
 
 
 class StreamedCaptions:
     """The choice among captions that `Captions` makes, tokenized when it is made."""
 
-    def __init__(self, tower: TextTower, stream: ShardStream, dropout: float, seed: int) -> None:
-        self.tower = tower
+    def __init__(
+        self, conditioner: Conditioner, stream: ShardStream, dropout: float, seed: int
+    ) -> None:
+        self.conditioner = conditioner
         self.stream = stream
         self.dropout = dropout
         self.seed = seed
@@ -46,9 +48,9 @@ class StreamedCaptions:
         """One caption for each sample, or the empty one with probability `dropout`."""
         chosen: list[str] = []
         for place, sample in zip(places, samples, strict=True):
-            random = generator(self.seed, 4, step, place)
+            random = generator(self.seed, Stream.CAPTION, step, place)
             dropped = random.random() < self.dropout
             captions = self.stream[sample].captions
             caption = captions[random.integers(len(captions))]
             chosen.append("" if dropped else caption)
-        return self.tower.tokenize(chosen)
+        return self.conditioner.tokenize(chosen)

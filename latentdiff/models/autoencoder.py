@@ -39,8 +39,9 @@ class Autoencoder(Protocol):
         ...
 
     @property
-    def scaling_factor(self) -> float:
-        """The config's: the numbers that InstructPix2Pix sees are latents divided by this."""
+    def scaling_factor(self) -> float | None:
+        """The one number that latents are divided by to be the module's own, as InstructPix2Pix
+        sees them; None where there is a shift or statistics for each channel, too."""
         ...
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -101,8 +102,11 @@ class DiffusersAutoencoder:
         return latent_channels(self.module)
 
     @property
-    def scaling_factor(self) -> float:
-        return self.module.config["scaling_factor"]
+    def scaling_factor(self) -> float | None:
+        config = self.module.config
+        if any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
+            return None
+        return config["scaling_factor"]
 
     def encode(self, pictures: Tensor) -> Tensor:
         parameter = next(self.module.parameters())

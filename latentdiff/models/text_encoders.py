@@ -6,7 +6,7 @@ is built, so threads may share one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ class Tokens:
     ids: Tensor
     mask: Tensor
     cut: list[str]
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """These prompts, in this order."""
+        places = list(rows)
+        cut = [self.cut[place] for place in places]
+        return type(self)(self.ids[places], self.mask[places], cut)
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,19 +68,6 @@ class Autoencoding(nn.Module):
 
 
 @torch.no_grad()
-def encode_moments(vae: VAE, pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] -> mean and std of the raw latents [B, 2C, h, w], float32.
-
-    A VQ model has no spread: its std is zero.
-    """
-    if isinstance(vae, VQModel):
-        latents = vae.encode(pictures).latents.float()  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.cat([latents, torch.zeros_like(latents)], 1)
-    moments = vae.encode(pictures).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.cat([moments.mean.float(), moments.std.float()], 1)
-
-
-@torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Make each latent channel have mean 0 and std 1 by folding both into the two 1x1 convolutions.
 

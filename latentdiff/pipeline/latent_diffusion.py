@@ -111,7 +111,8 @@ class LatentDiffusionPipeline:
         Raises:
             UserError: an argument is out of range.
         """
-        return prepare(self.bundle, request)
+        with torch.no_grad():
+            return prepare(self.bundle, request)
 
     def __call__(
         self,

@@ -1,6 +1,5 @@
 """From the arguments of a call to a run: everything is checked and encoded, nothing drawn."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,7 @@ from latentdiff.diffusion.sampling import check_edits, visited
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import RunContext, bind, padded_size, picture_size
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.guidance import composed, methods
 from latentdiff.guidance.from_text import check_text, resolve
 from latentdiff.models.prompt_weights import without_weights
@@ -48,7 +47,6 @@ _TOO_MUCH = (
 )
 
 
-@torch.no_grad()
 def prepare(bundle: Bundle, request: Request) -> Run:
     """Check a call and make everything that its steps need.
 
@@ -157,7 +155,7 @@ def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
 
 def _warn_of_noise(request: Request, solver: Solver) -> None:
     if request.guidance == "cfg++" and 0 < request.guidance_scale < 1 and solver.stochastic:
-        warnings.warn(_TOO_MUCH, stacklevel=5)
+        warn(_TOO_MUCH)
 
 
 def _guided(

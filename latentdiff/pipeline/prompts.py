@@ -2,11 +2,10 @@
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 
 from latentdiff.diffusion.condition import Condition
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.prompt_weights import has_weights, without_weights
 
@@ -109,17 +108,15 @@ def encode_prompts(
     texts = list(dict.fromkeys(text for row in rows for text in row))
     encoded = conditioner.encode(texts, size, weights=weights)
     if not weights and any(map(has_weights, texts)):
-        warnings.warn(
+        warn(
             "a prompt holds (text:number), which is read as plain words; "
-            "prompt_weights=True (--weights) reads it as a weight",
-            stacklevel=5,
+            "prompt_weights=True (--weights) reads it as a weight"
         )
     for text, lost in zip(texts, encoded.cut, strict=True):
         if lost:
-            warnings.warn(
+            warn(
                 f"the prompt {text[:40]!r}... is longer than the model's window of "
-                f"{conditioner.window} tokens; not used: {lost!r}",
-                stacklevel=5,
+                f"{conditioner.window} tokens; not used: {lost!r}"
             )
     conditions = [
         encoded.condition.take([texts.index(text) for text in row for _ in range(per_prompt)])

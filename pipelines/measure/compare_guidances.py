@@ -19,16 +19,17 @@ from torch import Tensor
 
 from latentdiff.data.examples import Example, load_pictures
 from latentdiff.data.folder import read_folder
+from latentdiff.diffusion.edits import Edit
 from latentdiff.errors import UserError
-from latentdiff.guidance.guides import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide, Guide
-from latentdiff.learning.order import generator
+from latentdiff.guidance import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
+from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.registry import check_name
 
 
-def settings(clip: Clip, classifier: Classifier, labels: list[str]) -> dict[str, list[Guide]]:
+def settings(clip: Clip, classifier: Classifier, labels: list[str]) -> dict[str, list[Edit]]:
     """What is compared, by the names of the table."""
     return {
         "none": [],
@@ -88,7 +89,7 @@ def main(
 def draw(
     pipe: LatentDiffusionPipeline,
     asked: Sequence[Example],
-    guides: Sequence[Guide],
+    guides: Sequence[Edit],
     steps: int,
     scale: float,
     seed: int,
@@ -99,7 +100,7 @@ def draw(
         num_inference_steps=steps,
         guidance_scale=scale,
         seed=seed,
-        guides=guides,
+        edits=guides,
         output_type="latent",
         progress=False,
     ).images
@@ -134,7 +135,7 @@ class Real:
 
     def captions(self, count: int, seed: int) -> list[Example]:
         """Pictures whose first captions are asked for."""
-        order = generator(seed, 6).permutation(len(self.examples))
+        order = philox(seed, 6).permutation(len(self.examples))
         return [self.examples[number] for number in order[:count]]
 
     def shown(self, pictures: Tensor, asked: Sequence[Example]) -> int:

@@ -140,7 +140,7 @@ def way(pipe: LatentDiffusionPipeline) -> Image.Image:
     """From one prompt to another, twice."""
     weights = [k / 7 for k in range(8)]
     drawn = [
-        between_prompts(pipe.bundle, a, b, weights)
+        between_prompts(pipe, a, b, weights)
         for a, b in (("a red heart", "a grinning face"), ("a full moon", "a soccer ball"))
     ]
     return grid([to_pil(one * 2 - 1) for one in torch.cat(drawn)], 8)

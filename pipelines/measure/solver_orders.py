@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, timetable
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import mixture
 from latentdiff.diffusion.process import NoiseLevel
@@ -70,7 +71,7 @@ class Counted:
 
     calls: int = field(default=0)
 
-    def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Estimate:
         self.calls += 1
         return DATA(x, level)
 

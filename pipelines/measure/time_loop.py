@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, timetable
+from latentdiff.diffusion.denoiser import Estimate
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.sampling import sample
 
@@ -53,7 +54,7 @@ def main() -> None:
         solver, scheduler = solvers.create(name, where), kind()
 
         def ours(solver: solvers.Solver = solver) -> None:
-            sample(lambda x, level: x, solver, levels, x, noise=noise)
+            sample(lambda x, level: Estimate(x), solver, levels, x, noise=noise)
 
         def theirs(scheduler=scheduler) -> None:
             scheduler.set_timesteps(STEPS)

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from latentdiff import solvers
 from latentdiff.diffusion import process, sampling, timetable
-from latentdiff.diffusion.denoiser import learned_variance_denoiser
+from latentdiff.diffusion.denoiser import network_denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import DiscreteVP, NoiseLevel
@@ -97,7 +97,7 @@ def test_ddpm_with_a_learned_variance() -> None:
     for solver in (DDPM(), DDPM("learned-range"), DiffusersScheduler(scheduler, VP, 20)):
         mine: list[Tensor] = []
         sampling.sample(
-            learned_variance_denoiser(double, VP, "eps"),
+            network_denoiser(double, VP, "eps"),
             solver,
             levels,
             initial(),

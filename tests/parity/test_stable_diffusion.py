@@ -145,7 +145,7 @@ def test_a_learned_variance_draws_the_same_there(tmp_path: Path) -> None:
     theirs: Any = StableDiffusionPipeline.from_pretrained(bundle.save(tmp_path / "model"))
     assert isinstance(theirs.scheduler, DDPMScheduler)
     assert theirs.scheduler.config["variance_type"] == "learned_range"
-    assert Bundle.load(tmp_path / "model").learns_variance
+    assert Bundle.load(tmp_path / "model").network.learns_variance
     theirs.scheduler = DDPMScheduler.from_config(theirs.scheduler.config, steps_offset=0)
     theirs.set_progress_bar_config(disable=True)
     start, about = noise()[:1], {"num_inference_steps": STEPS, "guidance_scale": 1.0}
@@ -199,7 +199,7 @@ def test_pag_draws_what_diffusers_draws(
         PROMPTS,
         latents=noise(),
         solver="ddim",
-        guides=[PAG(3.0, layers=layers)],
+        edits=[PAG(3.0, layers=layers)],
         progress=False,
         **arguments,
     ).images

@@ -18,13 +18,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import tiny_bundle, tiny_clip, tower_of, unet_of, vae_of
+from tiny import bundle_of, tiny_bundle, tiny_clip, tower_of, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import load_vae
+from latentdiff.formats.diffusers_folder import load_autoencoder
 from latentdiff.models.attention import set_attention
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -93,11 +93,11 @@ def test_half_precision_files(tmp_path: Path) -> None:
     folder = bundle.save(tmp_path / "model", dtype=torch.float16)
     assert {t.dtype for t in load_file(folder / UNET).values()} == {torch.float16}
     again = Bundle.load(folder)
-    assert (again.dtype, again.device.type) == (torch.float32, "cpu")
+    assert (again.network.dtype, again.device.type) == (torch.float32, "cpu")
     for name, value in unet_of(again).state_dict().items():
         assert torch.equal(value, unet_of(bundle).state_dict()[name].half().float())
     low = Bundle.load(folder, dtype="bfloat16")
-    assert low.dtype == torch.bfloat16
+    assert low.network.dtype == torch.bfloat16
     assert (draw(low) - draw(again)).abs().max() < 0.25
 
 
@@ -154,10 +154,10 @@ def test_what_older_libraries_wrote(folder: Path) -> None:
 def test_the_latent_scale_shift_and_statistics() -> None:
     bundle = tiny_bundle()
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    z = bundle.vae.encode(pictures).latent_dist.mode()  # pyright: ignore
+    z = vae_of(bundle).encode(pictures).latent_dist.mode()  # pyright: ignore
     vae_of(bundle).register_to_config(scaling_factor=0.3, shift_factor=-0.2)
     assert (bundle.autoencoder.encode(pictures) - (z + 0.2) * 0.3).abs().max() < 1e-6
-    decoded = bundle.vae.decode(z).sample  # pyright: ignore
+    decoded = vae_of(bundle).decode(z).sample  # pyright: ignore
     assert (bundle.autoencoder.decode((z + 0.2) * 0.3) - decoded).abs().max() < 1e-5
 
     mean, std = torch.tensor([0.1, 0.2, -3.0, 0.0]), torch.tensor([1.0, 2.0, 0.5, 4.0])
@@ -169,9 +169,7 @@ def test_the_latent_scale_shift_and_statistics() -> None:
         broken = tiny_bundle()
         vae_of(broken).register_to_config(**wrong)
         with pytest.raises(UserError, match="must be finite"):
-            Bundle(
-                vae_of(broken), unet_of(broken), tower_of(broken), broken.process, broken.prediction
-            )
+            bundle_of(vae_of(broken), unet_of(broken), tower_of(broken), broken.process, "eps")
 
 
 def cut_short(path: Path) -> None:
@@ -271,12 +269,12 @@ def test_damage_is_one_clear_line(damage: str, folder: Path) -> None:
     ],
 )
 def test_an_autoencoder_alone_is_read_with_the_same_care(damage: str, folder: Path) -> None:
-    whole, bundle = load_vae(folder / "vae"), Bundle.load(folder)
-    assert torch.equal(whole.decode(X).sample, bundle.vae.decode(X).sample)  # pyright: ignore
+    whole, bundle = load_autoencoder(folder / "vae"), Bundle.load(folder)
+    assert torch.equal(whole.decode(X), bundle.autoencoder.decode(X))
     act, expected = DAMAGES[damage]
     act(folder)
     with pytest.raises(UserError, match=expected) as caught:
-        load_vae(folder / "vae")
+        load_autoencoder(folder / "vae")
     assert "\n" not in str(caught.value)
 
 
@@ -407,7 +405,7 @@ def test_parts_must_fit() -> None:
     wide.model.config.hidden_size = 24
     wide = type(wide)(wide.model, wide.tokenizer)  # pyright: ignore
     with pytest.raises(UserError, match="width 16, but the text encoder's have 24"):
-        Bundle(vae_of(bundle), unet_of(bundle), wide, bundle.process, "eps")
+        bundle_of(vae_of(bundle), unet_of(bundle), wide, bundle.process, "eps")
     for changes, expected in (
         ({"in_channels": 7}, "takes 7 and gives 4 channels, but the vae's latents have 4"),
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
@@ -416,12 +414,12 @@ def test_parts_must_fit() -> None:
         bundle = tiny_bundle()
         unet_of(bundle).register_to_config(**changes)
         with pytest.raises(UserError, match=expected):
-            Bundle(vae_of(bundle), unet_of(bundle), tower_of(bundle), bundle.process, "eps")
+            bundle_of(vae_of(bundle), unet_of(bundle), tower_of(bundle), bundle.process, "eps")
     for changes in ({"latents_std": [2.0] * 4}, {"latents_mean": [0.0] * 4}, {"shift_factor": 0.1}):
         bundle = tiny_bundle(in_channels=8)
         vae_of(bundle).register_to_config(**changes)
         with pytest.raises(UserError, match="such a pair does not work"):
-            Bundle(vae_of(bundle), unet_of(bundle), tower_of(bundle), bundle.process, "eps")
+            bundle_of(vae_of(bundle), unet_of(bundle), tower_of(bundle), bundle.process, "eps")
 
 
 def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -436,9 +434,8 @@ def test_saving_replaces_a_model_and_nothing_else(folder: Path, tmp_path: Path) 
     whole = draw(Bundle.load(folder))
     broken = tiny_bundle(seed=1)
     with torch.no_grad():
-        next(tower_of(broken).model.parameters()).fill_(
-            torch.inf
-        )  # found after the U-Net is written
+        # found after the U-Net is written
+        next(tower_of(broken).model.parameters()).fill_(torch.inf)
     with pytest.raises(UserError, match="not finite"):
         broken.save(folder)
     assert torch.equal(draw(Bundle.load(folder)), whole)

@@ -13,9 +13,9 @@ from tiny import WINDOW, tiny_bundle, tiny_clip, tiny_t5, tower_of, unet_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.models.prompt_weights import parse_weights, token_weights
 from latentdiff.models.text_encoders import TextTower, token_spans
 from latentdiff.pipeline import PipelineOutput
-from latentdiff.pipeline.prompt_weights import parse_weights, token_weights
 
 CLIP = LatentDiffusionPipeline(tiny_bundle())
 T5 = LatentDiffusionPipeline(tiny_bundle(tower="t5"))
@@ -117,7 +117,7 @@ def test_further_prompts_are_in_the_one_batch_and_add_up() -> None:
 def test_further_prompts_with_everything_at_once() -> None:
     """Perturbed attention, a learned variance, weights of words, T5's padding."""
     pipe = LatentDiffusionPipeline(tiny_bundle(tower="t5", learned_variance=True))
-    settings: dict[str, Any] = {"solver": "ddpm", "guides": ["pag:2"], "prompt_weights": True}
+    settings: dict[str, Any] = {"solver": "ddpm", "edits": ["pag:2"], "prompt_weights": True}
     further = [("a (sad:1.3) dog with an arrow", 0.5)]
     both = draw(["a cat", "pizza"], pipe, also=further, seed=[1, 2], **settings)
     alone = draw("pizza", pipe, also=further, seed=2, **settings)

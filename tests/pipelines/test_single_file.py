@@ -9,7 +9,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import clip_tokenizer, tiny_bundle, tower_of, unet_of, vae_of
+from tiny import bundle_of, clip_tokenizer, tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
@@ -55,10 +55,10 @@ def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
         text = CLIPTextModel(config)
     for network in (unet, vae, text):
         network.eval().requires_grad_(False)
-    return Bundle(
-        vae=vae,
-        unet=unet,
-        text=ClipTower(text, tokenizer),
+    return bundle_of(
+        vae,
+        unet,
+        ClipTower(text, tokenizer),
         process=processes.create("vp-scaled-linear"),
         prediction="eps",
         steps=Steps("leading", 1, False),
@@ -77,8 +77,11 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def tensors(bundle: Any) -> dict[str, Tensor]:
-    parts = {"unet": bundle.unet, "vae": bundle.vae}
-    parts["text"] = tower_of(bundle).model if isinstance(bundle, Bundle) else bundle.text_encoder
+    if isinstance(bundle, Bundle):
+        parts: dict[str, Any] = {"unet": unet_of(bundle), "vae": vae_of(bundle)}
+        parts["text"] = tower_of(bundle).model
+    else:  # a pipeline of diffusers
+        parts = {"unet": bundle.unet, "vae": bundle.vae, "text": bundle.text_encoder}
     return {f"{p}.{n}": v for p, network in parts.items() for n, v in network.state_dict().items()}
 
 

@@ -72,8 +72,8 @@ def stop_after_a_step() -> None:
     """SIGTERM for this process once it has taken one step."""
     optimize = Run.optimize
 
-    def stopped(self: Run, rate: float, *parts: Any) -> bool:
-        done = optimize(self, rate, *parts)
+    def stopped(self: Run, step: int, networks: Any) -> bool:
+        done = optimize(self, step, networks)
         os.kill(os.getpid(), signal.SIGTERM)
         return done
 
@@ -185,7 +185,7 @@ def signal_twice(lab: Lab) -> None:
     """A second SIGTERM in the middle of a step: exit code 143 at once, without a save."""
     out = "diffusion-twice"
 
-    def linger(self: Run, rate: float, *parts: Any) -> bool:
+    def linger(self: Run, step: int, networks: Any) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             time.sleep(0.01)
@@ -198,6 +198,28 @@ def signal_twice(lab: Lab) -> None:
     lab.ended(child, out, 143)
     assert not checkpoint.checkpoints(lab.folder / out / "checkpoints")
     print("a second signal: stopped at once")
+
+
+def kill_in_a_drawing(lab: Lab, stage: str) -> None:
+    """SIGKILL in the middle of the last drawing: its step is saved, and the next run draws it."""
+    out = f"{stage}-drawing"
+    folder = lab.folder / out
+    picture = Run.picture
+
+    def killed(self: Run, step: int, name: str, image: Any) -> None:
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        picture(self, step, name, image)
+
+    child = lab.start(stage, out, before=lambda: setattr(Run, "picture", killed))
+    lab.ended(child, out, -signal.SIGKILL)
+    drawn = {path.name for path in (lab.folder / f"{stage}-whole/pictures").iterdir()}
+    (missing,) = drawn - {path.name for path in folder.glob("pictures/*")}
+    assert checkpoint.checkpoints(folder / "checkpoints")[0].name == f"step-{STEPS:08d}"
+    lab.finish(stage, out)
+    pictures = [lab.folder / run / "pictures" / missing for run in (f"{stage}-whole", out)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    compare(lab.folder / f"{stage}-whole", folder, stage)
 
 
 def signal_in_the_last_drawing(lab: Lab) -> None:
@@ -231,10 +253,10 @@ def orphan(lab: Lab, out: str, launched: bool, *changes: str) -> Path:
             os._exit(0)
         optimize = Run.optimize
 
-        def waited(self: Run, rate: float, *parts: Any) -> bool:
+        def waited(self: Run, step: int, networks: Any) -> bool:
             while os.getppid() == before:
                 time.sleep(0.002)
-            return optimize(self, rate, *parts)
+            return optimize(self, step, networks)
 
         before, Run.optimize = os.getppid(), waited
 
@@ -265,6 +287,8 @@ def main() -> None:
             kills = (arguments.kills + number) // len(STAGES)
             struck = Counter(kill(lab, stage, kills, lines, chance))
             print(f"{stage}: {dict(struck)}: equal to the run left alone")
+            kill_in_a_drawing(lab, stage)
+        print("a kill in a drawing: its step was saved, and drawn by the run that went on")
         signal_twice(lab)
         signal_in_the_last_drawing(lab)
         stopped = orphan(lab, "orphan", True, "checkpoint_every=99")

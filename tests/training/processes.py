@@ -156,7 +156,7 @@ def refused(lab: Lab) -> None:
     """Of a second launch no process begins, whatever its rank; and no fp16 on a CPU."""
     out, began = lab.folder / "taken", lab.folder / "began"
 
-    def begin(config: Any, run: Run) -> None:
+    def begin(run: Run, objective: Any) -> None:
         group = distributed.distributed_c10d._get_default_group()
         patience = group._get_backend(run.device).options._timeout
         assert patience > timedelta(hours=1), patience

@@ -23,9 +23,10 @@ from latentdiff.data.folder import read_folder
 from latentdiff.data.packing import write_shards
 from latentdiff.data.variants import Variant
 from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.editing import Inpaint
-from latentdiff.editing.run_context import Canvas
+from latentdiff.editing.run_context import RunContext
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.finetune_config import resolve
@@ -209,8 +210,8 @@ def test_a_new_inpainting_model_draws_as_before_and_then_learns_from_its_mask(
     states = tower_of(old).encode(["a red heart", "a cat"]).states
     t = torch.tensor([1.0, 900.0])
     with torch.no_grad():
-        plain = old.network()(x, t, {"states": states})
-        masked = wide.network()(x, t, {"states": states, "beside": beside})
+        plain = old.network(x, t, Condition(states=states))
+        masked = wide.network(x, t, Condition(states=states, beside=beside))
     assert (plain - masked).abs().max() < 1e-6
 
     data = {"crops": 2, "flip": True}
@@ -247,8 +248,8 @@ def test_masked_pictures_are_encoded_as_the_edit_does_it(work: Path) -> None:
     beside = holes.beside(bundle, 1, 2, [4, 5], [(0, 0), (1, 1)])
     image = open_picture(examples[1].path).resize((16, 16), Image.Resampling.LANCZOS)
     mask = to_pil(draw_mask(1, 2, 5, (16, 16)).expand(3, -1, -1) * 2 - 1).convert("L")
-    canvas = Canvas(16, 16, bundle.factor, bundle.encode, bundle.decode)
-    edit, _ = Inpaint(ImageOps.mirror(image), mask).bind(canvas)
+    context = RunContext(16, 16, bundle.autoencoder)
+    edit, _ = Inpaint(ImageOps.mirror(image), mask).bind(context)
     assert (edit.beside(beside[1:, 1:]) - beside[1:]).abs().max() < 1e-5
 
 
@@ -300,9 +301,9 @@ def test_pictures_to_inpaint_may_be_in_shards_and_go_mid_run(
     whole = finetune(work, tmp_path / "whole", "full", data={"root": str(pictures)}, **settings)
     optimize = Run.optimize
 
-    def then_delete(self: Run, rate: float, *parts: Any) -> bool:
+    def then_delete(self: Run, step: int, networks: Any) -> bool:
         shutil.rmtree(tmp_path / "shards", ignore_errors=True)
-        return optimize(self, rate, *parts)
+        return optimize(self, step, networks)
 
     monkeypatch.setattr(Run, "optimize", then_delete)
     shards = {"root": str(tmp_path / "shards/{00000..00001}.tar")}
@@ -367,7 +368,7 @@ def test_prior_predictions_keep_what_prior_pictures_do_not(work: Path, tmp_path:
         new.load_lora(out / "pytorch_lora_weights.safetensors")
         with torch.no_grad():
             before, after = (
-                bundle.network()(x, t, {"states": states}) for bundle in (old, new.bundle)
+                bundle.network(x, t, Condition(states=states)) for bundle in (old, new.bundle)
             )
         moved[target] = float((before - after).square().mean())
     assert moved["prediction"] < 0.5 * moved["picture"]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CAPTIONS, tiny_bundle, tower_of, unet_of
+from tiny import CAPTIONS, tiny_bundle, tower_of
 
 from latentdiff.learning.buckets import CYCLE, BucketOrder
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.denoising import Conditioned, offset_noise
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.order import SampleOrder
+from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.fresh_text import train_tokenizer
 from latentdiff.models.text_encoders import ClipTower
 
@@ -44,13 +45,20 @@ def test_every_step_has_one_bucket_and_every_sample_its_share(weighted: bool) ->
         assert fresh.batch(step, 4) == batches[step]
 
 
+def test_buckets_of_one_size_have_orders_of_their_own() -> None:
+    order = BucketOrder(["a"] * 40 + ["b"] * 40, 3)
+    first, second = (own.epoch(0).tolist() for own in order.orders)
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+
+
 @pytest.mark.parametrize("tower", ["clip", "t5"])
 def test_cached_states_are_those_of_the_tower(tower: str, tmp_path: Path) -> None:
     bundle = tiny_bundle(tower=tower)  # pyright: ignore[reportArgumentType]
     texts = [("a red heart", "heart"), ("a cat",), ("a red cat on a heart",)]
-    captions = Captions(tower_of(bundle), texts, 0.3, seed=1)
-    network = Conditioned(unet_of(bundle), tower_of(bundle))
-    states = CaptionStates(captions, tower_of(bundle), tmp_path)
+    captions = Captions(bundle.conditioner, texts, 0.3, seed=1)
+    network = Conditioned(bundle)
+    states = CaptionStates(captions, bundle.conditioner, tmp_path)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([3.0, 500.0, 999.0])
     chosen: set[int] = set()
@@ -69,16 +77,16 @@ def test_states_are_those_of_the_padding_and_the_window_that_the_tower_has(tmp_p
         tokenizer = train_tokenizer(CAPTIONS, 560, window)
         tokenizer.pad_token = pad
         tower = ClipTower(model, tokenizer)  # pyright: ignore[reportArgumentType]
-        captions = Captions(tower, [("a cat",)], 0, seed=0)
-        kept = CaptionStates(captions, tower, tmp_path).of(0, [0], [0]).states
+        conditioner = TextConditioner(tower)
+        captions = Captions(conditioner, [("a cat",)], 0, seed=0)
+        kept = CaptionStates(captions, conditioner, tmp_path).of(0, [0], [0]).states
         with torch.no_grad():
             assert torch.equal(kept, tower.encode(["a cat"]).states)
 
 
 def test_each_sample_loses_its_caption_with_its_own_probability() -> None:
-    captions = Captions(
-        tower_of(tiny_bundle()), [("a cat",), ("a heart",), ("a dog",)], [0, 1, 0.5], 1
-    )
+    texts = [("a cat",), ("a heart",), ("a dog",)]
+    captions = Captions(tiny_bundle().conditioner, texts, [0, 1, 0.5], 1)
     rows = [captions.choose(step, [0, 1, 2], [0, 1, 2]) for step in range(200)]
     assert {row[:2] for row in map(tuple, rows)} == {(1, 0)}
     assert 70 < sum(row[2] == 0 for row in rows) < 130

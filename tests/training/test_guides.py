@@ -14,11 +14,11 @@ from torch import Tensor
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
-from latentdiff.guidance.guides import Classifier, Clip
+from latentdiff.guidance import Classifier, Clip
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.losses import contrastive
-from latentdiff.learning.run import learning_rate
+from latentdiff.learning.trained import learning_rate
 from latentdiff.models.vae import standardise_latents
 from latentdiff.pictures import open_picture, to_tensor
 
@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(
             signal.raise_signal(signal.SIGTERM)
         return learning_rate(optim, step)
 
-    monkeypatch.setattr("latentdiff.learning.run.learning_rate", interrupted)
+    monkeypatch.setattr("latentdiff.learning.trained.learning_rate", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(work, kind, parts, "optim.steps=4")
     assert stopped.value.code == 128 + signal.SIGTERM

@@ -27,12 +27,20 @@ from latentdiff.learning.ema import EMA
 from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
 from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_weight, weighted_mse
 from latentdiff.learning.methods import make_optimizer
-from latentdiff.learning.order import SampleOrder, Shares, sample_noise, spread_uniform
-from latentdiff.learning.run import learning_rate
+from latentdiff.learning.order import (
+    SampleOrder,
+    Shares,
+    Stream,
+    generator,
+    sample_noise,
+    spread_uniform,
+)
+from latentdiff.learning.trained import learning_rate
 from latentdiff.metrics.perceptual import VGG_STAGES, VGG_WIDTHS, lpips, random_features
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.models.fresh_text import train_tokenizer
-from latentdiff.models.vae import Autoencoding, build_vae, encode_moments, standardise_latents
+from latentdiff.models.vae import Autoencoding, build_vae, standardise_latents
 
 STEP = st.integers(0, 10_000)
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
@@ -156,15 +164,33 @@ def test_noise_and_times_belong_to_step_and_place_alone() -> None:
     assert torch.allclose(times.sort().values.diff(), torch.full((3,), 0.25, dtype=torch.float64))
 
 
+def test_no_two_keys_are_one_and_streams_are_what_they_were() -> None:
+    """(7, 6) was (7, 6, 0, 0), and 2**32 + 5 was 5, 1."""
+    keys = [
+        (seed, stream, when, which)
+        for seed in (0, 7)
+        for stream in Stream
+        for when in (0, 1, 6)
+        for which in (0, 2, 3)
+    ]
+    assert len({generator(*key).integers(2**62) for key in keys}) == len(keys)
+    for key in ((7, Stream.ORDER, 6, 0), (7, Stream.NOISE, 5, 3), (0, Stream.HELD_OUT, 0, 0)):
+        short = np.trim_zeros(np.array(key), "b").tolist() or [0]
+        plain = np.random.Generator(np.random.Philox(np.random.SeedSequence(short)))
+        assert plain.integers(2**62) == generator(*key).integers(2**62)
+    with pytest.raises(ValueError, match="must be from 0"):
+        generator(2**32 + 5, Stream.TIMES, 0, 0)
+
+
 def test_latents_are_standardised_without_changing_a_picture() -> None:
     vae = tiny_vae().eval()
     pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    before = encode_moments(vae, pictures)
+    before = DiffusersAutoencoder(vae).moments(pictures)
     with torch.no_grad():
         drawn = vae.decode(before[:, :4]).sample
     mean, std = torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([0.5, 2.0, 1.5, 1.0])
     standardise_latents(vae, mean, std)
-    after = encode_moments(vae, pictures)
+    after = DiffusersAutoencoder(vae).moments(pictures)
     with torch.no_grad():
         again = vae.decode(after[:, :4]).sample
     wanted = (before[:, :4] - mean[:, None, None]) / std[:, None, None]
@@ -242,7 +268,7 @@ def test_a_config_takes_overrides_and_refuses_what_it_does_not_know(tmp_path: Pa
     assert (config.optim.steps, config.seed) == (7, 3)
     assert config.data.where == {"style": ["noto"]}
     for override in (
-        *("optim.speed=1", "optim.steps=0", "seed", "seed.a=1"),
+        *("optim.speed=1", "optim.steps=0", "seed", "seed.a=1", "seed=4294967296"),
         *("optim.lr=fast", "optim.lr=.inf", "optim.weight_decay=.nan"),
     ):
         with pytest.raises(UserError, match=override.partition("=")[0].split(".")[-1]):

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -72,7 +73,7 @@ def measure_orders() -> None:
 
 def measure_steps(batch: int = 4) -> None:
     """Forward and backward of the bundled U-Net, float32, one thread."""
-    unet = Bundle.load(dtype="float32", device="cpu").unet
+    unet: Any = Bundle.load(dtype="float32", device="cpu").network.module
     unet.train().requires_grad_(True)
     channels, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
     random = torch.Generator().manual_seed(0)

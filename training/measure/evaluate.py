@@ -25,10 +25,9 @@ from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.card import around, write_between
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.metrics.psnr import psnr
-from latentdiff.models.vae import encode_moments
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -96,15 +95,12 @@ def draw(
 
 def measure_vae(pipe: LatentDiffusionPipeline, pictures: Tensor) -> float:
     """Mean PSNR in dB of the autoencoder's reconstructions (posterior mean) of uint8 pictures."""
-    vae = pipe.bundle.vae
-    parameter = next(vae.parameters())
-    scores: list[Tensor] = []
+    autoencoder, scores = pipe.bundle.autoencoder, list[Tensor]()
     for part in pictures.split(32):
-        real = to_range(part).to(parameter.device, parameter.dtype)
-        mean = encode_moments(vae, real).chunk(2, 1)[0].to(parameter.dtype)
+        real = to_range(part)
         with torch.no_grad():
-            fake = vae.decode(mean).sample.clamp(-1, 1)  # pyright: ignore
-        scores.append(psnr(real, fake).cpu())
+            fake = autoencoder.decode(autoencoder.encode(real)).clamp(-1, 1)
+        scores.append(psnr(real, fake.cpu()))
     return float(torch.cat(scores).mean())
 
 
@@ -208,7 +204,7 @@ def choose_splits(real: RealPictures, asked: list[str] | None) -> list[str]:
 def choose(real: RealPictures, numbers: list[int], count: int, seed: int) -> list[int]:
     """Training pictures to ask for: without repeats, balanced over (style, emoji)."""
     weights = balanced_weights([real.examples[n] for n in numbers], ("style", "base"))
-    picked = generator(seed, 5).choice(
+    picked = philox(seed, 5).choice(
         len(numbers), min(count, len(numbers)), replace=False, p=weights
     )
     return [numbers[int(place)] for place in picked]

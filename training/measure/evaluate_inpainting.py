@@ -31,11 +31,11 @@ from latentdiff.bundle import Precision
 from latentdiff.data.examples import Example
 from latentdiff.data.folder import read_folder
 from latentdiff.diffusion.sampling import Edit
-from latentdiff.editing import Blend, Canvas, RePaint
+from latentdiff.editing import Blend, RePaint, RunContext
 from latentdiff.editing.run_context import Finish
 from latentdiff.errors import UserError
 from latentdiff.learning.card import around, write_between
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics import perceptual
 from latentdiff.pictures import centre_square, grid, save_png, to_pil, to_tensor
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -125,7 +125,7 @@ def held_out(data: Path, styles: list[str], count: int, seed: int) -> list[Examp
     ]
     if not found:
         raise UserError(f"{data} has no held-out pictures of the styles {', '.join(styles)}.")
-    order = generator(seed, 6).permutation(len(found))[:count]
+    order = philox(seed, 6).permutation(len(found))[:count]
     return [found[int(place)] for place in order]
 
 
@@ -136,9 +136,9 @@ def prepare(pipe: LatentDiffusionPipeline, example: Example, place: int, seed: i
     side = bundle.size[0]
     picture = centre_square(example.open(), side)
     kind = list(HOLES)[place % len(HOLES)]
-    mask = HOLES[kind](side, generator(seed, 7, place))
-    canvas = Canvas(side, side, bundle.factor, bundle.encode, bundle.decode)
-    bound, finish = Blend(picture, mask).bind(canvas)
+    mask = HOLES[kind](side, philox(seed, 7, place))
+    context = RunContext(side, side, bundle.autoencoder)
+    bound, finish = Blend(picture, mask).bind(context)
     assert isinstance(bound.image, Tensor)
     assert isinstance(bound.mask, Tensor)
     return Case(example.captions[0], picture, mask, kind, bound.image, bound.mask, finish)

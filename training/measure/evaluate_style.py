@@ -24,7 +24,7 @@ from latentdiff.data.examples import Example, load_pictures
 from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -158,7 +158,7 @@ def choose(
 
 
 def shuffled(examples: Sequence[Example], seed: int, purpose: int) -> list[Example]:
-    return [examples[int(n)] for n in generator(seed, purpose).permutation(len(examples))]
+    return [examples[int(n)] for n in philox(seed, purpose).permutation(len(examples))]
 
 
 def prompt(example: Example, style: str) -> str:

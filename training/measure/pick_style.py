@@ -16,7 +16,7 @@ import typer
 from latentdiff.data.examples import Example
 from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
-from latentdiff.learning.order import generator
+from latentdiff.learning.order import philox
 
 KEPT = ("codepoints", "license", "source")  # of a picture's fields
 
@@ -53,7 +53,7 @@ def chosen(data: Path, style: str, known: str, count: int, seed: int) -> list[Ex
     both = [e for e in plain_pictures(data, style) if e.fields["codepoints"] in names]
     if len(both) < count:
         raise UserError(f"{data} has only {len(both)} pictures of {style} to choose from")
-    order = generator(seed, 11).permutation(len(both))
+    order = philox(seed, 11).permutation(len(both))
     return [both[int(number)] for number in order[:count]]
 
 
@@ -88,7 +88,7 @@ def priors(data: Path, known: str, count: int, seed: int) -> list[str]:
     """Captions of the known style: by turns one that names it and one that does not."""
     examples = plain_pictures(data, known)
     lines: list[str] = []
-    for place, number in enumerate(generator(seed, 13).permutation(len(examples))[:count]):
+    for place, number in enumerate(philox(seed, 13).permutation(len(examples))[:count]):
         captions = examples[int(number)].captions
         plain = [caption for caption in captions if known not in caption]
         lines.append(captions[0] if place % 2 == 0 else (plain or captions)[:2][-1])

@@ -60,7 +60,10 @@ from latentdiff.formats.location import find
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.finetune_config import resolve
 from latentdiff.learning.samples import encode_samples
+from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.fresh_text import build_text_encoder
+from latentdiff.models.network import DiffusersUNet
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.vae import build_vae
 from latentdiff.pictures import open_picture
@@ -124,7 +127,14 @@ def sd1(size: int, tokenizer: Path) -> Bundle:
     unet = UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768)  # else its shape
     vae = build_vae("kl", (128, 256, 512, 512), 2, 4, 32, size)
     encoder = build_text_encoder(words, 768, 12, 12)
-    return Bundle(vae, unet, ClipTower(encoder, words), process.create("vp-scaled-linear"), "eps")
+    autoencoder = DiffusersAutoencoder(vae)
+    return Bundle(
+        autoencoder,
+        TextConditioner(ClipTower(encoder, words)),
+        DiffusersUNet(unet, autoencoder.channels),
+        process.create("vp-scaled-linear"),
+        "eps",
+    )
 
 
 class Enough(Exception):
@@ -155,7 +165,7 @@ def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
             contextlib.redirect_stderr(quiet),
             contextlib.redirect_stdout(quiet),
             steps_timed(FEW + steps) as ends,
-            mock.patch.object(finetune, "draw_samples"),
+            mock.patch.object(finetune.Finetuning, "evaluate", return_value=None),
             contextlib.suppress(Enough),
         ):
             finetune.train(resolve(values, "time_finetune"), False)
@@ -169,9 +179,10 @@ def prepare(examples: Sequence[Example], model: Path) -> Clock:
         start = now()
         checked = check_pictures(examples, min(bundle.size) // 2)
         buckets = [bundle.size] * len(checked.examples)
-        encode_samples(bundle.vae, checked, buckets, variants(1, True), Path(cache))
+        encode_samples(bundle.autoencoder, checked, buckets, variants(1, True), Path(cache))
         texts = [example.captions for example in checked.examples]
-        CaptionStates(Captions(bundle.text, texts, 0.0, 0), bundle.text, Path(cache))
+        captions = Captions(bundle.conditioner, texts, 0.0, 0)
+        CaptionStates(captions, bundle.conditioner, Path(cache))
         return since(start)
 
 
