@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import draw_weights
 
 from latentdiff.diffusion.prediction import Prediction, to_x0
 from latentdiff.diffusion.process import create
@@ -49,8 +50,8 @@ NEEDS_BITSANDBYTES = pytest.mark.skipif(
 
 
 def tiny_vae(kind: Literal["kl", "vq"] = "kl") -> Any:
-    torch.manual_seed(0)
-    return build_vae(kind, (8, 16), 1, 4, 4, 16, codes=8)
+    with torch.random.fork_rng([]):
+        return draw_weights(build_vae(kind, (8, 16), 1, 4, 4, 16, codes=8), 0)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
