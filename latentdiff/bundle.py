@@ -238,8 +238,9 @@ class Bundle:
     def save(self, where: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the diffusers layout, which diffusers' own Stable Diffusion pipelines open, too.
 
-        Everything is written beside the folder and renamed once it is on the disk. A model folder
-        already there is replaced; anything else is left alone. A latent mean that the config of
+        Everything is written beside the folder and renamed once it is on the disk. A model that is
+        there already is replaced: a folder with its `model_index.json`, or a file that `load` takes
+        for a model by its header. Anything else is left alone. A latent mean that the config of
         the autoencoder holds is folded into its convolutions, for diffusers does not apply it.
 
         Args:
@@ -248,8 +249,8 @@ class Bundle:
             dtype: of the weights in the files; None keeps what they are.
 
         Raises:
-            UserError: it cannot be written, the folder holds something else, a LoRA is attached, or
-                the model has parts that a single file cannot hold.
+            UserError: it cannot be written, something else is there, a LoRA is attached, or the
+                model has parts that a single file cannot hold.
         """
         from latentdiff.formats.diffusers_save import save_folder
         from latentdiff.formats.single_file import save_single

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.files import write_scratch
 from latentdiff.formats import single_file_configs as infer
 from latentdiff.formats import single_file_names as ldm
-from latentdiff.formats.diffusers_save import save_tensors, without_offset
+from latentdiff.formats.diffusers_save import without_offset
 from latentdiff.formats.location import download
-from latentdiff.formats.weights import WeightFiles, blaming, check_numbers, first_line
+from latentdiff.formats.weights import (
+    WeightFiles,
+    blaming,
+    check_numbers,
+    first_line,
+    may_replace,
+    save_tensors,
+)
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
@@ -208,7 +216,7 @@ def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, to:
     if tokenizer:
         for name in _TOKENIZER_FILES:
             if name in tokenizer:
-                (to / name).write_text(tokenizer[name], "utf-8")
+                write_scratch(to / name, tokenizer[name].encode())
         return to
     if (beside := file.parent / "tokenizer").is_dir():
         return beside
@@ -236,13 +244,17 @@ def save_single(
 ) -> Path:
     """Write a model as one file; see `Bundle.save`.
 
+    A file that `open_single` takes for a model by its header is replaced.
+
     Raises:
-        UserError: it cannot be written, or has parts that such files have no names for.
+        UserError: it cannot be written, has parts that such files have no names for, or something
+            that is no model is there.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not isinstance(text, ClipTower) or not isinstance(vae, AutoencoderKL):
         raise UserError("a single file can only hold a KL autoencoder and a CLIP text encoder.")
+    replace = may_replace(path, "a model file that opens here", _read_configs)
     vae = without_offset(vae)
     configs: dict[str, Config] = {
         "unet": json.loads(unet.to_json_string()),
@@ -273,7 +285,7 @@ def save_single(
         found = [Path(folder, name) for name in _TOKENIZER_FILES]
         words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
     header = json.dumps({**configs, "tokenizer": words})
-    save_tensors(values, path, {_HEADER: header})
+    save_tensors(values, path, {_HEADER: header}, replace=replace)
     return path
 
 
