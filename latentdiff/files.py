@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from latentdiff.errors import UserError
 
@@ -146,6 +147,21 @@ def write_scratch(path: Path, data: bytes) -> None:
             raise
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a folder for libraries that can only read and write files; it goes at the end.
+
+    Raises:
+        UserError: it cannot be made, or written to.
+    """
+    try:
+        with TemporaryDirectory() as name:
+            yield Path(name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to the folder of temporary files: {reason}") from error
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and all above it; each is brought to the disk as an entry of its parent.
 
@@ -197,7 +213,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         reserved = name is None and _RESERVED.fullmatch(hidden.name)
         if reserved or (match and name in (None, match["name"])):
             with suppress(OSError):  # gone meanwhile, of a living writer, or not ours to remove
-                lock = _lock(hidden)
+                lock = _lock(hidden, wait=False)
                 try:
                     _clear(hidden)
                 finally:
@@ -272,33 +288,32 @@ def _hidden_folder(free: Iterable[Path]) -> Iterator[Path]:
 
 def _make_locked(free: Iterable[Path]) -> tuple[Path, int | None]:
     for folder in free:
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        try:
-            lock = _lock(folder)
-        except (BlockingIOError, FileNotFoundError):  # a sweep came between and took it for dead
-            continue
-        except OSError:  # a file system without locks
-            return folder, None
-        if folder.exists():
-            return folder, lock
-        os.close(lock)
+        with suppress(FileExistsError):
+            while True:  # until no sweep comes between and takes the folder for a dead writer's
+                folder.mkdir()
+                try:
+                    return folder, _lock(folder, wait=True)
+                except FileNotFoundError:
+                    continue
+                except OSError:  # a file system without locks
+                    return folder, None
     raise AssertionError
 
 
-def _lock(folder: Path) -> int:
-    """Lock a folder until the handle is closed or its process and their forks have ended.
+def _lock(folder: Path, *, wait: bool) -> int:
+    """Lock a folder until the handle is closed, or its process and the forks of that have ended.
 
     Raises:
-        OSError: it is not there, is locked, or cannot be.
+        FileNotFoundError: it is not there, or another one is by now.
+        OSError: it cannot be locked, or is locked and nobody waits.
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle), folder.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     except OSError:
         os.close(handle)
         raise

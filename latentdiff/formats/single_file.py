@@ -5,7 +5,6 @@ the model. In others, configs are inferred from the shapes and the tokenizer is 
 """
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.files import write_scratch
+from latentdiff.files import scratch_folder
 from latentdiff.formats import single_file_configs as infer
 from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.diffusers_save import without_offset
@@ -161,8 +160,8 @@ def open_single(
         configs, words = _read_configs(file)
         unet, vae, text = _part_files(file, configs)
         config = configs["text_encoder"]
-        with tempfile.TemporaryDirectory() as folder:
-            place = _tokenizer(file, words, config.get("vocab_size"), Path(folder))
+        with scratch_folder() as scratch:
+            place = _tokenizer(file, words, config.get("vocab_size"), scratch)
             tower = parts.clip_of(config, "text_encoder", text, place)
         if not words and config["hidden_act"] == "gelu":
             tower.tokenizer.pad_token = "!"  # version 2 pads with it
@@ -207,7 +206,7 @@ def _table(part: str, config: Config) -> ldm.Table:
     return ldm.unet_table(layers, ["CrossAttn" in str(block) for block in blocks])
 
 
-def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, to: Path) -> Path:
+def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, scratch: Path) -> Path:
     """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's from the hub.
 
     Raises:
@@ -216,8 +215,8 @@ def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, to:
     if tokenizer:
         for name in _TOKENIZER_FILES:
             if name in tokenizer:
-                write_scratch(to / name, tokenizer[name].encode())
-        return to
+                (scratch / name).write_text(tokenizer[name], "utf-8")
+        return scratch
     if (beside := file.parent / "tokenizer").is_dir():
         return beside
     if vocabulary != _CLIP_VOCABULARY:
@@ -280,9 +279,9 @@ def save_single(
             if ".mid_block.attentions.0.to_" in name and value.ndim == 2 and part == "vae":
                 value = value[..., None, None]
             values[prefix + stored] = value.detach().to("cpu", dtype or value.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        text.tokenizer.save_pretrained(folder)
-        found = [Path(folder, name) for name in _TOKENIZER_FILES]
+    with scratch_folder() as scratch:
+        text.tokenizer.save_pretrained(scratch)
+        found = [scratch / name for name in _TOKENIZER_FILES]
         words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
     header = json.dumps({**configs, "tokenizer": words})
     save_tensors(values, path, {_HEADER: header}, replace=replace)
