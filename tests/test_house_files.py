@@ -125,10 +125,11 @@ def own_ways(source: str) -> Iterator[str]:
         for node in nodes
         if isinstance(node, ast.withitem) and last_name(node.context_expr) in GIVERS
     }
-    for node in nodes:
-        bound = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        if bound and node.id in STAGED & set(roots.values()) and node not in given:
-            yield f"{node.id}: not from files.py"
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    for name in names:
+        bound = isinstance(name.ctx, ast.Store) and name not in given
+        if bound and name.id in STAGED & set(roots.values()):
+            yield f"{name.id}: not from files.py"
 
 
 def test_only_files_py_writes() -> None:
