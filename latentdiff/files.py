@@ -123,13 +123,7 @@ def write_numbered(folder: Path, ending: str, data: bytes) -> Path:
                 number = int(hidden.name.split(".")[1])
                 # who had this number when the folder was listed may have written it by now
                 if number not in _numbers(folder, written):
-                    target = folder / f"{number:05d}{ending}"
-                    stage = hidden / target.name
-                    stage.write_bytes(data)
-                    _bring_to_disk([stage], hidden)
-                    _publish(stage, target)
-                    sync(folder)
-                    return target
+                    return _write_hidden(hidden, folder / f"{number:05d}{ending}", data)
             number += 1
 
 
@@ -354,6 +348,16 @@ def _publish(stage: Path, target: Path) -> None:
     except OSError:  # a file system without hard links: reserve the name, then rename over it
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         stage.replace(target)
+
+
+def _write_hidden(hidden: Path, target: Path, data: bytes) -> Path:
+    stage = hidden / target.name
+    with _errors_in_one_line(target):
+        stage.write_bytes(data)
+        _bring_to_disk([stage], hidden)
+        _publish(stage, target)
+        sync(target.parent)
+    return target
 
 
 def _numbers(folder: Path, pattern: re.Pattern[str]) -> set[int]:
