@@ -267,7 +267,7 @@ def test_dead_writers_are_swept_up_after_and_living_ones_are_left_alone(tmp_path
             begun.set()
             go_on.wait()
 
-    thread = Thread(target=slow)
+    thread = Thread(target=slow, daemon=True)
     thread.start()
     begun.wait()
     write_text(tmp_path / "a", "quick", replace=True)
