@@ -135,10 +135,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(lab: Lab) -> None:
 def test_one_run_at_a_time_in_a_folder_and_death_frees_it(lab: Lab) -> None:
     out = lab.folder / "locked"
     shutil.copytree(lab.folder / "whole/checkpoints", out / "checkpoints")
-    rests = [f".model.{'0a' * 8}.part", f".model.{'1b' * 8}.part", f".model.{'0a' * 8}.old"]
-    others = [f".mine.{'0a' * 8}.part", ".model.mine.part", f"model.{'0a' * 8}.part"]
+    rests = [f".model.{'0a' * 8}.part", f".config.yaml.{'1b' * 8}.part"]
+    others = [".model.mine.part", f"model.{'0a' * 8}.part"]
     for name in (*rests, *others):  # as kills leave them in the middle of writing, and others'
-        shutil.copytree(lab.folder / "whole/model", out / name)
+        shutil.copytree(lab.folder / "whole/model", out / name / "model")
     holder = subprocess.Popen(
         [
             *(sys.executable, "-c"),
