@@ -13,7 +13,7 @@ from kill_writers import contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_files import files_no_larger_than
-from tiny import clip_tokenizer, tiny_bundle, tower_of
+from tiny import clip_tokenizer, tiny_bundle, tower_of, vae_of
 from torch import nn
 
 from latentdiff.bundle import Bundle
@@ -44,7 +44,7 @@ def noise() -> Image.Image:
 def bundle() -> Bundle:
     """A model of other weights each time."""
     with torch.no_grad():
-        for network in (BUNDLE.unet, BUNDLE.vae, BUNDLE.text.model):
+        for network in BUNDLE.modules.values():
             nn.init.normal_(next(network.parameters()))
     return BUNDLE
 
@@ -107,7 +107,7 @@ class Saver:
 SAVERS = {
     "model folder": Saver(lambda path: bundle().save(path), "made/model"),
     "model file": Saver(lambda path: bundle().save(path), "made/a.safetensors"),
-    "autoencoder": Saver(lambda path: save_network(bundle().vae, path), "vae"),
+    "autoencoder": Saver(lambda path: save_network(vae_of(bundle()), path), "vae"),
     "classifier": Saver(save_classifier, "classifier"),
     "CLIP": Saver(save_clip, "clip"),
     "LoRA": Saver(save_a_lora, "made/a.safetensors"),
@@ -212,7 +212,7 @@ def test_a_file_is_replaced_by_its_kind_only(name: str, stranger: str, tmp_path:
 
 FOLDERS = {
     "model": lambda path: bundle().save(path),
-    "autoencoder": lambda path: save_network(bundle().vae, path),
+    "autoencoder": lambda path: save_network(vae_of(bundle()), path),
     "CLIP": save_clip,
     "classifier": save_classifier,
 }

@@ -86,9 +86,9 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     """Have `act()` called once the optimizer has taken step number `step`, counted from 1."""
     optimize, taken = Run.optimize, 0
 
-    def acted(self: Run, step: int, networks: Any) -> bool:
+    def acted(self: Run, number: int, networks: Any) -> bool:
         nonlocal taken
-        done = optimize(self, step, networks)
+        done = optimize(self, number, networks)
         taken += 1
         if taken == step:
             act()

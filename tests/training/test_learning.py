@@ -179,6 +179,9 @@ def test_no_two_keys_are_one_and_streams_are_what_they_were() -> None:
         short = np.trim_zeros(np.array(key), "b").tolist() or [0]
         plain = np.random.Generator(np.random.Philox(np.random.SeedSequence(short)))
         assert plain.integers(2**62) == generator(*key).integers(2**62)
+    old = np.random.Generator(np.random.Philox(np.random.SeedSequence((3, 1, 7))))
+    old.random()
+    assert SampleOrder(9, 3).epoch(7).tolist() == old.permutation(9).tolist()
     with pytest.raises(ValueError, match="must be from 0"):
         generator(2**32 + 5, Stream.TIMES, 0, 0)
 
