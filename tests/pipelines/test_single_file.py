@@ -14,7 +14,6 @@ from torch import Tensor
 from latentdiff import UserError
 from latentdiff.bundle import Bundle
 
-
 Saved = tuple[Bundle, Path, Path]
 
 
