@@ -219,24 +219,9 @@ def tiny_classifier() -> Classifier:
 
 def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
     """The blocks of Stable Diffusion 1 or 2, as small as their 32 groups and their heads allow."""
-    widths = (32, 64, 64, 64)[:levels]
-    crossing = [level < levels - 1 for level in range(levels)]
     tokenizer = clip_tokenizer()
+    unet = sd_unet(version, levels, layers)
     with torch.random.fork_rng([]):
-        unet = UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=widths,
-            layers_per_block=layers,
-            down_block_types=tuple(
-                "CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossing
-            ),
-            up_block_types=tuple(
-                "CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crossing[::-1]
-            ),
-            cross_attention_dim=64,
-            use_linear_projection=version == 2,
-            attention_head_dim=(1,) * levels if version == 2 else 8,  # pyright: ignore[reportArgumentType]
-        )
         vae = build_vae("kl", (32, 32, 64), 1, 4, 4, 64)
         config = CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -248,8 +233,8 @@ def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
             hidden_act="gelu" if version == 2 else "quick_gelu",
         )
         text = CLIPTextModel(config)
-    for network in (unet, vae, text):
-        draw_weights(network, version).requires_grad_(False)
+    for network in (unet, draw_weights(vae, version), draw_weights(text, version)):
+        network.requires_grad_(False)
     return bundle_of(
         vae,
         unet,
@@ -260,9 +245,30 @@ def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
     )
 
 
+def sd_unet(version: int, levels: int = 3, layers: int = 2) -> UNet2DConditionModel:
+    """The U-Net of `sd_like`, which attends to states [B, L, 64]."""
+    crossing = [level < levels - 1 for level in range(levels)]
+    with torch.random.fork_rng([]):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(32, 64, 64, 64)[:levels],
+            layers_per_block=layers,
+            down_block_types=tuple(
+                "CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossing
+            ),
+            up_block_types=tuple(
+                "CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crossing[::-1]
+            ),
+            cross_attention_dim=64,
+            use_linear_projection=version == 2,
+            attention_head_dim=(1,) * levels if version == 2 else 8,  # pyright: ignore[reportArgumentType]
+        )
+    return draw_weights(unet, version)
+
+
 @torch.no_grad()
 def draw_weights(network: AnyModule, seed: int) -> AnyModule:
-    """Give a network weights with which whatever comes in matters, and set it to inference.
+    """Give a network weights with which whatever comes in matters, and set it to evaluation.
 
     Every layer keeps the variance of its input (LeCun et al. 1998, "Efficient BackProp", sec. 4.6),
     but for `GAINS`, so that a residual branch weighs about as much as what it is added to. No bias

@@ -328,7 +328,7 @@ def test_a_run_goes_on_as_the_run_that_it_was_or_says_so(
             "model.channels=[8,16]",
         ): r"model.channels=\[8, 8\], not \[8, 16\]",
         ("diffusion", "whole", "text.width=64"): "text.width=32, not 64",
-        ("diffusion", "whole", "unet.channels=[32,64]"): r"unet.channels=\[32, 32\]",
+        ("diffusion", "whole", "unet.channels=[64,96]"): r"unet.channels=\[64, 64\]",
         ("diffusion", "whole", "optim.lr=0.5"): "finished, and was trained with optim.lr=0.001",
         ("diffusion", "whole", "optim.steps=3"): "trained for 4 steps, more than optim.steps=3",
     }
