@@ -25,7 +25,7 @@ class RunContext:
         height: of the pictures, before they are padded to a multiple of the autoencoder's factor.
         width: likewise.
         autoencoder: takes pictures in and out.
-        prompts: of each of the B pictures.
+        prompts: of each of the B pictures; "" of one that ready-made states stand for.
         process: of the model that draws; None outside a pipeline.
     """
 

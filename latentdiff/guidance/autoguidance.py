@@ -64,7 +64,8 @@ class Autoguidance:
         """The guide with its model's condition of the prompts.
 
         Raises:
-            UserError: the model has other latents, or another process, than the one that draws.
+            UserError: the model has other latents, or another process, than the one that draws; or
+                the run has ready-made states in place of prompts.
         """
         weak, drawing = self.weak, context.autoencoder
         if (weak.latent_channels, weak.factor) != (drawing.channels, drawing.factor):
@@ -75,6 +76,8 @@ class Autoguidance:
             )
         if context.process is None or not agree(weak.process, context.process):
             raise UserError(f"autoguidance: {weak.name} was trained on another process.")
+        if "" in context.prompts:
+            raise UserError("autoguidance needs the prompt in words, and not as prompt_embeds.")
         encoded = weak.conditioner.encode(context.prompts, context.padded)
         conditioned = conditioned_denoiser(weak.network, weak.process, weak.prediction)
         return replace(self, denoise=bind(conditioned, encoded.condition)), unchanged

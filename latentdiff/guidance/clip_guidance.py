@@ -41,7 +41,13 @@ class ClipGuide:
     score: Score | None = None
 
     def bind(self, context: RunContext) -> tuple[Self, Finish]:
-        """The guide with the texts of the run, encoded."""
+        """The guide with the texts of the run, encoded.
+
+        Raises:
+            UserError: no text, and a run of ready-made states in place of prompts.
+        """
+        if self.text is None and "" in context.prompts:
+            raise UserError("CLIP guidance needs a prompt in words, or a text of its own.")
         texts = self.clip.texts(context.prompts if self.text is None else [self.text])
         temperature, decode = self.clip.temperature, context.autoencoder.decode
 

@@ -125,7 +125,8 @@ def _texts(request: Request) -> _Texts:
 def _rows(given: Tensor | Condition | None, name: str) -> int:
     """The number of rows of ready-made states [P, L, D], or of a condition with states."""
     states = given.states if isinstance(given, Condition) else given
-    if not isinstance(states, Tensor) or states.ndim != 3 or not len(states):
+    fits = isinstance(states, Tensor) and states.is_floating_point() and states.ndim == 3
+    if states is None or not fits or not states.numel():
         raise UserError(f"{name}: give states [P, L, D], or a Condition that holds some.")
     return len(states)
 
@@ -235,7 +236,8 @@ def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) 
     """A ready-made condition of P rows, or of one, for every picture.
 
     Raises:
-        UserError: another number of rows, or states of another width.
+        UserError: another number of rows, states of another width or not finite, or a mask that
+            does not fit them.
     """
     rows, wanted = _rows(given, name), len(texts.prompts)
     condition = given if isinstance(given, Condition) else Condition(states=given)
@@ -247,6 +249,15 @@ def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) 
             f"{name}: the model attends to states of width {bundle.network.width}, not "
             f"{condition.states.shape[2]}."
         )
+    if not bool(torch.isfinite(condition.states).all()):
+        raise UserError(f"{name}: they hold NaN or infinity.")
+    mask, shape = condition.mask, condition.states.shape[:2]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise UserError(
+            f"{name}: its mask must be bool {list(shape)}, not {mask.dtype} {list(mask.shape)}."
+        )
+    if any(len(value) != rows for value in condition.given().values()):
+        raise UserError(f"{name}: its fields must all have {rows} rows, as its states have.")
     places = range(wanted) if rows == wanted else [0] * wanted
     return condition.take([row for row in places for _ in range(texts.per_prompt)])
 

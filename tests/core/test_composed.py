@@ -112,7 +112,27 @@ def one_after_the_other(
     return guided
 
 
-@pytest.mark.parametrize("name", [*methods.names(), positive_alone, one_after_the_other])
+def positive_first(
+    denoise: ConditionedDenoiser, positive: Condition, negative: Condition, /, *, scale: float
+) -> Denoiser:
+    """Classifier-free guidance that asks its conditions in another order, and one more."""
+    branches = [
+        Branch("further", positive),
+        Branch("positive", positive),
+        Branch("negative", negative),
+    ]
+
+    def guided(x: Tensor, level: NoiseLevel) -> Estimate:
+        _, towards, away = denoise(x, level, branches)
+        return Estimate(away.x0 + scale * (towards.x0 - away.x0))
+
+    return guided
+
+
+OWN = [positive_alone, one_after_the_other, positive_first]
+
+
+@pytest.mark.parametrize("name", [*methods.names(), *OWN])
 def test_under_every_guidance_it_is_the_composed_estimate_that_is_guided(
     name: str | methods.Method,
 ) -> None:

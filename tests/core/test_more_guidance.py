@@ -299,20 +299,26 @@ def test_branches_asked_together_are_branches_asked_one_by_one(
 
 
 def test_a_guidance_that_makes_new_branches_at_each_step_is_answered_rightly() -> None:
-    """More of them than are kept joined, and their places in memory used again."""
+    """More of them than are kept joined, each dropped at once: its place in memory is free again,
+    and so is its `id`."""
     network = Told()
     denoise = network.denoiser(FLOW)
-    for step in range(60):
-        shifts = torch.tensor([step / 60, -step / 30, 0.5], dtype=torch.float64)
-        branches = [
-            Branch("positive", telling(*shifts.tolist())),
-            Branch("further", telling(*(2 * shifts).tolist()), step % 3),
-        ]
-        first, second = denoise(X, LEVEL, branches)
-        assert torch.equal(first.x0, told(X, shifts))
+    for step in range(200):
+        shifts = torch.tensor([step / 200, -step / 100, 0.5], dtype=torch.float64)
+        (alone,) = denoise(X, LEVEL, [Branch("positive", telling(*shifts.tolist()))])
+        assert torch.equal(alone.x0, told(X, shifts))
+        first, second = denoise(
+            X,
+            LEVEL,
+            [
+                Branch("positive", telling(*shifts.tolist())),
+                Branch("further", telling(*(2 * shifts).tolist()), step % 3),
+            ],
+        )
+        torch.testing.assert_close(first.x0, told(X, shifts), rtol=1e-12, atol=1e-12)
         doubled = told(X, 2 * shifts, step % 3)
         torch.testing.assert_close(second.x0, doubled, rtol=1e-12, atol=1e-12)
-    assert network.batches == [6] * 60
+    assert network.batches == [3, 6] * 200
 
 
 def test_impossible_guidance_is_refused(network: Told) -> None:

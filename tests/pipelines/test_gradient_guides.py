@@ -165,6 +165,12 @@ def test_bad_guides_are_told(tmp_path: Path) -> None:
     for text in ("clip:3", "clip::x", "classifier:3:folder", "pag:inf", "seg:1:2"):
         with pytest.raises(UserError, match="a guide reads"):
             draw(text)
+    with torch.no_grad():
+        ready = BUNDLE.conditioner.encode(PROMPTS, BUNDLE.size).condition
+    pipe, quick = LatentDiffusionPipeline(BUNDLE), {"num_inference_steps": 1, "progress": False}
+    with pytest.raises(UserError, match="needs a prompt in words, or a text of its own"):
+        pipe(prompt_embeds=ready, edits=[ClipGuide(CLIP)], **quick)
+    pipe(prompt_embeds=ready, edits=[ClipGuide(CLIP, text="a cat")], **quick)
     x, level = torch.zeros(1, 4, 8, 8), BUNDLE.process.level(300.0)
     with pytest.raises(UserError, match="run it in the pipeline"):
         ClipGuide(CLIP).denoiser(lambda x, level: Estimate(x))(x, level)

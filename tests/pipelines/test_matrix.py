@@ -19,6 +19,9 @@ GUIDANCES: dict[str, dict[str, Any]] = {
     **{name: {"guidance": name, "guidance_scale": 3.0} for name in methods.names()},
     "cfg++": {"guidance": "cfg++", "guidance_scale": 0.6},
     "rescaled": {"guidance_scale": 3.0, "guidance_rescale": 0.7, "guidance_interval": (0.3, 9.0)},
+    "in an interval": {"guidance": "apg", "guidance_scale": 3.0, "guidance_interval": (0.3, 9.0)},
+    "further": {"guidance_scale": 1.0, "also": ["a blue sky:0.6"]},
+    "threshold": {"guidance_scale": 6.0, "edits": ["threshold:0.9"]},
     "pag": {"guidance_scale": 3.0, "edits": [PAG(2.0)]},
     "seg": {"guidance_scale": 1.0, "edits": [SEG(2.0)]},
 }
