@@ -179,8 +179,9 @@ class Bundle:
     def save(self, where: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the diffusers layout, which diffusers' own Stable Diffusion pipelines open, too.
 
-        Everything is written beside the folder and renamed once it is on the disk. A model folder
-        already there is replaced; anything else is left alone. A latent mean that the config of
+        Everything is written beside the folder and renamed once it is on the disk. A model that is
+        there already is replaced: a folder with its `model_index.json`, or a file that `load` takes
+        for a model by its header. Anything else is left alone. A latent mean that the config of
         the autoencoder holds is folded into its convolutions, for diffusers does not apply it.
 
         Args:
@@ -189,10 +190,10 @@ class Bundle:
             dtype: of the weights in the files; None keeps what they are.
 
         Raises:
-            UserError: it cannot be written, the folder holds something else, a LoRA is attached, or
-                the model has parts that a single file cannot hold.
+            UserError: it cannot be written, something else is there, a LoRA is attached, or the
+                model has parts that a single file cannot hold.
         """
-        from latentdiff.formats.diffusers_save import replacing_model, write_json
+        from latentdiff.formats.diffusers_save import write_config, writing_model
 
         if any(getattr(network, "peft_config", None) for network in self.modules.values()):
             raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
@@ -208,9 +209,9 @@ class Bundle:
         if path.suffix == ".safetensors" and not path.is_dir():
             family(self.family).write_file(path, nouns, schedule, dtype)
             return path
-        with replacing_model(path) as stage:
+        with writing_model(path, "model_index.json") as stage:
             family(self.family).write_folder(stage, nouns, schedule, dtype)
-            write_json(stage / "scheduler" / "scheduler_config.json", schedule)
+            write_config(schedule, stage / "scheduler" / "scheduler_config.json")
         return path
 
 

@@ -2,18 +2,14 @@
 
 What comes in is not trusted: its format is decided by its content, bytes and pixels are capped
 before anything is decoded, and whatever a decoder may raise becomes one `UserError`. What goes out
-is staged beside its target, flushed to disk and renamed, and never replaces a file already there.
+goes through `latentdiff.files` and replaces no file that is there, unless that is asked for.
 
 Colour profiles are ignored: the numbers are taken to be sRGB, as everywhere in this field.
 """
 
-import contextlib
 import logging
-import os
-import re
-import secrets
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -26,6 +22,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.files import write_bytes, write_numbered
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
@@ -43,7 +40,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-_NUMBERED = re.compile(r"\.?(\d+)(?:-.*\.png|\.part)")
 
 
 Picture = str | Path | bytes | Image.Image
@@ -165,19 +161,19 @@ def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) ->
 
 
 def save_png(
-    image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None
+    image: Image.Image,
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    replace: bool = False,
 ) -> Path:
     """Writes an RGB picture as PNG with `metadata` as text chunks; without it, pixels only.
 
     Raises:
-        UserError: the file is already there (it is left alone), or cannot be written.
+        UserError: it cannot be written, or a file is there already and is not to be replaced.
     """
     target = Path(path)
-    data = encode_png(image, metadata)
-    staged = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
-    with _writing(target, staged):
-        _write_synced(staged, data)
-        _publish(staged, target)
+    write_bytes(target, encode_png(image, metadata), replace=replace)
     return target
 
 
@@ -187,22 +183,12 @@ def save_numbered_png(
     """Writes `00012-7.png` (the folder's next running number, then the seed) and returns its path.
 
     The number is this picture's alone, also among processes that write to the folder at the same
-    time: the staged file is named by the number only and so reserves it.
+    time.
 
     Raises:
         UserError: the folder or the file cannot be written.
     """
-    folder = Path(folder)
-    data = encode_png(image, metadata)
-    staged = folder
-    with _writing(folder, None):
-        folder.mkdir(parents=True, exist_ok=True)
-        number, staged = _reserve(folder)
-    target = folder / f"{number:05d}-{seed}.png"
-    with _writing(target, staged):
-        _write_synced(staged, data)
-        _publish(staged, target)
-    return target
+    return write_numbered(Path(folder), f"-{seed}.png", encode_png(image, metadata))
 
 
 def _decode(source: Picture, max_bytes: int, max_pixels: int) -> tuple[str, Image.Image]:
@@ -338,59 +324,3 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
         alpha = np.where(wide == transparent, 0, 255).astype(np.uint8)
         grey.putalpha(Image.fromarray(alpha))
     return grey
-
-
-def _reserve(folder: Path) -> tuple[int, Path]:
-    """A running number that no other writer has or will get, and the staged file that holds it."""
-    number = max(_numbers(folder), default=-1) + 1
-    while True:
-        staged = folder / f".{number:05d}.part"
-        try:
-            os.close(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError:
-            number += 1
-            continue
-        # whoever held this number between our listing and our reservation has published it by now
-        if not any(folder.glob(f"{number:05d}-*.png")):
-            return number, staged
-        staged.unlink()
-        number += 1
-
-
-def _numbers(folder: Path) -> Iterator[int]:
-    for entry in folder.iterdir():
-        if match := _NUMBERED.fullmatch(entry.name):
-            yield int(match[1])
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(staged: Path, target: Path) -> None:
-    """Gives the staged file its name, atomically; a taken name is an error (`rename` replaces)."""
-    try:
-        os.link(staged, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: reserve the name, then rename over it
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        staged.replace(target)
-
-
-@contextlib.contextmanager
-def _writing(target: Path, staged: Path | None) -> Iterator[None]:
-    """Says what went wrong in one line, and leaves no staged file behind."""
-    try:
-        yield
-    except FileExistsError as error:
-        raise UserError(f"{target} already exists: choose another name") from error
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if staged is not None:
-            with contextlib.suppress(OSError):
-                staged.unlink()

@@ -30,14 +30,14 @@ CONFIGS: dict[str, dict[str, object]] = {
         "loss": {"adversarial": 0.1, "adversarial_start": 0.5},
     },
     "diffusion": {
-        "data": {"size": 32, "held_out_fraction": 0.0},
-        "unet": {"channels": [32, 32], "attention": [True, False], "head_dim": 16},
+        "data": {"size": 16, "held_out_fraction": 0.0},
+        "unet": {"channels": [64, 64], "attention": [True, False], "head_dim": 16},
         "text": {"vocabulary": 540, "window": 8, "width": 32, "layers": 1, "heads": 2},
         "sample_prompts": ["a red disc"],
     },
     "finetune": {
         "method": "lora",
-        "data": {"size": 32, "flip": True},
+        "data": {"size": 16, "flip": True},
         "lora": {"rank": 2, "text_encoder": True},
         "sample_prompts": ["a red disc"],
     },

@@ -1,5 +1,6 @@
 """The door for pictures: a zoo of files, properties of any file, and what is written to disk."""
 
+import fcntl
 import logging
 import os
 import resource
@@ -379,7 +380,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
         save_png(_noise(), path)
     with pytest.raises(UserError, match="cannot write"):
         save_png(rgb(), tmp_path / "missing" / "a.png")
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="not a folder"):
         save_numbered_png(rgb(), path, 0)
     with pytest.raises(UserError, match="cannot write"):
         save_png(rgb(), path / "b.png")
@@ -391,9 +392,15 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
 
 def test_numbers_go_on_and_are_never_shared(tmp_path: Path) -> None:
     (tmp_path / "00041-3.png").touch()
-    (tmp_path / ".00050.part").touch()  # another process, still writing
     (tmp_path / "99999.jpg").touch()
+    (tmp_path / ".00060.part").mkdir()  # of a process that was killed
+    (tmp_path / ".00050.part").mkdir()  # of another one, still writing
+    lock = os.open(tmp_path / ".00050.part", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     assert save_numbered_png(rgb(), tmp_path, 7).name == "00051-7.png"
+    os.close(lock)
+    assert save_numbered_png(rgb(), tmp_path, 7).name == "00052-7.png"
+    assert not list(tmp_path.glob(".*"))
     folder = tmp_path / "new" / "folder"
     with ThreadPoolExecutor(16) as pool:
         paths = list(pool.map(lambda seed: save_numbered_png(rgb(), folder, seed), range(96)))

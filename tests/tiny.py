@@ -1,10 +1,21 @@
-"""Tiny real models for tests: random weights, a tokenizer learned here, nothing mocked."""
+"""Tiny real models for tests: random weights, a tokenizer learned here, nothing mocked.
 
+Their weights are drawn by `draw_weights`: a network as diffusers and transformers begin it hardly
+looks at some of its inputs, and so no comparison of pictures can tell whether it was given them.
+`models/test_tiny_sees_everything.py` measures that here every input moves the output.
+"""
+
+import math
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -14,12 +25,14 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import Process
+from latentdiff.guidance import Classifier, Clip
 from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.fresh_clip import build_clip
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
 from latentdiff.models.network import DiffusersUNet
 from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
-from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import build_vae
 
 CAPTIONS = (
@@ -32,8 +45,26 @@ CAPTIONS = (
     "the flag of a small island",
     "two people holding hands",
 )
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 WIDTH = 16
 WINDOW = 12
+# Layers whose output has not the variance of their input, but more or less.
+GAINS = {
+    "attn2.": 1.5,  # cross-attention averages over many states
+    "time_embedding.": 1.5,
+    "add_embedding.": 1.5,
+    "SelfAttention.q.": 0.35,  # T5 does not divide its logits by the root of a head's width of 8
+}
+# What the config of an autoencoder says of its latents; diffusers' pipelines read the scale alone.
+STATISTICS: dict[str, dict[str, Any]] = {
+    "scale": {"scaling_factor": 0.7},
+    "shift": {"scaling_factor": 0.7, "shift_factor": 0.4},
+    "channels": {
+        "scaling_factor": 0.7,
+        "latents_mean": [0.5, -1.0, 0.3, 2.0],
+        "latents_std": [0.5, 1.0, 2.0, 4.0],
+    },
+}
 
 
 def tiny_bundle(
@@ -43,26 +74,21 @@ def tiny_bundle(
     steps: Steps | None = None,
     tower: Literal["clip", "t5"] = "clip",
     vae: Literal["kl", "vq"] = "kl",
+    statistics: str = "scale",
     in_channels: int = 4,
     seed: int = 0,
     learned_variance: bool = False,
 ) -> Bundle:
     """A model of 16 x 16 pictures in 8 x 8 latents of 4 channels, with a two-level U-Net.
 
-    With `in_channels` 9 it is an inpainting model, with 8 one of InstructPix2Pix.
+    With `in_channels` 9 it is an inpainting model, with 8 one of InstructPix2Pix. `statistics` is
+    a key of `STATISTICS`.
     """
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        autoencoder = build_vae(vae, (8, 8), 1, 4, 4, 16, codes=32)
-        autoencoder.register_to_config(scaling_factor=0.7)
-        unet = build_unet(4, 8, (32, 32), 1, (True, False), 8, WIDTH, learned_variance)
-        if in_channels != 4:
-            wide = UNet2DConditionModel.from_config(unet.config, in_channels=in_channels)
-            assert isinstance(wide, UNet2DConditionModel)
-            unet = wide
-        text = tiny_t5() if tower == "t5" else tiny_clip()
+    autoencoder = tiny_vae(vae, statistics, seed)
+    unet = tiny_unet(in_channels, 8 if learned_variance else 4, seed=seed)
+    text = tiny_t5(seed) if tower == "t5" else tiny_clip(seed)
     for network in (autoencoder, unet, text.model):
-        network.eval().requires_grad_(False)
+        network.requires_grad_(False)
     return bundle_of(
         autoencoder,
         unet,
@@ -111,19 +137,154 @@ def tower_of(bundle: Bundle) -> TextTower:
     return bundle.conditioner.tower
 
 
-def tiny_clip() -> TextTower:
+def tiny_unet(
+    in_channels: int = 4, out_channels: int = 4, *, sizes: bool = False, seed: int = 0
+) -> UNet2DConditionModel:
+    """A U-Net of two levels whose first, last and middle blocks attend to states [B, L, WIDTH].
+
+    Args:
+        in_channels: of what it sees.
+        out_channels: of what it says.
+        sizes: whether it is also told pooled text "text_embeds" [B, WIDTH] and six numbers
+            "time_ids" [B, 6] in `added_cond_kwargs`, as that of Stable Diffusion XL.
+        seed: of its weights.
+    """
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    }
+    with torch.random.fork_rng([]):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
+            attention_head_dim=(4, 4),  # pyright: ignore[reportArgumentType]
+            cross_attention_dim=WIDTH,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=8,  # a group of one channel alone would erase the time
+            **(added if sizes else {}),
+        )
+    return draw_weights(unet, seed)
+
+
+def tiny_vae(
+    kind: Literal["kl", "vq"] = "kl", statistics: str = "scale", seed: int = 0
+) -> AutoencoderKL | VQModel:
+    """An autoencoder of 16 x 16 pictures in 8 x 8 latents of 4 channels."""
+    with torch.random.fork_rng([]):
+        vae = build_vae(kind, (8, 8), 1, 4, 4, 16, codes=32)
+    vae.register_to_config(**STATISTICS[statistics])
+    return draw_weights(vae, seed)
+
+
+def tiny_clip(seed: int = 0) -> ClipTower:
     """A CLIP text tower of two layers with a byte-level BPE tokenizer."""
     tokenizer = clip_tokenizer()
-    return ClipTower(build_text_encoder(tokenizer, WIDTH, 2, 2).eval(), tokenizer)
+    with torch.random.fork_rng([]):
+        model = build_text_encoder(tokenizer, WIDTH, 2, 2)
+    return ClipTower(draw_weights(model, seed), tokenizer)
 
 
-def tiny_t5() -> TextTower:
+def tiny_t5(seed: int = 0) -> T5Tower:
     """A T5 encoder of two layers with a unigram tokenizer."""
     tokenizer = t5_tokenizer()
     config = T5Config(
         vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2
     )
-    return T5Tower(T5EncoderModel(config).eval(), tokenizer)
+    with torch.random.fork_rng([]):
+        model = T5EncoderModel(config)
+    return T5Tower(draw_weights(model, seed), tokenizer)
+
+
+def tiny_clip_of_pictures() -> Clip:
+    """A CLIP of 12 x 12 pictures with one layer in each tower, that guides can score with."""
+    with torch.random.fork_rng([]):
+        model = build_clip(
+            clip_tokenizer(), image_size=12, patch=4, width=16, layers=1, text_layers=1, heads=2
+        )
+    return Clip(draw_weights(model, 3).requires_grad_(False), clip_tokenizer())
+
+
+def tiny_classifier() -> Classifier:
+    """A classifier of noised latents of 4 channels with three labels."""
+    with torch.random.fork_rng([]):
+        network = LatentClassifier(4, ["cat", "dog", "heart"], 8)
+    return Classifier(draw_weights(network, 4).requires_grad_(False))
+
+
+def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
+    """The blocks of Stable Diffusion 1 or 2, as small as their 32 groups and their heads allow."""
+    tokenizer = clip_tokenizer()
+    unet = sd_unet(version, levels, layers)
+    with torch.random.fork_rng([]):
+        vae = build_vae("kl", (32, 32, 64), 1, 4, 4, 64)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=1,
+            max_position_embeddings=WINDOW,
+            hidden_act="gelu" if version == 2 else "quick_gelu",
+        )
+        text = CLIPTextModel(config)
+    for network in (unet, draw_weights(vae, version), draw_weights(text, version)):
+        network.requires_grad_(False)
+    return bundle_of(
+        vae,
+        unet,
+        ClipTower(text, tokenizer),
+        process=processes.create("vp-scaled-linear"),
+        prediction="eps",
+        steps=Steps("leading", 1, False),
+    )
+
+
+def sd_unet(version: int, levels: int = 3, layers: int = 2) -> UNet2DConditionModel:
+    """The U-Net of `sd_like`, which attends to states [B, L, 64]."""
+    crossing = [level < levels - 1 for level in range(levels)]
+    with torch.random.fork_rng([]):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(32, 64, 64, 64)[:levels],
+            layers_per_block=layers,
+            down_block_types=tuple(
+                "CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossing
+            ),
+            up_block_types=tuple(
+                "CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crossing[::-1]
+            ),
+            cross_attention_dim=64,
+            use_linear_projection=version == 2,
+            attention_head_dim=(1,) * levels if version == 2 else 8,  # pyright: ignore[reportArgumentType]
+        )
+    return draw_weights(unet, version)
+
+
+@torch.no_grad()
+def draw_weights(network: AnyModule, seed: int) -> AnyModule:
+    """Give a network weights with which whatever comes in matters, and set it to evaluation.
+
+    Every layer keeps the variance of its input (LeCun et al. 1998, "Efficient BackProp", sec. 4.6),
+    but for `GAINS`, so that a residual branch weighs about as much as what it is added to. No bias
+    is zero and no norm is an identity. Scalars, as the temperature of CLIP, stay as they are.
+    """
+    random = torch.Generator().manual_seed(seed)
+    for name, value in network.named_parameters():
+        drawn = torch.randn(value.shape, generator=random)
+        if value.ndim > 1:
+            gain = math.prod(gain for part, gain in GAINS.items() if part in name)
+            value.copy_(gain / math.sqrt(value[0].numel()) * drawn)
+        elif name.endswith("weight"):  # of a norm
+            value.copy_(1 + 0.2 * drawn)
+        elif value.ndim == 1:
+            value.copy_(0.1 * drawn)
+    return network.eval()
 
 
 @cache

@@ -68,8 +68,11 @@ class UNetConfig(Strict):
             raise ValueError(
                 f"channels has {len(self.channels)} levels and attention {len(self.attention)}"
             )
-        if any(width % 32 for width in self.channels):
-            raise ValueError("channels must be multiples of 32")
+        if any(width % 32 or width == 32 for width in self.channels):
+            # A norm of 32 groups, each of one channel, subtracts the time embedding again.
+            raise ValueError(
+                "channels must be multiples of 32, 64 or more: a level of 32 would not see the time"
+            )
         return self
 
 

@@ -6,11 +6,8 @@ changes, nothing stale can be read. A shard is named by the sha256 of its own by
 seen, and what was in it is encoded again.
 """
 
-import contextlib
 import hashlib
 import logging
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from tqdm import tqdm
 
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, write_bytes
 from latentdiff.models.text_encoders import TextStates, Tokens
 
 SHARD = 1024  # entries in a file, and what an interruption can cost
@@ -100,13 +98,14 @@ class TensorCache:
     def _write(self, shard: dict[str, Tensor]) -> None:
         data = save(shard)
         target = self._shards / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        make_folder(target.parent)
         try:
-            try:
-                _put(data, target)
-            except FileNotFoundError:  # the folder was deleted in between
-                _put(data, target)
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+            write_bytes(target, data, replace=True)  # of the same bytes, by its name
+        except UserError:
+            if target.parent.exists():
+                raise
+            make_folder(target.parent)  # it was deleted in between
+            write_bytes(target, data, replace=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +193,3 @@ class TextCache:
 def _own(tensor: Tensor) -> Tensor:
     """A copy on the CPU that shares no memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _put(data: bytes, target: Path) -> None:
-    staged = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()

@@ -9,16 +9,11 @@ Flags of countries, keycaps, letters in boxes and groups of two skin tones are l
 pictures are told apart by knowledge, not by what a caption of a few words says.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,6 +23,7 @@ from tqdm import tqdm
 
 from latentdiff.data.captions import phrase, variants
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing_folder
 from latentdiff.pictures import centre_square, encode_png
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -134,28 +130,28 @@ def build_emoji_folder(
     _check_files(font, Path(emoji_test), keyword_files)
     if size < 1:
         raise UserError(f"pictures of {size} pixels cannot be drawn")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} already exists and is not an empty folder: choose another")
     glyphs = _Glyphs(font)
     emoji = list(read_emoji_test(Path(emoji_test)))
     if not emoji:
         raise UserError(f"{emoji_test} names no emoji: is it Unicode's emoji-test.txt?")
     keywords = read_keywords(keyword_files)
     source = f"{font.name}, sha256 {_sha256(font)}"
-    with _staged_folder(out) as folder:
+    make_folder(out.parent)
+    with writing_folder(out, replace=False) as stage:
+        (stage / "images").mkdir()
         rows: list[dict[str, object]] = []
         for one in tqdm(emoji, desc="emoji", disable=not progress):
             image = glyphs.draw(one.text)
             if image is None:
                 continue
             row = metadata(one, keywords.get(one.base, ())) | {"source": source}
-            path = folder / str(row["file_name"])
-            path.write_bytes(encode_png(centre_square(image, size)))
+            data = encode_png(centre_square(image, size))
+            (stage / str(row["file_name"])).write_bytes(data)
             rows.append(row)
         if not rows:
             raise UserError(f"{font} draws none of the emoji of {emoji_test}")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "metadata.jsonl").write_text(lines, "utf-8", newline="\n")
+        (stage / "metadata.jsonl").write_text(lines, "utf-8", newline="\n")
     if len(rows) < len(emoji):
         _log.warning("%d emoji are left out: %s lacks them", len(emoji) - len(rows), font)
     return len(rows)
@@ -274,27 +270,3 @@ def _check_files(font: Path, emoji_test: Path, annotations: list[Path]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _staged_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or goes away."""
-    staged = out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(8)}.part")
-    try:
-        (staged / "images").mkdir(parents=True)
-        yield staged
-        with ThreadPoolExecutor(16) as pool:  # one after the other takes minutes on a busy disk
-            list(pool.map(_sync, [*staged.rglob("*"), staged]))
-        staged.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +10,7 @@ from latentdiff.data.examples import Example
 from latentdiff.data.folder import read_folder
 from latentdiff.data.shards import INDEX
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing_folder
 from latentdiff.pictures import MAX_BYTES
 
 
@@ -19,29 +19,25 @@ def write_shards(root: Path, out: Path, size: int) -> int:
 
     The files' bytes are as they were, and the same folder gives the same shards to the byte. A
     member's extension tells what the picture is, whatever its file was called.
-    `index.json`, written last, has the samples, bytes and sha256 of each.
+    `index.json` has the samples, bytes and sha256 of each.
 
     Raises:
         UserError: the folder is faulty, a file is no picture or too large, `out` holds something,
             or cannot be written.
     """
     examples = read_folder(root)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already and not empty: name a new folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        shards: list[dict[str, object]] = []
+    shards: list[dict[str, object]] = []
+    make_folder(out.parent)
+    with writing_folder(out, replace=False) as stage:
         for first in range(0, len(examples), size):
             part = examples[first : first + size]
             name = f"{first // size:05}.tar"
             data = _tar(first, part)
-            _write(out / name, data)
+            (stage / name).write_bytes(data)
             digest = hashlib.sha256(data).hexdigest()
             sums: dict[str, object] = {"bytes": len(data), "sha256": digest}
             shards.append({"name": name, "samples": len(part), **sums})
-        _write(out / INDEX, json.dumps({"shards": shards}, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+        (stage / INDEX).write_text(json.dumps({"shards": shards}, indent=1))
     return len(shards)
 
 
@@ -73,12 +69,3 @@ def _extension(example: Example, data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ".webp"
     raise UserError(f"{example.name} is no PNG, JPEG or WebP picture")
-
-
-def _write(target: Path, data: bytes) -> None:
-    staged = target.with_name(f".{target.name}.part")
-    with staged.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.rename(target)

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 from latentdiff.data.examples import Example, parse_json
 from latentdiff.data.shards import INDEX, expand, list_shards
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, write_scratch
 
 _TRIES = 3
 _MAX_INDEX = 64 * 2**20
@@ -104,11 +105,8 @@ class ShardStream:
             data = _read(shard.place, _MAX_SHARD)
             if shard.sha256 is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
                 raise UserError(f"{shard.place} does not match the sha256 of its index")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}") from None
+            make_folder(path.parent)
+            write_scratch(path, data)
         examples = list_shards(path)
         if len(examples) != shard.samples:
             raise UserError(f"{shard.place} has {len(examples)} samples, not {shard.samples}")

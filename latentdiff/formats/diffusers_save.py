@@ -1,22 +1,17 @@
 """Writing a model folder: all of it, or none."""
 
-import contextlib
 import copy
 import json
-import os
-import re
-import secrets
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing_folder
+from latentdiff.formats.weights import may_replace, read_json, save_weights
 from latentdiff.models.autoencoder import latent_affine, latent_channels
 
 if TYPE_CHECKING:
@@ -29,141 +24,56 @@ def save_network(network: "AutoencoderKL | VQModel", folder: Path) -> None:
     """Write one network as diffusers lays it out: all of it, or nothing.
 
     Raises:
-        UserError: the folder cannot be written, or a weight is not finite.
+        UserError: the folder cannot be written, a weight is not finite, or something else is there.
     """
-    with staged(folder) as stage:
+    with writing_model(folder, "config.json") as stage:
         save_diffusers(network, stage, None)
 
 
-@contextlib.contextmanager
-def replacing_model(folder: Path) -> Iterator[Path]:
-    """A folder beside a model's that takes its place at the end.
+def write_config(value: dict[str, object], stage: Path) -> None:
+    """Write a JSON file into a folder that is staged, as the other configs there are."""
+    stage.parent.mkdir(exist_ok=True)
+    stage.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def writing_model(folder: Path, config: str) -> Iterator[Path]:
+    """Write a folder in the layout of diffusers or transformers; see `files.writing_folder`.
+
+    Another one that is there already is replaced, and folders above it are made.
+
+    Args:
+        config: the JSON file that tells one: `model_index.json` of a whole model, `config.json` of
+            one network.
 
     Raises:
-        UserError: the folder cannot be written, or holds something that is no model.
+        UserError: it cannot be written, or something else is there.
     """
-    replaceable = (folder / "model_index.json").is_file() or not folder.exists()
-    if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: not a model folder, so it is not replaced; name another.")
-    with staged(folder) as stage:
+
+    def recognise(folder: Path) -> None:
+        if not {"_class_name", "model_type"} & read_json(folder / config).keys():
+            raise UserError(f"{folder / config}: it names no class.")
+
+    kind = "a model folder" if config == "model_index.json" else "the folder of a network"
+    empty = folder.is_dir() and not any(folder.iterdir())
+    replace = not empty and may_replace(folder, kind, recognise)
+    make_folder(folder.parent)
+    with writing_folder(folder, replace=replace) as stage:
         yield stage
-
-
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place at the end."""
-    token = secrets.token_hex(8)
-    stage = folder.parent / f".{folder.name}.{token}.part"
-    old = folder.parent / f".{folder.name}.{token}.old"
-    try:
-        stage.mkdir(parents=True)
-        yield stage
-        for path in (*stage.rglob("*"), stage):
-            _sync(path)
-        if folder.exists():
-            folder.rename(old)
-        stage.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {folder}: {reason}.") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def sweep(target: Path) -> None:
-    """Put right what writers of `target`, a folder or a file, left beside it when they were killed.
-
-    Only where nobody else writes: what a writer at work has there would go, too.
-    """
-    rest = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.(part|old)")
-    for path in [path for path in target.parent.iterdir() if rest.fullmatch(path.name)]:
-        if path.suffix == ".old" and not target.exists():
-            path.rename(target)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: dict[str, object]) -> None:
-    """A config as the others of a model folder are written."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-
-
-def save_tensors(values: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """One safetensors file, staged beside the target and renamed once it is on the disk.
-
-    Raises:
-        UserError: it cannot be written, or a value is not finite.
-    """
-    _check_finite(values, path.name)
-    stage = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stage.touch()
-        mode = stage.stat().st_mode
-        save_file(
-            {k: v.contiguous() for k, v in values.items()}, stage, {"format": "pt"} | metadata
-        )
-        stage.chmod(mode)  # safetensors lets only its owner read
-        _sync(stage)
-        stage.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}."
-        ) from error
-    finally:
-        stage.unlink(missing_ok=True)
-
-
-def _check_finite(values: dict[str, Tensor], name: str) -> None:
-    for key, value in values.items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{name}: {key} is not finite as {value.dtype}.")
-
-
-def save_weights(values: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    """Write tensors beside the `config.json` that is there already.
-
-    Raises:
-        UserError: one is not finite in that precision.
-    """
-    converted = {
-        name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-        for name, value in values.items()
-    }
-    _check_finite(converted, path.parent.name)
-    save_file(converted, path, metadata={"format": "pt"})
-    shutil.copymode(path.with_name("config.json"), path)  # safetensors lets only its owner read
 
 
 def save_diffusers(
     network: "AutoencoderKL | VQModel | UNet2DConditionModel",
-    folder: Path,
+    stage: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    """A network of diffusers as a folder with its config and weights.
+    """Write a network of diffusers, config and weights, into a folder that is staged.
 
     Raises:
         UserError: a weight is not finite in that precision.
     """
-    network.save_config(folder)
-    path = folder / "diffusion_pytorch_model.safetensors"
-    save_weights(network.state_dict(), path, dtype)
+    network.save_config(stage)
+    save_weights(network.state_dict(), stage / "diffusion_pytorch_model.safetensors", dtype)
 
 
 def without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":

@@ -5,7 +5,6 @@ the model. In others, configs are inferred from the shapes and the tokenizer is 
 """
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,19 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.files import scratch_folder
 from latentdiff.formats import single_file_configs as infer
 from latentdiff.formats import single_file_names as ldm
-from latentdiff.formats.diffusers_save import save_tensors, without_offset
+from latentdiff.formats.diffusers_save import without_offset
 from latentdiff.formats.location import download
-from latentdiff.formats.weights import WeightFiles, blaming, check_numbers, first_line
+from latentdiff.formats.weights import (
+    WeightFiles,
+    blaming,
+    check_numbers,
+    first_line,
+    may_replace,
+    save_tensors,
+)
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
@@ -153,8 +160,8 @@ def open_single(
         configs, words = _read_configs(file)
         unet, vae, text = _part_files(file, configs)
         config = configs["text_encoder"]
-        with tempfile.TemporaryDirectory() as folder:
-            place = _tokenizer(file, words, config.get("vocab_size"), Path(folder))
+        with scratch_folder() as scratch:
+            place = _tokenizer(file, words, config.get("vocab_size"), scratch)
             tower = parts.clip_of(config, "text_encoder", text, place)
         if not words and config["hidden_act"] == "gelu":
             tower.tokenizer.pad_token = "!"  # version 2 pads with it
@@ -199,7 +206,7 @@ def _table(part: str, config: Config) -> ldm.Table:
     return ldm.unet_table(layers, ["CrossAttn" in str(block) for block in blocks])
 
 
-def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, to: Path) -> Path:
+def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, scratch: Path) -> Path:
     """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's from the hub.
 
     Raises:
@@ -208,8 +215,8 @@ def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, to:
     if tokenizer:
         for name in _TOKENIZER_FILES:
             if name in tokenizer:
-                (to / name).write_text(tokenizer[name], "utf-8")
-        return to
+                (scratch / name).write_text(tokenizer[name], "utf-8")
+        return scratch
     if (beside := file.parent / "tokenizer").is_dir():
         return beside
     if vocabulary != _CLIP_VOCABULARY:
@@ -236,13 +243,17 @@ def save_single(
 ) -> Path:
     """Write a model as one file; see `Bundle.save`.
 
+    A file that `open_single` takes for a model by its header is replaced.
+
     Raises:
-        UserError: it cannot be written, or has parts that such files have no names for.
+        UserError: it cannot be written, has parts that such files have no names for, or something
+            that is no model is there.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not isinstance(text, ClipTower) or not isinstance(vae, AutoencoderKL):
         raise UserError("a single file can only hold a KL autoencoder and a CLIP text encoder.")
+    replace = may_replace(path, "a model file that opens here", _read_configs)
     vae = without_offset(vae)
     configs: dict[str, Config] = {
         "unet": json.loads(unet.to_json_string()),
@@ -268,12 +279,12 @@ def save_single(
             if ".mid_block.attentions.0.to_" in name and value.ndim == 2 and part == "vae":
                 value = value[..., None, None]
             values[prefix + stored] = value.detach().to("cpu", dtype or value.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        text.tokenizer.save_pretrained(folder)
-        found = [Path(folder, name) for name in _TOKENIZER_FILES]
+    with scratch_folder() as scratch:
+        text.tokenizer.save_pretrained(scratch)
+        found = [scratch / name for name in _TOKENIZER_FILES]
         words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
     header = json.dumps({**configs, "tokenizer": words})
-    save_tensors(values, path, {_HEADER: header})
+    save_tensors(values, path, {_HEADER: header}, replace=replace)
     return path
 
 

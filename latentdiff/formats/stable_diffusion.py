@@ -96,14 +96,14 @@ def _opened(
 
 def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
     """See `Family.write_folder`. A latent mean is folded into the autoencoder's convolutions."""
-    from latentdiff.formats.diffusers_save import save_diffusers, without_offset, write_json
+    from latentdiff.formats.diffusers_save import save_diffusers, without_offset, write_config
 
     vae = without_offset(_vae(nouns))
     nouns = Nouns(DiffusersAutoencoder(vae), nouns.conditioner, nouns.network)
     save_diffusers(vae, stage / "vae", dtype)
     save_diffusers(_unet(nouns), stage / "unet", dtype)
     _save_text(_tower(nouns), stage, dtype)
-    write_json(stage / "model_index.json", _index(nouns, schedule))
+    write_config(_index(nouns, schedule), stage / "model_index.json")
 
 
 def write_file(path: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
@@ -127,7 +127,7 @@ def _tower(nouns: Nouns) -> TextTower:
 
 
 def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
-    from latentdiff.formats.diffusers_save import save_weights
+    from latentdiff.formats.weights import save_weights
 
     config = copy.deepcopy(text.model.config)
     config.architectures = [type(text.model).__name__]

@@ -6,6 +6,7 @@ what the files really hold is ever allocated.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing
 
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_NUMBER = 1_000_000
@@ -281,3 +284,65 @@ def fill(network: Network, files: WeightFiles, dtype: torch.dtype, device: torch
     if callable(tie := getattr(network, "tie_weights", None)):
         tie()  # transformers has networks with one tensor under two names
     return network.to(device).eval().requires_grad_(False)
+
+
+def may_replace(path: Path, kind: str, recognise: Callable[[Path], object]) -> bool:
+    """True for a path where something of a kind is already; False where there is nothing.
+
+    Args:
+        kind: for the message, such as "a model file".
+        recognise: raises a UserError for what is of another kind.
+
+    Raises:
+        UserError: something else is there, which nobody asked to replace.
+    """
+    if not os.path.lexists(path):
+        return False
+    try:
+        if path.is_file() or path.is_dir():  # of a pipe or a device nothing is read
+            recognise(path)
+            return True
+    except (UserError, OSError):
+        pass
+    raise UserError(f"{path}: it is there already and not {kind}, so it stays; name another.")
+
+
+def save_tensors(
+    values: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, replace: bool
+) -> None:
+    """Write one safetensors file, and the folders above it; see `latentdiff.files.writing`.
+
+    Raises:
+        UserError: it cannot be written, or a value is not finite.
+    """
+    _check_finite(values, path.name)
+    make_folder(path.parent)
+    with writing(path, replace=replace) as stage:
+        write_tensors(values, stage, {"format": "pt", **metadata})
+
+
+def save_weights(values: Mapping[str, Tensor], stage: Path, dtype: torch.dtype | None) -> None:
+    """Write the weights of a network into the folder of it that is staged.
+
+    Raises:
+        UserError: one is not finite in that precision.
+    """
+    converted = {
+        key: value.detach().to("cpu", dtype or value.dtype) for key, value in values.items()
+    }
+    _check_finite(converted, stage.parent.name)
+    write_tensors(converted, stage, {"format": "pt"})
+
+
+def write_tensors(
+    values: Mapping[str, Tensor], stage: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file where `latentdiff.files` staged it."""
+    whole = {key: value.contiguous() for key, value in values.items()}
+    save_file(whole, stage, None if metadata is None else dict(metadata))
+
+
+def _check_finite(values: Mapping[str, Tensor], name: str) -> None:
+    for key, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{name}: {key} is not finite as {value.dtype}.")

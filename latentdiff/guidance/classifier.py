@@ -10,13 +10,14 @@ from torch import Tensor
 
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_save import save_weights, staged, write_json
+from latentdiff.formats.diffusers_save import write_config, writing_model
 from latentdiff.formats.weights import (
     WeightFiles,
     build,
     check_numbers,
     fill,
     read_json,
+    save_weights,
     weight_files,
 )
 from latentdiff.models.classifier import LatentClassifier
@@ -92,8 +93,10 @@ class Classifier:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the folder that `load` reads.
 
+        The folder of a network that is there already is replaced.
+
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or something else is there.
         """
         folder, network = Path(folder), self.network
         config: dict[str, object] = {
@@ -102,7 +105,7 @@ class Classifier:
             "width": network.width,
             "labels": network.labels,
         }
-        with staged(folder) as stage:
-            write_json(stage / "config.json", config)
+        with writing_model(folder, "config.json") as stage:
+            write_config(config, stage / "config.json")
             save_weights(dict(network.state_dict()), stage / "model.safetensors", dtype)
         return folder

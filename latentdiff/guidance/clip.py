@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_save import save_weights, staged, write_json
+from latentdiff.formats.diffusers_save import write_config, writing_model
 from latentdiff.formats.weights import (
     WeightFiles,
     build,
     check_numbers,
     fill,
     read_json,
+    save_weights,
     weight_files,
 )
 from latentdiff.models.text_encoders import ClipTower
@@ -120,11 +121,13 @@ class Clip:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the folder that `load`, and `CLIPModel.from_pretrained`, read.
 
+        The folder of a network that is there already is replaced.
+
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or something else is there.
         """
         folder = Path(folder)
-        with staged(folder) as stage:
+        with writing_model(folder, "config.json") as stage:
             self.model.config.save_pretrained(stage)
             save_weights(dict(self.model.state_dict()), stage / "model.safetensors", dtype)
             self.tokenizer.save_pretrained(stage)
@@ -136,7 +139,7 @@ class Clip:
                 "size": {"shortest_edge": self.side},
                 "crop_size": {"height": self.side, "width": self.side},
             }
-            write_json(stage / "preprocessor_config.json", look)
+            write_config(look, stage / "preprocessor_config.json")
         return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import secrets
 import shlex
 import shutil
 import sys
@@ -15,8 +14,8 @@ import yaml
 
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
+from latentdiff.files import write_text, writing
 from latentdiff.formats.weights import first_line
-from latentdiff.learning.checkpoint import sync
 from latentdiff.learning.config import RunConfig
 from latentdiff.version import __version__
 
@@ -57,37 +56,23 @@ def write_card(outcome: Outcome, config: RunConfig) -> Path:
     Raises:
         UserError: they cannot be written.
     """
-    folder = outcome.folder
-    try:
-        grids = sorted((config.out / "pictures").glob("samples-*.png"))
-        if grids:
-            shutil.copyfile(grids[-1], folder / SAMPLES)
-        path = folder / "README.md"
-        staged = folder / f".README.{secrets.token_hex(8)}.part"
-        staged.write_text(card(outcome, config, bool(grids), sys.argv), "utf-8")
-        sync(staged)
-        staged.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write the card into {folder}: {error.strerror or error}") from None
+    grids = sorted((config.out / "pictures").glob("samples-*.png"))
+    if grids:
+        with writing(outcome.folder / SAMPLES, replace=True) as stage:
+            shutil.copyfile(grids[-1], stage)
+    path = outcome.folder / "README.md"
+    write_text(path, card(outcome, config, bool(grids), sys.argv), replace=True)
     return path
 
 
 def write_between(path: Path, start: str, end: str, text: str) -> None:
-    """Put `text` between two marks of a page, staged.
+    """Put `text` between two marks of a page.
 
     Raises:
         UserError: it lacks the marks, or cannot be read or written.
     """
     before, after = around(path, start, end)
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        staged.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
-        sync(staged)
-        staged.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        staged.unlink(missing_ok=True)
+    write_text(path, f"{before}{start}\n{text}\n{end}{after}", replace=True)
 
 
 def around(path: Path, start: str, end: str) -> tuple[str, str]:

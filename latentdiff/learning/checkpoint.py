@@ -1,24 +1,24 @@
 """Checkpoints that are whole or not there at all.
 
-A checkpoint is a folder `step-00000500` of safetensors files and a `state.json`. It is written
-beside its target, every file fsynced, given a sha256 manifest, renamed, and the parent folder
-fsynced; only then are old ones removed. A damaged newest checkpoint falls back to the one before.
-The manifest ends with the sum of itself, so that damage to it is not taken for damage to a file.
+A checkpoint is a folder `step-00000500` of safetensors files, a `state.json` and a sha256 manifest.
+`latentdiff.files` stages, syncs and renames it; only then are old ones removed. A damaged newest
+checkpoint falls back to the one before. The manifest ends with the sum of itself, so that damage
+to it is not taken for damage to a file.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, sweep, writing_folder
+from latentdiff.formats.weights import write_tensors
 from latentdiff.learning.sharding import split_like
 
 Tensors = dict[str, Tensor]
@@ -35,37 +35,27 @@ def save_checkpoint(
         keep: how many newest checkpoints stay, at least two.
     """
     target = root / f"step-{step:08d}"
-    stage = root / f".stage-{target.name}"
     try:
         make_folder(root)
-        for left in root.glob(".stage-*"):  # of a run that was killed while it saved
-            shutil.rmtree(left)
-        stage.mkdir()
-        _fill(stage, tensors, {**state, "step": step})
-        if target.exists():  # damaged, and so passed over when this run began
-            shutil.rmtree(target)
-        stage.rename(target)
-        sync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(stage, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
+        sweep(root)
+        # what has this name is damaged, or the run would have gone on after it
+        with writing_folder(target, replace=True) as stage:
+            _fill(stage, tensors, {**state, "step": step})
+    except (UserError, OSError) as error:
         whole = [path.name for path in checkpoints(root)]
         kept = f"{whole[0]} is untouched" if whole else "there is no earlier one"
-        raise UserError(f"cannot write the checkpoint {target}: {reason}; {kept}") from None
+        raise UserError(f"{error}; {kept}") from None
     _prune(root, target, max(keep, 2))
     return target
 
 
 def _fill(stage: Path, tensors: dict[str, Tensors], state: dict[str, object]) -> None:
-    """Every file of a checkpoint, and at last the manifest, all on the disk."""
+    """Every file of a checkpoint, and at last the manifest."""
     for name, values in tensors.items():
-        packed = {key: value.detach().cpu().contiguous() for key, value in values.items()}
-        save_file(packed, stage / f"{name}.safetensors")
+        packed = {key: value.detach().cpu() for key, value in values.items()}
+        write_tensors(packed, stage / f"{name}.safetensors")
     (stage / "state.json").write_text(json.dumps(state, indent=1))
     (stage / MANIFEST).write_text(_manifest({p.name: _sha256(p) for p in sorted(stage.iterdir())}))
-    for path in stage.iterdir():
-        sync(path)
-    sync(stage)
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
@@ -162,27 +152,6 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Tensors) -> None:
         else:
             entry[key] = split_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-
-
-def make_folder(path: Path) -> None:
-    """A folder with all above it, on the disk: it is an entry of its parent, which is synced, too.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in made:
-        sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from latentdiff.bundle import Bundle
 from latentdiff.data.cache import weights_hash
 from latentdiff.data.examples import Example
-from latentdiff.errors import UserError
+from latentdiff.files import make_folder
 from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.order import Stream, generator
 from latentdiff.pictures import save_png
@@ -54,11 +54,8 @@ def draw_missing(examples: Sequence[Example], seed: int, draw: Draw, *, progress
         UserError: the folder cannot be written.
     """
     missing = [number for number, example in enumerate(examples) if not example.path.exists()]
-    try:
-        for folder in {examples[number].path.parent for number in missing}:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+    for folder in {examples[number].path.parent for number in missing}:
+        make_folder(folder)
     bar = tqdm(total=len(missing), desc="prior pictures", disable=not progress, leave=False)
 
     def draw_some(numbers: Sequence[int]) -> list[Image.Image]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentdiff.errors import UserError
-from latentdiff.learning.checkpoint import sync
+from latentdiff.files import make_folder, sync, write_text
 from latentdiff.pictures import save_png
 
 
@@ -48,10 +48,7 @@ class Records:
     def _rewind(self, step: int) -> None:
         kept = [line for line in self.log.read_text().splitlines() if _step_of(line) <= step]
         self.kept = {frozenset(json.loads(line)) for line in kept if _step_of(line) == step}
-        staged = self.log.with_name(".log.jsonl.part")
-        staged.write_text("".join(f"{line}\n" for line in kept))
-        sync(staged)
-        staged.replace(self.log)
+        write_text(self.log, "".join(f"{line}\n" for line in kept), replace=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """A line of `log.jsonl`, where NaN and infinity are null, and points in TensorBoard."""
@@ -69,10 +66,9 @@ class Records:
         folder = self.folder / "pictures"
         target = folder / f"{name}-{step:08d}.png"
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        with _writing(target):
-            folder.mkdir(exist_ok=True)
-            target.unlink(missing_ok=True)  # a resumed run draws the same step again
-            save_png(image, target)
+        make_folder(folder)
+        save_png(image, target, replace=True)  # a resumed run draws the same step again
+        with _writing(self.folder / "tensorboard"):
             self.board.add_image(
                 name, pixels.view(image.height, image.width, 3), step, dataformats="HWC"
             )

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_save import sweep
+from latentdiff.files import make_folder, sweep, write_text
 from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_memory
-from latentdiff.learning.checkpoint import Tensors, load_newest, make_folder, save_checkpoint, sync
+from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint
 from latentdiff.learning.config import RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.records import Records, check_installed
@@ -31,7 +31,6 @@ from latentdiff.learning.sharding import Shown, gathered
 from latentdiff.learning.trained import Trained
 from latentdiff.memory import keep_freed_memory
 
-_RESULTS = "vae", "model", "pytorch_lora_weights.safetensors"  # what is large of them
 _PATIENCE = timedelta(hours=6)  # of processes, while the main one encodes or draws alone
 _LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # which each of Accelerate's launchers sets, and nobody else
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
@@ -112,8 +111,7 @@ class Run:
                 self._lock = (self.out / ".lock").open("w")
                 # of the process, freed at its death; a child such as a loader has no part in it
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for name in _RESULTS:
-                    sweep(self.out / name)
+                sweep(self.out)
             except BlockingIOError:
                 raise UserError(
                     f"another run is writing to {self.out}: name another `out`"
@@ -150,15 +148,9 @@ class Run:
         kept = self.out / "config.yaml"
         if kept.exists() and (self.dry or kept.read_text() == text):
             return
-        staged = self.out / ".config.yaml.part"
-        try:
-            staged.write_text(text)
-            sync(staged)
-            if kept.exists():
-                kept.replace(self.out / "config.previous.yaml")
-            staged.replace(kept)
-        except OSError as error:
-            raise UserError(f"cannot write {kept}: {error.strerror}") from None
+        if kept.exists():
+            write_text(self.out / "config.previous.yaml", kept.read_text(), replace=True)
+        write_text(kept, text, replace=True)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_save import save_tensors
+from latentdiff.formats.weights import WeightFiles, may_replace, save_tensors
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.text_encoders import ClipTower
 
@@ -100,6 +100,8 @@ def _ids(bundle: Bundle, token: str) -> list[int]:
 def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path]:
     """The learned rows as files for diffusers' `load_textual_inversion`, which takes one word each.
 
+    A file that holds one such row is replaced.
+
     Args:
         tokens: the words, in the order in which they were added.
 
@@ -107,7 +109,7 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
         `learned_embeds.safetensors`; of several words, `learned_embeds-1.safetensors` and so on.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: they cannot be written, or something else has the name of one.
     """
     words = clip_of(bundle).model.get_input_embeddings()
     assert isinstance(words, WordRows)
@@ -116,8 +118,14 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
     for number, (token, row) in enumerate(zip(tokens, rows, strict=True), start=1):
         place = "" if len(tokens) == 1 else f"-{number}"
         paths.append(folder / f"learned_embeds{place}.safetensors")
-        save_tensors({token: row.clone()}, paths[-1], {})
+        replace = may_replace(paths[-1], "a file of a learned word", _recognise)
+        save_tensors({token: row.clone()}, paths[-1], {}, replace=replace)
     return paths
+
+
+def _recognise(path: Path) -> None:
+    if [len(shape) for shape in WeightFiles([path]).shapes.values()] != [1]:
+        raise UserError("it holds no learned word.")
 
 
 def with_learned_words(bundle: Bundle) -> Bundle:

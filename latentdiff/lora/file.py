@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_save import save_tensors
-from latentdiff.formats.weights import WeightFiles, blaming, pickle_refusal
+from latentdiff.formats.weights import (
+    WeightFiles,
+    blaming,
+    may_replace,
+    pickle_refusal,
+    save_tensors,
+)
 from latentdiff.lora.factors import PARTS, Factors, Lora, Part, fitting, layers, network
 from latentdiff.registry import check_name
 
@@ -177,7 +182,9 @@ def save_lora(
     layout: Layout = "diffusers",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a LoRA, staged beside the target and renamed once it is on the disk.
+    """Write a LoRA: all of it, or nothing.
+
+    A file that `load_lora` takes for a LoRA, by the names of its tensors, is replaced.
 
     Args:
         lora: what `lora_of` or `load_lora` gave.
@@ -187,16 +194,31 @@ def save_lora(
         metadata: further text for the file's header.
 
     Raises:
-        UserError: it cannot be written, or holds nothing or values that are not finite.
+        UserError: it cannot be written, holds nothing or values that are not finite, or something
+            that is no LoRA is there.
     """
     check_name("LoRA layout", layout, get_args(Layout))
     if not lora.unet and not lora.text_encoder:
         raise UserError("the LoRA changes nothing, so there is nothing to save.")
     path = Path(path).expanduser()
+    replace = may_replace(path, "a LoRA that opens here", _recognise)
     write = _kohya if layout == "kohya" else _diffusers
     values, header = write(lora)
-    save_tensors(values, path, {**header, **(metadata or {})})
+    save_tensors(values, path, {**header, **(metadata or {})}, replace=replace)
     return path
+
+
+def _recognise(path: Path) -> None:
+    """Pass a file of which every tensor is a LoRA's, whatever its model.
+
+    Raises:
+        UserError: it is none.
+    """
+    names = WeightFiles([path]).shapes
+    if not names:
+        raise UserError("it is empty.")
+    for name in names:
+        _key(name)
 
 
 def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.cli.output import check_writable
+from latentdiff.files import make_folder
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline.arguments import MAX_STEPS, whole
 from latentdiff.solvers import names
@@ -188,7 +189,7 @@ def main() -> None:
         pictures, points, floor = compare(
             pipe, given.prompts, given.solvers, given.steps, given.guidance_scale, given.converged
         )
-        given.out.mkdir(parents=True, exist_ok=True)
+        make_folder(given.out)
         table = labelled(pictures, given.solvers, [f"{count}" for count in given.steps])
         print(save_png(table, files[0]))
         print(save_png(plot(points), files[1]))

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit
 from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.masks import fill, mask_tensor
+from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing
 from latentdiff.pictures import grid, open_picture, save_png, to_pil, to_tensor
 from latentdiff.pipeline.interpolation import between_prompts
 
@@ -179,15 +181,16 @@ def main() -> None:
         if (given.out / f"{name}.png").exists():
             parser.exit(2, f"error: {given.out / name}.png is there already: another folder.\n")
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.exit(2, f"error: cannot write to {given.out}: {error.strerror}\n")
+        make_folder(given.out)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
     for name, make in PICTURES.items():
         if name in given.only:
             path = given.out / f"{name}.png"
             small = make(pipe).quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
-            small.save(path, optimize=True)
+            with writing(path, replace=False) as stage:
+                small.save(stage, optimize=True)
             print(path)
     for name, image in (("tree", strokes(tree)), ("sunset", sunset())):
         path = given.out / f"{name}.png"

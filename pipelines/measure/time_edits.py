@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit, UserError
 from latentdiff.diffusion.sampling import Edit
+from latentdiff.pictures import save_png
 
 PROMPT, CALLS, COMMANDS = "a red heart", 3, 3
 START = "import sys; from latentdiff.cli import run; sys.exit(run())"  # as the installed command
@@ -69,7 +70,7 @@ def main() -> None:
     print("\n| whole command | seconds | CPU seconds |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "picture.png")
-        picture.save(path)
+        save_png(picture, path)
         for command in ("edit", "ilvr"):
             line = [sys.executable, "-c", START, command, str(path), PROMPT]
             line += ["--out", folder, *model]

@@ -58,7 +58,6 @@ CASES = [*range(24), *(pytest.param(case, marks=pytest.mark.slow) for case in ra
 def test_known_pixels_are_bit_identical(case: int) -> None:
     """Random sizes and masks, soft ones too, with every solver in turn."""
     random = np.random.default_rng(case)
-    # The tiny U-Net, with one channel in a group, cannot normalise a single latent.
     width, height = random.integers((1, 5), 24).tolist()
     given = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
     mask = random.integers(0, 256, (height, width)) * (random.random((height, width)) < 0.5)

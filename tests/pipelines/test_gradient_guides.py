@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import WINDOW, clip_tokenizer, tiny_bundle, vae_of
+from tiny import WINDOW, tiny_bundle, tiny_classifier, tiny_clip_of_pictures, vae_of
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPModel
@@ -22,30 +22,13 @@ from latentdiff.editing import RunContext
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.classifier import LatentClassifier
-from latentdiff.models.fresh_clip import build_clip
 from latentdiff.pictures import to_pil
 
 BUNDLE = tiny_bundle()
 PROMPTS = ["a red heart", "a sad dog"]
 
 
-def tiny_clip_model() -> Clip:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(3)
-        model = build_clip(
-            clip_tokenizer(), image_size=12, patch=4, width=16, layers=1, text_layers=1, heads=2
-        )
-    return Clip(model.eval().requires_grad_(False), clip_tokenizer())
-
-
-def tiny_classifier() -> Classifier:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(4)
-        network = LatentClassifier(4, ["cat", "dog", "heart"], 8)
-    return Classifier(network.eval().requires_grad_(False))
-
-
-CLIP, CLASSIFIER = tiny_clip_model(), tiny_classifier()
+CLIP, CLASSIFIER = tiny_clip_of_pictures(), tiny_classifier()
 
 
 def draw(*edits: Edit | str, **arguments: Any) -> Tensor:
@@ -65,7 +48,7 @@ class Exact(DiffusersAutoencoder):
 @pytest.mark.parametrize("through", [False, True])
 def test_the_gradient_of_clip_is_that_of_finite_differences(through: bool) -> None:
     """Through the decoder, and through a denoiser, in float64 and with the networks' own parts."""
-    clip = Clip(tiny_clip_model().model.double(), CLIP.tokenizer)
+    clip = Clip(tiny_clip_of_pictures().model.double(), CLIP.tokenizer)
     autoencoder = Exact(vae_of(tiny_bundle()).double())
     level = BUNDLE.process.level(400.0)
     context = RunContext(16, 16, autoencoder, ["a red heart"])
@@ -106,8 +89,9 @@ def test_clip_is_transformers_clip_and_its_processor(tmp_path: Path) -> None:
         with torch.no_grad():
             output = theirs(pixel_values=look(pictures, return_tensors="pt").pixel_values, **words)
             got = ours.pictures(seen / 127.5 - 1) @ ours.texts(PROMPTS).T
-        # Their processor rounds to whole values after it resizes; ours must not.
-        close = 1e-5 if shape[1] == 12 else 0.02
+        # Their processor rounds to whole values after it resizes; ours must not. Half a grey value
+        # moves these logits by up to 0.03, another filter by 0.18 and more.
+        close = 1e-5 if shape[1] == 12 else 0.04
         torch.testing.assert_close(
             got * ours.temperature, output.logits_per_image, atol=close, rtol=0
         )

@@ -6,64 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import bundle_of, clip_tokenizer, tiny_bundle, tower_of, unet_of, vae_of
+from tiny import sd_like, tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
-from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from latentdiff import UserError
-from latentdiff.bundle import Bundle, Steps
-from latentdiff.diffusion import process as processes
-from latentdiff.models.text_encoders import ClipTower
-from latentdiff.models.vae import build_vae
-
-
-def sd_like(version: int, levels: int = 3, layers: int = 2) -> Bundle:
-    """The blocks of Stable Diffusion 1 or 2, as small as group norms and heads allow."""
-    widths = (32, 64, 64, 64)[:levels]
-    crossing = [level < levels - 1 for level in range(levels)]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(version)
-        unet = UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=widths,
-            layers_per_block=layers,
-            down_block_types=tuple(
-                "CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossing
-            ),
-            up_block_types=tuple(
-                "CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crossing[::-1]
-            ),
-            cross_attention_dim=64,
-            use_linear_projection=version == 2,
-            attention_head_dim=(1,) * levels if version == 2 else 8,  # pyright: ignore[reportArgumentType]
-        )
-        vae = build_vae("kl", (32, 32, 64), 1, 4, 4, 64, codes=32)
-        tokenizer = clip_tokenizer()
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=1,
-            max_position_embeddings=12,
-            hidden_act="gelu" if version == 2 else "quick_gelu",
-        )
-        text = CLIPTextModel(config)
-    for network in (unet, vae, text):
-        network.eval().requires_grad_(False)
-    return bundle_of(
-        vae,
-        unet,
-        ClipTower(text, tokenizer),
-        process=processes.create("vp-scaled-linear"),
-        prediction="eps",
-        steps=Steps("leading", 1, False),
-    )
-
+from latentdiff.bundle import Bundle
 
 Saved = tuple[Bundle, Path, Path]
 

@@ -4,8 +4,8 @@
 
 One process imports everything; every run is a fork of it that calls the training script's own
 `train`. Half of the kills come from outside at a random moment. The others strike inside a save:
-the run counts the lines of `learning/checkpoint.py` that it executes and kills itself at a random
-one, so every line there is a fault point. Both are SIGKILL.
+the run counts the lines of `learning/checkpoint.py` and `files.py` that it executes there and kills
+itself at a random one, so each of them is a fault point. Both are SIGKILL.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 
 from lab import STAGES, STEPS, Lab, cpu, samples_of
 
+from latentdiff import files
 from latentdiff.learning import checkpoint
 from latentdiff.learning.run import Run
 
@@ -48,7 +49,7 @@ def trace_saves(at_line: Callable[[int], object]) -> None:
         return line
 
     def call(frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename != checkpoint.__file__:
+        if frame.f_code.co_filename not in (checkpoint.__file__, files.__file__):
             return None
         at: FrameType | None = frame
         while at is not None and at.f_code.co_name != "save_checkpoint":
@@ -108,6 +109,7 @@ def compare(one: Path, other: Path, stage: str) -> None:
     for name, content in expected.items():
         assert content == got[name], f"{other.name}: {name} differs from {one.name}"
     assert len(expected["log"].splitlines()) >= STEPS
+    assert not [path for path in other.rglob(".*") if path.name != ".lock"]
     assert samples_of(one) == samples_of(other)
     assert len(samples_of(one)) == STEPS
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentdiff import files
 from latentdiff.errors import UserError
-from latentdiff.learning import checkpoint
-from latentdiff.learning.checkpoint import checkpoints, load_newest, save_checkpoint, sync
+from latentdiff.files import sync
+from latentdiff.learning.checkpoint import checkpoints, load_newest, save_checkpoint
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
@@ -99,15 +100,16 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(tmp_path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000001"]
-    assert not list(tmp_path.glob(".stage-*"))
+    assert not list(tmp_path.glob(".*"))
     found = load_newest(tmp_path, pytest.fail)
     assert found is not None
     assert found[1]["step"] == 2
 
 
 def test_what_a_kill_left_half_written_is_removed_by_the_next_save(tmp_path: Path) -> None:
-    (tmp_path / ".stage-step-00000007").mkdir()
-    (tmp_path / ".stage-step-00000007" / "model.safetensors").write_bytes(b"half")
+    half = tmp_path / f".step-00000007.{'0a' * 8}.part/step-00000007"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
     assert load_newest(tmp_path) is None
     save(tmp_path, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
@@ -117,7 +119,7 @@ def test_every_folder_that_the_first_save_makes_is_synced_into_its_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.append(path), sync(path)))
+    monkeypatch.setattr(files, "sync", lambda path: (synced.append(path), sync(path)))
     root = tmp_path / "runs/mine/checkpoints"
     save(root, 1)
     above = [tmp_path, tmp_path / "runs", tmp_path / "runs/mine", root]

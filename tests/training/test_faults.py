@@ -86,9 +86,9 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     """Have `act()` called once the optimizer has taken step number `step`, counted from 1."""
     optimize, taken = Run.optimize, 0
 
-    def acted(self: Run, step: int, networks: Any) -> bool:
+    def acted(self: Run, number: int, networks: Any) -> bool:
         nonlocal taken
-        done = optimize(self, step, networks)
+        done = optimize(self, number, networks)
         taken += 1
         if taken == step:
             act()
@@ -135,10 +135,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(lab: Lab) -> None:
 def test_one_run_at_a_time_in_a_folder_and_death_frees_it(lab: Lab) -> None:
     out = lab.folder / "locked"
     shutil.copytree(lab.folder / "whole/checkpoints", out / "checkpoints")
-    rests = [f".model.{'0a' * 8}.part", f".model.{'1b' * 8}.part", f".model.{'0a' * 8}.old"]
-    others = [f".mine.{'0a' * 8}.part", ".model.mine.part", f"model.{'0a' * 8}.part"]
+    rests = [f".model.{'0a' * 8}.part", f".config.yaml.{'1b' * 8}.part"]
+    others = [".model.mine.part", f"model.{'0a' * 8}.part"]
     for name in (*rests, *others):  # as kills leave them in the middle of writing, and others'
-        shutil.copytree(lab.folder / "whole/model", out / name)
+        shutil.copytree(lab.folder / "whole/model", out / name / "model")
     holder = subprocess.Popen(
         [
             *(sys.executable, "-c"),
@@ -328,7 +328,7 @@ def test_a_run_goes_on_as_the_run_that_it_was_or_says_so(
             "model.channels=[8,16]",
         ): r"model.channels=\[8, 8\], not \[8, 16\]",
         ("diffusion", "whole", "text.width=64"): "text.width=32, not 64",
-        ("diffusion", "whole", "unet.channels=[32,64]"): r"unet.channels=\[32, 32\]",
+        ("diffusion", "whole", "unet.channels=[64,96]"): r"unet.channels=\[64, 64\]",
         ("diffusion", "whole", "optim.lr=0.5"): "finished, and was trained with optim.lr=0.001",
         ("diffusion", "whole", "optim.steps=3"): "trained for 4 steps, more than optim.steps=3",
     }

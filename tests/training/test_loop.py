@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ class Apart(Objective[Key]):
         if step == self.kill_at:
             raise Killed
         self.evaluated.append(step)
-        return {"size": float(self.model.weight.abs().sum())}
+        return {"size": float(self.model.weight.detach().abs().sum())}
 
     def finish(self) -> None:
         self.finished += 1
@@ -83,9 +82,14 @@ def losses(
     return {"loss": error + told, "error": error}
 
 
-def run(out: Path, kill_at: int = 0, **settings: Any) -> Apart:
+def run(out: Path, kill_at: int = 0, keep: int = 2) -> Apart:
     config = RunConfig(
-        out=out, optim=OPTIM, log_every=1, evaluate_every=2, checkpoint_every=1, **settings
+        out=out,
+        optim=OPTIM,
+        log_every=1,
+        evaluate_every=2,
+        checkpoint_every=1,
+        keep_checkpoints=keep,
     )
     with Run(config) as one:
         objective = Apart(one, kill_at)
@@ -105,7 +109,7 @@ def files(out: Path, step: int) -> dict[str, Tensor]:
 def test_two_networks_step_apart_as_a_plain_loop_has_them(tmp_path: Path) -> None:
     """Gradients of a step that a network does not take are lost, its average waits, and each has
     its own rate, clipping and decay."""
-    run(tmp_path, keep_checkpoints=99)
+    run(tmp_path, keep=99)
     pair, mean, order = networks(), torch.zeros(()), SampleOrder(10, 0)
     averages = [network.weight.detach().clone() for network in pair]
     optimizers = [

@@ -18,6 +18,7 @@ import typer
 
 from latentdiff.bundle import Bundle
 from latentdiff.data.shards import list_shards
+from latentdiff.files import writing
 from latentdiff.learning.order import SampleOrder, WindowOrder
 
 SD_UNET = 859_520_964  # parameters of Stable Diffusion 1.x's U-Net
@@ -43,7 +44,8 @@ def measure_shards(count: int = 5000) -> None:
     """Listing and reading shards of 1,000 samples of 4 KiB."""
     with tempfile.TemporaryDirectory() as name:
         for first in range(0, count, 1000):
-            with tarfile.open(f"{name}/{first // 1000:05}.tar", "w") as tar:
+            shard = Path(name) / f"{first // 1000:05}.tar"
+            with writing(shard, replace=False) as stage, tarfile.open(stage, "w") as tar:
                 for number in range(first, first + 1000):
                     for extension, data in ((".png", bytes(4096)), (".txt", b"a red heart")):
                         member = tarfile.TarInfo(f"{number:09}{extension}")

@@ -9,7 +9,6 @@ score. For all: how near the nearest training picture is, so that copying is vis
 autoencoder's PSNR is taken over the held-out pictures of the styles.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from latentdiff.data.examples import Example, balanced_weights, load_pictures
 from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, write_json
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.card import around, write_between
 from latentdiff.learning.order import philox
@@ -158,7 +158,7 @@ def evaluate(
     """Every number, a grid per split, `evaluation.json`; returns the card's section."""
     real = RealPictures(data, pipe.bundle.size[0], styles)
     chosen = choose_splits(real, chosen)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     seen = real.numbers("train", untoned=True)
     training = [(n, _words(real.examples[n].captions[0])) for n in seen]
     held_out = [n for split in HELD_OUT for n in real.numbers(split, untoned=True)]
@@ -180,7 +180,7 @@ def evaluate(
         )
         typer.echo(f"{split}: {splits[split]}")
     report["splits"] = splits
-    (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "evaluation.json", report, replace=True)
     text = table(report, splits)
     typer.echo(text)
     return text
@@ -227,8 +227,7 @@ def measure(
     thumbnails = blurred_thumbnails(drawn)
     copies = [nearest_caption(prompt, training) for prompt in prompts]
     far, _ = nearest(thumbnails, real.thumbnails[[number for number, _ in training]])
-    picture.unlink(missing_ok=True)
-    save_png(pairs(drawn[:40], real.pictures[numbers[:40]]), picture)
+    save_png(pairs(drawn[:40], real.pictures[numbers[:40]]), picture, replace=True)
     return {
         "prompts": len(numbers),
         "shows_asked": _share(real.shows(thumbnails, wanted)),

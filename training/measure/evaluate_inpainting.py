@@ -34,6 +34,7 @@ from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing import Blend, RePaint, RunContext
 from latentdiff.editing.run_context import Finish
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder
 from latentdiff.learning.card import around, write_between
 from latentdiff.learning.order import philox
 from latentdiff.metrics import perceptual
@@ -210,7 +211,7 @@ def measure(
         grey = Image.new("RGB", case.picture.size, "grey")
         shown = Image.composite(grey, case.picture, case.hole)
         rows += [case.picture, shown, drawn["Blend"][at], drawn["RePaint"][at]]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     save_png(grid(rows, 8), out)
     return table(cases, scores, nfe, run, str(pipe.bundle.network.dtype).removeprefix("torch."))
 

@@ -10,7 +10,6 @@ are neither among those pictures nor named by a prior prompt: what the model kee
 the share whose nearest real picture, of any style, is of the asked emoji.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -23,6 +22,7 @@ from torch import Tensor
 from latentdiff.data.examples import Example, load_pictures
 from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, write_json
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
@@ -201,7 +201,7 @@ def evaluate(
     """`style.json`, and `style.png`: rows of before, after and real pictures."""
     report: dict[str, object] = {"style": style, **settings}
     rows: list[Image.Image] = []
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, (wanted, prompts) in groups.items():
         if not wanted:  # the folder has no others
             continue
@@ -215,9 +215,8 @@ def evaluate(
             rows += [to_pil(picture) for picture in spread(list(tensor))]
         own = [real.examples.index(example) for example in spread(wanted)]
         rows += [to_pil(picture) for picture in to_range(real.pictures[own])]
-    (out / "style.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "style.png").unlink(missing_ok=True)
-    save_png(grid(rows, min(12, len(groups["seen"][0]))), out / "style.png")
+    write_json(out / "style.json", report, replace=True)
+    save_png(grid(rows, min(12, len(groups["seen"][0]))), out / "style.png", replace=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import typer
 from latentdiff.data.examples import Example
 from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing_folder
 from latentdiff.learning.order import philox
 
 KEPT = ("codepoints", "license", "source")  # of a picture's fields
@@ -60,12 +61,12 @@ def chosen(data: Path, style: str, known: str, count: int, seed: int) -> list[Ex
 def pick(style: str, out: Path, data: Path, known: str, count: int, prior: int, seed: int) -> None:
     """Pictures, metadata.jsonl and prior.txt into `out`."""
     examples = chosen(data, style, known, count, seed)
-    try:
-        out.mkdir(parents=True)
+    make_folder(out.parent)
+    with writing_folder(out, replace=False) as stage:
         rows: list[dict[str, object]] = []
         for example in examples:
             name = Path(str(example.fields["file_name"])).name
-            (out / name).write_bytes(example.read())
+            (stage / name).write_bytes(example.read())
             plain = [caption for caption in example.captions if style not in caption]
             styled = [f"{caption}, {style} style" for caption in plain or example.captions]
             rows.append(
@@ -73,14 +74,10 @@ def pick(style: str, out: Path, data: Path, known: str, count: int, prior: int, 
                 | {key: example.fields[key] for key in KEPT if key in example.fields}
             )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / "metadata.jsonl").write_text(lines, "utf-8")
-        (out / "prior.txt").write_text(
+        (stage / "metadata.jsonl").write_text(lines, "utf-8")
+        (stage / "prior.txt").write_text(
             "".join(f"{line}\n" for line in priors(data, known, prior, seed))
         )
-    except FileExistsError:
-        raise UserError(f"{out} is there already: choose another folder") from None
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
     typer.echo(f"{len(examples)} pictures and prior.txt in {out}")
 
 

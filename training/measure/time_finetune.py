@@ -56,6 +56,7 @@ from latentdiff.data.examples import Example
 from latentdiff.data.folder import list_folder
 from latentdiff.data.variants import variants
 from latentdiff.diffusion import process
+from latentdiff.files import writing_folder
 from latentdiff.formats.location import find
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.finetune_config import resolve
@@ -286,15 +287,16 @@ def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, st
 def some_pictures(data: Path, to: Path, count: int, side: int | None) -> list[Example]:
     """A folder of the first pictures of another, as they are or as JPEG of side x side."""
     lines: list[str] = []
-    for number, example in enumerate(list_folder(data)[:count]):
-        name = f"{number:04d}{example.path.suffix if side is None else '.jpg'}"
-        if side is None:
-            (to / name).write_bytes(example.path.read_bytes())
-        else:
-            large = open_picture(example.path).resize((side, side), Image.Resampling.BICUBIC)
-            large.save(to / name, quality=95)
-        lines.append(json.dumps({"file_name": name, "text": example.captions[0]}))
-    (to / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    with writing_folder(to, replace=False) as stage:
+        for number, example in enumerate(list_folder(data)[:count]):
+            name = f"{number:04d}{example.path.suffix if side is None else '.jpg'}"
+            if side is None:
+                (stage / name).write_bytes(example.path.read_bytes())
+            else:
+                large = open_picture(example.path).resize((side, side), Image.Resampling.BICUBIC)
+                large.save(stage / name, quality=95)
+            lines.append(json.dumps({"file_name": name, "text": example.captions[0]}))
+        (stage / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return list_folder(to)
 
 
@@ -314,7 +316,6 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pictures"
-        folder.mkdir()
         model = find(given.model)
         if given.sd1 is not None:
             torch.manual_seed(0)

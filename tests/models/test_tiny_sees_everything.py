@@ -1,0 +1,212 @@
+"""Every input of the tests' tiny networks moves their output, each one alone.
+
+Only of such networks do equal pictures prove that both sides were told the same. A U-Net of one
+channel a group, for one, knows no time: its norms subtract the time embedding again.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny import (
+    STATISTICS,
+    WIDTH,
+    WINDOW,
+    sd_unet,
+    tiny_classifier,
+    tiny_clip,
+    tiny_clip_of_pictures,
+    tiny_t5,
+    tiny_unet,
+    tiny_vae,
+)
+from torch import Tensor
+
+from latentdiff.models.text_encoders import TextTower
+from latentdiff.models.unet import build_unet
+
+ENOUGH = 0.05  # of the standard deviation of the output
+LITTLE = 0.01  # enough for a small change: of one time and the next, of one state out of twelve
+PROMPTS = ["a red heart", "the flag of a small island"]
+TOWERS: dict[str, Callable[[], TextTower]] = {"clip": tiny_clip, "t5": tiny_t5}
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def other(value: Tensor, *at: Any) -> Tensor:
+    """The same values but for those at an index, which are drawn anew in the size of the rest."""
+    changed = value.clone()
+    fresh = noise(*value.shape, seed=1) * value.std() + value.mean()
+    changed[at] = fresh[at]
+    return changed
+
+
+def moved(one: Tensor, changed: Tensor) -> float:
+    """Root mean square of the change, in standard deviations of the output."""
+    assert one.dtype == torch.float32
+    assert bool(torch.isfinite(one).all())
+    return float((changed - one).square().mean().sqrt() / one.std())
+
+
+def sees(network: Callable[..., Any], told: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Each change alone, an argument replaced, moves every part that the network returns."""
+    parts = network(**told)
+    for name, change in changes.items():
+        enough = LITTLE if name.startswith(("next", "hidden")) else ENOUGH
+        for part, another in zip(parts, network(**told | change), strict=True):
+            assert moved(part, another) > enough, name
+
+
+def latents_and_text(states: Tensor, channels: int, size: int = 8) -> tuple[dict, dict]:
+    """What a U-Net is told, and everything in it that may be otherwise."""
+    told = {
+        "x": noise(len(states), channels, size, size),
+        "t": torch.full((len(states),), 500.0),
+        "states": states,
+    }
+    changes: dict[str, Any] = {
+        f"channel {channel}": {"x": other(told["x"], slice(None), channel)}
+        for channel in range(channels)
+    }
+    for t in (0.0, 250.0, 999.0):
+        changes[f"time {t}"] = {"t": torch.full((len(states),), t)}
+    changes["next time"] = {"t": told["t"] + 1}
+    changes["other prompt"] = {"states": states.flip(0)}
+    return told, changes
+
+
+def positions(states: Tensor) -> dict[str, Any]:
+    return {f"state {p}": {"states": other(states, slice(None), p)} for p in range(WINDOW)}
+
+
+def output_of(unet: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """The U-Net's output in parts of as many channels as latents have."""
+
+    def network(x: Tensor, t: Tensor, states: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        return unet(x, t, states, return_dict=False, **more)[0].split(4, dim=1)
+
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("tower", "in_channels", "out_channels"),
+    [("clip", 4, 4), ("clip", 8, 4), ("clip", 9, 4), ("clip", 4, 8), ("t5", 4, 4), ("t5", 4, 8)],
+)
+def test_a_unet(tower: str, in_channels: int, out_channels: int) -> None:
+    """Of prompts as long as the window; with 8 channels out the last 4 are a variance."""
+    text = TOWERS[tower]().encode([f"{prompt}, flat style with pizza" for prompt in PROMPTS])
+    told, changes = latents_and_text(text.states, in_channels)
+    changes |= positions(text.states)
+    if text.mask is not None:
+        told["encoder_attention_mask"] = text.mask
+        hide = {f"hidden {p}": torch.arange(WINDOW) == p for p in range(WINDOW)}
+        hide["second half"] = torch.arange(WINDOW) >= WINDOW // 2
+        for name, hidden in hide.items():
+            changes[name] = {"encoder_attention_mask": text.mask & ~hidden}
+    network = output_of(tiny_unet(in_channels, out_channels))
+    sees(network, told, changes)
+    prediction, *variance = network(**told)
+    assert all(moved(prediction, part) > 1 for part in variance)
+
+
+@torch.no_grad()
+def test_a_unet_of_sizes_and_pooled_text() -> None:
+    """As that of Stable Diffusion XL."""
+    told, changes = latents_and_text(tiny_clip().encode(PROMPTS).states, 4)
+    changes |= positions(told["states"])
+    pooled = noise(2, WIDTH, seed=2)
+    sizes = torch.tensor([[1024.0, 768, 0, 0, 512, 640]] * 2)
+
+    def added(**changed: Tensor) -> dict[str, Any]:
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes, **changed}}
+
+    changes["pooled"] = added(text_embeds=pooled.flip(0))
+    for number in range(6):
+        another = sizes.clone()
+        another[:, number] += 256
+        changes[f"size {number}"] = added(time_ids=another)
+    sees(output_of(tiny_unet(sizes=True)), told | added(), changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_unet_like_stable_diffusions(version: int) -> None:
+    told, changes = latents_and_text(noise(2, WINDOW, 64, seed=2), 4)
+    sees(output_of(sd_unet(version)), told, changes | positions(told["states"]))
+
+
+@torch.no_grad()
+def test_a_unet_as_training_begins_it() -> None:
+    """At the smallest width that a training config allows."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        unet = build_unet(4, 8, (64, 64), 1, (True, False), 16, WIDTH)
+    told, changes = latents_and_text(tiny_clip().encode(PROMPTS).states, 4)
+    sees(output_of(unet.eval()), told, changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_text_tower(tower: str) -> None:
+    """Each token moves the state of its place and that of the last; what is hidden moves none."""
+    text = TOWERS[tower]()
+    tokens = text.tokenize(["a red heart with an arrow and the face of a sad dog"])
+    assert bool(tokens.mask.all())
+    whole = text.states(tokens).states
+    for place in range(WINDOW):
+        ids = tokens.ids.clone()
+        ids[:, place] = (ids[:, place] + 7) % 30
+        states = text.model(input_ids=ids).last_hidden_state
+        for at in (place, WINDOW - 1):
+            assert moved(whole[:, at], states[:, at]) > ENOUGH, (place, at)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_an_autoencoder(kind: Literal["kl", "vq"], statistics: str) -> None:
+    """Gain and offset between its own latents and those of a network matter to the decoder."""
+    vae: Any = tiny_vae(kind, statistics)
+
+    def encode(pictures: Tensor) -> tuple[Tensor, ...]:
+        encoded = vae.encode(pictures)
+        if kind == "vq":
+            return encoded.latents.split(1, dim=1)
+        return *encoded.latent_dist.mean.split(1, dim=1), encoded.latent_dist.logvar
+
+    def decode(z: Tensor) -> tuple[Tensor, ...]:
+        return vae.decode(z).sample.split(1, dim=1)
+
+    pictures = noise(2, 3, 16, 16).clamp(-1, 1)
+    colours = {f"colour {c}": {"pictures": other(pictures, slice(None), c)} for c in range(3)}
+    sees(encode, {"pictures": pictures}, colours)
+    z = torch.cat(encode(pictures)[:4], 1)
+    said = STATISTICS[statistics]
+    gain = torch.tensor(said.get("latents_std", 1.0)).view(1, -1, 1, 1) / said["scaling_factor"]
+    mean = said.get("latents_mean", said.get("shift_factor", 0.0))
+    offset = torch.tensor(mean).view(1, -1, 1, 1)
+    latents = (z - offset) / gain
+    changes = {f"channel {c}": other(z, slice(None), c) for c in range(4)}
+    changes |= {"no gain": latents + offset, "exchanged": latents * offset + gain}
+    if statistics != "scale":
+        changes["no offset"] = latents * gain
+    sees(decode, {"z": z}, {name: {"z": value} for name, value in changes.items()})
+
+
+@torch.no_grad()
+def test_what_guides_score_with() -> None:
+    classifier, clip = tiny_classifier().network, tiny_clip_of_pictures()
+    x, log_snr = noise(8, 4, 8, 8), torch.zeros(8)
+    changes: dict[str, Any] = {f"channel {c}": {"x": other(x, slice(None), c)} for c in range(4)}
+    changes |= {f"log-SNR {v}": {"log_snr": torch.full((8,), v)} for v in (-8.0, -1.0, 1.0, 8.0)}
+    sees(lambda x, log_snr: [classifier(x, log_snr)], {"x": x, "log_snr": log_snr}, changes)
+    pictures = noise(8, 3, 12, 12).clamp(-1, 1)
+    changes = {f"colour {c}": {"pictures": other(pictures, slice(None), c)} for c in range(3)}
+    sees(lambda pictures: [clip.pictures(pictures)], {"pictures": pictures}, changes)
+    texts = clip.texts(["a red heart", "a blue heart", "a red square"])
+    for one, another in ((0, 1), (0, 2), (1, 2)):
+        assert moved(texts[one], texts[another]) > ENOUGH
