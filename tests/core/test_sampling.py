@@ -138,6 +138,7 @@ def test_the_callback_sees_and_may_replace() -> None:
 def test_moves_made_one_by_one_are_the_run() -> None:
     """Bit for bit, with a jump back; an x that is sent back takes the place of the one reached."""
     levels = [*LEVELS[:5], *LEVELS[2:]]
+    ends: list[Tensor] = []
     for replaced_at in (None, 3, len(levels) - 2):
 
         def watch(index: int, _: NoiseLevel, x: Tensor, at: int | None = replaced_at) -> Any:
@@ -157,8 +158,11 @@ def test_moves_made_one_by_one_are_the_run() -> None:
         with pytest.raises(StopIteration) as ended:
             run.send(sent)
         assert torch.equal(ended.value.value, whole)
+        ends.append(whole)
         assert [move.index for move in made] == list(range(len(levels) - 1))
         assert [move.level for move in made] == levels[1:]
+    assert (ends[1] - ends[0]).abs().max() > 0.01
+    assert torch.equal(ends[2], ends[0].flip(-1))
 
 
 @pytest.mark.parametrize("kind", process.names())
