@@ -13,6 +13,7 @@ from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing_folder
 from latentdiff.formats.weights import may_replace, read_json, save_weights
 from latentdiff.models.autoencoder import latent_affine, latent_channels
+from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -74,6 +75,32 @@ def save_diffusers(
     """
     network.save_config(stage)
     save_weights(network.state_dict(), stage / "diffusion_pytorch_model.safetensors", dtype)
+
+
+def save_text(text: TextTower, stage: Path, dtype: torch.dtype | None, suffix: str = "") -> None:
+    """Write a text encoder and its tokenizer into a folder that is staged.
+
+    Args:
+        text: the encoder with its tokenizer.
+        stage: of the whole model.
+        dtype: of the weights; None keeps what they are.
+        suffix: of the two folders' names, as "_2" of the second of a model.
+
+    Raises:
+        UserError: a weight is not finite in that precision.
+    """
+    config = copy.deepcopy(text.model.config)
+    config.architectures = [type(text.model).__name__]
+    config.save_pretrained(stage / f"text_encoder{suffix}")
+    values = dict(text.model.state_dict())
+    if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
+        values = {f"text_model.{name}": value for name, value in values.items()}
+    else:
+        values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
+    save_weights(values, stage / f"text_encoder{suffix}" / "model.safetensors", dtype)
+    text.tokenizer.save_pretrained(stage / f"tokenizer{suffix}")
+    if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
+        text.tokenizer.backend_tokenizer.model.save(str(stage / f"tokenizer{suffix}"))
 
 
 def without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":

@@ -1,6 +1,5 @@
 """Stable Diffusion 1 and 2, and models of their shape: U-Net, autoencoder, one text encoder."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -96,13 +95,18 @@ def _opened(
 
 def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
     """See `Family.write_folder`. A latent mean is folded into the autoencoder's convolutions."""
-    from latentdiff.formats.diffusers_save import save_diffusers, without_offset, write_config
+    from latentdiff.formats.diffusers_save import (
+        save_diffusers,
+        save_text,
+        without_offset,
+        write_config,
+    )
 
     vae = without_offset(_vae(nouns))
     nouns = Nouns(DiffusersAutoencoder(vae), nouns.conditioner, nouns.network)
     save_diffusers(vae, stage / "vae", dtype)
     save_diffusers(_unet(nouns), stage / "unet", dtype)
-    _save_text(_tower(nouns), stage, dtype)
+    save_text(_tower(nouns), stage, dtype)
     write_config(_index(nouns, schedule), stage / "model_index.json")
 
 
@@ -124,23 +128,6 @@ def _unet(nouns: Nouns) -> "UNet2DConditionModel":
 def _tower(nouns: Nouns) -> TextTower:
     assert isinstance(nouns.conditioner, TextConditioner)
     return nouns.conditioner.tower
-
-
-def _save_text(text: TextTower, stage: Path, dtype: torch.dtype | None) -> None:
-    from latentdiff.formats.weights import save_weights
-
-    config = copy.deepcopy(text.model.config)
-    config.architectures = [type(text.model).__name__]
-    config.save_pretrained(stage / "text_encoder")
-    values = dict(text.model.state_dict())
-    if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
-        values = {f"text_model.{name}": value for name, value in values.items()}
-    else:
-        values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
-    save_weights(values, stage / "text_encoder" / "model.safetensors", dtype)
-    text.tokenizer.save_pretrained(stage / "tokenizer")
-    if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
-        text.tokenizer.backend_tokenizer.model.save(str(stage / "tokenizer"))
 
 
 def _index(nouns: Nouns, schedule: Config) -> Config:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ _NEEDS: dict[Kind, str] = {
     "instruct-pix2pix": "this is an InstructPix2Pix model: it needs edits=[Instruct(image)], which "
     "is `latentdiff edit`.",
 }
-
-# Inputs that a config can ask for and that no prompt tells: sizes, classes, pictures, poses.
-_EXTRA_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
 
 
 class Network(Protocol):
@@ -117,6 +114,13 @@ class DiffusersUNet:
         UserError: other numbers of channels, or an input that no prompt tells.
     """
 
+    # Keys of a config that ask for an input that no prompt tells: sizes, classes, pictures, poses.
+    refused: ClassVar[tuple[str, ...]] = (
+        "addition_embed_type",
+        "class_embed_type",
+        "num_class_embeds",
+    )
+
     module: "UNet2DConditionModel"
     channels: int
 
@@ -128,7 +132,7 @@ class DiffusersUNet:
                 f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
                 f"{self.channels}; depth, upscaling and such checkpoints do not work here."
             )
-        for key in _EXTRA_INPUTS:
+        for key in self.refused:
             if config[key] is not None:
                 raise UserError(
                     f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL and "
@@ -188,6 +192,10 @@ class DiffusersUNet:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
+    def added(self, condition: Condition) -> dict[str, Tensor] | None:
+        """The `added_cond_kwargs` of the module; a family whose U-Net takes any overrides this."""
+        return None
+
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
     ) -> Tensor:
@@ -210,6 +218,7 @@ class DiffusersUNet:
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
             cross_attention_kwargs=spoilt,
+            added_cond_kwargs=self.added(condition),
             return_dict=False,
         )[0]
 
