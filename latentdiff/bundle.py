@@ -142,7 +142,7 @@ class Bundle:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self.network.device
 
     @property
@@ -157,7 +157,7 @@ class Bundle:
 
     @property
     def kind(self) -> Kind:
-        """What the network sees: x_t alone, or what the edit `Inpaint` or `Instruct` adds to it."""
+        """The input of the network: x_t alone, or with the channels of `Inpaint` or `Instruct`."""
         return self.network.kind
 
     @property

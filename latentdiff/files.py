@@ -233,7 +233,7 @@ def _errors_in_one_line(target: Path) -> Iterator[None]:
 
 
 def _check_file(path: Path, replace: bool) -> None:
-    """What would fail, or do harm, at the end of the work fails before it."""
+    """Check before the work starts that its file can be written without harm at the end."""
     _check_parent(path)
     if not replace and os.path.lexists(path):
         raise UserError(f"{path} already exists: choose another name")

@@ -135,7 +135,7 @@ class Reconstruction(Objective[tuple[Tensor, Key]]):
         self.distance = perceptual_distance(config.loss.perceptual_features).to(run.device)
 
     def adversarial(self, step: int) -> bool:
-        """Whether the critic takes part at this step."""
+        """Tell whether the adversarial loss is on at this step."""
         start = int(self.config.loss.adversarial_start * self.config.optim.steps)
         return self.config.loss.adversarial > 0.0 and step >= start
 

@@ -306,7 +306,7 @@ def pictures_of(
     size: Size | None = None,
     edits: Sequence[Edit] = (),
 ) -> list[Image.Image]:
-    """What the model draws at present; with edits, the size is that of their pictures."""
+    """Draw pictures with the model as it is now; with edits, in the size of their pictures."""
     height, width = (None, None) if edits else size or bundle.size
     with run.accelerator.autocast(), without_dropout(bundle):
         return LatentDiffusionPipeline(bundle)(

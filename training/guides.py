@@ -78,7 +78,7 @@ class GuidesConfig(RunConfig):
 
 
 class Guide(Objective[Key]):
-    """What both have in common: held-out pictures to be measured on, and a folder that is left."""
+    """Base of both objectives: held-out pictures to evaluate on, and a folder for the result."""
 
     result: Classifier | Clip
 
@@ -103,7 +103,7 @@ class Guide(Objective[Key]):
 
 
 class LatentLabels(Guide):
-    """Which label a picture has, from its latents at any noise."""
+    """Objective of the classifier: predict a picture's label from its latents at any noise."""
 
     def __init__(self, run: Run, config: GuidesConfig, task: ClassifierTask) -> None:
         super().__init__(run, config)
@@ -151,7 +151,7 @@ class LatentLabels(Guide):
     def logits(
         self, network: nn.Module, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
     ) -> Tensor:
-        """Of noised latents at unit power; alpha and sigma [B] are float64."""
+        """Classify latents, noised and scaled to unit power; alpha and sigma [B] are float64."""
         power = (alpha**2 + sigma**2).sqrt()
         a, s = ((part / power).float().view(-1, 1, 1, 1) for part in (alpha, sigma))
         log_snr = 2 * (alpha.log() - sigma.log())
@@ -177,7 +177,7 @@ class LatentLabels(Guide):
 
 
 class PicturesAndTexts(Guide):
-    """Which caption belongs to which picture."""
+    """Objective of the CLIP: match pictures and captions by a contrastive loss."""
 
     def __init__(self, run: Run, config: GuidesConfig, task: ClipTask) -> None:
         if config.optim.accumulation != 1:
@@ -229,7 +229,7 @@ class PicturesAndTexts(Guide):
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
-        """How often the own caption, or picture, is the first or among the first five."""
+        """Measure top-1 and top-5 accuracy of retrieval, from pictures to texts and back."""
         parts = self.held_pictures.parts(64)
         pictures = torch.cat([self.clip.pictures(part.to(self.run.device)) for part in parts])
         texts = self.clip.texts([example.captions[0] for example in self.held_out])

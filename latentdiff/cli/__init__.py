@@ -89,7 +89,7 @@ def run() -> int:
 
 
 def _no_memory(said: str) -> bool:
-    """Whether an error of torch's, which is not imported for this, says that."""
+    """Recognise torch's out-of-memory errors by their text, without importing torch."""
     told = "out of memory", "can't allocate memory", "cannot allocate memory"
     return any(words in said for words in told)
 

@@ -1,4 +1,4 @@
-"""What every command that draws says and writes."""
+"""Output shared by the commands that draw: pictures, their text chunks and messages."""
 
 import json
 import math
@@ -22,13 +22,13 @@ def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, s
 
 
 def about_model(bundle: "Bundle") -> dict[str, object]:
-    """What the text of a picture says of the model that drew it."""
+    """Record the model for the text chunk of a picture."""
     precision = str(bundle.network.dtype).removeprefix("torch.")
     return {"version": __version__, "model": bundle.name, "dtype": precision}
 
 
 def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:
-    """What the text of a picture says of its model and of its run, by the pipeline's own names."""
+    """Record model and arguments for the text chunk of a picture, by the pipeline's own names."""
     record = about_model(bundle) | {
         "negative_prompt": request.negative_prompt,
         "also": request.also,
@@ -49,10 +49,10 @@ def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:
 
 
 def check_writable(folder: Path) -> None:
-    """Whether pictures can be put there, before time is spent on them; nothing is made yet.
+    """Check that pictures can be written to a folder before any is drawn; creates nothing.
 
     Raises:
-        UserError: they cannot.
+        UserError: the folder, or its nearest parent that exists, cannot be written to.
     """
     try:
         nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -1,9 +1,9 @@
-"""What an encoder makes of pictures and captions, kept on disk.
+"""Disk cache of encoded pictures and captions.
 
-A latent is found again by the sha256 of its picture's file, the states of a caption by that of its
-tokens, in a folder named by the encoder's weights and the transform, or the padding: whatever
-changes, nothing stale can be read. A shard is named by the sha256 of its own bytes, so damage is
-seen, and what was in it is encoded again.
+A latent is keyed by the sha256 of its picture's file, the states of a caption by the sha256 of its
+tokens. The folder is named by the encoder's weights and the transform (or the padding), so a change
+of either never reads stale entries. A shard is named by the sha256 of its own bytes: a damaged one
+is noticed, and its entries are encoded again.
 """
 
 import hashlib
@@ -168,8 +168,9 @@ class TextCache:
     def states(
         self, tokens: Tokens, encode: Callable[[Tokens], TextStates], *, progress: bool = True
     ) -> list[Tensor]:
-        """What the denoiser may see of each caption: [L, D] on the CPU; L can differ where a tower
-        masks its padding.
+        """Read or encode the states of each caption that the denoiser may attend to.
+
+        Each is [L, D] on the CPU; L differs between captions where a tower masks its padding.
 
         Raises:
             UserError: the cache cannot be written.

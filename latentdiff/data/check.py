@@ -1,4 +1,4 @@
-"""What is wrong with the pictures of a folder, found before anything starts, and all at once."""
+"""Checks of the pictures of a folder: all faults are found and listed before a run starts."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ Trouble = Literal["broken", "tiny", "duplicate", "captionless"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a picture cannot be trained on, as a line for a person."""
+    """A picture that cannot be trained on, with the reason as one readable line."""
 
     example: Example
     trouble: Trouble
@@ -38,7 +38,7 @@ class Checked:
     faults: list[Fault]
 
     def summary(self) -> str:
-        """How many are faulty, and how: "3 of 45 pictures (2 broken, 1 tiny)"."""
+        """Count the faulty pictures by kind: "3 of 45 pictures (2 broken, 1 tiny)"."""
         counts = Counter(fault.trouble for fault in self.faults)
         kinds = ", ".join(f"{count} {trouble}" for trouble, count in counts.items())
         return f"{len(self.faults)} of {len(self.examples) + len(self.faults)} pictures ({kinds})"

@@ -90,8 +90,11 @@ class Emoji:
 
     @property
     def split(self) -> str:
-        """Why this one is not trained, or `train`: its whole family is new (`test_novel`), or only
-        this gender or tone of it, or a colour or structure named above."""
+        """The split: `train`, or the reason why this emoji is held out.
+
+        Held out are whole families (`test_novel`), single genders or tones of a family, and the
+        colours and structures named above.
+        """
         if self.base in _HELD_COLOURS:
             return "test_colour"
         if self.base in _HELD_STRUCTURES:

@@ -89,7 +89,7 @@ def check_fields(examples: Sequence[Example], names: Sequence[str], root: Path) 
 
 
 def _read(reader: Callable[[Path], Content], path: Path) -> Content:
-    """What `reader` makes of a file of the folder; a link to nothing is a mistake, not no file."""
+    """Read a file of the folder with `reader`; a dangling link is an error, not a missing file."""
     try:
         return reader(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -59,7 +59,7 @@ def _tar(first: int, examples: list[Example]) -> bytes:
 
 
 def _extension(example: Example, data: bytes) -> str:
-    """By the first bytes, as `open_picture` tells them apart."""
+    """Choose the file extension by the first bytes of a picture, as `open_picture` does."""
     if len(data) > MAX_BYTES:
         raise UserError(f"picture {example.name} has more than {MAX_BYTES} bytes")
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

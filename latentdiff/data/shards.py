@@ -25,7 +25,7 @@ _MAX_TEXT = 2**20
 
 
 def names_shards(root: Path) -> bool:
-    """Whether a `data.root` is a tar file or a pattern of some, and no folder."""
+    """Tell whether `data.root` names tar shards (one file or a pattern) instead of a folder."""
     return root.suffix == ".tar"
 
 

@@ -25,7 +25,7 @@ _MAX_SHARD = 8 * 2**30  # it passes through memory
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Where a shard is, how many samples it has, and its sum where the index gives one."""
+    """A shard: its path or URL, its number of samples, and its sha256 if the index gives one."""
 
     place: str
     samples: int
@@ -95,7 +95,7 @@ class ShardStream:
         return self.at_hand[shard]
 
     def _path(self, shard: int) -> Path:
-        """Of a fetched shard; a shard on a disk stays where it is."""
+        """Name the local file of a fetched shard; one that is on disk already stays in place."""
         return self.folder / f"{shard:08}.tar"
 
     def _list(self, number: int) -> list[Example]:

@@ -1,4 +1,4 @@
-"""How a picture fills the rectangle that it is trained in: buckets of shapes, crops and flips."""
+"""Aspect-ratio buckets, crops and flips that fit a picture into its training resolution."""
 
 import math
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ class EditsBranches(Protocol):
 
     @property
     def perturbation(self) -> Any:
-        """How the network's attention is spoilt: see `latentdiff.models.perturbation`."""
+        """The change of the network's attention: see `latentdiff.models.perturbation`."""
         ...
 
     def branches(self, denoise: ConditionedDenoiser, number: int) -> ConditionedDenoiser:
@@ -69,7 +69,7 @@ class EditsInput(Protocol):
 
     @property
     def image_guidance_scale(self) -> float:
-        """How strongly to guide by what is shown: see `latentdiff.guidance.cfg`; 1 is off."""
+        """Scale of the guidance by the picture shown: see `latentdiff.guidance.cfg`; 1 is off."""
         ...
 
     def beside(self, x: Tensor) -> Tensor:

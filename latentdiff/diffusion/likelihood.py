@@ -1,6 +1,6 @@
-"""How likely a model finds data, in bits per dimension: a bound, and the flow's exact answer.
+"""Likelihood of data in bits per dimension: the variational bound, and the ODE's exact value.
 
-Of latents it is bits per latent dimension: to be compared between models of one autoencoder only.
+For latents these are bits per latent dimension: compare only models with the same autoencoder.
 """
 
 import math
@@ -220,7 +220,7 @@ def _slopes(
 def _runge_kutta(
     slopes: Callable[[float, Tensor], tuple[Tensor, Tensor]], place: float, length: float, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What one step of the classical method adds to y, and to the integral of the divergence."""
+    """The increments of y and of the divergence integral over one classical RK4 step."""
     first, gain_first = slopes(place, y)
     second, gain_second = slopes(place + length / 2, y + length / 2 * first)
     third, gain_third = slopes(place + length / 2, y + length / 2 * second)

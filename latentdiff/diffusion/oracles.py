@@ -61,7 +61,7 @@ class Gaussian(GaussianMixture):
         super().__init__(torch.ones_like(mean[:1]), mean[None], covariance[None])
 
     def flow(self, x: Tensor, here: NoiseLevel, there: NoiseLevel) -> Tensor:
-        """Where the probability-flow ODE (Song et al. 2021, eq. 13) takes x from here to there.
+        """Solve the probability-flow ODE (Song et al. 2021, eq. 13) exactly from `here` to `there`.
 
         Along each axis of the covariance, the distance from the mean grows as the standard
         deviation of x_t does.

@@ -1,4 +1,4 @@
-"""What a network predicts, converted once and exactly.
+"""Conversion between a network's prediction types, done once and exactly.
 
 With x_t = alpha x_0 + sigma noise, the five predictions are
 
@@ -73,10 +73,10 @@ def to_eps(x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> T
 def target(
     prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> Tensor:
-    """What the network should say for x_t = alpha x0 + sigma noise.
+    """Compute the training target of a network for x_t = alpha x0 + sigma noise.
 
     Args:
-        prediction: what the network predicts.
+        prediction: the prediction type of the network.
         x0: [B, C, H, W].
         noise: [B, C, H, W].
         alpha: scale of the data in x_t.

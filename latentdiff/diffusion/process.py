@@ -62,7 +62,7 @@ def transition(clean: NoiseLevel, noisy: NoiseLevel) -> tuple[float, float]:
 
 
 class Process(ABC):
-    """How data turns into noise.
+    """A noise schedule: x_t = alpha(t) x_0 + sigma(t) noise.
 
     Attributes:
         t_min: the time nearest to the data at which a network is asked.
@@ -102,10 +102,10 @@ class Process(ABC):
         return math.hypot(level.alpha, level.sigma)
 
     def input_scale(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient:
-        """What x_t is multiplied by before a network sees it, in training and in sampling.
+        """Scale x_t by this factor before the network sees it, in training and in sampling.
 
-        1 for processes whose x_t keeps about unit variance; elsewhere one number for numbers, or
-        a tensor of the shape of alpha and sigma.
+        1 for processes that keep x_t near unit variance. Otherwise a number if alpha and sigma
+        are numbers, or a tensor of their shape.
         """
         del alpha, sigma
         return 1.0

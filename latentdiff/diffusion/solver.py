@@ -1,4 +1,4 @@
-"""What a solver is, and the moves that solvers are made of."""
+"""The interface of a solver, and the update steps that solvers are built from."""
 
 import math
 from typing import Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""Which noise levels a run visits: a plain sequence of levels, from noise to data.
+"""Timetables: the noise levels that a run visits, as a plain sequence from noise to data.
 
 Slicing a timetable starts a run late; a level that is noisier than the one before it is a jump
 back, which the loop of `latentdiff.diffusion.sampling` makes with the forward kernel.

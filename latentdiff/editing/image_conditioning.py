@@ -1,4 +1,4 @@
-"""What edit checkpoints see beside x_t: a masked picture, or the picture to change."""
+"""Image conditions concatenated to x_t: a masked picture (`Inpaint`) or a source (`Instruct`)."""
 
 import math
 from dataclasses import dataclass, replace

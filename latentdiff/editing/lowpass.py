@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def low_pass(x: Tensor, factor: int) -> Tensor:
-    """What is left of x after it was made `factor` times smaller and large again.
+    """Low-pass filter x: resize it down by `factor` and back up again.
 
     phi_N of Choi et al. 2021 (ILVR), section 3.1: both ways with the cubic of Keys 1981, a = -0.5,
     stretched by the factor on the way down so that nothing aliases, and mirrored at the edges.

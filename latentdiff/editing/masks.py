@@ -122,13 +122,13 @@ def masked_picture(picture: Tensor, mask: Tensor) -> Tensor:
 
 
 def inpainting_channels(mask: Tensor, masked: Tensor) -> Tensor:
-    """What an inpainting U-Net sees behind x_t, in the order of Stable Diffusion's checkpoints.
+    """Build the input channels of an inpainting U-Net that follow x_t, in Stable Diffusion's order.
 
     Rombach et al. 2022 (LDM), section 3.3: conditions concatenated to the input of the U-Net.
 
     Args:
         mask: [1 or B, 1, H, W] in [0, 1], in pixels or latents; the hole where it is 0.5 or more.
-            Of the pixels of a latent the first one counts, as it does in diffusers.
+            It is resized to the latents by nearest neighbour, as diffusers does.
         masked: latents of `masked_picture` [B, C, h, w], scaled as x_0 is.
 
     Returns:
@@ -165,7 +165,7 @@ def composite(
 
 
 def constrains_nothing(mask: Tensor) -> bool:
-    """Whether all is to be painted anew."""
+    """Tell whether the mask is 1 everywhere, so that the whole picture is repainted."""
     return bool((mask == 1).all())
 
 
@@ -197,7 +197,7 @@ def extend(values: Tensor, known: Tensor) -> Tensor:
 
 
 def _mean_of_neighbours(x: Tensor) -> Tensor:
-    """Of each pixel's four; beyond the edge the pixel itself stands in."""
+    """Average the four neighbours of each pixel, with replicated edges."""
     around = pad(x, (1, 1, 1, 1), mode="replicate")
     beside = around[..., 1:-1, :-2] + around[..., 1:-1, 2:]
     return (beside + around[..., :-2, 1:-1] + around[..., 2:, 1:-1]) / 4

@@ -118,7 +118,7 @@ def read_config(path: Path) -> Config:
 
 
 def _count_blocks(config: Config) -> int:
-    """How many layers of at least one tensor each the builder would make, or a few less."""
+    """Estimate from below how many layers, of at least one tensor each, the config asks for."""
     sides = (config.get(key) for key in ("down_block_types", "up_block_types"))
     blocks = max((side for side in sides if isinstance(side, list)), key=len, default=[])
     layers = _each(config.get("layers_per_block"), len(blocks))
@@ -187,8 +187,11 @@ def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5En
 
 
 def known(config: Config, kind: type) -> Config:
-    """What the architecture itself needs. The rest of a transformers config can name kernels and
-    code to fetch, or quantisation, and must not reach the builder."""
+    """Keep only the config entries that the architecture declares.
+
+    Others in a transformers config can name kernels, code to fetch or a quantisation, and must not
+    reach the builder.
+    """
     return {key: value for key, value in config.items() if key in kind.__annotations__}
 
 
@@ -245,7 +248,7 @@ def load_tokenizer(folder: Path, customary: str) -> TokenizersBackend:
 
 
 def _tokenizer_class(name: str) -> type[TokenizersBackend]:
-    """By name, without the code of anyone else."""
+    """Find a tokenizer class by name; never run code that comes with a checkpoint."""
     if name == "CLIPTokenizer":
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 

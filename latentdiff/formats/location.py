@@ -1,4 +1,4 @@
-"""Where a model is: bundled, a folder, a single file, or on the Hugging Face Hub."""
+"""Locations of models: bundled, a folder, a single file, or on the Hugging Face Hub."""
 
 import re
 from pathlib import Path

@@ -120,14 +120,16 @@ def _teachers_times(count: int, steps: int, teacher: int) -> NDArray[np.float64]
 
 
 def read(config: Mapping[str, object], name: str) -> tuple[Process, Prediction, Steps, str]:
-    """What a scheduler's config says of the model: also the name of its solver, or our default.
+    """Read process, prediction, steps and solver name from a diffusers scheduler config.
+
+    A config that names no solver gets `DEFAULT_SOLVER`.
 
     Args:
-        config: of any of diffusers' schedulers for Stable Diffusion 1 and 2.
-        name: of its file, for messages.
+        config: the config of any diffusers scheduler for Stable Diffusion 1 and 2.
+        name: the name of its file, for messages.
 
     Raises:
-        UserError: a process, prediction or spacing that does not exist here.
+        UserError: the config asks for a process, prediction or spacing that does not exist here.
     """
     flow = _is_flow(config)
     kind = str(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
@@ -273,7 +275,7 @@ def _as_theirs(
 def _means(
     config: dict[str, object], process: Process, prediction: Prediction, steps: Steps, solver: str
 ) -> bool:
-    """Whether `read` makes the same of it."""
+    """Tell whether `read` turns the config back into the same process, steps and solver."""
     again, kind, steps_again, solver_again = read(config, "")
     same = type(again) is type(process) and kind == prediction and solver_again == solver
     if isinstance(process, DiscreteVP) and isinstance(again, DiscreteVP):

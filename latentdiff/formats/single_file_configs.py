@@ -1,4 +1,4 @@
-"""What a single-file checkpoint does not say of itself: configs, by the shapes of its tensors."""
+"""Configs of a single-file checkpoint, inferred from the shapes of its tensors."""
 
 import re
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class Shapes:
         return shape[axis]
 
     def count(self, form: str) -> int:
-        """How many names there are in a row: `form` with 0, 1, 2, ..."""
+        """Count the consecutive tensor names that `form` gives with 0, 1, 2, ..."""
         count = 0
         while form.format(count) in self.known:
             count += 1
@@ -59,11 +59,11 @@ def refuse_others(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
-    """Of `UNet2DConditionModel`, by the rules that Stable Diffusion 1 and 2 have in common.
+    """Infer the config of `UNet2DConditionModel`, by the rules shared by Stable Diffusion 1 and 2.
 
     Args:
-        shapes: of all tensors.
-        size: of the pictures it was trained on, in latents.
+        shapes: the shapes of all tensors of the checkpoint.
+        size: the side of the pictures that it was trained on, in latents.
     """
     part = Shapes(shapes, UNET)
     levels: list[list[tuple[int, int]]] = [[]]  # width and depth of attention, layer by layer
@@ -108,7 +108,7 @@ def _resnet(number: int) -> str:
 
 
 def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
-    """Of `AutoencoderKL`."""
+    """Infer the config of `AutoencoderKL`."""
     part = Shapes(shapes, VAE)
     levels = part.count("encoder.down.{}.block.0.conv1.weight")
     widths = [part.side(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
@@ -126,7 +126,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
 
 
 def text_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
-    """Of `CLIPTextModel`: CLIP's own in version 1, OpenCLIP's in version 2."""
+    """Infer the config of `CLIPTextModel`: OpenAI's CLIP in version 1, OpenCLIP in version 2."""
     if any(name.startswith(OPEN_CLIP) for name in shapes):
         part = Shapes(shapes, OPEN_CLIP)
         layers = part.count("transformer.resblocks.{}.ln_1.weight")
@@ -157,7 +157,7 @@ CLIP_OLD = CLIP.removesuffix("text_model.")
 
 
 def scheduler_config(prediction: str) -> Config:
-    """Of the process that Stable Diffusion 1 and 2 were trained on."""
+    """Give the scheduler config that Stable Diffusion 1 and 2 were trained with."""
     return {
         "_class_name": "PNDMScheduler",
         "num_train_timesteps": 1000,
@@ -173,7 +173,7 @@ def scheduler_config(prediction: str) -> Config:
 
 
 def declared_prediction(metadata: Mapping[str, str]) -> str | None:
-    """What the header says by the ModelSpec standard."""
+    """Read the prediction type from a header that follows the ModelSpec standard, or None."""
     kinds = {"epsilon": "epsilon", "v": "v_prediction"}
     return kinds.get(metadata.get("modelspec.prediction_type", "").lower())
 

@@ -81,7 +81,7 @@ def blaming(path: Path) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of bounded length."""
+    """Shorten the message of an exception to one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -114,7 +114,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def pickle_refusal(path: Path) -> str:
-    """Why a pickle does not load and what to do."""
+    """Explain why a pickle does not load, and what to do."""
     return (
         f"{path}: a pickle checkpoint can run any code when it is opened, so it is refused; get "
         "the model's safetensors version, or convert it where that code may run."
@@ -215,7 +215,7 @@ def _open(path: Path):  # the handle's type is not exported
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """What parameters are made with makes no memory here; computed buffers stay real."""
+    """Allocate new parameters on the meta device; computed buffers stay real."""
 
     _makers = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
 

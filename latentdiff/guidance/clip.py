@@ -74,13 +74,13 @@ class Clip:
 
     @property
     def side(self) -> int:
-        """Of the pictures that the image tower sees, in pixels."""
+        """Side in pixels of the pictures that the image tower takes."""
         config: Any = self.model.config
         return config.vision_config.image_size
 
     @property
     def temperature(self) -> float:
-        """What a cosine is multiplied by to be a logit."""
+        """Factor between a cosine similarity and a logit: CLIP's `logit_scale`."""
         return float(self.model.logit_scale.detach().exp())
 
     @torch.no_grad()

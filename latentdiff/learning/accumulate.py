@@ -1,4 +1,4 @@
-"""As much at once as memory takes: the gradients of a step in micro-batches, pictures in parts."""
+"""Micro-batches that fit into memory: gradients are accumulated, pictures processed in parts."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +190,7 @@ def _try_part(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that Python, torch or a device of torch's found no memory."""
+    """Tell whether an error means that Python, torch or a device ran out of memory."""
     known = MemoryError, torch.OutOfMemoryError
     return isinstance(error, known) or (
         isinstance(error, RuntimeError) and should_reduce_batch_size(error)

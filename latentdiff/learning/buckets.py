@@ -46,7 +46,7 @@ class BucketOrder:
         return random.permutation(np.repeat(np.arange(len(counts)), counts))
 
     def _earlier(self, cycle: int) -> np.ndarray:
-        """How many steps each bucket had before a cycle."""
+        """Count the steps that each bucket had before a cycle."""
         while len(self.before) <= cycle:
             counts = np.bincount(self._cycle(len(self.before) - 1), minlength=len(self.members))
             self.before.append(self.before[-1] + counts)

@@ -25,15 +25,15 @@ _SHOWN = 3  # captions
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run left to share.
+    """The result of a run, ready to be shared.
 
     Attributes:
-        folder: where it is.
+        folder: the folder that holds it.
         kind: a LoRA beside other files of the run, or a model that fills its folder.
-        base: the model it began with; None for the bundled one, "" for none.
-        pictures: what it learned from.
+        base: the model the run started from; None for the bundled one, "" for none.
+        pictures: the pictures it was trained on.
         root: the folder of the pictures.
-        count: how many there are, where `pictures` are only some of them.
+        count: the number of all pictures, where `pictures` are only some of them.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def files(self) -> list[str] | None:
-        """Those that are shared; None: all."""
+        """Names of the files to share; None for all of the folder."""
         lora = ["README.md", SAMPLES, "pytorch_lora_weights.safetensors"]
         return lora if self.kind == "lora" else None
 
@@ -76,10 +76,10 @@ def write_between(path: Path, start: str, end: str, text: str) -> None:
 
 
 def around(path: Path, start: str, end: str) -> tuple[str, str]:
-    """What a page has before and after two marks.
+    """Split a page into the text before the mark `start` and the text after the mark `end`.
 
     Raises:
-        UserError: it lacks them, or cannot be read.
+        UserError: the page lacks a mark, or cannot be read.
     """
     try:
         before, first, rest = path.read_text("utf-8").partition(start)
@@ -137,7 +137,7 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
 
 
 def describe_pictures(pictures: Sequence[Example], root: Path, count: int | None = None) -> str:
-    """How many there are, and what their captions say; `count` where `pictures` are only some."""
+    """Describe the training pictures; `count` is their number if `pictures` are only some."""
     captions = list(dict.fromkeys(c for picture in pictures for c in picture.captions))
     shown = "; ".join(f"“{' '.join(caption.split())}”" for caption in captions[:_SHOWN])
     many = "different captions" if len(captions) != 1 else "caption"

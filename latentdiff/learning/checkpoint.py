@@ -97,7 +97,7 @@ def load_newest(
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None."""
+    """Find what is wrong with a checkpoint: a message that names the file, or None."""
     try:
         text = (folder / MANIFEST).read_text()
         names: dict[str, str] = json.loads(text)["sha256"]

@@ -26,7 +26,7 @@ class Strict(BaseModel):
 
 
 class DataConfig(Strict):
-    """Which pictures of a folder take part, and how often."""
+    """Choice of the pictures of a folder that take part, and their shares of the samples."""
 
     root: Path
     size: PositiveInt = 64
@@ -60,14 +60,14 @@ def _no_is_a_word(value: object) -> object:
 
 
 class CardConfig(Strict):
-    """What the model's card cannot know by itself; and where to push it, if anywhere."""
+    """Facts for the model card that the run cannot know, and the Hub repository to push to."""
 
     licence: str = "unknown"
     push_to_hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
 class RunConfig(Strict):
-    """What every stage has: where it writes, how often, and from which seed."""
+    """Settings shared by all stages: output folder, seed, precision, optimizer and intervals."""
 
     out: Path
     seed: int = Field(default=0, ge=0, lt=2**32)  # a word of every generator's key

@@ -1,4 +1,4 @@
-"""What one step of stage 2 is made of: times, noised latents, targets and their weights."""
+"""The training loss of stage 2: times, noised latents, targets and their weights."""
 
 import math
 from dataclasses import dataclass, replace

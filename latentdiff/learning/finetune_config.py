@@ -71,10 +71,10 @@ class PriorConfig(Strict):
 
 
 def _lines(path: Path) -> list[str]:
-    """Those of a file that are not blank.
+    """Read the lines of a file that are not blank.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -97,7 +97,7 @@ class FinetuneObjective(Strict):
 
     @property
     def moves(self) -> bool:
-        """Whether it makes another model of the one that a run begins with."""
+        """True where the process or the prediction type of the base model is changed."""
         return bool(self.process or self.prediction or self.zero_terminal_snr)
 
 
@@ -176,7 +176,7 @@ def _section(values: dict[str, object], name: str, source: str) -> dict[str, obj
 
 
 def _has_bf16() -> bool:
-    """Whether this machine computes in bfloat16 faster than in float32."""
+    """Tell whether this machine has hardware support for bfloat16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()

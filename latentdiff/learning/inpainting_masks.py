@@ -103,10 +103,10 @@ class Holes:
     def beside(
         self, bundle: Bundle, seed: int, step: int, places: list[int], chosen: list[tuple[int, int]]
     ) -> Tensor:
-        """What the U-Net sees behind x_t: mask and masked picture [B, 1 + C, h, w].
+        """Build the channels that follow x_t: mask and masked picture [B, 1 + C, h, w].
 
         Args:
-            chosen: number and variant of each sample.
+            chosen: picture number and variant of each sample.
         """
         pictures = torch.stack([self.pictures[number][variant] for number, variant in chosen])
         size = pictures.shape[-2], pictures.shape[-1]

@@ -46,16 +46,16 @@ class Objective(Protocol[Item]):
         return shares  # pyright: ignore[reportReturnType]: then Item is Key
 
     def stepping(self, step: int) -> Sequence[Trained]:
-        """Those of `trained` that take optimizer step `step`; the gradients of others are lost."""
+        """Select the networks of `trained` to update at `step`; gradients of others are dropped."""
         return self.trained
 
     def after_step(self, step: int, values: dict[str, Tensor]) -> None:
         """Called after each step, with the means of the terms: here `state` may change."""
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, object]]:
-        """What a checkpoint holds beside the networks: tensors by file, and values for JSON.
+        """Collect the rest of a checkpoint: tensors by file name, and values for JSON.
 
-        Every process is asked; tensors that are split over them come whole into the file.
+        Called on every process; tensors that are sharded over processes are saved whole.
         """
         return {}, {}
 

@@ -1,4 +1,4 @@
-"""What each method of fine-tuning trains, and with which optimizer."""
+"""Fine-tuning methods: the parameters that each one trains, and its optimizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

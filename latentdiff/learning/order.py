@@ -1,4 +1,4 @@
-"""Which samples make up step k: a pure function of (seed, step), so that a resumed run is exact."""
+"""Order of the samples: a pure function of (seed, step), so that a resumed run is exact."""
 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, unique
@@ -66,7 +66,7 @@ def philox(*key: int) -> np.random.Generator:
 
 
 class Order(Protocol):
-    """Which samples make up a step: a pure function."""
+    """Order of the samples: a pure function of the step."""
 
     def batch(self, step: int, size: int) -> list[int]:
         """The `size` sample numbers of optimizer step `step` (counted from 0)."""

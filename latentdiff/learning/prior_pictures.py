@@ -35,10 +35,10 @@ def drawn_from(bundle: Bundle) -> str:
 
 
 def prior_examples(folder: Path, prompts: Sequence[str], count: int, source: str) -> list[Example]:
-    """Where `count` prior pictures are or will be, with the prompts in turn as captions.
+    """List the files of `count` prior pictures, drawn or not yet, captioned by prompts in turn.
 
     Args:
-        source: a text that says all else the pictures depend on; other ones have another folder.
+        source: everything else that the pictures depend on, as text; it names their folder.
     """
     named = hashlib.sha256("\n".join([source, *prompts]).encode()).hexdigest()[:16]
     return [

@@ -1,4 +1,4 @@
-"""What a run says about itself: `log.jsonl`, TensorBoard, pictures."""
+"""Records of a run: `log.jsonl`, TensorBoard and sample pictures."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from latentdiff.pictures import save_png
 
 
 def check_installed() -> None:
-    """What records need, before a run has done anything.
+    """Check before a run starts that the packages for its records are installed.
 
     Raises:
         UserError: the extra `train` is not installed.

@@ -1,4 +1,4 @@
-"""What a fine-tune leaves: the LoRA file or the learned words, and a model folder."""
+"""Results of a fine-tune: the LoRA file or the learned words, and a model folder."""
 
 from collections.abc import Sequence
 from pathlib import Path

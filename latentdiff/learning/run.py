@@ -1,4 +1,4 @@
-"""What a training run needs around its loop: device and precision, folder, checkpoints, records."""
+"""A training run around its loop: device and precision, folder, checkpoints and records."""
 
 import fcntl
 import os
@@ -154,7 +154,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         return self.accelerator.device
 
     def say(self, *lines: str) -> None:

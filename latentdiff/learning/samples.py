@@ -46,7 +46,7 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """Of names, contents, sizes and captions in their order: another one is another run."""
+        """sha256 of names, contents, sizes and captions in order: the identity of the data."""
         rows = [
             f"{e.path.name} {content} {b} {list(e.captions)}"
             for e, content, b in zip(self.examples, self.contents, self.buckets, strict=True)
@@ -54,11 +54,11 @@ class Samples:
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
     def order(self, seed: int) -> BucketOrder:
-        """Which samples make up a step."""
+        """Order the samples into batches, each from one bucket."""
         return BucketOrder(self.buckets, seed, self.shares)
 
     def variants(self, seed: int, step: int, places: list[int], samples: list[int]) -> list[int]:
-        """Which variant of each sample is trained: f(seed, step, place)."""
+        """Draw the variant (crop or flip) of each sample: a function of (seed, step, place)."""
         draws = [generator(seed, Stream.VARIANT, step, place) for place in places]
         counts = [len(self.moments[sample]) for sample in samples]
         return [int(draw.integers(count)) for draw, count in zip(draws, counts, strict=True)]

@@ -22,7 +22,7 @@ _SHAPE += ("text.", "task.", "optimizer.", "objective.learned_variance.")
 
 
 def settings_of(config: RunConfig) -> Settings:
-    """Those that say what is learned, as JSON holds them."""
+    """Flatten the settings that determine the trained weights into JSON values by dotted name."""
     return _flat(config, "")
 
 
@@ -38,14 +38,14 @@ def _flat(section: BaseModel, before: str) -> Settings:
 
 
 def check_settings(config: RunConfig, before: object, start: int) -> str | None:
-    """Whether a run may go on from a checkpoint, and a line where it does so otherwise than before.
+    """Check that a run may resume from a checkpoint; return a line if its settings have changed.
 
     Args:
-        before: the settings that the checkpoint has; older ones have none.
-        start: its step.
+        before: the settings stored in the checkpoint; None in those of older versions.
+        start: the step of the checkpoint.
 
     Raises:
-        UserError: it holds another model, or the run is finished and was trained otherwise.
+        UserError: the checkpoint holds another model, or a finished run with other settings.
     """
     out, steps = config.out, config.optim.steps
     if start > steps:

@@ -77,7 +77,7 @@ class Trained:
             self.ema.update()
 
     def weights(self) -> Tensors:
-        """What a checkpoint holds of the network: the parameters that learn, and the buffers."""
+        """Collect the tensors for a checkpoint: the trained parameters and all buffers."""
         learns = {name: p.detach() for name, p in trained_parameters(self.module).items()}
         known = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         buffers = {name: t for name, t in self.module.state_dict().items() if name not in known}

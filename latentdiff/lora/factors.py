@@ -1,4 +1,4 @@
-"""What a LoRA is: for some modules of a model, two thin factors of a change of their weights."""
+"""The low-rank factors of a LoRA: two thin matrices for each module that it changes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -90,7 +90,7 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
 
 
 def default_name(path: str | Path) -> str:
-    """What a LoRA is called unless told otherwise: as its file, or its folder."""
+    """Derive the default name of a LoRA from its file or folder."""
     where = Path(path)
     return re.sub(r"[^A-Za-z0-9_-]", "_", where.name if where.is_dir() else where.stem)[:64]
 
@@ -109,7 +109,7 @@ def _find(path: Path) -> Path:
 
 
 def _key(stored: str) -> Key:
-    """What a stored name means; the module's name without the prefix of older CLIP models."""
+    """Parse a stored name; the module's name comes without the prefix of older CLIP models."""
     if match := _KOHYA_KEY.fullmatch(stored):
         part: Part = "unet" if match["part"] == "unet" else "text_encoder"
         module = match["module"]

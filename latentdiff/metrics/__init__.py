@@ -1,1 +1,1 @@
-"""How good a picture is, in numbers."""
+"""Metrics of image quality, text alignment and reconstruction."""

@@ -1,4 +1,4 @@
-"""Which real picture a generated one is nearest to: does it show what was asked, is it a copy?"""
+"""Nearest real picture of a generated one: does it show what was asked, or is it a copy?"""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How a network of diffusers computes its attention."""
+"""Attention implementations of diffusers networks."""
 
 from importlib.util import find_spec
 from typing import Literal, get_args

@@ -54,7 +54,7 @@ class Network(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """What it sees beside x_t."""
+        """The kind of model, by the image condition that it takes beside x_t."""
         ...
 
     @property
@@ -146,7 +146,7 @@ class DiffusersUNet:
             raise UserError("unet: its sample_size does not say how large its pictures are.")
 
     def _kinds(self) -> dict[int, Kind]:
-        """By the number of input channels."""
+        """Map the number of input channels to the kind of model."""
         return {
             self.channels: "text-to-image",
             2 * self.channels + 1: "inpainting",

@@ -19,11 +19,11 @@ MID = ("mid_block",)
 
 
 class Perturbation(Protocol):
-    """What is done to some self-attention layers."""
+    """A perturbation of some self-attention layers, as PAG and SEG use."""
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """How the names of the layers begin, as "mid_block" or "up_blocks.1.attentions.0"."""
+        """Prefixes of the names of the layers: "mid_block" or "up_blocks.1.attentions.0"."""
         ...
 
     def mix(self, attention: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -125,7 +125,7 @@ def perturbable(
 
 @dataclass(frozen=True, slots=True)
 class Spoilt:
-    """Which rows of a batch are spoilt.
+    """The rows of a batch whose attention is perturbed.
 
     Attributes:
         rows: int64 [B]: the number of a perturbation, or 0.

@@ -24,7 +24,7 @@ _EXPLICIT = re.compile(r"\([^():]*+(?::[^():]*+)*:\s*+[+-]?(?:\d++\.?+\d*+|\.\d+
 
 
 def has_weights(prompt: str) -> bool:
-    """Whether a prompt holds an explicit weight, as (x:1.3), which nobody writes by chance."""
+    """Tell whether a prompt has an explicit weight such as (x:1.3), never written by chance."""
     return _EXPLICIT.search(prompt) is not None
 
 

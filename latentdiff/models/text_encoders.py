@@ -45,12 +45,12 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class TextStates:
-    """What a denoiser is conditioned on.
+    """Text embeddings that condition a denoiser (`prompt_embeds` in diffusers).
 
     Attributes:
         states: [B, L, D] on the tower's device.
-        mask: [B, L] bool, True where the denoiser may look, or None: it looks everywhere.
-        cut: of each prompt, the part beyond the window; "" if all of it fits.
+        mask: [B, L] bool, True where the denoiser may attend; None for everywhere.
+        cut: for each prompt, the part beyond the token window; "" if all of it fits.
     """
 
     states: Tensor
@@ -145,9 +145,9 @@ class T5Tower:
 
 
 def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:
-    """Which characters [start, end) each token of `tower.tokenize([prompt])` stands for.
+    """Map each token of `tower.tokenize([prompt])` to its characters [start, end) of the prompt.
 
-    Start and end marks stand for none: (0, 0). Two tokens may share a character.
+    Start and end tokens map to (0, 0). Two tokens may share a character.
     """
     encoded = tower.tokenizer.backend_tokenizer.encode(prompt)
     marks = encoded.special_tokens_mask
@@ -156,7 +156,7 @@ def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:
 
 
 def _declared_window(tokenizer: "TokenizersBackend", default: int) -> int:
-    """What the tokenizer says; transformers writes 1e30 where it does not know."""
+    """Read the tokenizer's maximum length; transformers stores 1e30 where it is unknown."""
     declared = tokenizer.model_max_length
     return declared if isinstance(declared, int) and 2 <= declared <= 100_000 else default
 

@@ -82,14 +82,14 @@ def prepare(bundle: Bundle, request: Request) -> Run:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What is to be encoded, or was.
+    """The texts of a request, before they are encoded.
 
     Attributes:
-        prompts: P texts; of ready-made conditions, P times "".
+        prompts: P texts; "" for each where ready-made conditions were given.
         negatives: P texts.
-        also: further texts.
-        weights: of those.
-        per_prompt: number of pictures of each prompt.
+        also: texts of the composed prompts.
+        weights: the weight of each of `also`.
+        per_prompt: number of pictures per prompt.
     """
 
     prompts: list[str]
@@ -263,10 +263,10 @@ def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) 
 
 
 def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:
-    """What an edit shows the network beside x, and the scale of guidance by it.
+    """Build the image condition that an edit adds beside x, and its guidance scale.
 
     Raises:
-        UserError: several edits would.
+        UserError: more than one edit has an image condition.
     """
     showing = [edit for edit in edits if isinstance(edit, EditsInput)]
     if not showing:

@@ -17,7 +17,7 @@ from latentdiff.pipeline.prompts import Also
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What to draw, and how; `LatentDiffusionPipeline.__call__` explains each argument."""
+    """The arguments of a call; `LatentDiffusionPipeline.__call__` explains each of them."""
 
     prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None

@@ -24,20 +24,20 @@ _ATTEMPTS = 60
 
 @dataclass(frozen=True)
 class PIController:
-    """How long the next step is: Soederlind 2003 (Digital filters in adaptive time-stepping).
+    """Step-size controller: Soederlind 2003 (Digital filters in adaptive time-stepping).
 
-    A step is accepted if its error, in units of the tolerance, is at most 1; the next is
-    safety error^-power error_before^memory times as long, within 0.2 .. 5.
+    A step is accepted if its error, in units of the tolerance, is at most 1. The next step is
+    longer by the factor safety error^-power error_before^memory, clipped to 0.2 .. 5.
 
     Args:
         rtol: tolerance relative to |x|.
         atol: absolute tolerance.
-        power: of the error of this step.
-        memory: of the error of the step before.
+        power: exponent of the error of this step.
+        memory: exponent of the error of the step before.
         safety: a factor below 1.
 
     Raises:
-        UserError: no positive tolerance.
+        UserError: a tolerance is not positive and finite (`rtol` may be 0).
     """
 
     rtol: float
@@ -69,7 +69,7 @@ class EmbeddedPair(Protocol):
     def order(self) -> int: ...
 
     def place(self, level: NoiseLevel) -> float:
-        """Where a level lies in the variable of the steps, which rises towards the data."""
+        """Map a level to the integration variable, which rises towards the data."""
         ...
 
     def level(self, place: float) -> NoiseLevel: ...

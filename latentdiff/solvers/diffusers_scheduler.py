@@ -113,7 +113,7 @@ class DiffusersScheduler:
         return _State(scheduler, index)
 
     def _output(self, denoise: Denoiser, x: Tensor, level: NoiseLevel) -> Tensor:
-        """What a network of the scheduler's prediction would have said."""
+        """Convert the estimate to the prediction type that the scheduler expects."""
         config, estimate = self.scheduler.config, denoise(x, level)
         x0, v = estimate.x0, estimate.variance
         kind = str(getattr(config, "prediction_type", "flow"))

@@ -165,7 +165,7 @@ class DPMpp3M:
 
     @property
     def order(self) -> int:
-        """Of the ODE; with noise the covariance is of order 2."""
+        """Order of convergence on the ODE; with noise, the covariance converges at order 2."""
         return 2 if self.eta else 3
 
     @property
@@ -195,7 +195,7 @@ class DPMpp3M:
         return (moved + std * noise.like(x) if std else moved), ((x0, h), *history[:1])
 
     def _correction(self, x0: Tensor, h: float, history: list[tuple[Tensor, float]]) -> Tensor:
-        """What the change of x_0 over the last levels adds, before the factor alpha'."""
+        """Compute the multistep correction from past changes of x_0, without the factor alpha'."""
         length = (1 + self.eta) * h
         x0_before, h_before = history[0]
         slope = (x0 - x0_before) * (h / h_before)

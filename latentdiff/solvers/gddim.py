@@ -68,7 +68,7 @@ class GDDIM:
         return moved + self._bend(known, here, there, eps), history
 
     def _bend(self, known: History, here: NoiseLevel, there: NoiseLevel, eps: Tensor) -> Tensor:
-        """What the polynomial through the known noises adds to a step with the noise at `here`."""
+        """Compute the multistep correction from the polynomial through the past noises."""
         weights = lagrange_integrals([level for level, _ in known], here, there, "t", self.process)
         total = 0.0 * eps
         for weight, (_, seen) in zip(weights, known, strict=True):

@@ -47,7 +47,7 @@ class PredictorCorrector:
 
     @property
     def order(self) -> int:
-        """Of the predictor; the Langevin steps have a bias of their own, of about snr^2."""
+        """Order of the predictor; the Langevin steps add a bias of their own, of about snr^2."""
         return self.predictor.order
 
     def init(self) -> State:
@@ -74,7 +74,7 @@ class PredictorCorrector:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Of each picture [B, C, H, W], as [B, 1, 1, 1], and never 0."""
+    """Compute the norm of each picture [B, C, H, W] -> [B, 1, 1, 1], clamped above 0."""
     norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
     return norm.clamp(min=torch.finfo(x.dtype).tiny)
 

@@ -87,7 +87,7 @@ class EulerMaruyama:
 
 
 class SAState(NamedTuple):
-    """What the next step needs to correct this one.
+    """State of the SA-Solver: what the next step needs to correct this one.
 
     Attributes:
         history: (half log-SNR, x_0) of the last levels, the newest first.
@@ -130,7 +130,7 @@ class SASolver:
 
     @property
     def order(self) -> int:
-        """Of the ODE; with noise the covariance is of order 2 at the most."""
+        """Order of convergence on the ODE; with noise, of the covariance, and at most 2."""
         best = max(self.predictor, self.corrector)
         return min(best, 2) if self.tau else best
 

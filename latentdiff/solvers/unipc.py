@@ -18,7 +18,7 @@ Variant = Literal["bh1", "bh2"]
 
 
 class UniPCState(NamedTuple):
-    """What the next step needs to correct this one.
+    """State of UniPC: what the next step needs to correct this one.
 
     Attributes:
         history: (half log-SNR, x_0) of the last levels, the newest first.

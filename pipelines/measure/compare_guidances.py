@@ -30,7 +30,7 @@ from latentdiff.registry import check_name
 
 
 def settings(clip: Clip, classifier: Classifier, labels: list[str]) -> dict[str, list[Edit]]:
-    """What is compared, by the names of the table."""
+    """The guidances to compare, by their names in the table."""
     return {
         "none": [],
         "CLIP 0.3": [ClipGuide(clip, 0.3)],
@@ -139,7 +139,7 @@ class Real:
         return [self.examples[number] for number in order[:count]]
 
     def shown(self, pictures: Tensor, asked: Sequence[Example]) -> int:
-        """How many drawn pictures [N, 3, H, W] are nearest to the real one that was asked for."""
+        """Count the drawn pictures [N, 3, H, W] whose nearest real picture is the one asked for."""
         _, at = nearest(blurred_thumbnails(pictures.clamp(-1, 1)), self.thumbnails)
         return sum(
             self.examples[int(number)] is example for number, example in zip(at, asked, strict=True)

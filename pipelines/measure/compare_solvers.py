@@ -1,4 +1,4 @@
-"""Which solver comes nearest to the end for how many calls of the network, on a real model.
+"""Compare the convergence of the solvers per call of the network, on a real model.
 
     python pipelines/measure/compare_solvers.py --out comparison
 

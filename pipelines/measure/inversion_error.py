@@ -1,4 +1,4 @@
-"""How well a picture comes back from its noise, on the bundled model.
+"""Measure how well a picture is recovered from its inverted noise, on the bundled model.
 
     python pipelines/measure/inversion_error.py
 

@@ -89,7 +89,7 @@ def levels_of(steps: int, order: int) -> list[NoiseLevel]:
 
 @cache
 def start_and_end() -> tuple[Tensor, Tensor]:
-    """Where the probability flow takes some x from the first to the last of `levels_of`."""
+    """Start and converged end of a probability flow, from the first to the last of `levels_of`."""
     x = torch.linspace(-2, 2, 16, dtype=torch.float64).view(1, 1, 4, 4)
     ends = [SMOOTH.level_of_ratio(5.0), SMOOTH.level_of_ratio(0.1)]
     return x, sample(DATA, rk45(SMOOTH, 1e-11, 1e-11), ends, x, noise=NoiseStreams(0))
@@ -119,7 +119,7 @@ def distance(solver: Solver, draws: int, steps: int, denoise: Counted) -> float:
 
 
 def draws_noise(solver: Solver) -> bool:
-    """Whether two runs with other noise differ."""
+    """Tell whether a solver is stochastic: two runs with different noise differ."""
     levels = timetable.create("karras", WHERE, 4)
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     ends = [sample(DATA, solver, levels, x, noise=NoiseStreams(seed)) for seed in (0, 1)]

@@ -39,7 +39,7 @@ def least(calls: int, run: Callable[[], object]) -> str:
 
 
 def edits(picture: Image.Image, mask: Image.Image) -> dict[str, Edit]:
-    """What is timed; SDEdit with strength 1 makes all 20 steps."""
+    """The edits to time; SDEdit with strength 1 takes all 20 steps."""
     return {
         "SDEdit, strength 0.6": SDEdit(picture, 0.6),
         "SDEdit, strength 1": SDEdit(picture, 1.0),

@@ -1,4 +1,4 @@
-"""What a step costs besides the network, in milliseconds, beside diffusers' schedulers.
+"""Time a step without its network, in milliseconds, against diffusers' schedulers.
 
     python pipelines/measure/time_loop.py
 

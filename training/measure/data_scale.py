@@ -1,4 +1,4 @@
-"""What training costs as pictures, resolution and processes grow; the tables of docs/scale.md.
+"""Measure the cost of training as pictures, resolution and processes grow, for docs/scale.md.
 
     python training/measure/data_scale.py
 

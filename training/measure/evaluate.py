@@ -60,7 +60,7 @@ class RealPictures:
         ]
 
     def shows(self, thumbnails: Tensor, wanted: Sequence[Example]) -> list[bool]:
-        """Whether each thumbnail's nearest real picture is of the wanted emoji, in any style."""
+        """Tell for each thumbnail if its nearest real picture is the wanted emoji, in any style."""
         _, at = nearest(thumbnails, self.thumbnails)
         return [
             self.examples[int(number)].fields["codepoints"] == example.fields["codepoints"]
@@ -187,10 +187,10 @@ def evaluate(
 
 
 def choose_splits(real: RealPictures, asked: list[str] | None) -> list[str]:
-    """Those that were asked for; or those of `ALL_SPLITS` that there are pictures of.
+    """Choose the splits: those asked for, or all of `ALL_SPLITS` that have pictures.
 
     Raises:
-        UserError: there are none of a split, or of the styles.
+        UserError: a split that was asked for has no pictures, or "train" has none without a skin tone.
     """
     there = {str(e.fields["split"]) for e in real.examples if str(e.fields["style"]) in real.styles}
     told = f"of the styles {', '.join(sorted(real.styles))} there are {sorted(there)}"

@@ -48,7 +48,7 @@ SHOWN = 10  # pictures in the sheet
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is the same for all methods."""
+    """Settings shared by all methods."""
 
     steps: int
     guidance_scale: float
@@ -260,7 +260,7 @@ def judge(
 
 
 def seam(picture: Tensor, inside: Tensor) -> float:
-    """How much the gradient across the border of the hole exceeds those beside it, on the mean.
+    """Measure a seam: the mean excess of the gradient across the hole's border over its neighbours.
 
     Args:
         picture: [1, 3, H, W] in [-1, 1].

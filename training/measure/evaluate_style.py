@@ -162,7 +162,7 @@ def shuffled(examples: Sequence[Example], seed: int, purpose: int) -> list[Examp
 
 
 def prompt(example: Example, style: str) -> str:
-    """What it shows, in the new style."""
+    """Make the prompt of an example in the new style, from one of its captions."""
     plain = [caption for caption in example.captions if style not in caption]
     return f"{(plain or example.captions)[:2][-1]}, {style} style"
 

@@ -111,7 +111,7 @@ def steps_timed(most: int) -> Iterator[list[Clock]]:
 
 
 def alone(task: Callable[Given, Clock], *args: Given.args, **kwargs: Given.kwargs) -> Clock:
-    """What a task returns in a process that does nothing else."""
+    """Run a task in a process of its own and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(task, *args, **kwargs).result()
 
@@ -174,7 +174,7 @@ def ours(method: str, data: Path, model: Path, batch: int, steps: int) -> Clock:
 
 
 def prepare(examples: Sequence[Example], model: Path) -> Clock:
-    """What ours does once, before its first step, with pictures and captions that are new."""
+    """Time our work before the first step: checks, and encoding of new pictures and captions."""
     bundle = Bundle.load(model, dtype="float32")
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stderr(io.StringIO()):
         start = now()
