@@ -48,7 +48,7 @@ class Bundle:
         conditioner: prompts to the network's condition.
         network: (x_t, t, condition) -> `prediction`.
         process: the forward process the network was trained on.
-        prediction: what it predicts.
+        prediction: the prediction type of the network.
         steps: the timetable it was meant to be sampled with.
         solver: the name of the solver it was meant to be sampled with.
         name: for people.
@@ -101,7 +101,7 @@ class Bundle:
             where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x or
                 2.x as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
                 bundled model.
-            dtype: of the networks. "auto" is bfloat16 (or float16) on CUDA and float32 elsewhere.
+            dtype: dtype of the networks. "auto" is bfloat16 (or float16) on CUDA and float32 elsewhere.
             device: "auto" is CUDA where there is one.
             attention: see `latentdiff.models.attention.set_attention`.
 
@@ -187,7 +187,7 @@ class Bundle:
         Args:
             where: the folder to be; or a .safetensors file, for a single file as ComfyUI and A1111
                 have them, with configs and tokenizer in its header.
-            dtype: of the weights in the files; None keeps what they are.
+            dtype: dtype of the weights in the files; None keeps theirs.
 
         Raises:
             UserError: it cannot be written, something else is there, a LoRA is attached, or the

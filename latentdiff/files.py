@@ -38,10 +38,10 @@ def writing(path: Path, *, replace: bool) -> Iterator[Path]:
     A symbolic link is replaced itself, not the file that it points to.
 
     Args:
-        replace: whether a file that is there already may go.
+        replace: whether an existing file may be replaced.
 
     Raises:
-        UserError: it cannot be written; then all is as it was.
+        UserError: the file cannot be written; nothing is changed then.
     """
     with _errors_in_one_line(path):
         _check_file(path, replace)

@@ -45,7 +45,7 @@ class Example:
         """The bytes of the picture's file, at most one more than `MAX_BYTES`.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: the file cannot be read.
         """
         start, size = self.span or (0, MAX_BYTES + 1)
         try:
@@ -61,7 +61,7 @@ class Example:
         """The picture as 8-bit RGB, see `open_picture`.
 
         Raises:
-            UserError: it cannot be read or decoded.
+            UserError: the picture cannot be read or decoded.
         """
         if self.span is None:
             return open_picture(self.path)
@@ -112,7 +112,7 @@ def parse_json(text: str | bytes) -> object:
     """JSON that nobody vouches for.
 
     Raises:
-        ValueError: it is none, nested too deep, or has a number of thousands of digits.
+        ValueError: the text is no JSON, is nested too deep, or has a number of thousands of digits.
     """
     try:
         return json.loads(text)

@@ -61,8 +61,8 @@ class ShardStream:
     """Examples by sample number, counted through the shards in their order.
 
     Args:
-        folder: where fetched shards lie; what is in it is removed. This process's alone.
-        keep: how many shards are at hand at a time.
+        folder: folder for fetched shards, of this process alone; its content is removed.
+        keep: number of shards kept on disk at a time.
     """
 
     def __init__(self, shards: list[Shard], folder: Path, keep: int) -> None:

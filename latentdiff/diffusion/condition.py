@@ -15,10 +15,10 @@ class Condition:
     """Tensors with the batch first, each None where a network has no use for it.
 
     Attributes:
-        states: of a prompt, for cross-attention [B, L, D].
+        states: text states for cross-attention [B, L, D].
         mask: bool [B, L], True where the network may look; None: it looks everywhere.
         pooled: one vector of a prompt [B, P].
-        sizes: of the picture, its crop and its target, in pixels [B, 6].
+        sizes: sizes of the picture, its crop and its target, in pixels [B, 6].
         beside: further channels behind those of x [B, extra, h, w].
     """
 
@@ -45,7 +45,7 @@ def joined(conditions: Sequence[Condition]) -> Condition:
     some have a mask, the others get one that lets the network look everywhere.
 
     Raises:
-        UserError: they do not have the same fields, or differ in more than the length of states.
+        UserError: the conditions do not have the same fields, or differ in more than the length of states.
     """
     if len(conditions) == 1:
         return conditions[0]

@@ -44,7 +44,7 @@ class Branch:
 
     Attributes:
         role: its part in guidance.
-        condition: of the B pictures.
+        condition: the condition of the B pictures.
         perturbation: the number, from 1, of the perturbation that spoils the network's attention
             in this branch; 0 for none. See `latentdiff.models.perturbation`.
     """
@@ -75,7 +75,7 @@ class CallsNetwork(Protocol):
         Args:
             x: scaled x_t.
             t: times.
-            condition: of the B rows.
+            condition: the condition of the B rows.
             perturbed: the number of the perturbation of each of K equal parts of the rows, or
                 empty where no part has one.
 
@@ -95,7 +95,7 @@ def conditioned_denoiser(
     Args:
         network: see `CallsNetwork`.
         process: the forward process the network was trained on.
-        prediction: what its output is.
+        prediction: the prediction type of its output.
     """
     known: dict[tuple[int, ...], tuple[Sequence[Branch], Condition]] = {}
 
@@ -134,7 +134,7 @@ def network_denoiser(
         network: (x [B, C, H, W] scaled by `process.input_scale`, t [B]) -> output [B, C, H, W], or
             [B, 2C, H, W] with a variance.
         process: the forward process the network was trained on.
-        prediction: what its output is.
+        prediction: the prediction type of its output.
     """
 
     def unconditioned(

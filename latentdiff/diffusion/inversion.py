@@ -34,7 +34,7 @@ def invert(
         timetable: from noise to data without jumps, its last noisy level as near to the data as may
             be ("karras" and "exponential" end there): below it x_t is taken for alpha * x_0.
         x: data [B, C, H, W].
-        refinements: of each step; each costs one step of the solver.
+        refinements: corrections of each step; each costs one step of the solver.
 
     Returns:
         [B, C, H, W] at timetable[0].

@@ -63,10 +63,10 @@ def variational_bound(
         process: tells the prior.
         timetable: falling levels of which the last is clean data.
         noise: streams of B pictures.
-        variance: of the steps, as in `solvers.DDPM`. A learned one is also that of L_0, where the
+        variance: variance of the steps, as in `solvers.DDPM`. A learned one is also that of L_0, where the
             posterior's, which is 0, is replaced by that of the step before, as in the code of
             Nichol & Dhariwal 2021; a fixed one is the kernel's there.
-        bin_width: of discrete data (2 / 255 for bytes in [-1, 1]), as in eq. 13; None for
+        bin_width: bin width of discrete data (2 / 255 for bytes in [-1, 1]), as in eq. 13; None for
             continuous data, whose bits may be negative.
 
     Raises:
@@ -166,8 +166,8 @@ def flow_bits(
         x0: [B, C, H, W].
         process: the forward process.
         noise: streams of B pictures, for the probes.
-        probes: of the divergence, averaged.
-        steps: of the integration, 4 evaluations each.
+        probes: random probes of the divergence, averaged.
+        steps: steps of the integration, 4 evaluations each.
 
     Returns:
         [B] bits per dimension of continuous data; may be negative.

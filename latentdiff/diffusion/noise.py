@@ -59,7 +59,7 @@ class NoiseStreams:
         """The next standard normal noise of every picture.
 
         Args:
-            shape: of one picture, [C, H, W].
+            shape: shape of one picture, [C, H, W].
 
         Returns:
             [B, C, H, W] float32 on the CPU.

@@ -32,7 +32,7 @@ def to_x0(
     """x_0 as the network's output implies it.
 
     Args:
-        prediction: what `output` is.
+        prediction: the prediction type of `output`.
         output: [B, C, H, W].
         x_t: [B, C, H, W], not scaled for the network.
         alpha: scale of the data in x_t.

@@ -26,7 +26,7 @@ class NoiseLevel:
     """One place on the forward process, in float64 Python numbers.
 
     Attributes:
-        t: what the network's time embedding is told.
+        t: the time that the network's embedding gets.
         alpha: scale of the data in x_t.
         sigma: standard deviation of the noise in x_t.
     """

@@ -29,7 +29,7 @@ class Move:
     """One move of a run, made.
 
     Attributes:
-        index: of the move.
+        index: index of the move.
         level: the level reached.
         x: [B, C, H, W] there.
     """

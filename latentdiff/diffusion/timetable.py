@@ -41,7 +41,7 @@ def create(name: str, process: Process, steps: int, *, steps_offset: int = 0) ->
     Args:
         name: one of `names()`.
         process: the process the run goes back along.
-        steps: how many steps, >= 1.
+        steps: number of steps, >= 1.
         steps_offset: added to the times of "leading" on a discrete process (1 in Stable
             Diffusion 1 and 2), as far as the schedule reaches.
 

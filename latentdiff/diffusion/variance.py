@@ -37,7 +37,7 @@ def gaussian_kl(log_std: Coefficient, other: Coefficient, distance: Tensor) -> T
     Args:
         log_std: ln of the one's standard deviation.
         other: ln of the other's; both floats, or broadcast against distance.
-        distance: of their means, [B, C, H, W].
+        distance: difference of their means, [B, C, H, W].
     """
     apart = torch.as_tensor(other - log_std, dtype=distance.dtype, device=distance.device)
     scaled = distance * torch.as_tensor(-other, dtype=distance.dtype, device=distance.device).exp()

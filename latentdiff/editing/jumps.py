@@ -11,7 +11,7 @@ def jump_schedule(steps: int, jump_length: int, resamples: int, start: float = 1
 
     Args:
         steps: t_T, how many times the run has: steps - 1 .. 0, and -1 for clean data.
-        jump_length: how many times a jump goes back up.
+        jump_length: number of levels that a jump goes back up.
         resamples: how often the times below a jump's top are gone through.
         start: jumps go no higher than this part of the run.
 

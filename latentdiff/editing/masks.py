@@ -149,7 +149,7 @@ def composite(
         x: [B, C, H, W] at `level`.
         image: clean, [1 or B, C, H, W].
         mask: [1 or B, 1 or C, H, W] in [0, 1], 1 where x stays.
-        level: of x.
+        level: the noise level of x.
         noise: streams of B pictures. A picture of which nothing is known draws none.
     """
     held = (mask != 1).flatten(1).any(1).expand(len(x)).nonzero().flatten()

@@ -22,11 +22,11 @@ class RunContext:
     """One run, as the pipeline shows it to an edit.
 
     Attributes:
-        height: of the pictures, before they are padded to a multiple of the autoencoder's factor.
+        height: height of the pictures, before they are padded to a multiple of the autoencoder's factor.
         width: likewise.
         autoencoder: takes pictures in and out.
-        prompts: of each of the B pictures; "" of one that ready-made states stand for.
-        process: of the model that draws; None outside a pipeline.
+        prompts: the prompt of each of the B pictures; "" where ready-made states were given.
+        process: the model's process; None outside a pipeline.
     """
 
     height: int

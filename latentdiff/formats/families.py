@@ -59,7 +59,7 @@ class Opened:
 
     Attributes:
         nouns: around modules without memory.
-        weights: of each module.
+        weights: the weights of each module.
         schedule: its `scheduler_config.json`.
         schedule_name: where that is, for messages.
     """

@@ -68,7 +68,7 @@ def download(name: str, patterns: list[str]) -> Path:
 
     Args:
         name: on the hub, as "owner/name".
-        patterns: of the files; none that could run code.
+        patterns: patterns of the files to fetch; none that could run code.
 
     Raises:
         UserError: it is not to be had.

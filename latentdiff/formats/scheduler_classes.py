@@ -77,7 +77,7 @@ def write(name: str, *, flow: bool = False) -> dict[str, object]:
     """The keys of a `scheduler_config.json` that mean this solver; process and times have theirs.
 
     Args:
-        name: of one of our solvers.
+        name: the name of one of our solvers.
         flow: for a model of rectified flow.
 
     Raises:

@@ -67,10 +67,10 @@ class Steps:
     """The timetable that a model's makers meant it to be sampled with.
 
     Attributes:
-        spacing: of the times.
+        spacing: spacing of the times.
         steps_offset: added to the times of "leading".
         to_clean: whether the last step goes to clean data, or only to the first time's noise.
-        family: whose reading of `spacing`.
+        family: the family of diffusers schedulers whose reading of `spacing` applies.
         teacher_steps: of a model distilled for few steps (LCM, TCD), how many its teacher made:
             its times are evenly chosen among the teacher's.
     """

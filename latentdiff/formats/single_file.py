@@ -48,7 +48,7 @@ class PartFiles(WeightFiles):
 
     Args:
         file: the checkpoint.
-        prefixes: of the part's names; others are left alone.
+        prefixes: prefixes of the part's names; other names are left alone.
         table: from the names of diffusers to those behind the prefix.
 
     Raises:

@@ -91,7 +91,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     One file or a sharded index; of several precisions the full one.
 
     Args:
-        folder: of the network.
+        folder: the folder of the network.
         stem: "model" for transformers, "diffusion_pytorch_model" for diffusers.
 
     Raises:
@@ -231,9 +231,9 @@ def build(make: Callable[[], Network], name: str, files: WeightFiles, layers: in
 
     Args:
         make: builds the network.
-        name: of its config file, for messages.
+        name: the name of its config file, for messages.
         files: its weights.
-        layers: how many layers the config asks for, at least.
+        layers: a lower bound of the layers that the config asks for.
 
     Raises:
         UserError: the config describes no network, or one that is not in the files.

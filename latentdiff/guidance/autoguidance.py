@@ -42,7 +42,7 @@ class Autoguidance:
     acts on what the other guidance of the run gives; with guidance_scale=1 it is the only one.
 
     Attributes:
-        weak: of the same latents and process as the model that draws, on its device.
+        weak: a weaker model with the latents and process of the one that draws, on its device.
         scale: strength; 1 is off, about 2 their choice.
         denoise: the weak model under the prompts of a run; the pipeline puts it there.
 

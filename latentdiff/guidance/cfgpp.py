@@ -30,7 +30,7 @@ def cfg_plus_plus(
         denoise: the denoiser to guide.
         positive: what the pictures shall show, for B pictures.
         negative: what they shall not, or the empty condition.
-        timetable: of the run.
+        timetable: the timetable of the run.
         strength: their lambda, in 0..1. (It is no scale: 0 is the negative condition alone.)
 
     Raises:

@@ -57,8 +57,8 @@ class ClassifierGuide:
     """Classifier guidance: Dhariwal & Nichol 2021; see `from_classifier`.
 
     Attributes:
-        classifier: of noised latents of the model that draws; on its device.
-        label: of all pictures, or one for each.
+        classifier: a classifier of the model's noised latents, on its device.
+        label: one label for all pictures, or one for each.
         scale: strength; 0 is off, 1 the classifier's own say.
     """
 

@@ -37,8 +37,8 @@ class Clip:
 
     Attributes:
         model: frozen, in evaluation mode.
-        tokenizer: of its text tower.
-        mean: of RGB pictures in [0, 1].
+        tokenizer: the tokenizer of its text tower.
+        mean: mean of RGB pictures in [0, 1].
         std: likewise.
     """
 

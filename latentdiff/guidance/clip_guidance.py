@@ -29,7 +29,7 @@ class ClipGuide:
         scale: strength; 0 is off.
         text: what the pictures shall show; None for their prompts.
         through: True for a gradient through the network, too: about twice the cost.
-        interval: of sigma / alpha, above the first and up to the second.
+        interval: range of sigma / alpha, above the first and up to the second.
         score: of an estimate; the pipeline puts it there.
     """
 

@@ -49,7 +49,7 @@ def resolve(edits: Sequence[Edit | str], device: torch.device) -> list[Edit]:
 
     Args:
         edits: values or text.
-        device: where to load what is loaded.
+        device: device for the models that are loaded.
 
     Raises:
         UserError: a text has an unknown name, no number, or a folder that does not load.

@@ -62,13 +62,13 @@ def create(
         denoise: the denoiser to guide.
         positive: what the pictures shall show, for B pictures.
         negative: what they shall not, or the empty condition; None where the scale is 1.
-        timetable: of the run.
+        timetable: the timetable of the run.
         scale: strength.
-        rescale: of "cfg" alone.
+        rescale: for "cfg" alone.
         interval: guide only where low < sigma / alpha <= high; elsewhere the positive condition
             alone is evaluated.
         blind: the negative condition without its picture; None where image_scale is 1.
-        image_scale: of "cfg" alone.
+        image_scale: for "cfg" alone.
 
     Raises:
         UserError: unknown name, or what the method itself refuses.

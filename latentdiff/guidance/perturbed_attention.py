@@ -30,7 +30,7 @@ def perturbed(
 
     Args:
         denoise: the network's own; the guidance goes around what is returned.
-        number: of the network's perturbation, from 1.
+        number: number of the network's perturbation, from 1.
         scale: strength.
         interval: only where low < sigma / alpha <= high.
 
@@ -74,7 +74,7 @@ class PAG:
     Attributes:
         scale: strength; 0 is off, 3 their choice.
         layers: prefixes of the names of the layers to spoil.
-        interval: of sigma / alpha, above the first and up to the second.
+        interval: range of sigma / alpha, above the first and up to the second.
     """
 
     scale: float = 3.0
@@ -99,7 +99,7 @@ class SEG:
         scale: strength; 0 is off, 3 their choice.
         blur: standard deviation of the blur of the queries, in places of the layer's grid.
         layers: prefixes of the names of the layers to spoil.
-        interval: of sigma / alpha, above the first and up to the second.
+        interval: range of sigma / alpha, above the first and up to the second.
 
     Raises:
         UserError: a blur that is not above 0.

@@ -38,7 +38,7 @@ class DynamicThresholding:
     """Clip and rescale each picture's estimate: see `thresholded`.
 
     Attributes:
-        quantile: of |x_0| in a picture, 0..1.
+        quantile: quantile of |x_0| in a picture, 0..1.
         at_least: the bound below which nothing is clipped. Standard latents reach 3 or 4.
 
     Raises:

@@ -18,7 +18,7 @@ class BucketOrder:
     step. With one bucket it is that order.
 
     Args:
-        buckets: of each sample.
+        buckets: the bucket of each sample.
         weights: probabilities of the samples [N], or None for all alike.
     """
 

@@ -17,7 +17,7 @@ class Captions:
     """Tokens of every caption, made once, and the choice among them: f(seed, step, place).
 
     Args:
-        captions: of each sample.
+        captions: the captions of each sample.
         dropout: probability of the empty caption instead, for classifier-free guidance (Ho &
             Salimans 2022, algorithm 1); one for all, or of each sample.
     """

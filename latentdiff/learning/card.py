@@ -54,7 +54,7 @@ def write_card(outcome: Outcome, config: RunConfig) -> Path:
     """README.md in the folder, and the newest grid of samples beside it.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the files cannot be written.
     """
     grids = sorted((config.out / "pictures").glob("samples-*.png"))
     if grids:

@@ -32,7 +32,7 @@ def save_checkpoint(
 
     Args:
         state: JSON-able values (counters, the seed); the step is added.
-        keep: how many newest checkpoints stay, at least two.
+        keep: number of newest checkpoints to keep, at least two.
     """
     target = root / f"step-{step:08d}"
     try:

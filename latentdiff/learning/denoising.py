@@ -74,7 +74,7 @@ class NoisedBatch:
     Attributes:
         x: x_t as the network sees it [B, C, h, w].
         t: times [B], float32.
-        target: what it should say [B, C, h, w].
+        target: the target of its output [B, C, h, w].
         weights: per picture [B].
     """
 
@@ -156,10 +156,10 @@ def bound_terms(
 
     Args:
         process: a discrete one.
-        prediction: what the first half of the output is.
-        output: of the network, [B, 2C, h, w]; the second half is v.
+        prediction: the prediction type of the first half of the output.
+        output: output of the network, [B, 2C, h, w]; the second half is v.
         latents: x_0, [B, C, h, w].
-        noise: as x_t was made with, [B, C, h, w].
+        noise: the noise in x_t, [B, C, h, w].
         t: whole times [B], float64.
 
     Returns:

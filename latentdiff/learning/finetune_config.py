@@ -136,7 +136,7 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
     """Nested values with the defaults of their method filled in, checked as a whole.
 
     Args:
-        source: where the values are from, for messages.
+        source: origin of the values, for messages.
 
     Raises:
         UserError: an unknown key, an unfit value, or settings that do not go together.

@@ -25,7 +25,7 @@ class Objective(Protocol[Item]):
 
     Attributes:
         trained: the networks that learn, the main one first.
-        order: which samples make up a step.
+        order: the order of the samples.
         told: the term that the progress bar tells.
     """
 

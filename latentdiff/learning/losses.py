@@ -88,7 +88,7 @@ def contrastive(pictures: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
 
     Args:
         pictures, texts: unit vectors [B, D] of pairs; the others of the batch are the wrong ones.
-        temperature: what a cosine is multiplied by, a scalar.
+        temperature: factor of the cosines, a scalar.
 
     Returns:
         The mean cross-entropy of both directions, a scalar.

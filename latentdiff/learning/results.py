@@ -20,7 +20,7 @@ def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Exam
     """Write it into `config.out` with its card, and push it if that was asked for.
 
     Args:
-        pictures: what it learned from.
+        pictures: the pictures it was trained on.
 
     Returns:
         Lines that say what it is and how to use it.

@@ -30,10 +30,10 @@ class Samples:
     Attributes:
         contents: sha256 of each example's file.
         buckets: height and width in pixels that each example is trained at.
-        moments: of each example [V, 2C, h, w], mean and std of its raw latents in V variants.
-        shares: how often each is drawn, relative to the others [N].
-        weights: of each one's loss [N].
-        count: of the pictures to learn from; those of the model's own come after them.
+        moments: for each example [V, 2C, h, w], mean and std of its raw latents in V variants.
+        shares: sampling weight of each, relative to the others [N].
+        weights: weight of the loss of each [N].
+        count: number of pictures to learn; the prior pictures come after them.
     """
 
     examples: list[Example]

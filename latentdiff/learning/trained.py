@@ -34,7 +34,7 @@ class Trained:
     """A network that learns, with its optimizer and the average of its weights.
 
     Args:
-        name: of its file in a checkpoint.
+        name: name of its file in a checkpoint.
         module: the network; those of its parameters learn that require gradients.
         optim: the learning rate and its curve, the clipping and the average of this network.
         make_optimizer: makes the optimizer of these parameters; by default AdamW as `optim` says.
@@ -43,7 +43,7 @@ class Trained:
 
     Attributes:
         network: what the loss calls: `called`, or the module, as Accelerate prepared it.
-        parameters: those that learn, once prepared.
+        parameters: the trained parameters, once prepared.
         ema: their average, once prepared.
     """
 
@@ -87,7 +87,7 @@ class Trained:
         """Put saved weights back, before the network is prepared.
 
         Raises:
-            ValueError: they are not those of this network.
+            ValueError: the tensors are not those of this network.
         """
         differ = self.module.load_state_dict(weights, strict=False)
         lost = set(differ.missing_keys) & self.weights().keys()

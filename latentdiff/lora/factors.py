@@ -41,7 +41,7 @@ class Lora:
     Attributes:
         unet: factors by module of the U-Net.
         text_encoder: factors by module of the text encoder.
-        metadata: what the file says of itself.
+        metadata: the metadata in the file's header.
     """
 
     unet: Mapping[str, Factors] = field(default_factory=dict)

@@ -187,7 +187,7 @@ def save_lora(
     A file that `load_lora` takes for a LoRA, by the names of its tensors, is replaced.
 
     Args:
-        lora: what `lora_of` or `load_lora` gave.
+        lora: the result of `lora_of` or `load_lora`.
         path: the file to be. `StableDiffusionPipeline.load_lora_weights` looks in a folder for
             `pytorch_lora_weights.safetensors`.
         layout: "diffusers" (peft's names), or "kohya", for A1111 and ComfyUI.

@@ -64,14 +64,14 @@ def add_lora(
 
     Args:
         bundle: the model; its networks are changed in place.
-        rank: of every factor.
+        rank: rank of every factor.
         alpha: its strength is alpha / rank; None: the rank.
         targets: a name of `TARGETS`, or ends of the names of the U-Net's layers.
         text_encoder: whether attention in the text encoder, a CLIP model, gets one as well.
-        dropout: of its inputs, while the networks are in training mode; drawn from torch's global
+        dropout: dropout of its inputs, while the networks are in training mode; drawn from torch's global
             random state, as all of torch's dropout is.
-        seed: of the values to begin with.
-        name: by which it is known in the model.
+        seed: seed of the initial values.
+        name: name of the LoRA in the model.
 
     Returns:
         Its parameters in float32, the only ones of those networks that require gradients.
@@ -138,8 +138,8 @@ def attach_lora(bundle: Bundle, lora: Lora, name: str, scale: float = 1.0) -> No
 
     Args:
         bundle: the model.
-        lora: what `load_lora` read for this model.
-        name: by which it is known in the model; letters, digits, _ and -.
+        lora: a LoRA that `load_lora` read for this model.
+        name: name of the LoRA in the model; letters, digits, _ and -.
         scale: its strength; 0 is off, below 0 is away from it.
 
     Raises:
@@ -281,7 +281,7 @@ def fused(bundle: Bundle) -> Bundle:
     """A new model, with the LoRAs that are in this one added to its weights at their scales.
 
     Raises:
-        UserError: there are none, or the sum is not finite.
+        UserError: no LoRA is attached, or the sum is not finite.
     """
     if not lora_names(bundle):
         raise UserError("there is no LoRA in this model to fuse.")

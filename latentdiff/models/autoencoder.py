@@ -80,7 +80,7 @@ class DiffusersAutoencoder:
     """A KL or VQ autoencoder of diffusers.
 
     Attributes:
-        module: of RGB pictures.
+        module: an autoencoder of RGB pictures.
 
     Raises:
         UserError: it is not of RGB pictures, or its config's scale makes no sense.

@@ -16,8 +16,8 @@ class Encoded:
     """Prompts, encoded.
 
     Attributes:
-        condition: of the B prompts.
-        cut: of each prompt, the part beyond the window; "" if all of it fits.
+        condition: the condition of the B prompts.
+        cut: for each prompt, the part beyond the token window; "" if all of it fits.
     """
 
     condition: Condition

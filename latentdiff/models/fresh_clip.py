@@ -20,13 +20,13 @@ def build_clip(
     """A fresh CLIP (Radford et al. 2021) whose towers and common space are `width` wide.
 
     Args:
-        tokenizer: of the texts.
+        tokenizer: tokenizer of the texts.
         image_size: side of the pictures in pixels.
         patch: side of a patch in pixels.
-        width: of both towers.
-        layers: of the image tower.
-        text_layers: of the text tower.
-        heads: of both.
+        width: width of both towers.
+        layers: number of layers of the image tower.
+        text_layers: number of layers of the text tower.
+        heads: attention heads of both.
     """
     text = build_text_encoder(tokenizer, width, text_layers, heads).config
     vision = CLIPVisionConfig(

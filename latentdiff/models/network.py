@@ -106,7 +106,7 @@ class DiffusersUNet:
     """A U-Net of diffusers with cross-attention, as Stable Diffusion 1 and 2 have it.
 
     Attributes:
-        module: of diffusers.
+        module: a network of diffusers.
         channels: C of the latents; the module may take C, 2C + 1 (inpainting: a mask and the masked
             picture's latents) or 2C (InstructPix2Pix), and give C or 2C.
 

@@ -49,7 +49,7 @@ class BlurredQueries:
     """Queries blurred over the grid: Hong 2024 (SEG), sec. 4.2, whose code this follows.
 
     Attributes:
-        sigma: of the Gaussian, in places of the layer's own grid; infinite for the mean query.
+        sigma: standard deviation of the Gaussian, in pixels of the layer's grid; infinite for the mean query.
     """
 
     sigma: float = math.inf

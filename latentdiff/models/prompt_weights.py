@@ -95,7 +95,7 @@ def token_weights(
 
     Args:
         pieces: (text, weight) pairs, as of `parse_weights`.
-        spans: of each token, its characters [start, end) in the joined text.
+        spans: for each token, its characters [start, end) in the joined text.
     """
     characters = [(letter, weight) for text, weight in pieces for letter in text]
     weights: list[float] = []

@@ -29,7 +29,7 @@ class Tokens:
     Attributes:
         ids: [B, L] int64 on the CPU, padded.
         mask: [B, L] bool, True where a token is not padding.
-        cut: of each prompt, the part beyond the window; "" if all of it fits.
+        cut: for each prompt, the part beyond the token window; "" if all of it fits.
     """
 
     ids: Tensor

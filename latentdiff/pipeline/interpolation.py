@@ -30,7 +30,7 @@ def between_pictures(
         a, b: pictures of one size.
         weights: one for each picture to draw; 0 is a, 1 is b.
         prompt: what both show.
-        num_inference_steps: of each inversion and of the run.
+        num_inference_steps: steps of each inversion and of the run.
 
     Returns:
         [N, 3, H, W] in [0, 1].
@@ -80,10 +80,10 @@ def between_prompts(
         pipe: the model.
         a, b: the prompts.
         weights: one for each picture to draw; 0 is a, 1 is b.
-        num_inference_steps: of the run.
+        num_inference_steps: steps of the run.
         guidance_scale: 1 is off.
         solver: None is the model's own.
-        seed: of the noise, the same for all.
+        seed: seed of the noise, the same for all.
 
     Returns:
         [N, 3, H, W] in [0, 1].

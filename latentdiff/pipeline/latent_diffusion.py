@@ -99,7 +99,7 @@ class LatentDiffusionPipeline:
         """A new model with the LoRAs in its weights, to draw with or to `save`; this one stays.
 
         Raises:
-            UserError: there are none.
+            UserError: no LoRA is attached.
         """
         return lora.fused(self.bundle)
 
@@ -165,7 +165,7 @@ class LatentDiffusionPipeline:
             timetable: a name of `timetable.names()`, levels from noise to data, or None: the
                 timetable the model was made for.
             num_images_per_prompt: number of pictures of each prompt; they follow one another.
-            seed: of the noise; picture i of a seed is the same in every batch. A sequence names a
+            seed: seed of the noise; picture i of a seed is the same in every batch. A sequence names a
                 seed for each picture. None takes a random one, which the output tells.
             first: index of the first picture within its seed.
             generator: where the seed is drawn from, instead of `seed`.

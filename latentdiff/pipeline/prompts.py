@@ -92,7 +92,7 @@ def encode_prompts(
     """Encode every different text once, all in one batch.
 
     Args:
-        conditioner: of the model.
+        conditioner: the conditioner of the model.
         rows: lists of P texts: the prompts, perhaps their negatives, further ones.
         per_prompt: number of pictures of each prompt; they follow one another.
         size: height and width of the pictures.

@@ -43,7 +43,7 @@ class Run:
     Attributes:
         denoise: guided.
         solver: makes the steps.
-        levels: that the run visits, jumps of edits included.
+        levels: the levels that the run visits, jumps of edits included.
         latents: [B, C, h, w] as they are now; another tensor may be put there between two steps.
         noise: the streams of B pictures.
         edits: bound to this run.

@@ -34,8 +34,8 @@ def lagrange_weights(nodes: list[float], places: Floats, weights: Floats) -> lis
 
     Args:
         nodes: k different places.
-        places: where to evaluate the polynomials.
-        weights: of these places.
+        places: points at which the polynomials are evaluated.
+        weights: quadrature weights of these points.
 
     Returns:
         k numbers; their sum is that of the weights.
@@ -63,7 +63,7 @@ def lagrange_integrals(
         levels: the nodes.
         here: start, with some signal.
         there: end, with some noise unless the variable is "rho".
-        variable: of the polynomials.
+        variable: variable of the polynomials.
         process: tells t between levels, for "t".
     """
     if variable == "rho":
@@ -88,7 +88,7 @@ class DEIS:
 
     Args:
         order: number of levels interpolated.
-        variable: of the polynomial. "t": tAB-DEIS; "rho": rhoAB-DEIS, which is the linear
+        variable: variable of the polynomial. "t": tAB-DEIS; "rho": rhoAB-DEIS, which is the linear
             multistep method of k-diffusion; "log-rho": that of diffusers, smoothest of all. All
             but "rho" end with a first-order step to clean data.
         process: tells t between levels; needed for "t" alone.

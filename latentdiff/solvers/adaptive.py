@@ -104,9 +104,9 @@ class Adaptive:
     the first step out of pure noise.
 
     Args:
-        pair: how a step is made.
-        controller: how long it is.
-        process: where the levels lie.
+        pair: the embedded pair that makes a step.
+        controller: the controller of the step size.
+        process: the process that the levels belong to.
         first: length of the first step in the variable of the pair.
         eta: 1 if the pair draws noise, for the step out of pure noise.
     """

@@ -14,7 +14,7 @@ class Churn:
     """Karras et al. 2022 (EDM), algorithm 2, lines 4-6, with sigma read as sigma / alpha.
 
     Args:
-        process: where the raised level lies; no level is raised beyond its noisiest.
+        process: the process of the raised level; no level is raised beyond its noisiest.
         s_churn: amount of noise over the whole run.
         steps: number of steps of the run.
         s_min: sigma / alpha below which nothing is added.

@@ -82,7 +82,7 @@ class TCD:
     there by the forward kernel.
 
     Args:
-        process: where that level lies.
+        process: the process of that level.
         gamma: amount of noise: 0 is DDIM, 1 multistep consistency sampling.
 
     Raises:

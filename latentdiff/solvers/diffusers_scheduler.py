@@ -36,10 +36,10 @@ class DiffusersScheduler:
     streams. After a jump back a new copy begins at the level reached.
 
     Args:
-        scheduler: of diffusers, asking once or twice a step. (Not PNDM, which asks four times:
+        scheduler: a diffusers scheduler with one or two calls a step. (Not PNDM, which asks four times:
             take "pndm" or "plms".)
         process: what its betas, or its flow, are; see `latentdiff.bundle`.
-        steps: of the run.
+        steps: number of steps of the run.
 
     Raises:
         UserError: an object of another kind.

@@ -21,7 +21,7 @@ class DPM2:
     first order.
 
     Args:
-        process: where the middle lies.
+        process: the process of the level in the middle.
         eta: share of the posterior's standard deviation that is drawn anew at each step.
 
     Raises:
@@ -73,7 +73,7 @@ class DPMSolver3:
     order.
 
     Args:
-        process: where the two inner levels lie.
+        process: the process of the two inner levels.
     """
 
     process: Process

@@ -34,7 +34,7 @@ class DPMpp2S:
     of first order.
 
     Args:
-        process: where the middle lies.
+        process: the process of the level in the middle.
         eta: amount of noise; see the module.
 
     Raises:

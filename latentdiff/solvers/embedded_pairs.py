@@ -43,7 +43,7 @@ class DormandPrince:
     dy/dw = (x_0 - alpha x / r^2) r / sigma: finite from pure noise on.
 
     Args:
-        process: where the levels lie.
+        process: the process of the levels.
     """
 
     process: Process
@@ -92,7 +92,7 @@ class DPMSolver23:
     """DPM-Solver-3 with DPM-Solver-2 inside: Lu et al. 2022, appendix C. Three evaluations.
 
     Args:
-        process: where the levels lie.
+        process: the process of the levels.
     """
 
     process: Process
@@ -135,7 +135,7 @@ class ImprovedEulerMaruyama:
     size at its end, and their mean, which is kept. A rejected step draws anew, as in the paper.
 
     Args:
-        process: where the levels lie.
+        process: the process of the levels.
     """
 
     process: Process

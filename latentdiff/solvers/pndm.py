@@ -115,7 +115,7 @@ class PNDM:
     sigma / alpha is 20,000) rounding alone grows to the size of x. There take another solver.
 
     Args:
-        process: where the half steps lie, even in t.
+        process: the process of the half steps, which are even in t.
     """
 
     process: Process

@@ -190,7 +190,7 @@ def choose_splits(real: RealPictures, asked: list[str] | None) -> list[str]:
     """Choose the splits: those asked for, or all of `ALL_SPLITS` that have pictures.
 
     Raises:
-        UserError: a split that was asked for has no pictures, or "train" has none without a skin tone.
+        UserError: a split that was asked for has no pictures, or "train" none without a skin tone.
     """
     there = {str(e.fields["split"]) for e in real.examples if str(e.fields["style"]) in real.styles}
     told = f"of the styles {', '.join(sorted(real.styles))} there are {sorted(there)}"

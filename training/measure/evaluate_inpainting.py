@@ -62,7 +62,7 @@ class Case:
     """One picture with a hole, encoded without what is in it.
 
     Attributes:
-        kind: of the hole.
+        kind: the kind of hole.
         latents: [1, C, h, w].
         mask: [1, 1, h, w], 1 where to paint.
         finish: pastes the known pixels back.
