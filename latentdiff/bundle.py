@@ -101,7 +101,7 @@ class Bundle:
             where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x or
                 2.x as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
                 bundled model.
-            dtype: dtype of the networks. "auto" is bfloat16 (or float16) on CUDA and float32 elsewhere.
+            dtype: precision of the networks. "auto" is bfloat16 (or float16) on CUDA, else float32.
             device: "auto" is CUDA where there is one.
             attention: see `latentdiff.models.attention.set_attention`.
 
@@ -265,5 +265,5 @@ def _dtype(dtype: Precision | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _steady(dtype: torch.dtype) -> torch.dtype:
-    """For autoencoders and T5, whose activations overflow float16: float32 there."""
+    """Replace float16 by float32 for autoencoders and T5, whose activations overflow it."""
     return torch.float32 if dtype == torch.float16 else dtype

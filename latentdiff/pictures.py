@@ -233,7 +233,7 @@ def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    """At most one byte more than `max_bytes`."""
+    """Read a file, at most one byte more than `max_bytes`."""
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
         if regular:  # a pipe or device could block for ever

@@ -61,8 +61,12 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="The pictures.")] = None,
-    method: Annotated[Method | None, typer.Option(help="What is trained. Default: lora.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the pictures.")
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="Method of training. Default: lora.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id. Default: the bundled model.")
     ] = None,
@@ -86,18 +90,20 @@ def main(
         str | None, typer.Option(help="Faulty pictures: refuse or skip. Default: refuse.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a step, in all.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures per step, over all processes.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA's rank. Default: 16.")] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: the model's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all randomness. Default: 0.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness. Default: 0.")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the result at the end.")
     ] = None,
     inpaint: Annotated[
         bool, typer.Option("--inpaint", help="Make an inpainting model of it (not by LoRA).")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file of the same keys.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the same settings.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any key, as optim.lr=1e-4.")
     ] = None,

@@ -131,7 +131,7 @@ class LatentLabels(Guide):
         """The label of a picture.
 
         Raises:
-            UserError: it has none.
+            UserError: the picture has no label.
         """
         if not example.fields.get(self.field):
             raise UserError(f"{example.path}: it has no field '{self.field}' to be told by.")

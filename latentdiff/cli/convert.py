@@ -19,7 +19,7 @@ def convert(
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder to be, or a .safetensors file to be.")
+        Path, typer.Argument(metavar="OUT", help="A new folder, or a new .safetensors file.")
     ],
     lora: Annotated[
         list[str] | None,
@@ -28,7 +28,8 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        options.DtypeName, typer.Option(help="Of the weights in OUT; auto writes float32.")
+        options.DtypeName,
+        typer.Option(help="Precision of the weights in OUT; auto writes float32."),
     ] = "auto",
 ) -> None:
     """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111."""

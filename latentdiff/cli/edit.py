@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from latentdiff.diffusion.edits import Edit
     from latentdiff.pipeline import LatentDiffusionPipeline
 
-Number = Annotated[int, typer.Option("-n", "--number", min=1, max=64, help="How many to draw.")]
+Number = Annotated[int, typer.Option("-n", "--number", min=1, max=64, help="Number of pictures.")]
 Fit = Annotated[
-    bool, typer.Option("--fit", help="Make a larger picture as small as the model's own.")
+    bool, typer.Option("--fit", help="Shrink a larger picture to the model's own size.")
 ]
 
 
@@ -35,21 +35,23 @@ def edit(
         typer.Option(
             min=0,
             max=1,
-            help="How far to go: 0 keeps it, 1 ignores it. Default: 0.6; with an InstructPix2Pix "
-            "model, which sees it anyway, 1.",
+            help="Strength of the change: 0 keeps PICTURE, 1 ignores it. Default: 0.6; with an "
+            "InstructPix2Pix model, which sees PICTURE anyway, 1.",
         ),
     ] = None,
     image_guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="How closely an InstructPix2Pix model keeps to it; 1 is off. Default: 1.5."
+            help="How closely an InstructPix2Pix model keeps to PICTURE; 1 is off. Default: 1.5."
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=100, help="How often to do it.")] = 1,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of times to noise and redraw.")
+    ] = 1,
     mask: Annotated[
         str | None,
         typer.Option(
-            metavar="MASK", help="Change only this: FILE (white), box:x0,y0,x1,y1, alpha."
+            metavar="MASK", help="Change only this part: FILE (white), box:x0,y0,x1,y1, alpha."
         ),
     ] = None,
     number: Number = 1,
@@ -100,15 +102,16 @@ def inpaint(
         ),
     ] = "alpha",
     jump_length: Annotated[
-        int | None, typer.Option(min=1, help="Steps of a jump back. Default: 1/25 of the run.")
+        int | None,
+        typer.Option(min=1, help="Steps of a RePaint jump back. Default: 1/25 of the run."),
     ] = None,
     resamples: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=100,
-            help="How often each stretch is drawn; 1 is quick. Default: 10; with an inpainting "
-            "model, which sees the hole, the known part is not put back and nothing drawn again.",
+            help="RePaint's passes over each stretch; 1 is quick. Default: 10; an inpainting model, "
+            "which sees the hole itself, uses RePaint only if this or --jump-length is given.",
         ),
     ] = None,
     number: Number = 1,
@@ -149,15 +152,16 @@ def ilvr(
         int | None,
         typer.Option(
             min=1,
-            help="Finer detail than this is free. Default: 4 latents, or as many pixels as they "
-            "cover.",
+            help="Finest detail to hold: that of the picture shrunk by FACTOR. Default: 4 in latents, "
+            "or as many pixels as they cover.",
         ),
     ] = None,
     until: Annotated[
-        float, typer.Option(min=0, help="Let go where sigma / alpha is below this.")
+        float, typer.Option(min=0, help="Hold nothing where sigma / alpha is below this.")
     ] = 0.0,
     space: Annotated[
-        Literal["latents", "pixels"], typer.Option(help="What is held; pixels are slower.")
+        Literal["latents", "pixels"],
+        typer.Option(help="Space in which it is held; pixels are slower."),
     ] = "latents",
     number: Number = 1,
     grid: Grid = False,

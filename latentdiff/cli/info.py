@@ -59,7 +59,7 @@ def _part(network: "nn.Module") -> str:
 
 
 def _process(bundle: "Bundle") -> str:
-    """Its name where it is one of ours, else its kind; and how far it reaches."""
+    """Describe a process: its name if it is one of ours, else its kind; and its range."""
     from latentdiff.diffusion import process as processes
 
     own = bundle.process

@@ -14,14 +14,15 @@ from latentdiff.errors import UserError
 
 def interpolate(
     a: Annotated[str, typer.Argument(metavar="A", help="A picture file, or a prompt.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A second picture file or prompt.")],
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What both pictures show.")
+        str | None, typer.Option(metavar="TEXT", help="Prompt for both pictures.")
     ] = None,
     number: Annotated[
-        int, typer.Option("-n", "--number", min=2, max=64, help="How many, with A and B.")
+        int,
+        typer.Option("-n", "--number", min=2, max=64, help="Number of pictures, A and B included."),
     ] = 7,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, between prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise between prompts.")] = 0,
     out: options.Out = Path("outputs"),
     grid: options.Grid = False,
     steps: Annotated[

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")]
-Grid = Annotated[
-    bool, typer.Option("--grid", help="Also what was given and what came out, side by side.")
-]
+Grid = Annotated[bool, typer.Option("--grid", help="Also write inputs and results, side by side.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -35,13 +33,13 @@ Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE:SCALE", help="A LoRA to draw with; may be given again."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Dtype = Annotated[DtypeName, typer.Option(help="Of the networks.")]
+Dtype = Annotated[DtypeName, typer.Option(help="Precision of the networks.")]
 NoMetadata = Annotated[
-    bool, typer.Option("--no-metadata", help="Write nothing but pixels into the PNG files.")
+    bool, typer.Option("--no-metadata", help="Leave model and settings out of the PNG files.")
 ]
-_LISTED = "Of those that `latentdiff solvers` lists. Default: the model's own."
+_LISTED = "One that `latentdiff solvers` lists. Default: the model's own."
 
 
 @dataclass(frozen=True)
@@ -49,45 +47,44 @@ class RunOptions:
     """The options of every command that draws from a prompt; `with_run_options` expands them."""
 
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the noise. Default: random, and printed.")
+        int | None, typer.Option(min=0, help="Seed of the noise. Default: random, and printed.")
     ] = None
     first: Annotated[
         int,
-        typer.Option(min=0, help="Begin with this picture of the seed: the index in a PNG's text."),
+        typer.Option(min=0, help="Index of the first picture of the seed, as in a PNG's text."),
     ] = 0
     out: Out = Path("outputs")
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the solver.")] = 20
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Number of steps.")] = 20
     guidance: Annotated[
-        str, typer.Option(metavar="NAME", help="cfg, apg or cfg++ (its scale is 0 .. 1).")
+        str, typer.Option(metavar="NAME", help="cfg, apg or cfg++ (with a scale of 0 .. 1).")
     ] = "cfg"
-    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 4.0
+    guidance_scale: Annotated[float, typer.Option(help="Scale of --guidance; 1 is off.")] = 4.0
     rescale: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of guidance's contrast to take back.")
+        float,
+        typer.Option(min=0, max=1, help="Guidance rescale (phi): 0 is off, 1 restores contrast."),
     ] = 0.0
     interval: Annotated[
         str | None,
         typer.Option(
-            metavar="LOW,HIGH", help="Guide only where sigma / alpha lies between, as 0.3,5."
+            metavar="LOW,HIGH", help="Guide only where sigma / alpha is in this range, as 0.3,5."
         ),
     ] = None
     guide: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME:SCALE",
-            help="Beside it: pag:3, seg:3, threshold:0.995, autoguidance:SCALE:MODEL, "
+            help="Beside --guidance: pag:3, seg:3, threshold:0.995, autoguidance:SCALE:MODEL, "
             "clip:SCALE:FOLDER, classifier:SCALE:FOLDER:LABEL; may be repeated.",
         ),
     ] = None
-    negative: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to steer away from.")
-    ] = None
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt.")] = None
     also: Annotated[
         list[str] | None,
         typer.Option(
             "--also",
             metavar="TEXT:WEIGHT",
-            help="A further prompt and its weight beside PROMPT's 1, as 'a hat:0.7'; below 0 "
-            "steers away. May be given again.",
+            help="A further prompt and its weight, as 'a hat:0.7' (PROMPT has 1); below 0 steers "
+            "away. May be given again.",
         ),
     ] = None
     weights: Annotated[
@@ -107,10 +104,10 @@ class RunOptions:
     no_metadata: NoMetadata = False
 
     def check(self) -> None:
-        """Pass if names and settings make sense; before anything is loaded.
+        """Check the names and settings before anything is loaded.
 
         Raises:
-            UserError: one does not.
+            UserError: a name is unknown, or a setting makes no sense.
         """
         from latentdiff import solvers
         from latentdiff.diffusion import timetable as timetables
@@ -136,7 +133,7 @@ class RunOptions:
         """The two numbers of --interval.
 
         Raises:
-            UserError: they are not two numbers.
+            UserError: --interval is not two numbers.
         """
         if self.interval is None:
             return 0.0, math.inf

@@ -1,4 +1,4 @@
-"""From the names and keywords of Unicode CLDR to captions that a person would type."""
+"""Captions that a person would type, from the names and keywords of Unicode CLDR."""
 
 from collections.abc import Sequence
 

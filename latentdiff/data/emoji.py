@@ -236,7 +236,7 @@ class _Glyphs:
             ) from error
 
     def draw(self, text: str) -> Image.Image | None:
-        """On white, RGB; None if the font does not have it as one picture."""
+        """Draw a glyph on white, RGB; None if the font does not have it as one picture."""
         left, top, right, bottom = self.font.getbbox(text)
         if right <= left or bottom <= top or self.font.getlength(text) > _ONE_WIDE:
             return None

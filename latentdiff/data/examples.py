@@ -38,7 +38,7 @@ class Example:
 
     @property
     def name(self) -> str:
-        """For messages: the file, or the shard and the member."""
+        """Name for messages: the file, or the shard and the member."""
         return str(self.path if self.span is None else f"{self.path}, {self.fields['file_name']}")
 
     def read(self) -> bytes:
@@ -109,7 +109,7 @@ def _is_strings(value: object) -> bool:
 
 
 def parse_json(text: str | bytes) -> object:
-    """JSON that nobody vouches for.
+    """Parse untrusted JSON.
 
     Raises:
         ValueError: the text is no JSON, is nested too deep, or has a number of thousands of digits.

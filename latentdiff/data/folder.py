@@ -172,7 +172,7 @@ def _duplicates(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def _is_inside(path: Path, folder: str) -> bool:
-    """With links followed: a downloaded folder must not reach what else is on this machine."""
+    """Tell, with links followed, if a path is inside: a folder must not reach other files."""
     return os.path.commonpath((folder, os.path.realpath(path))) == folder
 
 

@@ -45,7 +45,8 @@ def joined(conditions: Sequence[Condition]) -> Condition:
     some have a mask, the others get one that lets the network look everywhere.
 
     Raises:
-        UserError: the conditions do not have the same fields, or differ in more than the length of states.
+        UserError: the conditions do not have the same fields, or differ in more than the length
+            of the states.
     """
     if len(conditions) == 1:
         return conditions[0]

@@ -1,4 +1,4 @@
-"""From a picture back to the noise it comes from: a run of an ODE solver, taken backwards."""
+"""Inversion: from a picture back to its noise, by running an ODE solver backwards."""
 
 import math
 from itertools import pairwise
@@ -64,7 +64,7 @@ def invert(
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Between two noises, along the sphere: Shoemake 1985 (Animating Rotation), section 3.3.
+    """Interpolate two noises along the sphere: Shoemake 1985 (Animating Rotation), section 3.3.
 
     A straight line would pass through noise that is too small.
 

@@ -24,7 +24,7 @@ from latentdiff.pictures import Picture
 
 @dataclass(frozen=True, eq=False)
 class Inpaint(Hole):
-    """For inpainting models (2C + 1 input channels): the U-Net sees mask and masked picture.
+    """Image condition of inpainting models (2C + 1 input channels): mask and masked picture.
 
     Rombach et al. 2022 (LDM), section 4.5, as in Stable Diffusion's inpainting checkpoints. In the
     end the known pixels are the picture's own, bit for bit, and the seam lies in the hole. With
@@ -61,7 +61,7 @@ class Inpaint(Hole):
 
 @dataclass(frozen=True, eq=False)
 class Instruct:
-    """For InstructPix2Pix models (2C input channels): the prompt says what to change in a picture.
+    """Image condition of InstructPix2Pix models (2C input channels): the picture to change.
 
     Brooks et al. 2023 (InstructPix2Pix), section 3.2: the U-Net sees the picture, and guidance has
     a second scale for it, eq. 3 (`latentdiff.guidance.cfg`).

@@ -22,8 +22,8 @@ class RunContext:
     """One run, as the pipeline shows it to an edit.
 
     Attributes:
-        height: height of the pictures, before they are padded to a multiple of the autoencoder's factor.
-        width: likewise.
+        height: height before the pictures are padded to a multiple of the autoencoder's factor.
+        width: width before that padding.
         autoencoder: takes pictures in and out.
         prompts: the prompt of each of the B pictures; "" where ready-made states were given.
         process: the model's process; None outside a pipeline.

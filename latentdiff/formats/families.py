@@ -122,7 +122,7 @@ def family(name: str) -> Family:
     """The family of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: no family has this name.
     """
     check_name("model family", name, _FAMILIES)
     return cast(Family, import_module(_FAMILIES[name]))

@@ -71,7 +71,7 @@ def download(name: str, patterns: list[str]) -> Path:
         patterns: patterns of the files to fetch; none that could run code.
 
     Raises:
-        UserError: it is not to be had.
+        UserError: the repository, or one of the files, cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 

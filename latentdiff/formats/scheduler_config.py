@@ -91,7 +91,7 @@ class Steps:
         return levels if self.to_clean else [*levels[:-1], process.level(0.0)]
 
     def meaning(self) -> tuple[object, ...]:
-        """Equal for two that give the same timetables."""
+        """A key that is equal for two that give the same timetables."""
         if self.teacher_steps is not None:
             return self.teacher_steps, self.to_clean
         family = self.family if self.spacing in ("leading", "linspace") else None

@@ -210,7 +210,7 @@ def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, scr
     """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's from the hub.
 
     Raises:
-        UserError: it is nowhere to be had.
+        UserError: no tokenizer was found.
     """
     if tokenizer:
         for name in _TOKENIZER_FILES:

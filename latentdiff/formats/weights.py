@@ -181,7 +181,7 @@ class WeightFiles:
         """The one number in a tensor, of whatever type.
 
         Raises:
-            UserError: it holds more or fewer, or one that is not finite.
+            UserError: the tensor does not hold exactly one number, or it is not finite.
         """
         if math.prod(self.shapes[name]) != 1 or not math.isfinite(value := self._tensor(name)):
             raise UserError(f"{self._source[name][0]}: {name} is not one finite number.")

@@ -81,10 +81,10 @@ def classifier_free(
 
 
 def bounds(interval: tuple[float, float]) -> tuple[float, float]:
-    """The interval, if it is one.
+    """Check an interval of sigma / alpha, and return it.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not two numbers with 0 <= low <= high.
     """
     try:
         low, high = (float(end) for end in interval)

@@ -25,10 +25,10 @@ FORM = (
 
 
 def check_text(text: str) -> tuple[str, float, list[str]]:
-    """Name, number and further words of a guide, before anything is loaded.
+    """Parse a guide's text into its name, number and further words, before anything is loaded.
 
     Raises:
-        UserError: it does not read as one of `FORM`.
+        UserError: the text has none of the forms in `FORM`.
     """
     name, *given = text.split(":", 1)
     check_name("guide", name, _KINDS)

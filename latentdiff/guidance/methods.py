@@ -104,7 +104,7 @@ def check(
     interval: tuple[float, float] = ALWAYS,
     image_scale: float = 1.0,
 ) -> None:
-    """Pass if these settings of a guidance go together; before anything is loaded.
+    """Check before anything is loaded that these settings of a guidance go together.
 
     Raises:
         UserError: they do not; the line says which.

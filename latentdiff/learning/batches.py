@@ -1,4 +1,4 @@
-"""From a picture folder to the micro-batches of a step."""
+"""Loading of a picture folder into the micro-batches of a step."""
 
 import signal
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ CYCLE = 256  # steps over which every bucket gets its share
 
 
 class BucketOrder:
-    """Like `SampleOrder`, and every step's samples are of one bucket.
+    """Order of the samples like `SampleOrder`, with every step's samples from one bucket.
 
     In a cycle of steps a bucket stands floor or ceil of its expected number of times (systematic
     resampling); within it, samples follow a `SampleOrder` of their own, which goes on from step to

@@ -39,7 +39,7 @@ def min_snr_gamma(
     sampling begins with would never be learned (Lin et al. 2024, sec. 3.2, weigh uniformly).
 
     Raises:
-        UserError: it is not defined for what the model predicts.
+        UserError: the weighting is not defined for the prediction type of the model.
     """
     defined = prediction in ("eps", "x0", "v")
     if gamma == "auto":

@@ -26,7 +26,7 @@ def with_objective(bundle: Bundle, objective: FinetuneObjective) -> Bundle:
     """The model with another process or prediction, where the objective names one.
 
     Raises:
-        UserError: they do not go together.
+        UserError: the process and the prediction type do not go together.
     """
     process = processes.create(objective.process) if objective.process else bundle.process
     prediction = objective.prediction or bundle.prediction

@@ -74,7 +74,7 @@ def check_settings(config: RunConfig, before: object, start: int) -> str | None:
 
 
 def _same(one: object, other: object) -> bool:
-    """Equal, or two names of one file or folder."""
+    """Tell if two values are equal, or name the same file or folder."""
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
         return one == other
     try:

@@ -209,10 +209,10 @@ def save_lora(
 
 
 def _recognise(path: Path) -> None:
-    """Pass a file of which every tensor is a LoRA's, whatever its model.
+    """Check that every tensor of a file belongs to a LoRA, whatever its model.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is no LoRA.
     """
     names = WeightFiles([path]).shapes
     if not names:

@@ -68,8 +68,8 @@ def add_lora(
         alpha: its strength is alpha / rank; None: the rank.
         targets: a name of `TARGETS`, or ends of the names of the U-Net's layers.
         text_encoder: whether attention in the text encoder, a CLIP model, gets one as well.
-        dropout: dropout of its inputs, while the networks are in training mode; drawn from torch's global
-            random state, as all of torch's dropout is.
+        dropout: dropout of its inputs, while the networks are in training mode; drawn from
+            torch's global random state, as all of torch's dropout is.
         seed: seed of the initial values.
         name: name of the LoRA in the model.
 

@@ -27,7 +27,7 @@ class Perturbation(Protocol):
         ...
 
     def mix(self, attention: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Instead of softmax(q k) v: [B, h w, D] on a grid of that size -> [B, h w, D].
+        """Replace softmax(q k) v: [B, h w, D] on a grid of that size -> [B, h w, D].
 
         `attention` is one of diffusers, whose parts are typed as if they might be missing.
         """
@@ -36,7 +36,7 @@ class Perturbation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IdentityAttention:
-    """Each place looks at itself alone: Ahn et al. 2024 (PAG), eq. 10."""
+    """Identity attention, each place attending only to itself: Ahn et al. 2024 (PAG), eq. 10."""
 
     layers: tuple[str, ...] = MID
 
@@ -49,7 +49,8 @@ class BlurredQueries:
     """Queries blurred over the grid: Hong 2024 (SEG), sec. 4.2, whose code this follows.
 
     Attributes:
-        sigma: standard deviation of the Gaussian, in pixels of the layer's grid; infinite for the mean query.
+        sigma: standard deviation of the Gaussian, in pixels of the layer's grid; infinite for the
+            mean query.
     """
 
     sigma: float = math.inf

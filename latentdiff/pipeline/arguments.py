@@ -22,10 +22,10 @@ MAX_PIXELS = 2**28  # of all pictures of a call
 
 
 def whole(value: int, name: str, low: int, high: int) -> int:
-    """The whole number from `low` to `high` that was given.
+    """Check that an argument is a whole number from `low` to `high`, and return it.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     try:
         number = operator.index(value)
@@ -37,10 +37,10 @@ def whole(value: int, name: str, low: int, high: int) -> int:
 
 
 def finite(value: float, name: str) -> None:
-    """Pass if it is a finite number.
+    """Check that an argument is a finite number.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     try:
         passes = math.isfinite(value)
@@ -51,10 +51,10 @@ def finite(value: float, name: str) -> None:
 
 
 def listed(given: Sequence[object], name: str, example: str) -> None:
-    """Pass if it is a list, or another sequence that is no text.
+    """Check that an argument is a list, or another sequence that is no text.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise UserError(f"{name}: give a list, as [{example}], not {type(given).__name__}.")
@@ -77,10 +77,10 @@ def solver_of(given: str | Solver, bundle: Bundle) -> Solver:
 
 
 def check_levels(timetable: Timetable) -> None:
-    """Pass if it holds noise levels, and nothing else.
+    """Check that a timetable holds noise levels, and nothing else.
 
     Raises:
-        UserError: it does not.
+        UserError: it holds something else.
     """
     levels = timetable if isinstance(timetable, Sequence) else ()
     if not levels or not all(isinstance(level, NoiseLevel) for level in levels):

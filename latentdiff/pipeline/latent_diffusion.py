@@ -165,8 +165,8 @@ class LatentDiffusionPipeline:
             timetable: a name of `timetable.names()`, levels from noise to data, or None: the
                 timetable the model was made for.
             num_images_per_prompt: number of pictures of each prompt; they follow one another.
-            seed: seed of the noise; picture i of a seed is the same in every batch. A sequence names a
-                seed for each picture. None takes a random one, which the output tells.
+            seed: seed of the noise; picture i of a seed is the same in every batch. A sequence
+                names a seed for each picture. None takes a random one, which the output tells.
             first: index of the first picture within its seed.
             generator: where the seed is drawn from, instead of `seed`.
             latents: [B, C, height / factor, width / factor] standard noise to begin with.

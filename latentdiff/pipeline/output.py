@@ -18,8 +18,8 @@ class PipelineOutput:
         images: with output_type "pil" a list of RGB pictures; "pt" a tensor [B, 3, H, W] in
             [0, 1]; "np" an array [B, H, W, 3] in [0, 1]; "latent" the latents.
         seeds: the seed of each picture.
-        indices: index of each picture within its seed; `pipe(prompt, seed=s, first=i)` with a picture's
-            own seed and index draws it again.
+        indices: index of each picture within its seed; `pipe(prompt, seed=s, first=i)` with a
+            picture's own seed and index draws it again.
         latents: [B, C, h, w] float32, as the run left them.
         nfe: number of calls of the network.
         cut: for each prompt, the part that did not fit the token window; mostly "".

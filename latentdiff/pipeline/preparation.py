@@ -1,4 +1,4 @@
-"""From the arguments of a call to a run: everything is checked and encoded, nothing drawn."""
+"""Preparation of a run from the arguments of a call: all are checked and encoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

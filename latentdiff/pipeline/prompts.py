@@ -129,7 +129,7 @@ def check_words(texts: Sequence[str]) -> None:
     """Pass if each text, read with weights, holds more than weights.
 
     Raises:
-        UserError: one does not.
+        UserError: a text holds nothing but weights.
     """
     for text in texts:
         if not without_weights(text).strip():

@@ -65,8 +65,8 @@ class DDPM:
     """Ho et al. 2020 (DDPM), eq. 6-7: the mean of q(x_there | x_here, x_0), plus noise.
 
     Args:
-        variance: variance of the noise: "fixed-small", the posterior's, "fixed-large", that of the forward
-            kernel, or "learned-range", between both as the network says (`learned_log_std`).
+        variance: variance of the noise: "fixed-small", the posterior's, "fixed-large", that of the
+            forward kernel, or "learned-range", between both as the network says (`learned_log_std`).
             None: the network's, and of one that tells none, the posterior's. The last step, to
             clean data, draws none.
 

@@ -36,8 +36,8 @@ class DiffusersScheduler:
     streams. After a jump back a new copy begins at the level reached.
 
     Args:
-        scheduler: a diffusers scheduler with one or two calls a step. (Not PNDM, which asks four times:
-            take "pndm" or "plms".)
+        scheduler: a diffusers scheduler with one or two calls a step. (PNDM has four: take the
+            solver "pndm" or "plms" instead.)
         process: what its betas, or its flow, are; see `latentdiff.bundle`.
         steps: number of steps of the run.
 

@@ -49,11 +49,13 @@ def main(
     classifier: Annotated[Path, typer.Option(help="Folder of a classifier.")],
     model: Annotated[Path | None, typer.Option(help="Default: the bundled one.")] = None,
     data: Annotated[Path, typer.Option(help="Picture folder.")] = Path("data/emoji128"),
-    label: Annotated[str, typer.Option(help="Field that the classifier tells.")] = "group",
+    label: Annotated[
+        str, typer.Option(help="Metadata field that the classifier predicts.")
+    ] = "group",
     count: Annotated[int, typer.Option(help="How many captions of training pictures.")] = 32,
-    steps: Annotated[int, typer.Option(help="Of the solver.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of captions and noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of captions and noise.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Only these rows of the table.")] = None,
     out: Annotated[Path, typer.Option(help="The grid of pictures.")] = Path("guides.png"),
 ) -> None:

@@ -116,7 +116,7 @@ def main(
     count: Annotated[int, typer.Option(help="How many training captions.")] = 200,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of prompts and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and noise.")] = 0,
     splits: Annotated[
         str | None,
         typer.Option(help=f"Whose captions are drawn. Default: {','.join(ALL_SPLITS)}."),

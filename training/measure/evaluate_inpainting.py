@@ -84,19 +84,21 @@ Method = tuple[Callable[[Tensor, Tensor], Edit], int]
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = Path("assets/emoji64"),
     data: Annotated[Path, typer.Option(help="Picture folder.")] = Path("data/emoji128"),
-    styles: Annotated[str, typer.Option(help="Of the held-out pictures.")] = "noto",
+    styles: Annotated[str, typer.Option(help="Style of the held-out pictures.")] = "noto",
     out: Annotated[Path, typer.Option(help="A new file for pictures.")] = Path(
         "runs/evaluation/inpainting.png"
     ),
     card: Annotated[Path | None, typer.Option(help="Where the table goes too.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the run.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    solver: Annotated[str, typer.Option(help="The paper's is ddpm.")] = "ddpm",
-    resamples: Annotated[int, typer.Option(min=2, help="RePaint's.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Classifier-free guidance; 1 is off.")
+    ] = 1.0,
+    solver: Annotated[str, typer.Option(help="Solver; the paper uses ddpm.")] = "ddpm",
+    resamples: Annotated[int, typer.Option(min=2, help="RePaint's resampling steps.")] = 5,
     features: Annotated[str, typer.Option(help="random, or an LPIPS safetensors file.")] = "random",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of pictures, holes and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of pictures, holes and noise.")] = 0,
 ) -> None:
     """Measure RePaint against plain replacement on held-out pictures."""
     try:

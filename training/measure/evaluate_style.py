@@ -35,7 +35,7 @@ Shown = TypeVar("Shown")
 
 def main(
     style: Annotated[str, typer.Option(help="The new style, a value of the field `style`.")],
-    pictures: Annotated[Path, typer.Option(metavar="DIR", help="What was learned from.")],
+    pictures: Annotated[Path, typer.Option(metavar="DIR", help="The pictures of the fine-tune.")],
     lora: Annotated[Path | None, typer.Option(help="The LoRA file of the fine-tune.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
@@ -58,7 +58,7 @@ def main(
     ),
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of the choice of new emoji, and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and the choice of new emoji.")] = 0,
 ) -> None:
     """Measure the style of a model's pictures before and after a fine-tune."""
     try:

@@ -31,7 +31,7 @@ def main(
     known: Annotated[str, typer.Option(help="The style that the model knows.")] = "noto",
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 40,
     prior: Annotated[int, typer.Option(min=0, help="How many captions in prior.txt.")] = 400,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
 ) -> None:
     """Copy some pictures of one style, with captions."""
     try:
