@@ -61,12 +61,8 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 
 
 def main(
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the pictures.")
-    ] = None,
-    method: Annotated[
-        Method | None, typer.Option(help="Method of training. Default: lora.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Picture folder.")] = None,
+    method: Annotated[Method | None, typer.Option(help="Method. Default: lora.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id. Default: the bundled model.")
     ] = None,
@@ -90,9 +86,7 @@ def main(
         str | None, typer.Option(help="Faulty pictures: refuse or skip. Default: refuse.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Pictures per step, over all processes.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures per step, in all.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA's rank. Default: 16.")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's.")] = None,

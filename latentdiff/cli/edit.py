@@ -110,8 +110,8 @@ def inpaint(
         typer.Option(
             min=1,
             max=100,
-            help="RePaint's passes over each stretch; 1 is quick. Default: 10; an inpainting model, "
-            "which sees the hole itself, uses RePaint only if this or --jump-length is given.",
+            help="RePaint's passes over each stretch; 1 is quick. Default: 10; an inpainting "
+            "model, which sees the hole itself, uses RePaint only if told this or --jump-length.",
         ),
     ] = None,
     number: Number = 1,
@@ -152,8 +152,8 @@ def ilvr(
         int | None,
         typer.Option(
             min=1,
-            help="Finest detail to hold: that of the picture shrunk by FACTOR. Default: 4 in latents, "
-            "or as many pixels as they cover.",
+            help="Finest detail to hold: that of the picture shrunk by FACTOR. Default: 4 in "
+            "latents, or as many pixels as they cover.",
         ),
     ] = None,
     until: Annotated[

@@ -19,8 +19,7 @@ def interpolate(
         str | None, typer.Option(metavar="TEXT", help="Prompt for both pictures.")
     ] = None,
     number: Annotated[
-        int,
-        typer.Option("-n", "--number", min=2, max=64, help="Number of pictures, A and B included."),
+        int, typer.Option("-n", "--number", min=2, max=64, help="Pictures, A and B included.")
     ] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise between prompts.")] = 0,
     out: options.Out = Path("outputs"),

@@ -64,8 +64,8 @@ def variational_bound(
         timetable: falling levels of which the last is clean data.
         noise: streams of B pictures.
         variance: variance of the steps, as in `solvers.DDPM`. A learned one is also that of L_0,
-            where the posterior's, which is 0, is replaced by that of the step before, as in the code of
-            Nichol & Dhariwal 2021; a fixed one is the kernel's there.
+            where the posterior's, which is 0, is replaced by that of the step before, as in the
+            code of Nichol & Dhariwal 2021; a fixed one is the kernel's there.
         bin_width: bin width of discrete data (2 / 255 for bytes in [-1, 1]), as in eq. 13; None for
             continuous data, whose bits may be negative.
 

@@ -66,9 +66,9 @@ class DDPM:
 
     Args:
         variance: variance of the noise: "fixed-small", the posterior's, "fixed-large", that of the
-            forward kernel, or "learned-range", between both as the network says (`learned_log_std`).
-            None: the network's, and of one that tells none, the posterior's. The last step, to
-            clean data, draws none.
+            forward kernel, or "learned-range", between both by the network's second output
+            (`learned_log_std`). None: the network's, or the posterior's where it has none.
+            The last step, to clean data, draws none.
 
     Raises:
         UserError: unknown variance; in a step, a denoiser that tells none.
