@@ -1,1 +1,1 @@
-"""Builders of networks out of diffusers and transformers, and those that only training needs."""
+"""The three nouns of a model, what implements them, and builders of fresh networks."""

@@ -1,4 +1,4 @@
-"""Autoencoders out of diffusers, and the two-way door between pictures and latents."""
+"""Fresh autoencoders out of diffusers, as they are trained, and their latents made standard."""
 
 from typing import Literal
 
