@@ -44,7 +44,7 @@ RENAMES = {"rename", "renames", "hardlink_to", "symlink_to", "link", "symlink", 
 SYNCS = {"fsync", "fdatasync", "sync", "truncate"}
 TEMPORARY = {"mkstemp", "NamedTemporaryFile"}
 # What saves through `latentdiff.files` itself; any other `x.save(path)` is a library's.
-OWN_SAVERS = {"bundle", "run", "task", "clip", "Classifier", "sd1"}
+OWN_SAVERS = {"result", "bundle", "run", "task", "clip", "Classifier", "sd1"}
 
 
 def last_name(node: ast.expr) -> str:

@@ -13,7 +13,7 @@ from kill_writers import contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_files import files_no_larger_than
-from tiny import clip_tokenizer, tiny_bundle, tower_of, vae_of
+from tiny import clip_tokenizer, tiny_bundle, vae_of
 from torch import nn
 
 from latentdiff.bundle import Bundle
@@ -26,11 +26,10 @@ from latentdiff.guidance.classifier import Classifier
 from latentdiff.guidance.clip import Clip
 from latentdiff.learning.card import write_between
 from latentdiff.learning.checkpoint import save_checkpoint
-from latentdiff.learning.textual_inversion import WordRows, add_words, save_words
+from latentdiff.learning.textual_inversion import WordRows, add_words, clip_of, save_words
 from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.fresh_clip import build_clip
-from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pictures import save_numbered_png, save_png
 
 BUNDLE = tiny_bundle()
@@ -57,10 +56,9 @@ def save_a_lora(path: Path) -> None:
 
 
 def save_two_words(path: Path) -> None:
-    tower = copy.deepcopy(BUNDLE.text)
-    assert isinstance(tower, ClipTower)
-    model = add_words(replace(BUNDLE, text=tower), ["<a>", "<b>"])
-    words = tower_of(model).model.get_input_embeddings()
+    own = replace(BUNDLE, conditioner=copy.deepcopy(BUNDLE.conditioner))
+    model = add_words(own, ["<a>", "<b>"])
+    words = clip_of(model).model.get_input_embeddings()
     assert isinstance(words, WordRows)
     nn.init.normal_(words.rows)
     save_words(model, ["<a>", "<b>"], path)

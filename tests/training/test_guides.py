@@ -19,7 +19,7 @@ from latentdiff.guidance import Classifier, Clip
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.losses import contrastive
-from latentdiff.learning.run import learning_rate
+from latentdiff.learning.trained import learning_rate
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.vae import build_vae, standardise_latents
 from latentdiff.pictures import open_picture, to_tensor
