@@ -140,7 +140,11 @@ class Halved:
     """An edit of the estimate."""
 
     def denoiser(self, denoise: Any) -> Any:
-        return lambda x, level: 0.5 * denoise(x, level)
+        def halved(x: Tensor, level: NoiseLevel) -> Any:
+            estimate = denoise(x, level)
+            return estimate.with_x0(0.5 * estimate.x0)
+
+        return halved
 
 
 def test_the_models_own_solver_is_taken_unless_another_is_named() -> None:
