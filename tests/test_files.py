@@ -4,10 +4,11 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -281,6 +282,36 @@ def test_dead_writers_are_swept_up_after_and_living_ones_are_left_alone(tmp_path
     assert hidden == {".mine.", next(p for p in hidden if p.startswith(".a."))}
     assert (tmp_path / "a").read_text() == "slow"
     assert len(list(tmp_path.glob(".*"))) == 2
+
+
+def test_a_sweep_that_comes_late_does_not_take_the_next_writers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opened the folder of a writer that then ended; another has one of the same name now."""
+    half, flock = leave_half(tmp_path, "a"), fcntl.flock
+
+    def late(handle: int, operation: int) -> None:
+        shutil.rmtree(half)
+        leave_half(tmp_path, "a")
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    sweep(tmp_path)
+    assert (half / "a").read_text() == "half"
+
+
+def test_a_number_that_was_given_meanwhile_is_not_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing of a folder and the reservation another writer was there and done."""
+    make = files._make_locked
+
+    def late(free: Iterable[Path]) -> tuple[Path, int | None]:
+        (tmp_path / "00000-1.png").touch()
+        return make(free)
+
+    monkeypatch.setattr(files, "_make_locked", late)
+    assert write_numbered(tmp_path, "-7.png", b"x").name == "00001-7.png"
 
 
 def test_a_folder_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
