@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from tiny import tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
@@ -84,7 +85,7 @@ def draw_theirs(pipe: Any, guidance: str) -> np.ndarray:
     return pipe(PROMPTS, latents=noise(), **arguments).images
 
 
-def draw_ours(bundle: Bundle, guidance: str, start: float = 1.0) -> np.ndarray:
+def draw_ours(bundle: Bundle, guidance: str, start: float = 1.0, **more: Any) -> np.ndarray:
     return LatentDiffusionPipeline(bundle)(
         PROMPTS,
         latents=noise() * start,
@@ -92,6 +93,7 @@ def draw_ours(bundle: Bundle, guidance: str, start: float = 1.0) -> np.ndarray:
         output_type="np",
         progress=False,
         **GUIDANCES[guidance],
+        **more,
     ).images
 
 
@@ -162,6 +164,17 @@ def draw_ddpm(bundle: Bundle, start: Tensor, **about: Any) -> np.ndarray:
     return LatentDiffusionPipeline(bundle)(
         PROMPTS[:1], latents=start, seed=4, solver="ddpm", output_type="np", progress=False, **about
     ).images
+
+
+def test_a_model_of_edm_draws_the_same_there() -> None:
+    """Such a network sees x_t over up to 80, and its times lie about 0. Theirs
+    begins at sqrt(sigma^2 + 1) times noise."""
+    bundle = tiny_bundle(process="edm")
+    scheduler = EDMEulerScheduler(sigma_data=1.0, prediction_type="v_prediction")
+    theirs = draw_theirs(theirs_of(bundle, scheduler), "negative")
+    start = scheduler.init_noise_sigma / bundle.timetable("karras", STEPS)[0].sigma
+    ours = draw_ours(bundle, "negative", start, solver="euler", timetable="karras")
+    assert difference(ours, theirs) <= TOLERANCE
 
 
 @pytest.mark.parametrize("statistics", ["shift", "channels"])
