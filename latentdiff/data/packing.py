@@ -11,6 +11,7 @@ from latentdiff.data.examples import Example
 from latentdiff.data.folder import read_folder
 from latentdiff.data.shards import INDEX
 from latentdiff.errors import UserError
+from latentdiff.picture_formats import NAMES, suffix_of
 from latentdiff.pictures import MAX_BYTES
 
 
@@ -53,7 +54,7 @@ def _tar(first: int, examples: list[Example]) -> bytes:
             picture = example.read()
             parts = {
                 _extension(example, picture): picture,
-                ".json": json.dumps(fields, ensure_ascii=False, default=str).encode(),
+                ".json": json.dumps(fields, default=str).encode(),
             }
             for extension, data in parts.items():
                 member = tarfile.TarInfo(f"{number:09}{extension}")
@@ -66,13 +67,10 @@ def _extension(example: Example, data: bytes) -> str:
     """By the first bytes, as `open_picture` tells them apart."""
     if len(data) > MAX_BYTES:
         raise UserError(f"picture {example.name} has more than {MAX_BYTES} bytes")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return ".png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return ".jpg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    raise UserError(f"{example.name} is no PNG, JPEG or WebP picture")
+    suffix = suffix_of(data)
+    if suffix is None:
+        raise UserError(f"{example.name} is no {NAMES} picture")
+    return suffix
 
 
 def _write(target: Path, data: bytes) -> None:

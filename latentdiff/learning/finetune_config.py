@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
+from latentdiff.reading import decode
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
 
@@ -77,7 +78,7 @@ def _lines(path: Path) -> list[str]:
         UserError: it cannot be read.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = decode(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts of {path}: {error}") from None
     return [line.strip() for line in lines if line.strip()]
