@@ -34,7 +34,7 @@ _BMP_PLAIN = (0, 3, 6)  # BI_RGB and bit fields; run lengths are decoded pixel b
 
 
 def suffix_of(data: bytes) -> str | None:
-    """`.png`, `.jpg`, `.webp`, `.bmp` or `.avif` by the first bytes of a file; None for no picture."""
+    """`.png`, `.jpg`, `.webp`, `.bmp` or `.avif` by a file's first bytes; None for no picture."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -82,6 +82,8 @@ def open_undecoded(data: bytes, name: str, max_pixels: int) -> tuple[ImageFile, 
             if not features.check("avif"):
                 raise UserError(f"{name} is AVIF, which this Pillow cannot read: update it")
             image = AvifImageFile(BytesIO(data))
+        case _ if data.startswith(b"version https://git-lfs.github.com/"):
+            raise UserError(f"{name} is a Git LFS pointer, not the picture: run git lfs pull")
         case _:
             raise UserError(f"{name} is not a PNG, JPEG or WebP picture, nor a BMP or AVIF")
     check_pixels(image.size, name, max_pixels)

@@ -2,8 +2,8 @@
 
 A pipe would be waited for without end, and a device such as /dev/zero read without end, so neither
 is opened. Text is UTF-8 with or without a byte order mark, or UTF-16 with one, as Windows programs
-save it. Everything that goes wrong is an `OSError` or, in what a file holds, a `UnicodeDecodeError`:
-the caller knows what the file is for, and says so.
+save it. Everything that goes wrong is an `OSError` or, in what a file holds, a
+`UnicodeDecodeError`: the caller knows what the file is for, and says so.
 """
 
 import errno

@@ -294,7 +294,7 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     checked = check_pictures(listed, least, prompt=data.instance_prompt, progress=run.main)
     for fault in checked.faults:
         run.say(fault.line)
-    if checked.faults and data.bad == "refuse":
+    if checked.must_mend and data.bad == "refuse":
         raise UserError(f"{checked.summary()} cannot be used: mend them, or use --bad skip")
     if not checked.examples:
         raise UserError(f"{data.root}: no picture is left to learn from")

@@ -267,9 +267,7 @@ def _begin(
 
 def _mask(text: str, picture: Path, image: "Image") -> "Image":
     """A mask as large as the picture in use; any pixel of a hole is in it, however small."""
-    from PIL.Image import Resampling
-
-    from latentdiff.editing.masks import box_mask, mask_for
+    from latentdiff.editing.masks import box_mask, mask_for, resize_mask
     from latentdiff.pictures import open_picture
 
     size = open_picture(picture).size
@@ -283,7 +281,7 @@ def _mask(text: str, picture: Path, image: "Image") -> "Image":
         raise UserError(
             "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *size)
         )
-    return mask if size == image.size else mask.resize(image.size, Resampling.BOX)
+    return mask if size == image.size else resize_mask(mask, image.size)
 
 
 def _draw(

@@ -48,14 +48,22 @@ def read_folder(
     Raises:
         UserError: as `list_folder`, or a picture is missing or has no caption that can be used.
     """
-    examples = list_folder(root, where=where)
-    _refuse_where(examples, _is_missing, "are missing", root)
-    faulty = [example.fault for example in examples if example.fault]
-    if faulty:
-        more = f" (and {len(faulty) - 1} more like it)" if len(faulty) > 1 else ""
-        raise UserError(f"{root}: {faulty[0]}{more}")
-    _refuse_where(examples, lambda example: not example.captions, "have no caption", root)
-    return examples
+    return read_parts(root, [where or {}])[0]
+
+
+def read_parts(
+    root: str | Path, parts: Sequence[Mapping[str, tuple[str, ...]]]
+) -> list[list[Example]]:
+    """Several parts of what `read_folder` lists, each by its own `where`, at one look.
+
+    Raises:
+        UserError: see `read_folder`.
+    """
+    rows = _rows(Path(root))
+    found = [_examples(rows, where, Path(root)) for where in parts]
+    for examples in found:
+        _check_usable(examples, root)
+    return found
 
 
 def list_folder(
@@ -67,7 +75,10 @@ def list_folder(
         UserError: no folder, no pictures, repeated files, files outside the folder, malformed or
             unreadable metadata, shards or parquet files, or a `where` that keeps nothing.
     """
-    root = Path(root)
+    return _examples(_rows(Path(root)), where or {}, Path(root))
+
+
+def _rows(root: Path) -> list[Row]:
     if root.is_dir():
         rows = _rows_of_folder(root)
     elif root.suffix.casefold() == ".tar":
@@ -78,8 +89,11 @@ def list_folder(
         raise UserError(_no_folder(root))
     if not rows:
         raise UserError(f"{root} holds no pictures ({NAMES})")
-    rows = filter_rows(rows, where or {}, root)
-    examples = [make_example(root, row) for row in rows]
+    return rows
+
+
+def _examples(rows: list[Row], where: Mapping[str, tuple[str, ...]], root: Path) -> list[Example]:
+    examples = [make_example(root, row) for row in filter_rows(rows, where, root)]
     if root.is_dir():
         inside = os.path.realpath(root)
         files = [example for example in examples if _is_file(example)]
@@ -87,6 +101,15 @@ def list_folder(
             files, lambda e: not is_inside(e.path, inside), "lie outside the folder", root
         )
     return examples
+
+
+def _check_usable(examples: Sequence[Example], root: str | Path) -> None:
+    _refuse_where(examples, _is_missing, "are missing", root)
+    faulty = [example.fault for example in examples if example.fault]
+    if faulty:
+        more = f" (and {len(faulty) - 1} more like it)" if len(faulty) > 1 else ""
+        raise UserError(f"{root}: {faulty[0]}{more}")
+    _refuse_where(examples, lambda example: not example.captions, "have no caption", root)
 
 
 def check_fields(examples: Sequence[Example], names: Sequence[str], root: Path) -> None:

@@ -11,7 +11,7 @@ from latentdiff.data.examples import Example
 from latentdiff.data.folder import read_folder
 from latentdiff.data.shards import INDEX
 from latentdiff.errors import UserError
-from latentdiff.picture_formats import NAMES, suffix_of
+from latentdiff.picture_formats import suffix_of
 from latentdiff.pictures import MAX_BYTES
 
 
@@ -69,7 +69,7 @@ def _extension(example: Example, data: bytes) -> str:
         raise UserError(f"picture {example.name} has more than {MAX_BYTES} bytes")
     suffix = suffix_of(data)
     if suffix is None:
-        raise UserError(f"{example.name} is no {NAMES} picture")
+        raise UserError(f"{example.name} is no PNG, JPEG or WebP picture, nor a BMP or AVIF")
     return suffix
 
 

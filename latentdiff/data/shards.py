@@ -1,12 +1,11 @@
 """Captioned pictures in tar files, as WebDataset lays them out.
 
 The members of one sample share a key, their name up to its first dot: a picture, and `.json` (the
-fields of `metadata.jsonl`), `.txt` or `.caption` (one caption a line). Headers alone are read to list
-a shard; a picture is then read from its place in the file, so any order is as good as another and
-a position is a number.
+fields of `metadata.jsonl`), `.txt` or `.caption` (one caption a line). Headers alone are read to
+list a shard; a picture is then read from its place in the file, so any order is as good as another
+and a position is a number.
 """
 
-import glob
 import io
 import math
 import os
@@ -14,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,17 +53,26 @@ def expand(pattern: Path) -> list[Path]:
     if math.prod(map(len, ranges)) > _MAX_SHARDS:
         raise UserError(f"{pattern} stands for more than {_MAX_SHARDS:,} files: mend its range")
     if _is_glob(text):
-        escaped = glob.escape(text).replace("[*]", "*").replace("[?]", "?")
-        found = sorted(map(Path, glob.glob(escaped)))
-        if not found:
-            raise UserError(f"there is no file {pattern}")
-        return found
+        return _matching(pattern)
     return [Path(path) for path in _spelled(text)]
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files of a folder whose names match, `*` and `?` standing for what they do in a shell."""
+    name = pattern.name.replace("[", "[[]")
+    try:
+        there = sorted(pattern.parent.iterdir())
+    except OSError as error:
+        raise UserError(f"{pattern.parent} cannot be read: {reason(error)}") from None
+    found = [p for p in there if fnmatchcase(p.name, name) and not is_dropping(p.name)]
+    if not found:
+        raise UserError(f"there is no file {pattern}")
+    return found
 
 
 def _range(pattern: Path, first: str, last: str) -> range:
     if max(len(first), len(last)) > len(str(_MAX_SHARDS)) + 9:
-        raise UserError(f"{str(pattern):.80} counts too far")
+        raise UserError(f"{pattern!s:.80} counts too far")
     numbers = range(int(first), int(last) + 1)
     if not numbers:
         raise UserError(f"{pattern}: the range {{{first}..{last}}} is empty")
@@ -165,8 +174,8 @@ def _rows(shard: Path) -> list[Row]:
 def _samples(tar: tarfile.TarFile, size: int) -> list[tuple[str, Sample]]:
     """Key and members of each sample.
 
-    Members of a key belong together wherever they stand, as where `tar` packed a folder in the order
-    of the disk; a key whose extension comes again begins another sample.
+    Members of a key belong together wherever they stand, as where `tar` packed a folder in the
+    order of the disk; a key whose extension comes again begins another sample.
     """
     newest: dict[str, Sample] = {}
     samples: list[tuple[str, Sample]] = []

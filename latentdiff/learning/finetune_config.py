@@ -154,7 +154,8 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
         raise UserError("no pictures to learn from: give a folder, --data DIR")
     if isinstance(data, dict) and "root" in data:
         root = Path(str(data["root"]))
-        name = root.name if root.name not in ("", "..") else root.resolve().name
+        named = root.parent if "*" in root.name else root  # shards/*.tar
+        name = named.name if named.name not in ("", "..") else named.resolve().name
         values.setdefault("out", f"runs/{name}-{method}")
     if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
         given = {"caption_dropout": 0.0, **_section(values, "objective", source)}

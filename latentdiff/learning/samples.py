@@ -52,7 +52,7 @@ class Samples:
             f"{e.path.name} {content} {b} {list(e.captions)}"
             for e, content, b in zip(self.examples, self.contents, self.buckets, strict=True)
         ]
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+        return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
 
     def order(self, seed: int) -> BucketOrder:
         """Which samples make up a step."""
