@@ -61,27 +61,27 @@ def tell_left_out(files: Sequence[Path], captions: CaptionFiles, root: Path) -> 
         for path in files
         if path.suffix.casefold() not in (*SUFFIXES, *_ENDINGS)
         and (path.parent, path.stem) not in read
+        and path.stem.casefold() not in _NOTES
         and (path.suffix.casefold() in _FOREIGN or has_caption(path, captions))
     ]
-    tell(foreign, f"are left out, as they are no {NAMES} pictures: convert them", root)
+    tell(foreign, f"left out, as no {NAMES} pictures; convert them", root)
     known = {
         (path.parent, path.stem) for path in (*files,) if path.suffix.casefold() not in _ENDINGS
     }
     alone = [next(iter(own.values())) for key, own in captions.items() if key not in known]
     alone = [path for path in alone if path.stem.casefold() not in _NOTES]
     if len(alone) < len(captions):  # else these are no captions
-        tell(alone, "are captions without a picture", root)
+        tell(alone, "captions without a picture", root)
     second = [own[_ENDINGS[1]] for own in captions.values() if len(own) > 1]
-    tell(second, f"are left out: the {_ENDINGS[0]} of the same name is read", root)
+    tell(second, f"left out, as the {_ENDINGS[0]} of the same name is read", root)
 
 
-def tell(paths: Sequence[Path], complaint: str, root: Path) -> None:
-    """Log how many files something is said of, and the first of them."""
+def tell(paths: Sequence[Path], what: str, root: Path) -> None:
+    """Log what is said of some files of a folder, and the first of their names."""
     if paths:
-        names = [shown(path.relative_to(root), 100) for path in paths[:3]]
-        more = ", ..." if len(paths) > len(names) else ""
-        files = f"{len(paths)} files" if len(paths) > 1 else "a file"
-        _log.warning("%s of %s %s: %s%s", files, shown(root), complaint, ", ".join(names), more)
+        names = ", ".join(shown(path.relative_to(root), 100) for path in paths[:3])
+        more = f", ... ({len(paths)} in all)" if len(paths) > 3 else ""
+        _log.warning("%s: %s: %s%s", shown(root), what, names, more)
 
 
 def _lines(picture: Path, captions: CaptionFiles, root: Path, inside: str) -> tuple[list[str], str]:

@@ -147,7 +147,9 @@ def _rows_of_folder(root: Path) -> list[Row]:
     missed = [
         path for path in set(pictures).difference(loose, listed) if has_caption(path, captions)
     ]
-    tell(sorted(missed), "are left out: no metadata lists them, but they have captions", root)
+    tell(
+        sorted(missed), "left out, as no metadata lists them, though captions lie beside them", root
+    )
     own = rows_of_pictures(loose, captions, root)
     rows += own
     packed = [path for path in listing.files if path.suffix.casefold() in (".tar", ".parquet")]
@@ -155,7 +157,7 @@ def _rows_of_folder(root: Path) -> list[Row]:
     if packed and not any(map(_is_captioned, rows)):
         rows = _rows_of_packed(packed, rows, root) or rows
     elif packed:
-        tell(packed, "are left out: the captioned pictures beside them are read", root)
+        tell(packed, "left out, as the captioned pictures beside them are read", root)
     if own:
         tell_left_out(listing.files, captions, root)
     if not rows and listing.left_out:
@@ -210,9 +212,11 @@ def _rows_of_packed(packed: Sequence[Path], loose: list[Row], root: Path) -> lis
         _log.warning("%s: the pictures beside it are read", error)
         return []
     if loose and not any(map(_is_captioned, rows)):
-        tell(packed, "are left out: the pictures beside them are read", root)
+        tell(packed, "left out, as the pictures beside them are read", root)
         return []
-    tell([row.path for row in loose], "are left out: they have no captions", root)
+    named = {row.path for row in rows}
+    bare = [row.path for row in loose if row.path not in named]
+    tell(bare, "left out, as they have no captions", root)
     return rows
 
 

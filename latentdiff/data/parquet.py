@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from latentdiff.data.examples import Row
 from latentdiff.data.listing import is_inside
-from latentdiff.data.row_groups import Cell, batches, leaf, open_parquet
+from latentdiff.data.row_groups import MAX_PICTURES, Cell, batches, leaf, open_parquet
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _MAX_BYTES = 2**30  # of a file's fields: all are held in memory
+_MAX_AT_ONCE = 2**28  # of those in a row group
 
 
 def rows_of_parquet(path: Path, root: Path) -> list[Row] | None:
@@ -79,13 +80,20 @@ def _picture_column(schema: "Schema") -> str | None:
     for field in schema:
         if types.is_struct(field.type):
             inside = [field.type.field(number) for number in range(field.type.num_fields)]
-            if any(part.name == "bytes" and _is_binary(part.type) for part in inside):
+            if any(part.name == "bytes" and _may_be_binary(part.type) for part in inside):
                 leaves[field.name] = f"{field.name}.bytes"
         elif field.name == "image" and _is_binary(field.type):
             leaves[field.name] = field.name
     if "image" in leaves:
         return leaves["image"]
     return next(iter(leaves.values())) if len(leaves) == 1 else None
+
+
+def _may_be_binary(kind: "DataType") -> bool:
+    """Of files that name their pictures, `bytes` may have no type at all."""
+    from pyarrow import types
+
+    return _is_binary(kind) or types.is_null(kind)
 
 
 def _is_binary(kind: "DataType") -> bool:
@@ -113,7 +121,7 @@ def _held(parquet: "ParquetFile", group: int, column: str) -> Sequence[bool]:
     known = chunk.statistics if chunk.is_stats_set else None
     if known is not None and known.has_null_count and known.null_count in (0, described.num_rows):
         return [known.null_count == 0] * described.num_rows
-    parts = batches(parquet, group, [column])
+    parts = batches(parquet, group, [column], MAX_PICTURES)
     return [
         there for part in parts for there in leaf(part.column(0), column).is_valid().to_pylist()
     ]
@@ -126,7 +134,7 @@ def _fields(
     taken = 0
     for group in range(parquet.num_row_groups):
         number = 0
-        for batch in batches(parquet, group, columns):
+        for batch in batches(parquet, group, columns, _MAX_AT_ONCE):
             taken += batch.nbytes
             if taken > _MAX_BYTES:
                 raise ValueError(f"more than {_MAX_BYTES >> 20} MiB beside the pictures")

@@ -16,11 +16,11 @@ from latentdiff.errors import UserError
 from latentdiff.reading import open_regular, reason
 
 if TYPE_CHECKING:
-    from pyarrow import Array, RecordBatch
+    from pyarrow import Array, ChunkedArray, DataType, RecordBatch
     from pyarrow.parquet import ParquetFile
 
 MAX_ROWS = 5_000_000  # of a file: each becomes a Python dictionary
-_MAX_BYTES = 2**30  # of a row group's columns that are read together
+MAX_PICTURES = 2**30  # bytes of a row group's pictures
 _KEPT = 2**28  # bytes of pictures that a process keeps beside the newest row group
 
 
@@ -63,14 +63,17 @@ def open_parquet(path: Path) -> Iterator["ParquetFile"]:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
 
 
-def batches(parquet: "ParquetFile", group: int, columns: Sequence[str]) -> Iterator["RecordBatch"]:
+def batches(
+    parquet: "ParquetFile", group: int, columns: Sequence[str], most: int
+) -> Iterator["RecordBatch"]:
     """The rows of a row group, of some columns, in batches that fit into memory.
 
     Args:
         columns: leaves, as `image.bytes`, or whole columns.
+        most: bytes that they may unfold to.
 
     Raises:
-        ValueError: the group is too large, or unfolds to too much.
+        ValueError: the group has more.
     """
     held = parquet.metadata.row_group(group)
     chunks = [held.column(number) for number in range(held.num_columns)]
@@ -80,21 +83,42 @@ def batches(parquet: "ParquetFile", group: int, columns: Sequence[str]) -> Itera
         for chunk in chunks
         if f"{chunk.path_in_schema}.".startswith(wanted)
     ]
-    if sum(sizes) > _MAX_BYTES:
-        raise ValueError(_too_large(group))
-    taken, together = 0, max(1, min(1000, _MAX_BYTES // max([1, *sizes])))
-    for batch in parquet.iter_batches(together, [group], list(columns), use_threads=False):
-        taken += batch.nbytes
-        if taken > _MAX_BYTES:
-            raise ValueError(_too_large(group))
-        yield batch
+    taken, together = sum(sizes), max(1, min(1000, most // max([1, *sizes])))
+    if taken <= most:
+        taken = 0
+        for packed in parquet.iter_batches(together, [group], list(columns), use_threads=False):
+            batch = _unfolded(packed)
+            taken += batch.nbytes
+            if taken > most:
+                break
+            yield batch
+    if taken > most:
+        raise ValueError(
+            f"row group {group} has more than {most >> 20} MiB; write the file again with fewer "
+            "rows in a group (row_group_size=100)"
+        )
 
 
-def _too_large(group: int) -> str:
-    return (
-        f"row group {group} has more than {_MAX_BYTES >> 20} MiB; write it again with fewer rows "
-        "in a group (row_group_size=100)"
-    )
+def _unfolded(batch: "RecordBatch") -> "RecordBatch":
+    """A batch in which no value stands for many: what is seen is what it takes."""
+    import pyarrow
+
+    plain = [field.with_type(_plain_type(field.type)) for field in batch.schema]
+    return batch.cast(pyarrow.schema(plain))
+
+
+def _plain_type(kind: "DataType") -> "DataType":
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return kind.value_type  # pyright: ignore[reportAttributeAccessIssue]
+    if types.is_list(kind):
+        return pyarrow.list_(_plain_type(kind.value_type))  # pyright: ignore[reportAttributeAccessIssue]
+    if types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        return pyarrow.struct([field.with_type(_plain_type(field.type)) for field in fields])
+    return kind
 
 
 def leaf(array: "Array", column: str) -> "Array":
@@ -124,9 +148,9 @@ class _Newest:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.groups: OrderedDict[tuple[Path, str, int], Array] = OrderedDict()
+        self.groups: OrderedDict[tuple[Path, str, int], ChunkedArray] = OrderedDict()
 
-    def of(self, path: Path, cell: Cell) -> "Array":
+    def of(self, path: Path, cell: Cell) -> "ChunkedArray":
         """All pictures of a cell's row group."""
         key = path, cell.column, cell.group
         with self.lock:
@@ -141,9 +165,9 @@ class _Newest:
 _NEWEST = _Newest()
 
 
-def _read_group(path: Path, cell: Cell) -> "Array":
+def _read_group(path: Path, cell: Cell) -> "ChunkedArray":
     with open_parquet(path) as parquet:
-        from pyarrow import concat_arrays
+        from pyarrow import chunked_array
 
-        parts = batches(parquet, cell.group, [cell.column])
-        return concat_arrays([leaf(batch.column(0), cell.column) for batch in parts])
+        parts = batches(parquet, cell.group, [cell.column], MAX_PICTURES)
+        return chunked_array([leaf(batch.column(0), cell.column) for batch in parts])
