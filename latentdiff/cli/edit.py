@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def edit(
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
+    picture: Annotated[
+        Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG, WebP, BMP or AVIF.")
+    ],
     prompt: options.Prompt,
     strength: Annotated[
         float | None,
@@ -105,7 +107,9 @@ def edit(
 
 
 def inpaint(
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
+    picture: Annotated[
+        Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG, WebP, BMP or AVIF.")
+    ],
     prompt: options.Prompt,
     mask: Annotated[
         str,
@@ -172,7 +176,9 @@ def inpaint(
 
 
 def ilvr(
-    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="PNG, JPEG or WebP.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="REFERENCE", help="PNG, JPEG, WebP, BMP or AVIF.")
+    ],
     prompt: options.Prompt,
     factor: Annotated[
         int | None,
