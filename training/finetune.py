@@ -2,10 +2,10 @@
 
     accelerate launch training/finetune.py --data DIR --method lora
 
-DIR holds pictures and captions (metadata.jsonl, .csv or .parquet, or a .txt beside each picture), or
-pictures alone with --instance-prompt; or it is a parquet file, tar shards, or a folder of them. They
-are checked before anything starts. OUT then holds the LoRA file (--method lora), or a model folder
-in the diffusers layout. Run the same command again to resume.
+DIR holds pictures and captions (metadata.jsonl, .csv or .parquet, or a .txt beside each picture),
+or pictures alone with --instance-prompt; or it is a parquet file, tar shards, or a folder of them.
+They are checked before anything starts. OUT then holds the LoRA file (--method lora), or a model
+folder in the diffusers layout. Run the same command again to resume.
 
 Methods: lora (a small file beside the model: styles, subjects), dreambooth (one subject, with
 --instance-prompt "a sks dog" --prior-prompt "a dog"), textual-inversion (a new word, --token),

@@ -74,9 +74,9 @@ def jsonl(rows: list[dict[str, str]] = ROWS) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def tar(path: Path, *members: tuple[str, bytes | str], **options: object) -> None:
+def tar(path: Path, *members: tuple[str, bytes | str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as file:  # pyright: ignore[reportArgumentType]
+    with tarfile.open(path, "w") as file:
         for name, content in members:
             data = content if isinstance(content, bytes) else content.encode()
             member = tarfile.TarInfo(name)
@@ -307,7 +307,7 @@ def img2dataset(root: Path) -> None:
 
 def mac_tar(root: Path) -> Path:
     droppings = [("._0.png", APPLE_DOUBLE), ("._0.txt", APPLE_DOUBLE), (".DS_Store", b"\0\0\0\1")]
-    tar(root / "x.tar", *droppings, *samples(), format=tarfile.PAX_FORMAT)
+    tar(root / "x.tar", *droppings, ("__MACOSX/0.txt", APPLE_DOUBLE), *samples())
     return root / "x.tar"
 
 
