@@ -10,19 +10,19 @@ Colour profiles are ignored: the numbers are taken to be sRGB, as everywhere in 
 import logging
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile, PngInfo
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import Image, ImageColor
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, shown
 from latentdiff.files import write_bytes, write_numbered
+from latentdiff.picture_formats import check_pixels, open_undecoded
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
@@ -53,11 +53,11 @@ def open_picture(
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Decodes a PNG, JPEG or WebP picture, whatever its mode, to upright 8-bit RGB.
+    """Decodes a PNG, JPEG, WebP, BMP or AVIF picture, whatever its mode, to upright 8-bit RGB.
 
     Of an animation the first frame is taken, and that is logged. Transparent parts show
     `background` (a colour name or #rrggbb). 16-bit grey is scaled, not clipped; EXIF orientation
-    is applied.
+    is applied. What else a PNG holds is not read, so it may be damaged or huge; that is logged.
 
     Args:
         source: a path, the bytes of a file, or an already opened Pillow image.
@@ -65,9 +65,64 @@ def open_picture(
     Raises:
         UserError: not such a picture, cut short, damaged, or larger than the caps.
     """
-    colour = _colour(background)
-    name, upright = _decode(source, max_bytes, max_pixels)
-    return _to_rgb(upright, colour, name)
+    return look_at(source, max_bytes=max_bytes, max_pixels=max_pixels).decode(background)
+
+
+@dataclass(frozen=True, slots=True)
+class Undecoded:
+    """A picture that was looked at and not decoded, so that what it will take is known before.
+
+    Attributes:
+        name: for messages.
+        image: in its own mode, its pixels still packed.
+    """
+
+    name: str
+    image: Image.Image
+
+    @property
+    def pixels(self) -> int:
+        """How many there will be."""
+        return self.image.width * self.image.height
+
+    def decode(self, background: str = "white") -> Image.Image:
+        """Upright 8-bit RGB, see `open_picture`.
+
+        Raises:
+            UserError: it is cut short or damaged, or there is no such colour.
+        """
+        colour = _colour(background)
+        return _to_rgb(_upright(self), colour, self.name)
+
+
+def look_at(
+    source: Picture,
+    *,
+    name: str = "the picture",
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+) -> Undecoded:
+    """The same without decoding it.
+
+    Args:
+        name: what messages call a source that is no path.
+
+    Raises:
+        UserError: see `open_picture`.
+    """
+    if isinstance(source, Image.Image):
+        check_pixels(source.size, name, max_pixels)
+        return Undecoded(name, source)
+    name, data = _read(source, name, max_bytes)
+    try:
+        image, left = open_undecoded(data, name, max_pixels)
+    except UserError:
+        raise
+    except Exception as error:  # plugins raise nearly anything on hostile input
+        raise _damaged(name, error) from error
+    if left:
+        _log.warning("%s is read without its %s", shown(name), ", ".join(left))
+    return Undecoded(name, image)
 
 
 def open_alpha(source: Picture) -> Image.Image | None:
@@ -76,7 +131,7 @@ def open_alpha(source: Picture) -> Image.Image | None:
     Raises:
         UserError: see `open_picture`.
     """
-    _, image = _decode(source, MAX_BYTES, MAX_PIXELS)
+    image = _upright(look_at(source))
     if not image.has_transparency_data:
         return None
     if image.mode.startswith("I;16"):
@@ -191,22 +246,17 @@ def save_numbered_png(
     return write_numbered(Path(folder), f"-{seed}.png", encode_png(image, metadata))
 
 
-def _decode(source: Picture, max_bytes: int, max_pixels: int) -> tuple[str, Image.Image]:
-    """A name for messages, and the upright picture in its own mode."""
-    if isinstance(source, Image.Image):
-        name, image = "the picture", source
-    else:
-        name, data = _read(source, max_bytes)
-        image = _identify(data, name, max_pixels)
-    _check_pixels(image.size, name, max_pixels)
+def _upright(picture: Undecoded) -> Image.Image:
+    """The decoded picture in its own mode, turned as its EXIF says."""
+    name, image = picture.name, picture.image
     try:
         image.load()
-        upright = _upright(image)
+        upright = _turned(image)
     except Exception as error:  # decoders raise nearly anything on hostile input
         raise _damaged(name, error) from error
     if getattr(image, "is_animated", False):
-        _log.warning("%s is animated: only its first frame is used", name)
-    return name, upright
+        _log.warning("%s is animated: only its first frame is used", shown(name))
+    return upright
 
 
 def _colour(background: str) -> tuple[int, int, int]:
@@ -216,10 +266,10 @@ def _colour(background: str) -> tuple[int, int, int]:
         raise UserError(f"unknown colour {background!r}: use a name or #rrggbb") from error
 
 
-def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
-    """A name for messages, and the content."""
+def _read(source: str | Path | bytes, name: str, max_bytes: int) -> tuple[str, bytes]:
+    """A name for messages, a path's own where it is one, and the content."""
     if isinstance(source, bytes):
-        name, data = "the picture", source
+        data = source
     elif not isinstance(source, (str, Path)):
         kind = type(source).__name__
         raise UserError(f"a picture is a path, the bytes of a file or a Pillow image, not {kind}")
@@ -245,45 +295,6 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     raise UserError(f"{path} is not a file")
 
 
-def _identify(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
-    """Opens by content, without decoding. Not `Image.open`, which only warns of large sizes."""
-    try:
-        if data.startswith(b"\x89PNG\r\n\x1a\n"):
-            return PngImageFile(BytesIO(data))
-        if data.startswith(b"\xff\xd8\xff"):
-            return JpegImageFile(BytesIO(data))
-        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-            _check_pixels(_webp_size(data), name, max_pixels)  # its plugin allocates when opened
-            return WebPImageFile(BytesIO(data))
-    except UserError:
-        raise
-    except Exception as error:
-        raise _damaged(name, error) from error
-    raise UserError(f"{name} is not a PNG, JPEG or WebP picture")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
-    kind, body = data[12:16], data[20:30]
-    if len(body) < 10:
-        raise EOFError("the header is cut short")
-    if kind == b"VP8X":
-        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        width, height = int.from_bytes(body[6:8], "little"), int.from_bytes(body[8:10], "little")
-        return width & 0x3FFF, height & 0x3FFF
-    raise ValueError(f"unknown first chunk {kind!r}")
-
-
-def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
-        limit = f"{max_pixels / 1e6:g} million pixels"
-        raise UserError(f"{name} has {size[0]} x {size[1]} pixels; at most {limit} are taken")
-
-
 def _damaged(name: str, error: Exception) -> UserError:
     if isinstance(error, MemoryError):
         return UserError(f"too little memory to open {name}: make it smaller")
@@ -291,7 +302,7 @@ def _damaged(name: str, error: Exception) -> UserError:
     return UserError(f"{name} is damaged or cut short ({reason})")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turned(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # broken EXIF says nothing about the pixels
@@ -308,7 +319,7 @@ def _to_rgb(image: Image.Image, colour: tuple[int, int, int], name: str) -> Imag
     if not image.has_transparency_data:
         rgb = image.convert("RGB")
     else:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         rgb = Image.new("RGB", rgba.size, colour)
         rgb.paste(rgba, mask=rgba.getchannel("A"))
     rgb.info = {}  # a profile or comment kept here would leak into the files written from it

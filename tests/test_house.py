@@ -31,7 +31,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # below, never sideways: so no solver knows an edit, and learning knows no pipeline.
 FLOORS: list[set[str]] = [
     {"errors", "memory", "version"},
-    {"files", "registry"},
+    {"files", "picture_formats", "reading", "registry"},
     {"pictures"},
     {"diffusion"},
     {"solvers", "models"},

@@ -97,6 +97,34 @@ def text_bomb() -> bytes:
     )
 
 
+def with_segment(jpeg: bytes, body: bytes) -> bytes:
+    """A JPEG with an application segment of its own."""
+    return jpeg[:2] + b"\xff\xed" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is there again and again."""
+    data = encoded(rgb(), "JPEG", progressive=True)
+    last = data[data.rindex(SCAN) : -2]
+    return data[:-2] + count * last + data[-2:]
+
+
+def huge_bmp() -> bytes:
+    data = encoded(rgb(), "BMP")
+    return data[:18] + struct.pack("<ii", 30000, 30000) + data[26:]
+
+
+def run_length_bmp() -> bytes:
+    data = bytearray(encoded(flat("P", 1), "BMP"))
+    data[30:34] = struct.pack("<I", 1)  # BI_RLE8
+    return bytes(data)
+
+
+SCAN = b"\xff\xda"
+EMPTY = b"\xff\xed\0\2"  # a segment
+PIXEL = b"\0" + bytes(ORANGE)
+RGB16 = b"".join(struct.pack(">H", value) for value in ORANGE)
+BIG = b"monitor\0\0" + zlib.compress(np.random.default_rng(0).bytes(1_500_000))
 BLACK, WHITE, GREY = (0, 0, 0), (255, 255, 255), (128, 128, 128)
 ON_WHITE = tuple(round(c * 128 / 255 + 255 * 127 / 255) for c in ORANGE)  # alpha 128
 
@@ -139,6 +167,38 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
         ON_WHITE,
     ),
     "webp, animated": (lambda: frames("WEBP"), ORANGE),
+    "bmp": (lambda: encoded(rgb(), "BMP"), ORANGE),
+    "bmp, palette": (lambda: encoded(rgb().quantize(2), "BMP"), ORANGE),
+    "avif": (lambda: encoded(rgb(), "AVIF", quality=95), ORANGE),
+    "avif, alpha": (lambda: encoded(flat("RGBA", (*ORANGE, 128)), "AVIF", quality=95), ON_WHITE),
+    "png, text bomb": (text_bomb, (1, 2, 3)),
+    "png, profile of 1.5 MB": (lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"iCCP", BIG)), ORANGE),
+    "png, iTXt of 1.5 MB": (
+        lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"iTXt", b"workflow\0\1\0\0\0" + BIG[9:])),
+        ORANGE,
+    ),
+    "png, cut pHYs": (lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"pHYs", b"123")), ORANGE),
+    "png, text damaged": (
+        lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"tEXt", b"a\0b")[:-1] + b"?"),
+        ORANGE,
+    ),
+    "png, EXIF damaged": (
+        lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"eXIf", b"MM\0*")[:-1] + b"?"),
+        ORANGE,
+    ),
+    "png, transparency damaged": (
+        lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"tRNS", RGB16)[:-1] + b"?"),
+        ORANGE,
+    ),
+    "png, chunks of nobody": (
+        lambda: raw_png(2, 8, (1, 1), PIXEL, chunk(b"prVW", bytes(99)) + chunk(b"cICP", b"")),
+        ORANGE,
+    ),
+    "jpeg, a film behind it": (lambda: encoded(rgb(), "JPEG", quality=95) + 999 * SCAN, ORANGE),
+    "jpeg, a thumbnail of scans": (
+        lambda: with_segment(encoded(rgb(), "JPEG", quality=95), 999 * SCAN),
+        ORANGE,
+    ),
 }
 
 NOT_ONE, DAMAGED, LARGE = "not a PNG, JPEG or WebP", "damaged or cut short", "at most 50 million"
@@ -149,7 +209,25 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "zeros": (lambda: bytes(100), NOT_ONE),
     "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", NOT_ONE),
     "gif": (lambda: encoded(rgb(), "GIF"), NOT_ONE),
-    "bmp": (lambda: encoded(rgb(), "BMP"), NOT_ONE),
+    "bmp, run lengths": (run_length_bmp, "run-length encoded BMP"),
+    "bmp, half": (lambda: encoded(rgb(), "BMP")[:-99], DAMAGED),
+    "bmp, bomb": (huge_bmp, LARGE),
+    "letters BM": (lambda: b"BMW built 507s from 1956 to 1959.", NOT_ONE),
+    "avif, half": (lambda: encoded(_noise(), "AVIF")[:900], DAMAGED),
+    "heic": (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), NOT_ONE),
+    "git lfs": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "run git lfs pull",
+    ),
+    "jpeg, thousands of scans": (lambda: many_scans(3000), "more than 200 scans"),
+    "jpeg, empty segments": (
+        lambda: encoded(rgb(), "JPEG").replace(b"\xff\xe0", 70_000 * EMPTY + b"\xff\xe0", 1),
+        "more than 65536 segments",
+    ),
+    "png, a million chunks": (
+        lambda: raw_png(2, 8, (1, 1), PIXEL, 70_000 * chunk(b"prVW", b"")),
+        "more than 65536 chunks",
+    ),
     "tiff": (lambda: encoded(rgb(), "TIFF"), NOT_ONE),
     "eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NOT_ONE),
     "wave": (lambda: b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), NOT_ONE),
@@ -160,7 +238,6 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "png, no pixels": (lambda: raw_png(2, 8, (64, 64), b""), DAMAGED),
     "png, bomb": (lambda: raw_png(2, 8, (30000, 30000), bytes(2**16)), LARGE),
     "png, tall bomb": (lambda: raw_png(0, 1, (1, 2**31 - 1), bytes(2**16)), LARGE),
-    "png, text bomb": (text_bomb, DAMAGED),
     "jpeg, header only": (lambda: b"\xff\xd8\xff\xe0", DAMAGED),
     "jpeg, half": (lambda: encoded(_noise(), "JPEG")[:3000], DAMAGED),
     "jpeg, bomb": (huge_jpeg, LARGE),
@@ -188,7 +265,7 @@ def test_a_strange_picture_is_read_as_it_looks(name: str, tmp_path: Path) -> Non
     path.write_bytes(build())
     image = open_picture(path)
     pixels = np.array(image).astype(int)
-    lossy = name.startswith(("jpeg", "webp")) and "lossless" not in name
+    lossy = name.startswith(("jpeg", "webp", "avif")) and "lossless" not in name
     assert image.mode == "RGB"
     assert not image.info
     assert np.abs(pixels - colour).max() <= (6 if lossy else 1)
@@ -205,6 +282,27 @@ def test_a_hostile_picture_is_one_clear_line(name: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_what_a_png_is_read_without_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = chunk(b"iCCP", BIG) + chunk(b"tEXt", b"a\0b")[:-1] + b"?" + chunk(b"tIME", bytes(7))
+    path = tmp_path / "a.png"
+    path.write_bytes(raw_png(2, 8, (1, 1), PIXEL, extra))
+    with caplog.at_level(logging.WARNING):
+        assert open_picture(path).getpixel((0, 0)) == ORANGE
+    assert f"{path} is read without its iCCP (1465 KiB), tEXt (damaged)" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        open_picture(encoded(rgb(), "PNG", icc_profile=bytes(3000), dpi=(72, 72)))
+    assert len(caplog.records) == 1  # an ordinary profile is nothing to speak of
+
+
+def test_scans_that_encoders_write_pass() -> None:
+    """Ten of a progressive JPEG, and 200."""
+    assert open_picture(many_scans(0)) == open_picture(encoded(rgb(), "JPEG", progressive=True))
+    assert many_scans(150).count(SCAN) > 150
+    open_picture(many_scans(150))
 
 
 def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
@@ -271,7 +369,7 @@ def test_the_background_shows_through_and_an_animation_is_said(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.floats(0, 1))
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "AVIF"]), st.floats(0, 1))
 def test_a_cut_file_is_refused_or_complete(kind: str, share: float) -> None:
     data = encoded(_noise(), kind)
     whole = open_picture(data)
@@ -284,7 +382,7 @@ def test_a_cut_file_is_refused_or_complete(kind: str, share: float) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "AVIF"]),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=8),
 )
 def test_damage_never_ends_in_another_exception(kind: str, hits: list[tuple[int, int]]) -> None:

@@ -2,10 +2,10 @@
 
     accelerate launch training/finetune.py --data DIR --method lora
 
-The folder holds pictures and captions (metadata.jsonl, .csv or .parquet, or a .txt beside each
-picture), or pictures alone with --instance-prompt. They are checked before anything starts. OUT
-then holds the LoRA file (--method lora), or a model folder in the diffusers layout. Run the same
-command again to resume.
+DIR holds pictures and captions (metadata.jsonl, .csv or .parquet, or a .txt beside each picture),
+or pictures alone with --instance-prompt; or it is a parquet file, tar shards, or a folder of them.
+They are checked before anything starts. OUT then holds the LoRA file (--method lora), or a model
+folder in the diffusers layout. Run the same command again to resume.
 
 Methods: lora (a small file beside the model: styles, subjects), dreambooth (one subject, with
 --instance-prompt "a sks dog" --prior-prompt "a dog"), textual-inversion (a new word, --token),
@@ -262,7 +262,7 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     listed = list_folder(data.root, where=where)
     checked = check_pictures(listed, least, prompt=data.instance_prompt, progress=run.main)
     run.say(*(fault.line for fault in checked.faults))
-    if checked.faults and data.bad == "refuse":
+    if checked.must_mend and data.bad == "refuse":
         raise UserError(f"{checked.summary()} cannot be used: mend them, or use --bad skip")
     if not checked.examples:
         raise UserError(f"{data.root}: no picture is left to learn from")

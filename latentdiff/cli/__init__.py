@@ -22,7 +22,7 @@ from latentdiff.cli.generate import generate
 from latentdiff.cli.info import info
 from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.solvers import solvers
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory
 from latentdiff.version import __version__
 
@@ -100,7 +100,7 @@ def _refuse(message: str) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    print("warning:", message, file=sys.stderr)
+    print("warning:", shown(message), file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:

@@ -37,7 +37,10 @@ def emoji(
 
 
 def shard(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of captioned pictures.")],
+    root: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Captioned pictures: a folder, parquet or tar files."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     size: Annotated[int, typer.Option(min=1, help="Pictures in a shard.")] = 1000,
 ) -> None:

@@ -27,7 +27,9 @@ Fit = Annotated[
 
 @with_run_options
 def edit(
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
+    picture: Annotated[
+        Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG, WebP, BMP or AVIF.")
+    ],
     prompt: Prompt,
     *,
     strength: Annotated[
@@ -91,7 +93,9 @@ def edit(
 
 @with_run_options
 def inpaint(
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG or WebP.")],
+    picture: Annotated[
+        Path, typer.Argument(metavar="PICTURE", help="PNG, JPEG, WebP, BMP or AVIF.")
+    ],
     prompt: Prompt,
     *,
     mask: Annotated[
@@ -145,7 +149,9 @@ def inpaint(
 
 @with_run_options
 def ilvr(
-    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="PNG, JPEG or WebP.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="REFERENCE", help="PNG, JPEG, WebP, BMP or AVIF.")
+    ],
     prompt: Prompt,
     *,
     factor: Annotated[
@@ -197,9 +203,7 @@ def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionP
 
 def _mask(text: str, picture: Path, image: "Image") -> "Image":
     """A mask as large as the picture in use; any pixel of a hole is in it, however small."""
-    from PIL.Image import Resampling
-
-    from latentdiff.editing.masks import box_mask, mask_for
+    from latentdiff.editing.masks import box_mask, mask_for, resize_mask
     from latentdiff.pictures import open_picture
 
     size = open_picture(picture).size
@@ -213,7 +217,7 @@ def _mask(text: str, picture: Path, image: "Image") -> "Image":
         raise UserError(
             "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *size)
         )
-    return mask if size == image.size else mask.resize(image.size, Resampling.BOX)
+    return mask if size == image.size else resize_mask(mask, image.size)
 
 
 def _draw(

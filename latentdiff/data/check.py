@@ -1,19 +1,18 @@
 """Checks of the pictures of a folder: all faults are found and listed before a run starts."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tqdm import tqdm
+from PIL import Image
 
-from latentdiff.data.examples import Example
-from latentdiff.errors import UserError
+from latentdiff.data.examples import Example, see_all
+from latentdiff.errors import UserError, shown
+from latentdiff.reading import half_character
 
-Trouble = Literal["broken", "tiny", "duplicate", "captionless"]
+Trouble = Literal["broken", "tiny", "duplicate", "garbled", "captionless"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,11 @@ class Checked:
     sizes: list[tuple[int, int]]
     faults: list[Fault]
 
+    @property
+    def must_mend(self) -> bool:
+        """Whether there is a fault but duplicates, of which nothing is lost."""
+        return any(fault.trouble != "duplicate" for fault in self.faults)
+
     def summary(self) -> str:
         """Count the faulty pictures by kind: "3 of 45 pictures (2 broken, 1 tiny)"."""
         counts = Counter(fault.trouble for fault in self.faults)
@@ -50,46 +54,61 @@ def check_pictures(
     """Decode every picture, and tell the good ones from the others.
 
     Broken pictures cannot be decoded; tiny ones have a side below `least` pixels; of pictures that
-    are the same to the pixel the first is kept; captionless ones have no words.
+    are the same to the pixel the first is kept, with the captions of all; the words of garbled ones
+    cannot be read; captionless ones have none.
 
     Args:
         prompt: the caption of every picture, instead of its own.
+
+    Raises:
+        UserError: the prompt has half a character.
     """
     if prompt is not None:
-        examples = [replace(example, captions=(prompt,)) for example in examples]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looked = pool.map(_look, examples)
-        shown = tqdm(
-            looked, total=len(examples), desc="checking", disable=not progress, leave=False
-        )
-        results = list(shown)
-    checked = Checked([], [], [])
-    first: dict[str, Example] = {}
-    for example, result in zip(examples, results, strict=True):
-        if isinstance(result, str):
-            fault = Fault(example, "broken", result)
-        elif min(result[0]) < least:
-            height, width = result[0]
-            line = f"{example.name} is tiny: {width} x {height} pixels, below {least}"
-            fault = Fault(example, "tiny", line)
-        elif (same := first.setdefault(result[1], example)) is not example:
-            line = f"{example.name} is a duplicate of {same.path.name}"
-            fault = Fault(example, "duplicate", line)
-        elif not example.captions:
-            fault = Fault(example, "captionless", f"{example.name} has no caption")
-        else:
-            checked.examples.append(example)
-            checked.sizes.append(result[0])
-            continue
-        checked.faults.append(fault)
-    return checked
+        if half := half_character(prompt):
+            raise UserError(f"the prompt has half a character ({half}): {prompt:.60}")
+        examples = [replace(example, captions=(prompt,), fault="") for example in examples]
+    examples = list(examples)
+    results = see_all(examples, _look, "checking", progress=progress)
+    faults: dict[int, Fault] = {}
+    first: dict[str, int] = {}
+    captions = [example.captions for example in examples]
+    for number, (example, look) in enumerate(zip(examples, results, strict=True)):
+        if isinstance(look, UserError):
+            faults[number] = Fault(example, "broken", str(look))
+        elif min(look.size) < least:
+            height, width = look.size
+            line = f"{shown(example.name)} is tiny: {width} x {height} pixels, below {least}"
+            faults[number] = Fault(example, "tiny", line)
+        elif (same := first.setdefault(look.digest, number)) != number:
+            captions[same] += example.captions
+            line = f"{shown(example.name)} is a duplicate of {shown(examples[same].name)}"
+            faults[number] = Fault(example, "duplicate", line)
+    for number in first.values():
+        example, own = examples[number], tuple(dict.fromkeys(captions[number]))
+        if not own:
+            faults[number] = _wordless(example)
+        examples[number] = replace(example, captions=own)
+    good = [number for number in range(len(examples)) if number not in faults]
+    sizes = [look.size for look in (results[number] for number in good) if isinstance(look, Look)]
+    return Checked([examples[n] for n in good], sizes, [faults[n] for n in sorted(faults)])
 
 
-def _look(example: Example) -> tuple[tuple[int, int], str] | str:
-    """Height and width, and a digest of all pixels; or why it cannot be opened."""
-    try:
-        image = example.open()
-    except UserError as error:
-        return str(error)
-    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    return (image.height, image.width), digest
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a decoded picture is known by: height and width, and a digest of all pixels."""
+
+    size: tuple[int, int]
+    digest: str
+
+
+def _look(number: int, image: Image.Image) -> Look:
+    digest = hashlib.sha256(f"{image.size}".encode())
+    digest.update(image.tobytes())
+    return Look((image.height, image.width), digest.hexdigest())
+
+
+def _wordless(example: Example) -> Fault:
+    name = shown(example.name)
+    if example.fault:
+        return Fault(example, "garbled", shown(f"{name}: {example.fault}"))
+    return Fault(example, "captionless", f"{name} has no caption")

@@ -11,6 +11,7 @@ from latentdiff.data.folder import read_folder
 from latentdiff.data.shards import INDEX
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing_folder
+from latentdiff.picture_formats import suffix_of
 from latentdiff.pictures import MAX_BYTES
 
 
@@ -49,7 +50,7 @@ def _tar(first: int, examples: list[Example]) -> bytes:
             picture = example.read()
             parts = {
                 _extension(example, picture): picture,
-                ".json": json.dumps(fields, ensure_ascii=False, default=str).encode(),
+                ".json": json.dumps(fields, default=str).encode(),
             }
             for extension, data in parts.items():
                 member = tarfile.TarInfo(f"{number:09}{extension}")
@@ -62,10 +63,7 @@ def _extension(example: Example, data: bytes) -> str:
     """Choose the file extension by the first bytes of a picture, as `open_picture` does."""
     if len(data) > MAX_BYTES:
         raise UserError(f"picture {example.name} has more than {MAX_BYTES} bytes")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return ".png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return ".jpg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    raise UserError(f"{example.name} is no PNG, JPEG or WebP picture")
+    suffix = suffix_of(data)
+    if suffix is None:
+        raise UserError(f"{example.name} is no PNG, JPEG or WebP picture, nor a BMP or AVIF")
+    return suffix

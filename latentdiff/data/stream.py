@@ -14,13 +14,15 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from latentdiff.data.examples import Example, parse_json
-from latentdiff.data.shards import INDEX, expand, list_shards
+from latentdiff.data.shards import INDEX, list_shards, shards_of
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, write_scratch
+from latentdiff.reading import decode, read_bytes, reason
 
 _TRIES = 3
 _MAX_INDEX = 64 * 2**20
 _MAX_SHARD = 8 * 2**30  # it passes through memory
+_MAX_SAMPLES = 10**9  # in a shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +35,42 @@ class Shard:
 
 
 def find_shards(pattern: str) -> list[Shard]:
-    """The shards of a pattern of paths or http(s) addresses, from the `index.json` beside them.
+    """The shards of a folder, or of a pattern of paths or http(s) addresses, from the `index.json`
+    beside them.
 
     Without an index, shards on a disk are counted; that reads their headers.
 
     Raises:
         UserError: an address has no index, the index is faulty, or a shard is not in it.
     """
-    places = [_address(path) for path in expand(Path(pattern))]
+    places = [_address(path) for path in shards_of(Path(pattern))]
     folder = places[0].rpartition("/")[0]
     index = f"{folder}/{INDEX}" if folder else INDEX
     if not _remote(places[0]) and not Path(index).is_file():
         return [Shard(place, len(list_shards(Path(place)))) for place in places]
     try:
-        content = parse_json(_read(index, _MAX_INDEX))
-        rows = cast(dict[str, list[dict[str, str | int]]], content)["shards"]
-        known = {str(row["name"]): (int(row["samples"]), str(row["sha256"])) for row in rows}
+        content = parse_json(decode(_read(index, _MAX_INDEX)))
+        rows = cast(dict[str, list[dict[str, object]]], content)["shards"]
+        known = {str(row["name"]): (_count(row["samples"]), str(row["sha256"])) for row in rows}
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no index of shards ({error!r})") from None
+        raise UserError(f"{index} is no index of shards ({error!r:.200})") from None
     names = [place.rpartition("/")[2] for place in places]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"{index} does not have {unknown[0]}")
     return [Shard(place, *known[name]) for place, name in zip(places, names, strict=True)]
+
+
+def _count(value: object) -> int:
+    """The samples of a shard.
+
+    Raises:
+        ValueError: it is no whole number of them.
+    """
+    if not isinstance(value, int) or not 1 <= value <= _MAX_SAMPLES:
+        raise ValueError(f"samples: {value!r:.40} is no number of samples")
+    return value
 
 
 class ShardStream:
@@ -110,6 +126,8 @@ class ShardStream:
         examples = list_shards(path)
         if len(examples) != shard.samples:
             raise UserError(f"{shard.place} has {len(examples)} samples, not {shard.samples}")
+        if faulty := [example for example in examples if example.fault]:
+            raise UserError(f"{shard.place}: {faulty[0].fault}")
         if bare := [example for example in examples if not example.captions]:
             raise UserError(f"{shard.place}: {bare[0].fields['file_name']} has no caption")
         return examples
@@ -136,9 +154,9 @@ def _read(place: str, most: int, wait: Callable[[float], None] = time.sleep) -> 
     """
     if not _remote(place):
         try:
-            return Path(place).read_bytes()
+            return read_bytes(Path(place), most)
         except OSError as error:
-            raise UserError(f"cannot read {place}: {error.strerror}") from None
+            raise UserError(f"cannot read {place}: {reason(error)}") from None
     for attempt in range(_TRIES):
         try:
             with urlopen(place, timeout=60) as answer:

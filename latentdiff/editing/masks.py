@@ -1,19 +1,29 @@
-"""Masks: 1 where a picture is painted anew, 0 where it is known and stays as it is."""
+"""Masks: 1 where a picture is painted anew, 0 where it is known and stays as it is.
 
+One half decides: from there on a pixel is hole, hidden from the encoder and painted; below, it is
+known and stays. So black that is not quite black makes no hole. Grey of the hole mixes what was
+painted with what was there.
+"""
+
+import logging
 import re
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
+from torch.nn.functional import adaptive_max_pool2d, avg_pool2d, interpolate, max_pool2d, pad
 
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.pictures import Picture, open_alpha, open_picture
 
+_HOLE = 128  # of 255, the least that is hole
+_CLEAR = 64  # of 255, from black and from white, what is clearly one or the other
 _SWEEPS = 16  # of `extend` at each level: some per cent from harmonic in a hole of half a picture
+_log = logging.getLogger(__name__)
+
 _BOX = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
 
 
@@ -50,6 +60,8 @@ def open_mask(source: Picture) -> Image.Image:
 def mask_like(mask: Image.Image, image: object) -> Image.Image:
     """Pass a mask that is as large as the opened picture it is for.
 
+    One without a clear inside and outside is no drawn mask, and that is logged.
+
     Raises:
         UserError: it is not.
     """
@@ -59,7 +71,20 @@ def mask_like(mask: Image.Image, image: object) -> Image.Image:
         )
     if isinstance(image, Tensor):
         raise UserError("latents need a mask tensor of their size, [1, 1, h, w], 1 where to paint.")
+    _warn_if_unclear(mask)
     return mask
+
+
+def _warn_if_unclear(mask: Image.Image) -> None:
+    pixels = np.asarray(mask)
+    low, high = pixels.min(), pixels.max()
+    if high < _HOLE:
+        _log.warning("the mask has no hole (its lightest grey is %d of 255): all is kept", high)
+    elif low >= _HOLE:
+        _log.warning("the mask is all hole (its darkest grey is %d of 255): all is painted", low)
+    elif high < 255 - _CLEAR or low > _CLEAR:
+        told = "the mask has no clear inside and outside (its greys are %d to %d of 255): 128 and "
+        _log.warning(told + "more is painted, and mixed with the picture", low, high)
 
 
 def mask_for(image: Picture, mask: Picture | None) -> Image.Image:
@@ -70,6 +95,8 @@ def mask_for(image: Picture, mask: Picture | None) -> Image.Image:
     """
     alpha = open_alpha(image)
     holes = None if alpha is None else alpha.point(lambda value: 255 - value)
+    if holes is not None and not _is_hole(holes).any():
+        holes = None
     if mask is None:
         if holes is None:
             raise UserError("no part of the picture is transparent: give a mask (white: paint).")
@@ -77,11 +104,27 @@ def mask_for(image: Picture, mask: Picture | None) -> Image.Image:
     given = open_mask(mask)
     if holes is None:
         return given
-    if not np.array_equal(np.asarray(given), np.asarray(holes)):
+    if not np.array_equal(_is_hole(given), _is_hole(holes)):
         raise UserError(
             "the picture has transparent parts, and the mask is another: remove either of them."
         )
     return given
+
+
+def resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask (mode L) at another width and height; the smallest hole is still there.
+
+    A pixel of which any part was hole is hole; grey is averaged.
+    """
+    hole = torch.from_numpy(_is_hole(mask))[None].float()
+    kept = adaptive_max_pool2d(hole, (size[1], size[0]))[0].byte() * _HOLE
+    return ImageChops.lighter(
+        mask.resize(size, Image.Resampling.BOX), Image.fromarray(kept.numpy())
+    )
+
+
+def _is_hole(mask: Image.Image) -> np.ndarray:
+    return np.asarray(mask) >= _HOLE
 
 
 def mask_tensor(mask: Picture | Tensor | None) -> Tensor:
@@ -105,10 +148,10 @@ def check_mask(mask: Tensor) -> None:
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
     """[1, 1, H, W] -> [1, 1, H / factor, W / factor] of 0 and 1.
 
-    A latent is painted anew if any of its pixels is, however little; so the smallest hole is there
-    and no latent that is kept holds a pixel of the hole.
+    A latent is painted anew if any of its pixels is hole; so the smallest hole is there and no
+    latent that is kept holds a pixel of the hole.
     """
-    return (max_pool2d(mask, factor) > 0).to(mask.dtype)
+    return (max_pool2d(mask, factor) >= 0.5).to(mask.dtype)
 
 
 def masked_picture(picture: Tensor, mask: Tensor) -> Tensor:
@@ -208,9 +251,9 @@ def fill(picture: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         picture: [B, C, H, W].
-        mask: [1, 1, H, W], the hole where it is not 0.
+        mask: [1, 1, H, W] in [0, 1], the hole where it is 0.5 or more.
     """
-    return extend(picture, (mask == 0).to(picture.dtype))
+    return extend(picture, (mask < 0.5).to(picture.dtype))
 
 
 def paste(painted: Tensor, picture: Tensor, mask: Tensor, feather: int) -> Tensor:
@@ -221,15 +264,15 @@ def paste(painted: Tensor, picture: Tensor, mask: Tensor, feather: int) -> Tenso
 
     Args:
         painted: [B, 3, H, W].
-        picture: [1, 3, H, W]; where mask is 0 the result is this, bit for bit.
-        mask: [1, 1, H, W] in [0, 1].
+        picture: [1, 3, H, W]; where the mask is below 0.5 the result is this, bit for bit.
+        mask: [1, 1, H, W] in [0, 1]; from 0.5 on the share of what was painted.
         feather: width of the seam in pixels, >= 1.
     """
     if constrains_nothing(mask):
         return painted
     picture, mask = picture.to(painted), mask.to(painted)
-    known = (mask == 0).to(painted)
+    known = (mask < 0.5).to(painted)
     lacking = extend(picture - painted, known)
     near = torch.stack([max_pool2d(known, 2 * r + 1, 1, r) for r in range(1, feather + 1)]).mean(0)
     seamless = painted + near * lacking
-    return torch.where(mask == 0, picture, picture + mask * (seamless - picture))
+    return torch.where(mask < 0.5, picture, picture + mask * (seamless - picture))

@@ -42,9 +42,9 @@ class Hole:
 
     Args:
         image: the picture, opened here; or latents [1 or B, C, h, w].
-        mask: what to paint: white (1), all of it; grey, mixed with the picture in the end. A
-            picture of the same size; None for what is transparent in `image`; with latents
-            [1 or B, 1 or C, h, w] in [0, 1].
+        mask: what to paint: white (1), all of it; grey of one half or more, mixed with the
+            picture in the end; what is darker stays. A picture of the same size; None for what is
+            transparent in `image`; with latents [1 or B, 1 or C, h, w] in [0, 1].
 
     Raises:
         UserError: no picture, no mask, a mask of another size, or one that differs from the

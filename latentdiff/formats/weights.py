@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing
+from latentdiff.reading import open_regular, read_text, reason
 
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_NUMBER = 1_000_000
@@ -35,15 +36,11 @@ def read_json(path: Path) -> dict[str, object]:
         UserError: no such file, not JSON, not an object, or a number no config would hold.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, so not a config.")
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_text(path, _MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; a model folder needs it.") from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}.") from error
-    except UserError:
-        raise
+        raise UserError(f"{path}: {reason(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({first_line(error)}).") from error
     if not isinstance(value, dict):
@@ -205,9 +202,13 @@ class WeightFiles:
 
 def _open(path: Path):  # the handle's type is not exported
     try:
-        return safe_open(path, framework="pt")
+        open_regular(path).close()  # a pipe would be waited for
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
+    except OSError as error:
+        raise UserError(f"{path}: {reason(error)}.") from error
+    try:
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: damaged or cut short ({first_line(error)}); get the file again."

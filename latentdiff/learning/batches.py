@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentdiff.data.cache import LatentCache, weights_hash
 from latentdiff.data.examples import Example, balanced_weights, load_picture
-from latentdiff.data.folder import read_folder
+from latentdiff.data.folder import read_folder, read_parts
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
 from latentdiff.learning.order import Key, SampleOrder, Shares, Stream, generator
@@ -28,10 +28,11 @@ def split_examples(data: DataConfig) -> tuple[list[Example], list[Example]]:
     folder is held out.
     """
     chosen = {key: tuple(values) for key, values in data.where.items()}
-    train = read_folder(data.root, where=chosen)
     if data.held_out:
         held = {key: tuple(values) for key, values in {**data.where, **data.held_out}.items()}
-        return train, read_folder(data.root, where=held)
+        train, held_out = read_parts(data.root, [chosen, held])
+        return train, held_out
+    train = read_folder(data.root, where=chosen)
     count = round(len(train) * data.held_out_fraction)
     random = generator(0, Stream.HELD_OUT, 0, 0)
     out = set(random.permutation(len(train))[:count].tolist())

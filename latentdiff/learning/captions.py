@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from latentdiff.data.cache import TextCache, weights_hash
+from latentdiff.errors import UserError
 from latentdiff.learning.order import Stream, generator
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.text_encoders import TextStates, Tokens
+from latentdiff.reading import half_character
 
 
 class Captions:
@@ -20,6 +22,9 @@ class Captions:
         captions: the captions of each sample.
         dropout: probability of the empty caption instead, for classifier-free guidance (Ho &
             Salimans 2022, algorithm 1); one for all, or of each sample.
+
+    Raises:
+        UserError: a caption has half a character, which no tokenizer takes.
     """
 
     def __init__(
@@ -32,6 +37,9 @@ class Captions:
         unique = {"": 0}
         for caption in (caption for own in captions for caption in own):
             unique.setdefault(caption, len(unique))
+        for caption in unique:
+            if half := half_character(caption):
+                raise UserError(f"a caption has half a character ({half}): {caption:.60}")
         self.rows = [[unique[caption] for caption in own] or [0] for own in captions]
         self.all = conditioner.tokenize(list(unique))
         self.cut = [both for both in zip(unique, self.all.cut, strict=True) if both[1]]

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
+from latentdiff.reading import decode
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
 
@@ -77,7 +78,7 @@ def _lines(path: Path) -> list[str]:
         UserError: the file cannot be read.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = decode(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts of {path}: {error}") from None
     return [line.strip() for line in lines if line.strip()]
@@ -153,7 +154,8 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
         raise UserError("no pictures to learn from: give a folder, --data DIR")
     if isinstance(data, dict) and "root" in data:
         root = Path(str(data["root"]))
-        name = root.name if root.name not in ("", "..") else root.resolve().name
+        named = root.parent if "*" in root.name else root  # shards/*.tar
+        name = named.name if named.name not in ("", "..") else named.resolve().name
         values.setdefault("out", f"runs/{name}-{method}")
     if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
         given = {"caption_dropout": 0.0, **_section(values, "objective", source)}

@@ -51,7 +51,7 @@ class Samples:
             f"{e.path.name} {content} {b} {list(e.captions)}"
             for e, content, b in zip(self.examples, self.contents, self.buckets, strict=True)
         ]
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+        return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
 
     def order(self, seed: int) -> BucketOrder:
         """Order the samples into batches, each from one bucket."""

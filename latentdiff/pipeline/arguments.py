@@ -19,6 +19,7 @@ from latentdiff.errors import UserError
 MAX_STEPS = 1000
 MAX_SIDE = 4096  # pixels
 MAX_PIXELS = 2**28  # of all pictures of a call
+MAX_SEED = 2**64 - 1  # as elsewhere in this field
 
 
 def whole(value: int, name: str, low: int, high: int) -> int:
@@ -137,11 +138,11 @@ def picture_streams(
     if seed is None:
         seed = secrets.randbelow(2**32)
     if isinstance(seed, Sequence):
-        seeds = [whole(one, "seed", 0, 2**62) for one in seed]
+        seeds = [whole(one, "seed", 0, MAX_SEED) for one in seed]
         if len(seeds) != count:
             raise UserError(f"seed: {len(seeds)} seeds were given for {count} pictures.")
         return seeds, [first] * count
-    return [whole(seed, "seed", 0, 2**62)] * count, list(range(first, first + count))
+    return [whole(seed, "seed", 0, MAX_SEED)] * count, list(range(first, first + count))
 
 
 def first_noise(

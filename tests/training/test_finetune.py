@@ -406,6 +406,20 @@ def test_faulty_pictures_are_listed_and_left_out_and_long_captions_told(
     assert f"the first: {long[:40]!r}" in told
 
 
+def test_pictures_that_are_the_same_are_learned_once_and_keep_no_run_from_starting(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the folder of `latentdiff data emoji`, where six emoji look like six others."""
+    pictures = picture_folder(tmp_path / "pictures")
+    shutil.copy(pictures / "1.png", pictures / "8.png")
+    data = {"root": str(pictures)}
+    out = finetune(work, tmp_path / "out", "lora", data=data)
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+    told = capsys.readouterr().out
+    assert f"{pictures}/8.png is a duplicate of {pictures}/1.png" in told
+    assert "11 pictures to learn from" in told
+
+
 def test_a_run_is_named_by_its_folder_and_refuses_to_write_into_it(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
