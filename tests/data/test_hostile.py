@@ -25,6 +25,7 @@ from latentdiff.data.shards import expand
 from latentdiff.data.stream import find_shards
 from latentdiff.errors import UserError
 from latentdiff.learning.captions import Captions
+from latentdiff.models.conditioner import TextConditioner
 
 GIB = 2**30
 
@@ -265,7 +266,7 @@ def test_half_a_character_is_a_line_at_every_door(tmp_path: Path) -> None:
     for work in (
         lambda: read_folder(tmp_path),
         lambda: write_shards(tmp_path, tmp_path / "out", 4),
-        lambda: Captions(tiny_clip(), [["half \ud83d emoji"]], 0.0, 0),
+        lambda: Captions(TextConditioner(tiny_clip()), [["half \ud83d emoji"]], 0.0, 0),
     ):
         assert "half a character (U+D83D)" in refused(work)
     (tmp_path / "metadata.jsonl").write_text(row.replace("half \\ud83d", "whole"))
