@@ -1,0 +1,336 @@
+"""Before stage 2: teach a small CLIP text tower what words mean.
+
+    python training/text.py --data data/emoji128 --teacher all-MiniLM-L6-v2 --wordnet wordnet \
+        --out runs/emoji128-text
+
+The teacher is the sentence encoder all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019). The
+tower's state at the end of a text, through one matrix, learns the teacher's embedding of that text; its
+state at the end of each word, through another, the teacher's embedding of that word alone. So the
+states of "automobile" and "car" come near each other before a picture is seen. Ends by writing the
+tower, the tokenizer and the two matrices into OUT. Run the same command again to resume.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.models.bert.configuration_bert import BertConfig
+from transformers.models.bert.modeling_bert import BertModel
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from latentdiff.bundle.save import save_tensors
+from latentdiff.data.captions import with_article
+from latentdiff.data.held_out import SYNONYMS, has_synonym
+from latentdiff.data.wording import is_plural, naming, plural, styled
+from latentdiff.data.wordnet import WordNet
+from latentdiff.errors import UserError
+from latentdiff.learning.order import generator
+from latentdiff.models.text import WORD_END, build_text_encoder, train_tokenizer
+
+COLOURS = "red orange yellow green blue purple pink brown black white gray".split()
+SIZES = ("small", "big", "tiny", "large", "little")
+PLACES = (
+    "on a {c} background", "in the top left corner", "in the bottom right corner", "upside down",
+    "on the left", "on the right", "at the top", "at the bottom", "in the middle", "in the corner",
+)  # fmt: skip
+RELATIONS = ("next to", "to the left of", "to the right of", "above", "below", "and", "beside")
+
+
+class Teacher:
+    """all-MiniLM-L6-v2: a text's embedding is the mean of its token states, at unit length."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"{folder} holds no model.safetensors of a sentence encoder")
+        self.tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.enable_truncation(64)
+        self.tokenizer.enable_padding()
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        self.model: Any = BertModel(BertConfig(**config), add_pooling_layer=False).eval()
+        state = {k: v for k, v in load_file(folder / "model.safetensors").items()}
+        known = self.model.state_dict()
+        self.model.load_state_dict({k: state[k] for k in known})
+        self.words: Tensor = self.model.embeddings.word_embeddings.weight.detach().float()
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], batch: int = 256, what: str = "teacher") -> Tensor:
+        """Unit embeddings, float16 [N, 384]; of nothing, [0, 384]."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = torch.empty(len(texts), 384, dtype=torch.float16)
+        for start in tqdm(range(0, len(order), batch), desc=what, mininterval=10):
+            places = order[start : start + batch]
+            coded = self.tokenizer.encode_batch([texts[i] for i in places])
+            ids = torch.tensor([one.ids for one in coded])
+            mask = torch.tensor([one.attention_mask for one in coded])
+            with torch.autocast("cpu", torch.bfloat16):
+                states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            seen = mask[:, :, None].float()
+            mean = (states.float() * seen).sum(1) / seen.sum(1)
+            found[places] = F.normalize(mean, dim=1).half()
+        return found
+
+
+def collect(data: Path, words: WordNet, composed: int, lemmas: int, seed: int) -> list[str]:
+    """What the tower is taught on: captions, made-up compositions, nouns and glosses.
+
+    The words of `held_out.SYNONYMS` may be here: the tower is to know them from the teacher. No
+    caption that a picture is learned with has them.
+    """
+    lines = (data / "metadata.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line]
+    rows = [row for row in rows if row["split"] == "train"]
+    texts = [caption.replace("-", " ") for row in rows for caption in row["captions"]]
+    untoned = [row for row in rows if not row["skin_tone"]]
+    named = {row["name"]: naming(row, words) for row in untoned}
+    texts += [name for one in named.values() for name in (one.name, *one.also, *one.broader)]
+    texts += [keyword for row in untoned for keyword in row["keywords"]]
+    random = generator(seed, 20)
+    usual = [word.replace("_", " ") for one in words.concrete() for word in one.words]
+    usual = sorted({word for word in usual if len(word.split()) <= 2})
+    things = [one.name for one in named.values() if len(one.name.split()) <= 3]
+    for _ in range(composed):
+        pool = things if random.random() < 0.7 else usual
+        first, second = (pool[random.integers(len(pool))] for _ in range(2))
+        texts.append(compose(first, second, random))
+    chosen = random.permutation(len(usual))[:lemmas]
+    texts += [usual[i] for i in chosen] + [with_article(usual[i]) for i in chosen]
+    texts += list(SYNONYMS) + [with_article(word) for word in SYNONYMS]
+    texts += [one.gloss for one in words.concrete() if 2 < len(one.gloss.split()) <= 12]
+    return list(dict.fromkeys(text for text in texts if text.strip()))
+
+
+def compose(first: str, second: str, random: np.random.Generator) -> str:
+    """A description such as captions of composed pictures have, of any two nouns."""
+    colour = COLOURS[random.integers(len(COLOURS))]
+    kind = random.integers(7)
+    if kind == 0:
+        text = with_article(f"{colour} {first}")
+    elif kind == 1 and not is_plural(first):
+        text = f"{('two', 'three', 'four')[random.integers(3)]} {plural(first)}"
+    elif kind == 2:
+        relation = RELATIONS[random.integers(len(RELATIONS))]
+        text = f"{with_article(first)} {relation} {with_article(second)}"
+    elif kind == 3:
+        text = with_article(f"{SIZES[random.integers(len(SIZES))]} {first}")
+    elif kind == 4:
+        place = PLACES[random.integers(len(PLACES))].format(c=colour)
+        text = f"{with_article(first)} {place}"
+    elif kind == 5:
+        other = COLOURS[random.integers(len(COLOURS))]
+        text = f"{with_article(f'{colour} {first}')} and {with_article(f'{other} {second}')}"
+    else:
+        text = with_article(first)
+    names = ("noto", "twemoji", "fluent-3d", "fluent-flat", None, None)
+    return styled(text, names[random.integers(len(names))], random)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text as the tower reads it.
+
+    Attributes:
+        ids: tokens, start and end included, at most the window.
+        ends: places of the tokens that end a word.
+        words: rows of the table of single words, one for each of `ends`.
+    """
+
+    ids: list[int]
+    ends: list[int]
+    words: list[int]
+
+
+def lessons(texts: Sequence[str], tokenizer: CLIPTokenizer) -> tuple[list[Lesson], list[str]]:
+    """Every text in tokens, and the table of single words."""
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    coded = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)
+    table: dict[str, int] = {}
+    found: list[Lesson] = []
+    for ids in coded["input_ids"]:  # pyright: ignore
+        ends, rows, word = [], [], ""
+        for place, number in enumerate(ids):  # pyright: ignore
+            token = tokens[number]
+            word += token.removesuffix(WORD_END)
+            if token.endswith(WORD_END):
+                if word.isascii() and word.isalnum():
+                    ends.append(place)
+                    rows.append(table.setdefault(word, len(table)))
+                word = ""
+            elif token.startswith("<|"):
+                word = ""
+        found.append(Lesson(list(ids), ends, rows))  # pyright: ignore
+    return found, list(table)
+
+
+class Taught(nn.Module):
+    """The tower and the matrices that its states are compared with the teacher's through."""
+
+    def __init__(self, tower: CLIPTextModel, width: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.of_text = nn.Linear(width, 384, bias=False)
+        self.of_word = nn.Linear(width, 384, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Tokens [B, L] -> states after the last norm [B, L, D]."""
+        return self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
+
+
+def begin_from(teacher: Teacher, tower: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    """Give each token the mean of the teacher's vectors of its letters, turned into its width.
+
+    The turn is the first principal directions of the teacher's table: nearness of words is kept
+    about as well as the width allows.
+    """
+    table = teacher.words - teacher.words.mean(0)
+    width = tower.config.hidden_size
+    _, _, directions = torch.linalg.svd(table[1000:], full_matrices=False)
+    turned = table @ directions[:width].T
+    turned *= 0.02 / turned.std()
+    weight = tower.get_input_embeddings().weight
+    with torch.no_grad():
+        for token, number in tokenizer.get_vocab().items():
+            letters = token.removesuffix(WORD_END)
+            pieces = teacher.tokenizer.encode(letters, add_special_tokens=False)
+            own = [i for i, seen in zip(pieces.ids, pieces.attention_mask, strict=True) if seen]
+            if letters.isascii() and letters.isalnum() and own:
+                weight[number] = turned[own].mean(0)
+
+
+def batches(
+    sizes: Sequence[int], batch: int, seed: int, step: int, steps: int
+) -> Iterator[np.ndarray]:
+    """Rows of texts of like length for each step: a function of (seed, step)."""
+    lengths = np.asarray(sizes)
+    for at in range(step, steps):
+        random = generator(seed, 21, at)
+        chosen = random.integers(len(lengths), size=8 * batch)
+        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+        start = batch * int(random.integers(8))
+        yield chosen[start : start + batch]
+
+
+def loss_of(model: Taught, some: Sequence[Lesson], texts: Tensor, words: Tensor) -> dict[str, Tensor]:
+    """One minus the cosine at the text's end and at each word's, and the texts' mutual cosines.
+
+    Args:
+        texts: the teacher's embeddings of these texts [B, 384].
+        words: of all single words [W, 384].
+    """
+    longest = max(len(one.ids) for one in some)
+    end = some[0].ids[-1]
+    ids = torch.tensor([one.ids + [end] * (longest - len(one.ids)) for one in some])
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model(ids)
+    states = states.float()
+    last = torch.tensor([len(one.ids) - 1 for one in some])
+    ours = F.normalize(model.of_text(states[torch.arange(len(some)), last]), dim=1)
+    theirs = texts.float()
+    text = 1 - (ours * theirs).sum(1).mean()
+    mutual = (ours @ ours.T - theirs @ theirs.T).square().mean()
+    rows = torch.tensor([i for i, one in enumerate(some) for _ in one.ends])
+    places = torch.tensor([place for one in some for place in one.ends])
+    table = torch.tensor([row for one in some for row in one.words])
+    word = 1 - F.cosine_similarity(model.of_word(states[rows, places]), words[table].float()).mean()
+    return {"loss": text + 5 * mutual + 0.3 * word, "text": text, "mutual": mutual, "word": word}
+
+
+@torch.no_grad()
+def encode(model: Taught, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """The tower's own embeddings of texts, unit vectors [N, 384]."""
+    coded = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+    found = []
+    for ids in coded:  # pyright: ignore
+        state = model(torch.tensor([ids]))[0, -1]
+        found.append(F.normalize(model.of_text(state), dim=0))
+    return torch.stack(found)
+
+
+def synonyms_right(names: Sequence[str], names_in: Tensor, synonyms_in: Tensor) -> float:
+    """How many of the held-out synonyms have a name of their own thing nearest."""
+    nearest = (synonyms_in.float() @ names_in.float().T).argmax(1)
+    hits = [
+        names[int(at)] in right.split("|")
+        for at, right in zip(nearest, SYNONYMS.values(), strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Picture folder with metadata.jsonl.")],
+    teacher: Annotated[Path, typer.Option(help="Folder of all-MiniLM-L6-v2.")],
+    wordnet: Annotated[Path, typer.Option(help="Folder of data.noun and index.noun.")],
+    out: Annotated[Path, typer.Option(help="Where the tower goes.")] = Path("runs/emoji128-text"),
+    steps: Annotated[int, typer.Option(help="Steps.")] = 2400,
+    batch: Annotated[int, typer.Option(help="Texts a step.")] = 384,
+    rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1.5e-3,
+    vocabulary: Annotated[int, typer.Option(help="Tokens.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens of a text at most.")] = 32,
+    width: Annotated[int, typer.Option(help="Width of the tower.")] = 256,
+    layers: Annotated[int, typer.Option(help="Layers of the tower.")] = 4,
+    composed: Annotated[int, typer.Option(help="Made-up descriptions.")] = 40_000,
+    lemmas: Annotated[int, typer.Option(help="Nouns of WordNet.")] = 30_000,
+    save_every: Annotated[int, typer.Option(help="Steps between saves.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of weights, texts and order.")] = 0,
+) -> None:
+    """Teach a small text tower from a sentence encoder; re-run the same command to resume."""
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    words = WordNet(wordnet)
+    texts = collect(data, words, composed, lemmas, seed)
+    tokenizer = train_tokenizer(texts, vocabulary, window)
+    read, table = lessons(texts, tokenizer)
+    print(f"{len(texts)} texts, {len(table)} words, {len(tokenizer)} tokens", flush=True)
+    targets = out / "teacher.safetensors"
+    guide = Teacher(teacher)
+    if not targets.is_file():
+        found = {"texts": guide.embed(texts), "words": guide.embed(table)}
+        save_tensors(found, targets, {})
+    wanted = load_file(targets)
+    tower = build_text_encoder(tokenizer, width, layers, width // 64)
+    begin_from(guide, tower, tokenizer)
+    model = Taught(tower, width)
+    names = sorted({str(json.loads(line)["name"]) for line in open(data / "metadata.jsonl")})  # noqa: PTH123, SIM115
+    names = [name for name in names if ":" not in name]
+    spoken = [name.replace("-", " ").replace("automobile", "car") for name in names]
+    right = synonyms_right(names, guide.embed(spoken), guide.embed(list(SYNONYMS)))
+    print(f"nearest name of 100 synonyms: the teacher {right:.0%}", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
+    for step, rows in enumerate(batches([len(o.ids) for o in read], batch, seed, 0, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / 100, 0.5 + 0.5 * np.cos(np.pi * step / steps))
+        values = loss_of(model, [read[r] for r in rows], wanted["texts"][rows], wanted["words"])
+        optimizer.zero_grad(set_to_none=True)
+        values["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 20 == 0:
+            print(step + 1, {k: round(v.item(), 4) for k, v in values.items()}, flush=True)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            right = synonyms_right(
+                names, encode(model, tokenizer, spoken), encode(model, tokenizer, list(SYNONYMS))
+            )
+            print(f"step {step + 1}: nearest name of 100 synonyms: {right:.0%}", flush=True)
+            save(model, tokenizer, out)
+
+
+def save(model: Taught, tokenizer: CLIPTokenizer, out: Path) -> None:
+    """The tower and its tokenizer as transformers lays them out, and the two matrices."""
+    model.tower.save_pretrained(out / "text_encoder")
+    tokenizer.save_pretrained(out / "tokenizer")
+    heads = {"of_text": model.of_text.weight.detach(), "of_word": model.of_word.weight.detach()}
+    save_tensors(heads, out / "heads.safetensors", {})
+
+
+if __name__ == "__main__":
+    typer.run(main)
