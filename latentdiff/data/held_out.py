@@ -60,6 +60,8 @@ COLOURED: tuple[tuple[str, str], ...] = (
     ("red", "whale"), ("green", "octopus"), ("blue", "violin"), ("orange", "butterfly"),
     ("red", "laptop"), ("yellow", "helicopter"), ("green", "crown"), ("pink", "truck"),
     ("purple", "cactus"), ("blue", "fox"), ("red", "spoon"), ("green", "hat"),
+    ("green", "heart"), ("purple", "heart"), ("orange", "book"), ("orange", "circle"),
+    ("blue", "circle"), ("brown", "square"),
 )  # fmt: skip
 """Colours and things (a word of the thing's name) that no training picture puts together."""
 
