@@ -5,8 +5,9 @@
 
 The teacher is the sentence encoder all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019). The
 tower's state at the end of a text, through one matrix, learns the teacher's embedding of that text; its
-state at the end of each word, through another, the teacher's embedding of that word alone. So the
-states of "automobile" and "car" come near each other before a picture is seen. Ends by writing the
+state at the end of each word, through another, the teacher's embedding of that word alone. For a
+noun that WordNet knows, what the teacher makes of its gloss and of the most usual word of the same meaning
+is mixed in. So the states of "automobile" and "car" come near each other before a picture is seen. Ends by writing the
 tower, the tokenizer and the two matrices into OUT. Run the same command again to resume.
 """
 
@@ -31,14 +32,26 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff.bundle.save import save_tensors
 from latentdiff.data.captions import with_article
-from latentdiff.data.held_out import SYNONYMS, has_synonym
+from latentdiff.data.held_out import SYNONYMS
 from latentdiff.data.wording import is_plural, naming, plural, styled
-from latentdiff.data.wordnet import WordNet
+from latentdiff.data.wordnet import CONCRETE, WordNet
 from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
 from latentdiff.models.text import WORD_END, build_text_encoder, train_tokenizer
 
-COLOURS = "red orange yellow green blue purple pink brown black white gray".split()
+COLOURS = [
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "black",
+    "white",
+    "gray",
+]
 SIZES = ("small", "big", "tiny", "large", "little")
 PLACES = (
     "on a {c} background", "in the top left corner", "in the bottom right corner", "upside down",
@@ -90,12 +103,15 @@ def collect(data: Path, words: WordNet, composed: int, lemmas: int, seed: int) -
     lines = (data / "metadata.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line]
     rows = [row for row in rows if row["split"] == "train"]
-    texts = [caption.replace("-", " ") for row in rows for caption in row["captions"]]
-    untoned = [row for row in rows if not row["skin_tone"]]
-    named = {row["name"]: naming(row, words) for row in untoned}
-    texts += [name for one in named.values() for name in (one.name, *one.also, *one.broader)]
-    texts += [keyword for row in untoned for keyword in row["keywords"]]
     random = generator(seed, 20)
+    untoned = [row for row in rows if not row["skin_tone"]]
+    texts = [caption.replace("-", " ") for row in untoned for caption in row["captions"]]
+    for row in rows:  # a tenth of those that differ in their tone
+        if row["skin_tone"] and random.random() < 0.1:
+            texts += [caption.replace("-", " ") for caption in row["captions"]]
+    named = {row["name"]: naming(row, words) for row in untoned}
+    spoken = [name for one in named.values() for name in (one.name, *one.also, *one.broader)]
+    texts += [keyword for row in untoned for keyword in row["keywords"]]
     usual = [word.replace("_", " ") for one in words.concrete() for word in one.words]
     usual = sorted({word for word in usual if len(word.split()) <= 2})
     things = [one.name for one in named.values() if len(one.name.split()) <= 3]
@@ -105,9 +121,39 @@ def collect(data: Path, words: WordNet, composed: int, lemmas: int, seed: int) -
         texts.append(compose(first, second, random))
     chosen = random.permutation(len(usual))[:lemmas]
     texts += [usual[i] for i in chosen] + [with_article(usual[i]) for i in chosen]
-    texts += list(SYNONYMS) + [with_article(word) for word in SYNONYMS]
-    texts += [one.gloss for one in words.concrete() if 2 < len(one.gloss.split()) <= 12]
-    return list(dict.fromkeys(text for text in texts if text.strip()))
+    glosses = [one.gloss for one in words.concrete() if 2 < len(one.gloss.split()) <= 12]
+    texts += [glosses[i] for i in random.permutation(len(glosses))[: lemmas // 2]]
+    known = list(dict.fromkeys(text for text in texts if text.strip()))
+    spoken += list(SYNONYMS)
+    return known + 4 * (spoken + [with_article(word) for word in spoken])
+
+
+def explained(text: str, words: WordNet) -> tuple[str, str]:
+    """A noun with its gloss, and the most usual word of the same meaning; or the text, twice."""
+    bare = text.lower()
+    for start in ("a ", "an "):
+        bare = bare.removeprefix(start)
+    for offset in words.senses.get(bare.replace(" ", "_"), ())[:3]:
+        found = words.meanings[offset]
+        if found.file in CONCRETE:
+            return f"{bare}, {found.gloss}", found.words[0].replace("_", " ")
+    return text, text
+
+
+def targets_of(texts: Sequence[str], teacher: Teacher, words: WordNet) -> Tensor:
+    """What the teacher makes of texts, of glosses and of usual words, mixed: float16 [N, 384]."""
+    unique = list(dict.fromkeys(texts))
+    both = [explained(text, words) for text in unique]
+    asked = list(dict.fromkeys([*unique, *(text for pair in both for text in pair)]))
+    place = {text: at for at, text in enumerate(asked)}
+    found = teacher.embed(asked).float()
+    rows = [
+        found[place[text]] + 0.5 * found[place[gloss]] + 0.5 * found[place[usual]]
+        for text, (gloss, usual) in zip(unique, both, strict=True)
+    ]
+    mixed = F.normalize(torch.stack(rows), dim=1).half()
+    at = {text: number for number, text in enumerate(unique)}
+    return mixed[[at[text] for text in texts]]
 
 
 def compose(first: str, second: str, random: np.random.Generator) -> str:
@@ -220,7 +266,9 @@ def batches(
         yield chosen[start : start + batch]
 
 
-def loss_of(model: Taught, some: Sequence[Lesson], texts: Tensor, words: Tensor) -> dict[str, Tensor]:
+def loss_of(
+    model: Taught, some: Sequence[Lesson], texts: Tensor, words: Tensor
+) -> dict[str, Tensor]:
     """One minus the cosine at the text's end and at each word's, and the texts' mutual cosines.
 
     Args:
@@ -248,7 +296,9 @@ def loss_of(model: Taught, some: Sequence[Lesson], texts: Tensor, words: Tensor)
 @torch.no_grad()
 def encode(model: Taught, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """The tower's own embeddings of texts, unit vectors [N, 384]."""
-    coded = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+    coded = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)[
+        "input_ids"
+    ]
     found = []
     for ids in coded:  # pyright: ignore
         state = model(torch.tensor([ids]))[0, -1]
@@ -294,16 +344,21 @@ def main(
     targets = out / "teacher.safetensors"
     guide = Teacher(teacher)
     if not targets.is_file():
-        found = {"texts": guide.embed(texts), "words": guide.embed(table)}
+        found = {
+            "texts": targets_of(texts, guide, words),
+            "words": targets_of(table, guide, words),
+        }
         save_tensors(found, targets, {})
     wanted = load_file(targets)
     tower = build_text_encoder(tokenizer, width, layers, width // 64)
     begin_from(guide, tower, tokenizer)
     model = Taught(tower, width)
-    names = sorted({str(json.loads(line)["name"]) for line in open(data / "metadata.jsonl")})  # noqa: PTH123, SIM115
+    lines = (data / "metadata.jsonl").read_text("utf-8").splitlines()
+    names = sorted({str(json.loads(line)["name"]) for line in lines if line})
     names = [name for name in names if ":" not in name]
     spoken = [name.replace("-", " ").replace("automobile", "car") for name in names]
-    right = synonyms_right(names, guide.embed(spoken), guide.embed(list(SYNONYMS)))
+    asked = targets_of([*spoken, *SYNONYMS], guide, words)
+    right = synonyms_right(names, asked[: len(names)], asked[len(names) :])
     print(f"nearest name of 100 synonyms: the teacher {right:.0%}", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
     for step, rows in enumerate(batches([len(o.ids) for o in read], batch, seed, 0, steps)):

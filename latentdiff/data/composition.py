@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentdiff.data.colours import NAMES, PAINTS, dominant, paint, region
 from latentdiff.data.cutouts import box, parts, transparency
-from latentdiff.data.held_out import has_synonym, is_held_out
+from latentdiff.data.held_out import has_synonym, is_held_out, is_held_out_pair
 from latentdiff.data.wording import (
     NUMBERS,
     Naming,
@@ -212,7 +212,7 @@ class Composer:
         ]
         single = [t for t in usable if t.whole and _countable(t.naming.name)]
         self.pools = {
-            "paint": _by_base([t for t in usable if t.share >= 0.4 and not is_plural(t.bare)]),
+            "paint": _by_base([t for t in usable if t.share >= 0.45 and not is_plural(t.bare)]),
             "single": _by_base(single),
             "any": _by_base([t for t in usable if not is_plural(t.naming.name)]),
             "turn": _by_base(
@@ -266,7 +266,7 @@ class Composer:
                 jitter = 1 + 0.06 * random.standard_normal(3)
                 picture = paint(picture, where, colour, jitter)
                 found, share = dominant(picture, mask)
-                if found != colour or share < 0.35:
+                if found != colour or share < 0.4:
                     return None
             painted.append(picture)
         if scene.kind == "colour":
@@ -338,12 +338,12 @@ class Composer:
         return paints[random.integers(len(paints))]
 
     def _perhaps(self, thing: Thing, share: float, random: np.random.Generator) -> str | None:
-        fits = thing.share >= 0.4 and random.random() < share
+        fits = thing.share >= 0.45 and random.random() < share
         return self._paint(thing, random) if fits else None
 
     def _pair(self, scene: Scene, first: Thing, random: np.random.Generator) -> Scene:
         second = first
-        while second.base == first.base:
+        while second.base == first.base or is_held_out_pair(first.base, second.base):
             second = self._one("single", random, first.style)
         kinds = (BESIDE, BESIDE, LEFT, RIGHT, OVER, UNDER)
         forms = kinds[random.integers(len(kinds))]

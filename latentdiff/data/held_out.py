@@ -1,10 +1,12 @@
 """What no training caption says, so that a judge can ask for it.
 
-Two fixed lists: other words for things, and pairs of a colour and a thing. Training drops every
-caption with one of these words and paints no thing in a colour that it is paired with here.
+Two fixed lists, of other words for things and of pairs of a colour and a thing, and a rule for
+pairs of things. Training drops every caption with one of these words, paints no thing in a colour
+that it is paired with here, and puts no two things together that the rule keeps apart.
 """
 
 import re
+import zlib
 
 SYNONYMS: dict[str, str] = {
     # animals and plants
@@ -78,3 +80,8 @@ def is_held_out(colour: str, name: str) -> bool:
     """Whether a thing of this name must not be painted in this colour."""
     words = set(name.lower().replace("-", " ").split())
     return any(colour == one and thing in words for one, thing in COLOURED)
+
+
+def is_held_out_pair(first: str, second: str) -> bool:
+    """Whether two emoji are never put into one picture: one of ten pairs, whichever comes first."""
+    return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0

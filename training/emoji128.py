@@ -1,0 +1,786 @@
+"""The bundled model on one large GPU in under ten minutes: both stages, measured and drawn.
+
+    python training/emoji128.py --data data/emoji128 --text runs/emoji128-text --out runs/emoji128
+
+Processes compose pictures while stage 1 trains; all pictures are then encoded once and stage 2
+trains on their latents. Each phase ends at its share of `--seconds`, and learning rates fall with
+the time that is gone, so a slower machine gets fewer steps and not a later end. What is random in a
+step is a function of (seed, step); how many steps there are is not. `--seconds 60 --tiny` tries all
+of it on a CPU.
+"""
+
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from latentdiff import process as processes
+from latentdiff.bundle import Bundle
+from latentdiff.bundle.save import save_tensors
+from latentdiff.data.captions import with_article
+from latentdiff.data.composition import Composer, Thing, plain_captions, read_rows
+from latentdiff.data.held_out import SYNONYMS
+from latentdiff.data.pool import BLOCK, Pool, read_all
+from latentdiff.data.wordnet import WordNet
+from latentdiff.learning.ema import EMA
+from latentdiff.learning.order import generator
+from latentdiff.metrics.perceptual import random_features
+from latentdiff.metrics.psnr import psnr
+from latentdiff.metrics.questions import Judge, save_report
+from latentdiff.models.unet import build_unet
+from latentdiff.models.vae import Autoencoding, build_vae, encode_moments, standardise_latents
+from latentdiff.pictures import grid, to_pil
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.process import DiscreteVP
+from latentdiff.text import ClipTower
+
+CAPTIONS = 32  # of each plain picture
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the two stages are made of.
+
+    Attributes:
+        vae_channels: from the full resolution down to an eighth-sixteenth.
+        vae_ends, diffusion_ends: when the two stages end, as shares of all time.
+        plain: share of plain pictures in a batch of stage 2.
+        text_rate: the learning rate of the tower's upper layers, in that of the U-Net.
+        anchor: weight of the loss that keeps the tower's meaning.
+    """
+
+    size: int = 128
+    vae_channels: tuple[int, ...] = (16, 32, 64, 128, 160)
+    latent_channels: int = 32
+    vae_batch: int = 128
+    vae_rate: float = 1.5e-3
+    perceptual: float = 0.05
+    kl: float = 1e-5
+    equivariance: float = 0.25
+    vae_ends: float = 0.30
+    unet_channels: tuple[int, ...] = (128, 256)
+    head_dim: int = 64
+    process: str = "vp-cosine"
+    gamma: float = 5.0
+    batch: int = 1024
+    rate: float = 1.0e-3
+    text_rate: float = 0.3
+    trained_layers: int = 2
+    anchor: float = 1.0
+    caption_dropout: float = 0.1
+    plain: float = 0.6
+    diffusion_ends: float = 0.91
+    composed: int = 600_000
+    ema: float = 0.999
+    ema_every: int = 5
+    workers: int = 14
+    seed: int = 0
+
+
+TINY = Recipe(
+    vae_channels=(8, 8, 8, 16, 16), vae_batch=4, unet_channels=(32, 64), head_dim=32, batch=8,
+    composed=1024, workers=1,
+)  # fmt: skip
+
+
+@dataclass
+class Clock:
+    """Time since the start, and what was said at which second."""
+
+    seconds: float
+    start: float = field(default_factory=time.monotonic)
+    notes: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    def share(self, begin: float, end: float) -> float:
+        """How much of the time between two seconds is over, in [0, 1]."""
+        return min(1.0, max(0.0, (self.gone - begin) / max(1e-6, end - begin)))
+
+    def say(self, text: str, **numbers: object) -> None:
+        """Print a line with the time, and keep its numbers."""
+        self.notes |= numbers
+        print(f"[{self.gone:6.1f} s] {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the tensors are, and what makes steps fast there."""
+
+    device: torch.device
+    compile: bool
+    graphs: bool
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where a product may be in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def wait(self, step: int) -> None:
+        """Let the GPU come up now and then, so that the time is that of the work done."""
+        if self.device.type == "cuda" and step % 8 == 0:
+            torch.cuda.synchronize()
+
+    def compiled(self, module: Any) -> Any:
+        """The module, compiled if that is asked for; its parameters stay the same."""
+        return torch.compile(module, dynamic=False) if self.compile else module
+
+    def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """AdamW; on a GPU in one kernel and with its rate in a tensor, for a graph to read."""
+        cuda = self.device.type == "cuda"
+        for group in groups:
+            group["lr"] = torch.tensor(0.0, device=self.device) if cuda else 0.0
+        return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda,
+                                 capturable=cuda)  # fmt: skip
+
+
+class Stepper:
+    """One optimizer step, on a GPU recorded once and then replayed.
+
+    Args:
+        loss: from buffers that the caller fills, a scalar.
+        scales: factor of the learning rate of each of the optimizer's groups.
+    """
+
+    def __init__(
+        self, machine: Machine, loss: Callable[[], Tensor], optimizer: torch.optim.AdamW,
+        scales: Sequence[float],
+    ) -> None:  # fmt: skip
+        self.machine, self.loss, self.optimizer, self.scales = machine, loss, optimizer, scales
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.value = torch.zeros(())
+        self.side: Any = torch.cuda.Stream() if machine.graphs else None
+
+    def _work(self) -> Tensor:
+        value = self.loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return value.detach()
+
+    def step(self, rate: float) -> None:
+        """Take a step at this learning rate; its loss is in `value`."""
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * scale)
+            else:
+                group["lr"] = rate * scale
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.machine.graphs:
+            self.value = self._work()
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):  # not the stream that later replays
+            self.value = self._work()
+        torch.cuda.current_stream().wait_stream(self.side)
+
+    def record(self) -> None:
+        """Record a step, after a few ordinary ones; takes none itself."""
+        if not self.machine.graphs:
+            return
+        torch.cuda.synchronize()
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.value = self._work()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.optimizer.zero_grad(set_to_none=True)
+            print(f"no graph: {str(error)[:300]}", flush=True)
+            return
+        self.graph = graph
+
+
+def cosine(share: float, peak: float, warm: float = 0.03) -> float:
+    """A learning rate that rises for the first share of the time and falls to 0 at its end."""
+    return peak * min(share / warm, 0.5 + 0.5 * math.cos(math.pi * share))
+
+
+def uneven(things: Sequence[Thing]) -> np.ndarray:
+    """Probabilities that draw every (style, emoji) alike, [N]."""
+    keys = [(thing.style, thing.base) for thing in things]
+    counts: dict[tuple[str, str], int] = {}
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    weights = np.array([1.0 / counts[key] for key in keys])
+    return weights / weights.sum()
+
+
+class Pictures:
+    """Plain and composed pictures on the device, uint8 [N, H, W, 3]; composed ones come in time."""
+
+    def __init__(
+        self, plain: np.ndarray, pool: Pool, weights: np.ndarray, machine: Machine
+    ) -> None:
+        self.pool = pool
+        self.device = machine.device
+        self.plain = torch.from_numpy(plain).to(self.device)
+        self.composed = torch.empty(pool.pictures.shape, dtype=torch.uint8, device=self.device)
+        self.order: list[int] = []  # blocks in the order in which they came
+        self.edges = torch.from_numpy(np.cumsum(weights)).to(self.device)
+
+    def fetch(self, most: int = 64) -> None:
+        """Copy blocks that were made since, at most so many."""
+        known = set(self.order)
+        new = [int(block) for block in self.pool.ready() if int(block) not in known][:most]
+        for block in new:
+            at = len(self.order) * BLOCK
+            part = self.pool.pictures[block * BLOCK : (block + 1) * BLOCK]
+            self.composed[at : at + BLOCK].copy_(torch.from_numpy(part))
+            self.order.append(block)
+
+    def tokens(self) -> Tensor:
+        """Captions of the composed pictures that are here, int16 [M, window]."""
+        blocks = self.pool.tokens.reshape(self.pool.blocks, BLOCK, -1)[self.order]
+        return torch.from_numpy(blocks.reshape(-1, blocks.shape[-1])).to(self.device)
+
+    def plain_rows(self, uniform: Tensor) -> Tensor:
+        """Rows of plain pictures for uniform numbers, by their weights."""
+        rows = torch.searchsorted(self.edges, uniform.double())
+        return rows.clamp(max=len(self.plain) - 1)
+
+
+def to_range(pictures: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1], channels last in memory."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def seeded(random: torch.Generator, seed: int, stream: int, step: int) -> torch.Generator:
+    """The generator as it is at a step."""
+    return random.manual_seed(int(generator(seed, stream, step).integers(2**62)))
+
+
+# --- stage 1 ---------------------------------------------------------------------------------
+
+
+def reconstruct(module: Any, distance: nn.Module, recipe: Recipe, real: Tensor, noise: Tensor,
+                corner: Tensor) -> Tensor:  # fmt: skip
+    """L1 + squared error + perceptual + KL, and the same for latents made half as large.
+
+    The last follows EQ-VAE (Kouzelis et al. 2025): a reduced latent is to decode to the reduced
+    picture, which makes the latent space smooth.
+
+    Args:
+        corner: int64 [2], where the perceptual term looks at a quarter of the picture.
+    """
+    fake, latents, kl = module(real, noise)
+    fake = fake.float()
+    gap = fake - real
+    loss = gap.abs().mean() + gap.square().mean() + recipe.kl * kl
+    half = recipe.size // 2
+    rows = corner[0] + torch.arange(half, device=real.device)
+    columns = corner[1] + torch.arange(half, device=real.device)
+    parts = [p.index_select(2, rows).index_select(3, columns) for p in (fake, real)]
+    loss = loss + recipe.perceptual * distance(*parts).mean()
+    if recipe.equivariance:
+        some = len(real) // 4
+        small = module.vae.decode(F.avg_pool2d(latents[:some], 2)).sample.float()
+        loss = loss + recipe.equivariance * F.l1_loss(small, F.avg_pool2d(real[:some], 2))
+    return loss
+
+
+class Sampled(Autoencoding):
+    """As its base, with the drawn latents, too."""
+
+    def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
+        """Pictures [B, 3, H, W] and noise [B, C, h, w] -> reconstructions, latents, KL."""
+        moments = self.vae.encode(pictures).latent_dist  # pyright: ignore
+        mean, logvar = moments.mean.float(), moments.logvar.float()
+        latents = mean + torch.exp(0.5 * logvar) * noise
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        return self.vae.decode(latents).sample, latents, kl  # pyright: ignore
+
+
+def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, clock: Clock) -> Any:
+    """Stage 1, until its share of the time is over; returns the averaged autoencoder."""
+    torch.manual_seed(recipe.seed)
+    vae: Any = build_vae(
+        "kl", recipe.vae_channels, 1, recipe.latent_channels, 8, recipe.size
+    ).to(machine.device, memory_format=torch.channels_last)  # fmt: skip
+    module = Sampled(vae)
+    distance = random_features().to(machine.device)
+    batch, device = recipe.vae_batch, machine.device
+    latent = recipe.size // 2 ** (len(recipe.vae_channels) - 1)
+    real = torch.zeros(batch, 3, recipe.size, recipe.size, device=device)
+    real = real.contiguous(memory_format=torch.channels_last)
+    noise = torch.zeros(batch, recipe.latent_channels, latent, latent, device=device)
+    corner = torch.zeros(2, dtype=torch.int64, device=device)
+    work = machine.compiled(lambda: reconstruct(module, distance, recipe, real, noise, corner))
+
+    def loss() -> Tensor:
+        with machine.autocast():
+            return work()
+
+    optimizer = machine.adamw([{"params": list(vae.parameters()), "weight_decay": 0.0}])
+    stepper = Stepper(machine, loss, optimizer, [1.0])
+    ema = EMA(vae, recipe.ema ** (2 * recipe.ema_every))
+    random = torch.Generator(device)
+    begin, end, step, taken = clock.gone, recipe.vae_ends * clock.seconds, 0, 0.0
+    while (share := clock.share(begin, end)) < 1.0 or step < 12:
+        if step % 20 == 0:
+            pictures.fetch()
+        seeded(random, recipe.seed, 30, step)
+        fill_pictures(real, pictures, recipe, random)
+        noise.normal_(generator=random)
+        corner.random_(0, recipe.size // 2 + 1, generator=random)
+        stepper.step(cosine(share, recipe.vae_rate))
+        step += 1
+        machine.wait(step)
+        if step % recipe.ema_every == 0:
+            ema.update()
+        if step == 5:
+            stepper.record()
+            taken = clock.gone
+            clock.say(f"stage 1: first steps done, loss {stepper.value.item():.4f}")
+        if step % 500 == 0:
+            pace = (step - 5) * batch / (clock.gone - taken)
+            clock.say(f"stage 1: step {step}, loss {stepper.value.item():.4f}, {pace:.0f}/s, "
+                      f"{len(pictures.order) * BLOCK} composed")  # fmt: skip
+    pace = (step - 5) * batch / max(1e-6, clock.gone - taken)
+    clock.say(f"stage 1: {step} steps of {batch}, {pace:.0f} pictures/s", vae_steps=step,
+              vae_pictures_per_second=round(pace))  # fmt: skip
+    ema._copy(ema.shadow)
+    return vae
+
+
+def fill_pictures(
+    real: Tensor, pictures: Pictures, recipe: Recipe, random: torch.Generator
+) -> None:  # fmt: skip
+    """A batch of plain and composed pictures, about half of each, half of them mirrored."""
+    batch = len(real)
+    uniform = torch.rand(batch, device=real.device, generator=random)
+    made = len(pictures.order) * BLOCK
+    half = batch // 2 if made else batch
+    real[:half] = to_range(pictures.plain[pictures.plain_rows(uniform[:half])])
+    if made:
+        rows = (uniform[half:] * made).long().clamp(max=made - 1)
+        real[half:] = to_range(pictures.composed[rows])
+    real[::2] = real[::2].flip(3)
+
+
+@torch.no_grad()
+def encode_all(vae: Any, pictures: Tensor, machine: Machine, batch: int = 2048) -> Tensor:
+    """Means of latents, bfloat16 [N, C, h, w]."""
+    found = []
+    for part in pictures.split(batch):
+        with machine.autocast():
+            found.append(encode_moments(vae, to_range(part)).chunk(2, 1)[0].bfloat16())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def standardise(vae: Any, plain: Tensor, weights: np.ndarray, machine: Machine) -> None:
+    """Fold mean and deviation of the latents of the plain pictures into the autoencoder."""
+    latents = encode_all(vae, plain, machine).double()
+    share = torch.from_numpy(weights).to(latents.device)[:, None]
+    mean = (latents.mean((2, 3)) * share).sum(0)
+    square = ((latents - mean[:, None, None]).square().mean((2, 3)) * share).sum(0)
+    standardise_latents(vae, mean.float(), square.sqrt().float())
+
+
+# --- stage 2 ---------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """Text tower and U-Net: noisy latents [B, C, h, w], times [B], tokens [B, L] -> v."""
+
+    def __init__(self, unet: Any, tower: CLIPTextModel, machine: Machine) -> None:
+        super().__init__()
+        self.unet, self.tower = unet, tower
+        self._fast = (machine.compiled(unet),)
+
+    def states(self, ids: Tensor) -> Tensor:
+        """States for cross-attention [B, L, D]."""
+        return self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self._fast[0](x, t, self.states(ids)).sample
+
+
+class Lessons:
+    """Latents and captions of stage 2 on the device, and the batches made of them."""
+
+    def __init__(
+        self, pictures: Pictures, plain: Tensor, composed: Tensor, captions: Tensor, empty: Tensor
+    ) -> None:
+        self.pictures = pictures
+        self.plain, self.composed = plain, composed
+        self.captions, self.told, self.empty = captions, pictures.tokens(), empty
+
+    def fill(self, latents: Tensor, ids: Tensor, recipe: Recipe, random: torch.Generator) -> None:
+        """A batch: plain pictures with one of their captions, then composed ones; some untold."""
+        batch = len(latents)
+        made = len(self.composed)
+        plain = round(recipe.plain * batch) if made else batch
+        uniform = torch.rand(3, batch, device=latents.device, generator=random)
+        rows = self.pictures.plain_rows(uniform[0, :plain])
+        which = (uniform[1, :plain] * self.captions.shape[1]).long()
+        latents[:plain] = self.plain[rows].float()
+        ids[:plain] = self.captions[rows, which].long()
+        if made:
+            others = (uniform[0, plain:] * made).long().clamp(max=made - 1)
+            latents[plain:] = self.composed[others].float()
+            ids[plain:] = self.told[others].long()
+        dropped = uniform[2] < recipe.caption_dropout
+        ids[:] = torch.where(dropped[:, None], self.empty.long(), ids)
+
+
+class Anchor:
+    """Keeps what the tower means: texts and the tower's states of them before stage 2.
+
+    Args:
+        ids: tokens of texts, int64 [N, L].
+        heads: matrices that meaning is read through, as `training/text.py` left them.
+    """
+
+    def __init__(self, tower: CLIPTextModel, ids: Tensor, heads: dict[str, Tensor]) -> None:
+        self.tower = tower
+        self.ids = ids
+        self.heads = list(heads.values())
+        with torch.no_grad():
+            parts = [self.read(part) for part in ids.split(1024)]
+        self.wanted = torch.cat(parts).bfloat16()
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Unit vectors of every state, [B, L, 2 x 384]."""
+        states = self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
+        return torch.cat([F.normalize(F.linear(states, head), dim=-1) for head in self.heads], -1)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """One minus the mean cosine with what it was."""
+        now = self.read(self.ids[rows])
+        return 1.0 - (now.float() * self.wanted[rows].float()).sum(-1).mean() / len(self.heads)
+
+
+def train_denoiser(
+    recipe: Recipe, model: Denoiser, lessons: Lessons, anchor: Anchor, process: DiscreteVP,
+    machine: Machine, clock: Clock, save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Stage 2, until its share of the time is over; leaves the averaged weights in the model."""
+    batch, device = recipe.batch, machine.device
+    latents = torch.zeros(batch, *lessons.plain.shape[1:], device=device)
+    noise = torch.zeros_like(latents)
+    ids = torch.zeros(batch, lessons.empty.shape[-1], dtype=torch.int64, device=device)
+    times = torch.zeros(batch, dtype=torch.int64, device=device)
+    rows = torch.zeros(max(1, batch // 4), dtype=torch.int64, device=device)
+    whole = torch.arange(process.num_train_timesteps, dtype=torch.float64, device=device)
+    alphas, sigmas = (part.float() for part in process.alpha_sigma(whole))
+
+    def loss() -> Tensor:
+        alpha, sigma = (part[times].view(-1, 1, 1, 1) for part in (alphas, sigmas))
+        x = alpha * latents + sigma * noise
+        target = alpha * noise - sigma * latents  # v, Salimans & Ho 2022
+        snr = (alpha / sigma).square().flatten()
+        weight = snr.clamp(max=recipe.gamma) / (snr + 1)  # min-SNR, Hang et al. 2023
+        with machine.autocast():
+            v = model(x, times, ids).float()
+            kept = anchor.loss(rows)
+        error = (v - target).square().flatten(1).mean(1)
+        return (weight * error).mean() + recipe.anchor * kept
+
+    unet, tower = list(model.unet.parameters()), list(_trained(model.tower))
+    optimizer = machine.adamw([{"params": unet}, {"params": tower, "weight_decay": 0.0}])
+    stepper = Stepper(machine, loss, optimizer, [1.0, recipe.text_rate])
+    ema = EMA(model, recipe.ema**recipe.ema_every)
+    random = torch.Generator(device)
+    begin, end = clock.gone, recipe.diffusion_ends * clock.seconds
+    step, taken, saved = 0, 0.0, clock.gone
+    while (share := clock.share(begin, end)) < 1.0 or step < 12:
+        seeded(random, recipe.seed, 31, step)
+        lessons.fill(latents, ids, recipe, random)
+        noise.normal_(generator=random)
+        spread = torch.rand(batch, device=device, generator=random) + torch.arange(
+            batch, device=device
+        )
+        times.copy_((spread / batch * len(alphas)).long().clamp(max=len(alphas) - 1))
+        rows.random_(0, len(anchor.ids), generator=random)
+        stepper.step(cosine(share, recipe.rate))
+        step += 1
+        machine.wait(step)
+        if step % recipe.ema_every == 0:
+            ema.update()
+        if step == 5:
+            stepper.record()
+            taken = clock.gone
+            clock.say(f"stage 2: first steps done, loss {stepper.value.item():.4f}")
+        if step % 500 == 0:
+            pace = (step - 5) * batch / (clock.gone - taken)
+            clock.say(f"stage 2: step {step}, loss {stepper.value.item():.4f}, {pace:.0f}/s")
+        if clock.gone - saved > 60:
+            with ema.applied():
+                save()
+            saved = clock.gone
+    pace = (step - 5) * batch / max(1e-6, clock.gone - taken)
+    clock.say(f"stage 2: {step} steps of {batch}, {pace:.0f} pictures/s", steps=step,
+              samples_per_second=round(pace))  # fmt: skip
+    ema._copy(ema.shadow)
+
+
+def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in module.parameters() if p.requires_grad)
+
+
+def freeze_below(tower: CLIPTextModel, trained: int) -> None:
+    """Let only the upper layers and the last norm of a tower be trained."""
+    tower.requires_grad_(False)
+    text: Any = getattr(tower, "text_model", tower)
+    for layer in list(text.encoder.layers)[-trained:] if trained else []:
+        layer.requires_grad_(True)
+    if trained:
+        text.final_layer_norm.requires_grad_(True)
+
+
+# --- all of it --------------------------------------------------------------------------------
+
+
+def encoder(tokenizer: CLIPTokenizer) -> Callable[[list[str]], np.ndarray]:
+    """Captions -> tokens padded to the window, int16 [N, L]."""
+
+    def encode(captions: list[str]) -> np.ndarray:
+        found = tokenizer(
+            captions, truncation=True, padding="max_length", max_length=tokenizer.model_max_length
+        )
+        return np.array(found["input_ids"], np.int16)
+
+    return encode
+
+
+def shards(values: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """Tensors in order, in parts of at most so many bytes as float16."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in values.items():
+        if size + 2 * value.numel() > most:
+            parts.append({})
+            size = 0
+        parts[-1][name] = value
+        size += 2 * value.numel()
+    return parts
+
+
+def half(module: nn.Module) -> dict[str, Tensor]:
+    """Weights in float16 on the CPU."""
+    return {name: value.detach().half().cpu() for name, value in module.state_dict().items()}
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Picture folder with metadata.jsonl.")],
+    text: Annotated[Path, typer.Option(help="What training/text.py left.")],
+    out: Annotated[Path, typer.Option(help="Where weights and numbers go.")] = Path(
+        "runs/emoji128"
+    ),
+    wordnet: Annotated[Path | None, typer.Option(help="Folder of data.noun.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for all of it.")] = 540.0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small networks, few pictures.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the networks (GPU).")] = True,
+    graphs: Annotated[bool, typer.Option(help="Record steps as CUDA graphs (GPU).")] = True,
+    settings: Annotated[str, typer.Option(help="Changes of the recipe, as JSON.")] = "{}",
+) -> None:
+    """Train the bundled model, measure it and draw it."""
+    clock = Clock(seconds)
+    base = TINY if tiny else Recipe()
+    recipe = Recipe(**(asdict(base) | json.loads(settings)))
+    out.mkdir(parents=True, exist_ok=True)
+    train(recipe, data, text, out, wordnet, clock, tiny, compile, graphs)
+
+
+def train(
+    recipe: Recipe, data: Path, text: Path, out: Path, wordnet: Path | None, clock: Clock,
+    tiny: bool, compiled: bool, graphs: bool,
+) -> None:  # fmt: skip
+    """Read, compose meanwhile, stage 1, latents, stage 2, measure."""
+    words = None if wordnet is None else WordNet(wordnet)
+    every = read_rows(data, None)
+    if tiny:  # every style of some emoji
+        every = [row for row in every if zlib.crc32(str(row["base"]).encode()) % 30 == 0]
+    things, pictures, alphas = read_all(data, every, words, recipe.size, max(1, recipe.workers))
+    clock.say(f"{len(every)} pictures read")
+    kept = [i for i, row in enumerate(every) if row["split"] == "train"]
+    rows = [every[i] for i in kept]
+    own = [_moved(things[i], at) for at, i in enumerate(kept)]
+    tokenizer = CLIPTokenizer.from_pretrained(str(text / "tokenizer"))
+    encode = encoder(tokenizer)
+    plain = pictures[kept]
+    composer = Composer(rows, own, plain, alphas[kept], recipe.seed)
+    pool = Pool(composer, encode, recipe.composed, tokenizer.model_max_length, recipe.workers)
+    clock.say(f"{recipe.workers} processes compose pictures of {len(rows)}")
+
+    cuda = torch.cuda.is_available()  # not before the processes are there: they are forks
+    machine = Machine(torch.device("cuda" if cuda else "cpu"), compiled and cuda, graphs and cuda)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    weights = uneven(own)
+    stock = Pictures(plain, pool, weights, machine)
+    vae = train_autoencoder(recipe, stock, machine, clock)
+    standardise(vae, stock.plain, weights, machine)
+    save_tensors(half(vae), out / "vae.safetensors", {})
+    pool.stop()
+    stock.fetch(pool.blocks)
+    made = len(stock.order) * BLOCK
+    clock.say(f"{made} composed pictures", composed=made)
+    latents = encode_all(vae, stock.plain, machine), encode_all(vae, stock.composed[:made], machine)
+    clock.say(f"latents encoded, deviation {latents[1].float().std():.3f}")
+    stock.composed = stock.composed[:0]
+    captions = [
+        plain_captions(row, thing, generator(recipe.seed, 23, thing.row), CAPTIONS)
+        for row, thing in zip(rows, own, strict=True)
+    ]
+    told = encode([caption for one in captions for caption in one]).reshape(len(rows), CAPTIONS, -1)
+    clock.say("captions made")
+    ids = torch.from_numpy(told).to(machine.device)
+    empty = torch.from_numpy(encode([""])).to(machine.device)
+    lessons = Lessons(stock, *latents, ids, empty)
+    vae.eval()
+    unseen = [i for i, row in enumerate(every) if row["split"] in HELD_OUT and not row["skin_tone"]]
+    decibels = measure_autoencoder(vae, pictures[unseen], machine) if unseen else 0.0
+    clock.say(f"autoencoder: {decibels:.2f} dB of {len(unseen)} held-out pictures",
+              vae_psnr_db=round(decibels, 2), vae_pictures=len(unseen))  # fmt: skip
+    model, process = finish(recipe, lessons, own, tokenizer, text, out, machine, clock)
+    tower = ClipTower(model.tower.eval(), tokenizer)
+    bundle = Bundle(vae, model.unet.eval(), tower, process, "v")
+    judge = Judge(every, things, pictures, alphas, composer, recipe.seed)
+    clock.say("judge ready")
+    measure(bundle, judge, out, clock, 12 if tiny else 120, 4 if tiny else 20, 4.0)
+    clock.say("done")
+
+
+def _moved(thing: Thing, row: int) -> Thing:
+    return replace(thing, row=row)
+
+
+def load_tower(folder: Path) -> CLIPTextModel:
+    """The taught tower, whichever way its version of transformers spells the names."""
+    tower = CLIPTextModel(CLIPTextConfig.from_pretrained(str(folder)))
+    stored = load_file(folder / "model.safetensors")
+    stored = {name.removeprefix("text_model."): value for name, value in stored.items()}
+    own = {name.removeprefix("text_model."): name for name in tower.state_dict()}
+    tower.load_state_dict({own[name]: stored[name].float() for name in own if name in stored})
+    return tower
+
+
+def finish(
+    recipe: Recipe, lessons: Lessons, things: Sequence[Thing], tokenizer: CLIPTokenizer,
+    text: Path, out: Path, machine: Machine, clock: Clock,
+) -> tuple[Denoiser, DiscreteVP]:  # fmt: skip
+    """Build and train the U-Net and the tower's upper layers; writes both now and then."""
+    torch.manual_seed(recipe.seed + 1)
+    tower = load_tower(text / "text_encoder").to(machine.device).eval()
+    freeze_below(tower, recipe.trained_layers)
+    latent = lessons.plain.shape[-1]
+    unet: Any = build_unet(
+        recipe.latent_channels, latent, recipe.unet_channels, 1, (True, True), recipe.head_dim,
+        tower.config.hidden_size,
+    ).to(machine.device, memory_format=torch.channels_last)  # fmt: skip
+    model = Denoiser(unet, tower, machine)
+    phrases = {name for one in things for name in (one.naming.name, *one.naming.also)}
+    phrases |= set(SYNONYMS) | {with_article(phrase) for phrase in phrases}
+    ids = torch.from_numpy(encoder(tokenizer)(sorted(phrases))).long().to(machine.device)
+    heads = {k: v.to(machine.device) for k, v in load_file(text / "heads.safetensors").items()}
+    anchor = Anchor(tower, ids, heads)
+    process = processes.create(recipe.process)
+    assert isinstance(process, DiscreteVP)
+
+    def save() -> None:
+        for number, part in enumerate(shards(half(unet), 14_000_000)):
+            save_tensors(part, out / f"unet-{number}.safetensors", {})
+        values = {k.removeprefix("text_model."): v for k, v in half(tower).items()}
+        save_tensors(values, out / "text.safetensors", {})
+        clock.say("weights saved")
+
+    train_denoiser(recipe, model, lessons, anchor, process, machine, clock, save)
+    save()
+    return model, process
+
+
+def measure(
+    bundle: Bundle, judge: Judge, out: Path, clock: Clock, most: int, steps: int, scale: float
+) -> None:
+    """Draw for every kind of question, count what is right, write numbers and a sheet."""
+    pipe = LatentDiffusionPipeline(bundle)
+
+    def draw(prompts: list[str], seed: int = 0) -> Tensor:
+        parts = [
+            pipe(prompts[at : at + 256], num_inference_steps=steps, guidance_scale=scale,
+                 seed=seed, first=at, output_type="pt", progress=False).images.cpu().float()
+            for at in range(0, len(prompts), 256)
+        ]  # fmt: skip
+        return torch.cat(parts) * 2 - 1
+
+    asked = {
+        "colour x thing": judge.coloured(), "synonyms": judge.synonyms(),
+        "train": judge.captions("train", 2 * most), "counts": judge.counts(most // 3),
+        "pairs": judge.pairs(most), "test_style": judge.captions("test_style", 4 * most),
+        "test_tone": judge.captions("test_tone", 2 * most), "test_colour": judge.captions("test_colour", most),
+    }  # fmt: skip
+    report: dict[str, object] = {"steps": steps, "guidance_scale": scale}
+    tiles: list[Image.Image] = []
+    for name, questions in asked.items():
+        if not questions:
+            continue
+        drawn = draw([question.prompt for question in questions])
+        marks = judge.right(drawn, questions)
+        report[name] = {"of": len(questions)} | {
+            kind: round(sum(own) / len(own), 4) for kind, own in marks.items()
+        }
+        clock.say(f"{name}: {report[name]}")
+        shown = 48 if name in ("colour x thing", "synonyms", "pairs", "counts", "train") else 16
+        row = [to_pil(picture) for picture in drawn[:shown]]
+        row += [to_pil(torch.ones(3, *drawn.shape[2:]))] * (-len(row) % 16)
+        tiles += row
+    report["diversity"] = round(judge.diversity(draw, most // 3), 4)
+    tiles += [to_pil(picture) for picture in draw(list(GALLERY))]
+    clock.say(f"diversity of seeds: {report['diversity']}")
+    grid(tiles, 16).save(out / "sheet.webp", quality=88)
+    save_report(report | clock.notes, out / "report.json")
+
+
+GALLERY = (
+    "a blue car", "a cat with sunglasses", "a pink elephant", "two red apples", "a sad robot",
+    "a tree", "a cup of coffee", "a green dragon", "three yellow stars", "a small key in the corner",
+    "a dog next to a house", "a purple octopus", "a hat above a face", "a kitten", "a fast car",
+    "a birthday cake on a blue background",
+)  # fmt: skip
+"""Prompts that were chosen before any picture was seen."""
+
+
+def measure_autoencoder(vae: Any, pictures: np.ndarray, machine: Machine) -> float:
+    """Mean PSNR in dB of reconstructions of uint8 pictures [N, H, W, 3]."""
+    scores: list[Tensor] = []
+    for part in torch.from_numpy(pictures).split(64):
+        real = to_range(part.to(machine.device))
+        mean = encode_moments(vae, real).chunk(2, 1)[0]
+        with torch.no_grad():
+            fake = vae.decode(mean).sample.float().clamp(-1, 1)
+        scores.append(psnr(real, fake).cpu())
+    return float(torch.cat(scores).mean())
+
+
+HELD_OUT = ("test_style", "test_novel", "test_colour", "test_struct")
+
+if __name__ == "__main__":
+    typer.run(main)
