@@ -71,11 +71,11 @@ class Recipe:
     vae_channels: tuple[int, ...] = (16, 32, 64, 128, 160)
     latent_channels: int = 32
     vae_batch: int = 128
-    vae_rate: float = 1.5e-3
+    vae_rate: float = 1.2e-3
     perceptual: float = 0.05
     kl: float = 1e-5
     equivariance: float = 0.25
-    vae_ends: float = 0.30
+    vae_ends: float = 0.32
     unet_channels: tuple[int, ...] = (128, 256)
     head_dim: int = 64
     process: str = "vp-cosine"
@@ -143,7 +143,15 @@ class Machine:
 
     def compiled(self, module: Any) -> Any:
         """The module, compiled if that is asked for; its parameters stay the same."""
-        return torch.compile(module, dynamic=False) if self.compile else module
+        if not self.compile:
+            return module
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        return torch.compile(module, dynamic=False)
+
+    def memory(self) -> str:
+        """The most memory that tensors have taken so far."""
+        taken = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return f"{taken / 2**30:.1f} GiB"
 
     def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
         """AdamW; on a GPU in one kernel and with its rate in a tensor, for a graph to read."""
@@ -275,6 +283,13 @@ def seeded(random: torch.Generator, seed: int, stream: int, step: int) -> torch.
     return random.manual_seed(int(generator(seed, stream, step).integers(2**62)))
 
 
+@torch.no_grad()
+def keep(ema: EMA) -> None:
+    """Leave the averaged weights in the network."""
+    for live, shadow in zip(ema.live, ema.shadow, strict=True):
+        live.copy_(shadow)
+
+
 # --- stage 1 ---------------------------------------------------------------------------------
 
 
@@ -299,7 +314,7 @@ def reconstruct(module: Any, distance: nn.Module, recipe: Recipe, real: Tensor, 
     loss = loss + recipe.perceptual * distance(*parts).mean()
     if recipe.equivariance:
         some = len(real) // 4
-        small = module.vae.decode(F.avg_pool2d(latents[:some], 2)).sample.float()
+        small = module.decode(F.avg_pool2d(latents[:some], 2)).float()
         loss = loss + recipe.equivariance * F.l1_loss(small, F.avg_pool2d(real[:some], 2))
     return loss
 
@@ -309,11 +324,17 @@ class Sampled(Autoencoding):
 
     def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
         """Pictures [B, 3, H, W] and noise [B, C, h, w] -> reconstructions, latents, KL."""
-        moments = self.vae.encode(pictures).latent_dist  # pyright: ignore
-        mean, logvar = moments.mean.float(), moments.logvar.float()
+        vae: Any = self.vae  # its layers one by one: its own methods do not compile in one piece
+        mean, logvar = vae.quant_conv(vae.encoder(pictures)).float().chunk(2, 1)
+        logvar = logvar.clamp(-30.0, 20.0)
         latents = mean + torch.exp(0.5 * logvar) * noise
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        return self.vae.decode(latents).sample, latents, kl  # pyright: ignore
+        return self.decode(latents), latents, kl
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> pictures [B, 3, H, W]."""
+        vae: Any = self.vae
+        return vae.decoder(vae.post_quant_conv(latents))
 
 
 def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, clock: Clock) -> Any:
@@ -354,9 +375,9 @@ def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, cloc
         if step % recipe.ema_every == 0:
             ema.update()
         if step == 5:
+            clock.say(f"stage 1: first steps done, loss {stepper.value.item():.4f}")
             stepper.record()
             taken = clock.gone
-            clock.say(f"stage 1: first steps done, loss {stepper.value.item():.4f}")
         if step % 500 == 0:
             pace = (step - 5) * batch / (clock.gone - taken)
             clock.say(f"stage 1: step {step}, loss {stepper.value.item():.4f}, {pace:.0f}/s, "
@@ -364,7 +385,7 @@ def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, cloc
     pace = (step - 5) * batch / max(1e-6, clock.gone - taken)
     clock.say(f"stage 1: {step} steps of {batch}, {pace:.0f} pictures/s", vae_steps=step,
               vae_pictures_per_second=round(pace))  # fmt: skip
-    ema._copy(ema.shadow)
+    keep(ema)
     return vae
 
 
@@ -487,6 +508,7 @@ def train_denoiser(
     noise = torch.zeros_like(latents)
     ids = torch.zeros(batch, lessons.empty.shape[-1], dtype=torch.int64, device=device)
     times = torch.zeros(batch, dtype=torch.int64, device=device)
+    places = torch.arange(batch, device=device)  # one time in each of `batch` equal parts
     rows = torch.zeros(max(1, batch // 4), dtype=torch.int64, device=device)
     whole = torch.arange(process.num_train_timesteps, dtype=torch.float64, device=device)
     alphas, sigmas = (part.float() for part in process.alpha_sigma(whole))
@@ -514,10 +536,8 @@ def train_denoiser(
         seeded(random, recipe.seed, 31, step)
         lessons.fill(latents, ids, recipe, random)
         noise.normal_(generator=random)
-        spread = torch.rand(batch, device=device, generator=random) + torch.arange(
-            batch, device=device
-        )
-        times.copy_((spread / batch * len(alphas)).long().clamp(max=len(alphas) - 1))
+        spread = (torch.rand(batch, device=device, generator=random) + places) / batch
+        times.copy_((spread * len(alphas)).long().clamp(max=len(alphas) - 1))
         rows.random_(0, len(anchor.ids), generator=random)
         stepper.step(cosine(share, recipe.rate))
         step += 1
@@ -525,9 +545,9 @@ def train_denoiser(
         if step % recipe.ema_every == 0:
             ema.update()
         if step == 5:
+            clock.say(f"stage 2: first steps done, loss {stepper.value.item():.4f}")
             stepper.record()
             taken = clock.gone
-            clock.say(f"stage 2: first steps done, loss {stepper.value.item():.4f}")
         if step % 500 == 0:
             pace = (step - 5) * batch / (clock.gone - taken)
             clock.say(f"stage 2: step {step}, loss {stepper.value.item():.4f}, {pace:.0f}/s")
@@ -538,7 +558,7 @@ def train_denoiser(
     pace = (step - 5) * batch / max(1e-6, clock.gone - taken)
     clock.say(f"stage 2: {step} steps of {batch}, {pace:.0f} pictures/s", steps=step,
               samples_per_second=round(pace))  # fmt: skip
-    ema._copy(ema.shadow)
+    keep(ema)
 
 
 def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -594,8 +614,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Where weights and numbers go.")] = Path(
         "runs/emoji128"
     ),
+    model: Annotated[Path, typer.Option(help="The model's folder.")] = Path("runs/emoji128/model"),
     wordnet: Annotated[Path | None, typer.Option(help="Folder of data.noun.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for all of it.")] = 540.0,
+    questions: Annotated[int, typer.Option(help="How much is drawn in the end.")] = 120,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small networks, few pictures.")] = False,
     compile: Annotated[bool, typer.Option(help="Compile the networks (GPU).")] = True,
     graphs: Annotated[bool, typer.Option(help="Record steps as CUDA graphs (GPU).")] = True,
@@ -606,12 +628,12 @@ def main(
     base = TINY if tiny else Recipe()
     recipe = Recipe(**(asdict(base) | json.loads(settings)))
     out.mkdir(parents=True, exist_ok=True)
-    train(recipe, data, text, out, wordnet, clock, tiny, compile, graphs)
+    train(recipe, data, text, out, model, wordnet, clock, questions, tiny, compile, graphs)
 
 
 def train(
-    recipe: Recipe, data: Path, text: Path, out: Path, wordnet: Path | None, clock: Clock,
-    tiny: bool, compiled: bool, graphs: bool,
+    recipe: Recipe, data: Path, text: Path, out: Path, folder: Path, wordnet: Path | None,
+    clock: Clock, questions: int, tiny: bool, compiled: bool, graphs: bool,
 ) -> None:  # fmt: skip
     """Read, compose meanwhile, stage 1, latents, stage 2, measure."""
     words = None if wordnet is None else WordNet(wordnet)
@@ -642,7 +664,7 @@ def train(
     pool.stop()
     stock.fetch(pool.blocks)
     made = len(stock.order) * BLOCK
-    clock.say(f"{made} composed pictures", composed=made)
+    clock.say(f"{made} composed pictures; memory {machine.memory()}", composed=made)
     latents = encode_all(vae, stock.plain, machine), encode_all(vae, stock.composed[:made], machine)
     clock.say(f"latents encoded, deviation {latents[1].float().std():.3f}")
     stock.composed = stock.composed[:0]
@@ -663,9 +685,11 @@ def train(
     model, process = finish(recipe, lessons, own, tokenizer, text, out, machine, clock)
     tower = ClipTower(model.tower.eval(), tokenizer)
     bundle = Bundle(vae, model.unet.eval(), tower, process, "v")
-    judge = Judge(every, things, pictures, alphas, composer, recipe.seed)
-    clock.say("judge ready")
-    measure(bundle, judge, out, clock, 12 if tiny else 120, 4 if tiny else 20, 4.0)
+    bundle.save(folder, dtype=torch.float16)
+    device = str(machine.device)
+    judge = Judge(every, things, pictures, alphas, composer, recipe.seed, device)
+    clock.say(f"judge ready; memory {machine.memory()}")
+    measure(bundle, judge, out, clock, 12 if tiny else questions, 4 if tiny else 20, 4.0)
     clock.say("done")
 
 
@@ -735,7 +759,8 @@ def measure(
         "colour x thing": judge.coloured(), "synonyms": judge.synonyms(),
         "train": judge.captions("train", 2 * most), "counts": judge.counts(most // 3),
         "pairs": judge.pairs(most), "test_style": judge.captions("test_style", 4 * most),
-        "test_tone": judge.captions("test_tone", 2 * most), "test_colour": judge.captions("test_colour", most),
+        "test_tone": judge.captions("test_tone", 2 * most),
+        "test_colour": judge.captions("test_colour", most),
     }  # fmt: skip
     report: dict[str, object] = {"steps": steps, "guidance_scale": scale}
     tiles: list[Image.Image] = []
@@ -761,7 +786,8 @@ def measure(
 
 GALLERY = (
     "a blue car", "a cat with sunglasses", "a pink elephant", "two red apples", "a sad robot",
-    "a tree", "a cup of coffee", "a green dragon", "three yellow stars", "a small key in the corner",
+    "a tree", "a cup of coffee", "a green dragon", "three yellow stars",
+    "a small key in the corner",
     "a dog next to a house", "a purple octopus", "a hat above a face", "a kitten", "a fast car",
     "a birthday cake on a blue background",
 )  # fmt: skip

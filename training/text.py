@@ -71,7 +71,7 @@ class Teacher:
         self.tokenizer.enable_padding()
         config = json.loads((folder / "config.json").read_text("utf-8"))
         self.model: Any = BertModel(BertConfig(**config), add_pooling_layer=False).eval()
-        state = {k: v for k, v in load_file(folder / "model.safetensors").items()}
+        state = load_file(folder / "model.safetensors")
         known = self.model.state_dict()
         self.model.load_state_dict({k: state[k] for k in known})
         self.words: Tensor = self.model.embeddings.word_embeddings.weight.detach().float()

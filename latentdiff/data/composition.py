@@ -377,7 +377,8 @@ def _by_base(things: Sequence[Thing]) -> list[list[Thing]]:
 
 def _countable(name: str) -> bool:
     words = set(name.split())
-    return not is_plural(name) and len(words) <= 3 and not words & {"and", "with", "of", "showing"}
+    bare = words & {"and", "with", "of", "showing", "thirty", "o’clock"}
+    return not is_plural(name) and len(words) <= 3 and not bare and article(name) != name
 
 
 def _boxes(

@@ -16,11 +16,16 @@ from latentdiff.data.wordnet import WordNet
 BLOCK = 256
 """Pictures that one process makes before they are announced."""
 
+# Linux's MAP_NORESERVE: memory is taken when it is written to.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
 
 def shared(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     """An array of zeros that forked processes write to and this one sees."""
-    size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return np.frombuffer(mmap.mmap(-1, size), dtype, int(np.prod(shape))).reshape(shape)
+    count = int(np.prod(shape))
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), flags)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def read_all(

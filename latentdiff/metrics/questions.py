@@ -5,6 +5,7 @@ that were kept apart, words that were left out; counts and captions of real pict
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class Judge:
         rows: of the whole folder's `metadata.jsonl`.
         things, pictures, alphas: as `composition.read_things` gives them, for all rows.
         composer: of the training rows, for the things that compositions are made of.
+        device: where distances are computed.
     """
 
     rows: Sequence[Mapping[str, object]]
@@ -65,13 +67,13 @@ class Judge:
     alphas: np.ndarray
     composer: Composer
     seed: int = 0
+    device: str = "cpu"
     thumbnails: Tensor = field(init=False)
     shapes: Shapes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.thumbnails = blurred_thumbnails(
-            torch.from_numpy(self.pictures).permute(0, 3, 1, 2)
-        )  # fmt: skip
+        real = torch.from_numpy(self.pictures).permute(0, 3, 1, 2)
+        self.thumbnails = blurred_thumbnails(real).to(self.device)
         used = [thing for found in self.composer.pools["any"] for thing in found]
         places = [thing.row for thing in used]
         composer = self.composer
@@ -85,16 +87,20 @@ class Judge:
         random = generator(self.seed, 40, len(split))
         if len(places) > most:
             keys = [(self.things[i].style, self.things[i].base) for i in places]
-            weights = np.array([1 / keys.count(key) for key in keys])
+            counts = Counter(keys)
+            weights = np.array([1 / counts[key] for key in keys])
             chosen = random.choice(len(places), most, replace=False, p=weights / weights.sum())
             places = [places[int(i)] for i in chosen]
-        found: list[Question] = []
-        for place in places:
-            codes = self.rows[place]["codepoints"]
-            right = tuple(i for i, row in enumerate(self.rows) if row["codepoints"] == codes)
-            caption = str(self.rows[place]["captions"][0])  # pyright: ignore
-            found.append(Question(caption.replace("-", " "), pictures=right))
-        return found
+        alike: dict[object, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            alike.setdefault(row["codepoints"], []).append(place)
+        return [
+            Question(
+                str(self.rows[place]["captions"][0]).replace("-", " "),  # pyright: ignore
+                pictures=tuple(alike[self.rows[place]["codepoints"]]),
+            )
+            for place in places
+        ]
 
     def synonyms(self) -> list[Question]:
         """Every held-out word."""
@@ -155,7 +161,7 @@ class Judge:
     def right(self, drawn: Tensor, questions: Sequence[Question]) -> dict[str, list[bool]]:
         """Whether each picture [N, 3, H, W] in [-1, 1] is right, by every measure that applies."""
         found: dict[str, list[bool]] = {}
-        _, at = nearest(blurred_thumbnails(drawn), self.thumbnails)
+        _, at = nearest(blurred_thumbnails(drawn).to(self.thumbnails.device), self.thumbnails)
         for picture, near, asked in zip(to_bytes(drawn), at.tolist(), questions, strict=True):
             marks: dict[str, bool] = {}
             if asked.pictures:
@@ -209,7 +215,7 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
 
 
 def ceiling(judge: Judge, first: int, count: int) -> dict[str, float]:
-    """How often the judge calls true composed pictures right: samples `first` ... of the composer."""
+    """How often the judge calls a composer's own pictures right: `count` from `first` on."""
     found: dict[str, list[bool]] = {}
     composer = judge.composer
     for number in range(first, first + count):
