@@ -3,12 +3,13 @@
     python training/text.py --data data/emoji128 --teacher all-MiniLM-L6-v2 --wordnet wordnet \
         --out runs/emoji128-text
 
-The teacher is the sentence encoder all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019). The
-tower's state at the end of a text, through one matrix, learns the teacher's embedding of that text; its
-state at the end of each word, through another, the teacher's embedding of that word alone. For a
-noun that WordNet knows, what the teacher makes of its gloss and of the most usual word of the same meaning
-is mixed in. So the states of "automobile" and "car" come near each other before a picture is seen. Ends by writing the
-tower, the tokenizer and the two matrices into OUT. Run the same command again to resume.
+The teacher is the sentence encoder all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019).
+The tower's state at the end of a text, through one matrix, learns the teacher's embedding of that
+text; its state at the end of each word, through another, the teacher's embedding of that word
+alone. For a noun that WordNet knows, what the teacher makes of its gloss and of the most usual word
+of the same meaning is mixed in. So the states of "automobile" and "car" come near each other before
+a picture is seen. Ends by writing the tower, the tokenizer and the two matrices into OUT. Started
+again, it takes what the teacher said from OUT and learns anew.
 """
 
 import json
@@ -32,6 +33,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff.bundle.save import save_tensors
 from latentdiff.data.captions import with_article
+from latentdiff.data.colours import PAINTS
 from latentdiff.data.held_out import SYNONYMS
 from latentdiff.data.wording import is_plural, naming, plural, styled
 from latentdiff.data.wordnet import CONCRETE, WordNet
@@ -39,19 +41,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
 from latentdiff.models.text import WORD_END, build_text_encoder, train_tokenizer
 
-COLOURS = [
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
-    "gray",
-]
+COLOURS = (*PAINTS, "white")
 SIZES = ("small", "big", "tiny", "large", "little")
 PLACES = (
     "on a {c} background", "in the top left corner", "in the bottom right corner", "upside down",
@@ -74,13 +64,14 @@ class Teacher:
         state = load_file(folder / "model.safetensors")
         known = self.model.state_dict()
         self.model.load_state_dict({k: state[k] for k in known})
+        self.width: int = config["hidden_size"]
         self.words: Tensor = self.model.embeddings.word_embeddings.weight.detach().float()
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], batch: int = 256, what: str = "teacher") -> Tensor:
-        """Unit embeddings, float16 [N, 384]; of nothing, [0, 384]."""
+        """Unit embeddings, float16 [N, D]; of nothing, [0, D]."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = torch.empty(len(texts), 384, dtype=torch.float16)
+        found = torch.empty(len(texts), self.width, dtype=torch.float16)
         for start in tqdm(range(0, len(order), batch), desc=what, mininterval=10):
             places = order[start : start + batch]
             coded = self.tokenizer.encode_batch([texts[i] for i in places])
@@ -141,7 +132,7 @@ def explained(text: str, words: WordNet) -> tuple[str, str]:
 
 
 def targets_of(texts: Sequence[str], teacher: Teacher, words: WordNet) -> Tensor:
-    """What the teacher makes of texts, of glosses and of usual words, mixed: float16 [N, 384]."""
+    """What the teacher makes of texts, of glosses and of usual words, mixed: float16 [N, D]."""
     unique = list(dict.fromkeys(texts))
     both = [explained(text, words) for text in unique]
     asked = list(dict.fromkeys([*unique, *(text for pair in both for text in pair)]))
@@ -221,11 +212,12 @@ def lessons(texts: Sequence[str], tokenizer: CLIPTokenizer) -> tuple[list[Lesson
 class Taught(nn.Module):
     """The tower and the matrices that its states are compared with the teacher's through."""
 
-    def __init__(self, tower: CLIPTextModel, width: int) -> None:
+    def __init__(self, tower: CLIPTextModel, teacher_width: int) -> None:
         super().__init__()
         self.tower = tower
-        self.of_text = nn.Linear(width, 384, bias=False)
-        self.of_word = nn.Linear(width, 384, bias=False)
+        width = tower.config.hidden_size
+        self.of_text = nn.Linear(width, teacher_width, bias=False)
+        self.of_word = nn.Linear(width, teacher_width, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Tokens [B, L] -> states after the last norm [B, L, D]."""
@@ -272,8 +264,8 @@ def loss_of(
     """One minus the cosine at the text's end and at each word's, and the texts' mutual cosines.
 
     Args:
-        texts: the teacher's embeddings of these texts [B, 384].
-        words: of all single words [W, 384].
+        texts: the teacher's embeddings of these texts [B, D].
+        words: of all single words [W, D].
     """
     longest = max(len(one.ids) for one in some)
     end = some[0].ids[-1]
@@ -295,7 +287,7 @@ def loss_of(
 
 @torch.no_grad()
 def encode(model: Taught, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """The tower's own embeddings of texts, unit vectors [N, 384]."""
+    """The tower's own embeddings of texts, unit vectors [N, D]."""
     coded = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)[
         "input_ids"
     ]
@@ -333,7 +325,7 @@ def main(
     save_every: Annotated[int, typer.Option(help="Steps between saves.")] = 200,
     seed: Annotated[int, typer.Option(help="Of weights, texts and order.")] = 0,
 ) -> None:
-    """Teach a small text tower from a sentence encoder; re-run the same command to resume."""
+    """Teach a small text tower from a sentence encoder."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     words = WordNet(wordnet)
@@ -352,7 +344,7 @@ def main(
     wanted = load_file(targets)
     tower = build_text_encoder(tokenizer, width, layers, width // 64)
     begin_from(guide, tower, tokenizer)
-    model = Taught(tower, width)
+    model = Taught(tower, guide.width)
     lines = (data / "metadata.jsonl").read_text("utf-8").splitlines()
     names = sorted({str(json.loads(line)["name"]) for line in lines if line})
     names = [name for name in names if ":" not in name]

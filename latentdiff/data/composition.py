@@ -110,27 +110,20 @@ class Scene:
     background: str | None = None
 
 
-@dataclass(frozen=True)
-class Boxes:
-    """The largest place of each thing in a picture: centre and sides as shares of its side."""
-
-    places: tuple[tuple[float, float, float, float], ...]
-
-
+# The largest place of each thing: centre and sides, as shares of the picture's side.
 _ROWS = {
     1: ((0.5, 0.5, 0.72, 0.72),),
-    2: ((0.25, 0.5, 0.45, 0.6), (0.75, 0.5, 0.45, 0.6)),
-    3: ((0.26, 0.27, 0.44, 0.44), (0.74, 0.27, 0.44, 0.44), (0.5, 0.75, 0.44, 0.44)),
-    4: ((0.26, 0.26, 0.42, 0.42), (0.74, 0.26, 0.42, 0.42), (0.26, 0.74, 0.42, 0.42),
-        (0.74, 0.74, 0.42, 0.42)),
+    2: ((0.25, 0.5, 0.42, 0.6), (0.75, 0.5, 0.42, 0.6)),
+    4: ((0.26, 0.26, 0.4, 0.4), (0.74, 0.26, 0.4, 0.4), (0.26, 0.74, 0.4, 0.4),
+        (0.74, 0.74, 0.4, 0.4)),
 }  # fmt: skip
 _THREE = (
-    ((0.5, 0.25, 0.44, 0.44), (0.26, 0.73, 0.44, 0.44), (0.74, 0.73, 0.44, 0.44)),
-    ((0.18, 0.5, 0.3, 0.4), (0.5, 0.5, 0.3, 0.4), (0.82, 0.5, 0.3, 0.4)),
-    _ROWS[3],
+    ((0.5, 0.25, 0.4, 0.4), (0.26, 0.73, 0.4, 0.4), (0.74, 0.73, 0.4, 0.4)),
+    ((0.18, 0.5, 0.27, 0.4), (0.5, 0.5, 0.27, 0.4), (0.82, 0.5, 0.27, 0.4)),
+    ((0.26, 0.27, 0.4, 0.4), (0.74, 0.27, 0.4, 0.4), (0.5, 0.75, 0.4, 0.4)),
 )
-_ACROSS = ((0.25, 0.5, 0.46, 0.7), (0.75, 0.5, 0.46, 0.7))
-_DOWN = ((0.5, 0.25, 0.7, 0.46), (0.5, 0.75, 0.7, 0.46))
+_ACROSS = ((0.25, 0.5, 0.43, 0.7), (0.75, 0.5, 0.43, 0.7))
+_DOWN = ((0.5, 0.25, 0.7, 0.43), (0.5, 0.75, 0.7, 0.43))
 
 
 def read_things(
@@ -400,7 +393,7 @@ def _boxes(
     else:
         chosen = list(_ROWS[scene.count])
     scale = 1 - 0.12 * random.random()
-    shift = 0.02 * random.standard_normal((len(chosen), 2)).clip(-1, 1)
+    shift = 0.012 * random.standard_normal((len(chosen), 2)).clip(-1, 1)
     still = scene.kind == "place"
     return [
         (x + (0 if still else dx), y + (0 if still else dy), wide * scale, high * scale)

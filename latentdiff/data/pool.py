@@ -2,6 +2,7 @@
 
 import mmap
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -88,9 +89,11 @@ class Pool:
         self.processes: list[ForkProcess] = []
         fork = multiprocessing.get_context("fork")
 
+        parent = os.getpid()
+
         def make(first: int) -> None:
             for block in range(first, self.blocks, workers):
-                if self.stopped[0]:
+                if self.stopped[0] or os.getppid() != parent:
                     return
                 captions: list[str] = []
                 for number in range(block * BLOCK, (block + 1) * BLOCK):
