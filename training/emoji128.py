@@ -14,7 +14,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +42,14 @@ from latentdiff.data.pool import BLOCK, Pool, read_all
 from latentdiff.data.wordnet import WordNet
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.order import generator
+from latentdiff.learning.teaching import (
+    Batch,
+    Book,
+    Taught,
+    batch_of,
+    lessons,
+    teaching_loss,
+)
 from latentdiff.metrics.perceptual import random_features
 from latentdiff.metrics.psnr import psnr
 from latentdiff.metrics.questions import Judge, save_report
@@ -61,6 +69,7 @@ class Recipe:
 
     Attributes:
         vae_channels: from the full resolution down to an eighth-sixteenth.
+        text_takes: how long the tower is taught before stage 1, as a share of all time.
         vae_ends, diffusion_ends: when the two stages end, as shares of all time.
         plain: share of plain pictures in a batch of stage 2.
         text_rate: the learning rate of the tower's upper layers, in that of the U-Net.
@@ -68,6 +77,9 @@ class Recipe:
     """
 
     size: int = 128
+    text_takes: float = 0.035
+    text_batch: int = 1024
+    text_teaching_rate: float = 6e-4
     vae_channels: tuple[int, ...] = (16, 32, 64, 128, 160)
     latent_channels: int = 32
     vae_batch: int = 128
@@ -75,7 +87,7 @@ class Recipe:
     perceptual: float = 0.05
     kl: float = 1e-5
     equivariance: float = 0.25
-    vae_ends: float = 0.32
+    vae_ends: float = 0.35
     unet_channels: tuple[int, ...] = (128, 256)
     head_dim: int = 64
     process: str = "vp-cosine"
@@ -96,6 +108,7 @@ class Recipe:
 
 
 TINY = Recipe(
+    text_batch=16,
     vae_channels=(8, 8, 8, 16, 16), vae_batch=4, unet_channels=(32, 64), head_dim=32, batch=8,
     composed=1024, workers=1,
 )  # fmt: skip
@@ -290,6 +303,94 @@ def keep(ema: EMA) -> None:
         live.copy_(shadow)
 
 
+# --- words ------------------------------------------------------------------------------------
+
+WORDS_WINDOW = 24
+
+
+def teach(
+    recipe: Recipe, model: Taught, book: Book, tokenizer: CLIPTokenizer, machine: Machine,
+    clock: Clock,
+) -> None:  # fmt: skip
+    """Go on with `training/text.py` on its book, all of the tower, for its share of the time."""
+    read, _ = lessons(book.texts, tokenizer, book.words)
+    kept = [row for row, one in enumerate(read) if len(one.ids) <= WORDS_WINDOW]
+    device = machine.device
+    whole = batch_of([read[row] for row in kept], WORDS_WINDOW)
+    ids, last, ends, words = (
+        part.to(device) for part in (whole.ids, whole.last, whole.ends, whole.words)
+    )  # fmt: skip
+    of_texts, of_words = book.of_texts[kept].to(device), book.of_words.to(device)
+    edges = book.weights[kept].double().cumsum(0).to(device)
+    rows = torch.zeros(recipe.text_batch, dtype=torch.int64, device=device)
+
+    def loss() -> Tensor:
+        batch = Batch(ids[rows], last[rows], ends[rows], words[rows])
+        with machine.autocast():
+            return teaching_loss(model, batch, of_texts[rows], of_words)["loss"]
+
+    stepper = Stepper(machine, loss, machine.adamw([{"params": list(model.parameters())}]), [1.0])
+    random = torch.Generator(device)
+    begin, step = clock.gone, 0
+    end = begin + recipe.text_takes * clock.seconds
+    while (share := clock.share(begin, end)) < 1.0 or step < 8:
+        seeded(random, recipe.seed, 32, step)
+        uniform = torch.rand(len(rows), device=device, generator=random).double()
+        rows.copy_(torch.searchsorted(edges, uniform * edges[-1]).clamp(max=len(edges) - 1))
+        stepper.step(cosine(share, recipe.text_teaching_rate))
+        step += 1
+        machine.wait(step)
+        if step == 5:
+            clock.say(f"words: first steps done, loss {stepper.value.item():.4f}")
+            stepper.record()
+    clock.say(f"words: {step} steps of {len(rows)}, loss {stepper.value.item():.4f}")
+
+
+@torch.no_grad()
+def synonyms_right(
+    model: Taught, things: Sequence[Thing], rows: Sequence[Mapping[str, object]],
+    tokenizer: CLIPTokenizer, device: torch.device,
+) -> float:  # fmt: skip
+    """How many of the held-out synonyms are nearest to a name of their own thing in the tower."""
+    names = {thing.naming.name: str(row["name"]) for thing, row in zip(things, rows, strict=True)}
+    vectors: list[Tensor] = []
+    for texts in (list(names), list(SYNONYMS)):
+        read, _ = lessons(texts, tokenizer, [])
+        batch = batch_of(read, tokenizer.model_max_length)
+        states = model(batch.ids.to(device))[torch.arange(len(read)), batch.last]
+        vectors.append(F.normalize(model.of_text(states), dim=1))
+    nearest = (vectors[1] @ vectors[0].T).argmax(1).tolist()
+    said = list(names.values())
+    asked = zip(nearest, SYNONYMS.values(), strict=True)
+    return sum(said[at] in right.split("|") for at, right in asked) / len(SYNONYMS)
+
+
+def taught_tower(
+    recipe: Recipe, text: Path, tokenizer: CLIPTokenizer, things: Sequence[Thing],
+    rows: Sequence[Mapping[str, object]], machine: Machine, clock: Clock,
+) -> Taught:  # fmt: skip
+    """The tower of `training/text.py`, taught on if its book is there."""
+    tower = load_tower(text / "text_encoder")
+    heads = load_file(text / "heads.safetensors")
+    book = Book.load(text) if (text / "book.json").is_file() else None
+    if book is not None:
+        heads = {name: book.turn @ value for name, value in heads.items()}
+    model = Taught(tower, len(heads["of_text"]))
+    with torch.no_grad():
+        model.of_text.weight.copy_(heads["of_text"])
+        model.of_word.weight.copy_(heads["of_word"])
+    model = model.to(machine.device).eval()
+    before = synonyms_right(model, things, rows, tokenizer, machine.device)
+    clock.say(f"nearest name of 100 synonyms: {before:.0%}", synonyms_in_tower_before=before)
+    if book is not None and recipe.text_takes:
+        teach(recipe, model, book, tokenizer, machine, clock)
+        after = synonyms_right(model, things, rows, tokenizer, machine.device)
+        clock.say(f"nearest name of 100 synonyms: {after:.0%}", synonyms_in_tower=after)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model
+
+
 # --- stage 1 ---------------------------------------------------------------------------------
 
 
@@ -476,19 +577,19 @@ class Anchor:
 
     Args:
         ids: tokens of texts, int64 [N, L].
-        heads: matrices that meaning is read through, as `training/text.py` left them.
+        heads: matrices that meaning is read through.
     """
 
-    def __init__(self, tower: CLIPTextModel, ids: Tensor, heads: dict[str, Tensor]) -> None:
+    def __init__(self, tower: CLIPTextModel, ids: Tensor, heads: list[Tensor]) -> None:
         self.tower = tower
         self.ids = ids
-        self.heads = list(heads.values())
+        self.heads = heads
         with torch.no_grad():
             parts = [self.read(part) for part in ids.split(1024)]
         self.wanted = torch.cat(parts).bfloat16()
 
     def read(self, ids: Tensor) -> Tensor:
-        """Unit vectors of every state, [B, L, 2 x 384]."""
+        """Unit vectors of every state, one beside the other: [B, L, 2 x d]."""
         states = self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
         return torch.cat([F.normalize(F.linear(states, head), dim=-1) for head in self.heads], -1)
 
@@ -656,6 +757,7 @@ def train(
     machine = Machine(torch.device("cuda" if cuda else "cpu"), compiled and cuda, graphs and cuda)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    taught = taught_tower(recipe, text, tokenizer, own, rows, machine, clock)
     weights = uneven(own)
     stock = Pictures(plain, pool, weights, machine)
     vae = train_autoencoder(recipe, stock, machine, clock)
@@ -676,13 +778,14 @@ def train(
     clock.say("captions made")
     ids = torch.from_numpy(told).to(machine.device)
     empty = torch.from_numpy(encode([""])).to(machine.device)
-    lessons = Lessons(stock, *latents, ids, empty)
+    stage = Lessons(stock, *latents, ids, empty)
     vae.eval()
     unseen = [i for i, row in enumerate(every) if row["split"] in HELD_OUT and not row["skin_tone"]]
     decibels = measure_autoencoder(vae, pictures[unseen], machine) if unseen else 0.0
     clock.say(f"autoencoder: {decibels:.2f} dB of {len(unseen)} held-out pictures",
               vae_psnr_db=round(decibels, 2), vae_pictures=len(unseen))  # fmt: skip
-    model, process = finish(recipe, lessons, own, tokenizer, text, out, machine, clock)
+    model, process = finish(recipe, stage, own, taught, tokenizer, out, machine, clock)
+    torch.backends.cudnn.benchmark = False  # it would try every new size of batch
     tower = ClipTower(model.tower.eval(), tokenizer)
     bundle = Bundle(vae, model.unet.eval(), tower, process, "v")
     bundle.save(folder, dtype=torch.float16)
@@ -708,12 +811,12 @@ def load_tower(folder: Path) -> CLIPTextModel:
 
 
 def finish(
-    recipe: Recipe, lessons: Lessons, things: Sequence[Thing], tokenizer: CLIPTokenizer,
-    text: Path, out: Path, machine: Machine, clock: Clock,
+    recipe: Recipe, lessons: Lessons, things: Sequence[Thing], taught: Taught,
+    tokenizer: CLIPTokenizer, out: Path, machine: Machine, clock: Clock,
 ) -> tuple[Denoiser, DiscreteVP]:  # fmt: skip
     """Build and train the U-Net and the tower's upper layers; writes both now and then."""
     torch.manual_seed(recipe.seed + 1)
-    tower = load_tower(text / "text_encoder").to(machine.device).eval()
+    tower = taught.tower
     freeze_below(tower, recipe.trained_layers)
     latent = lessons.plain.shape[-1]
     unet: Any = build_unet(
@@ -724,7 +827,7 @@ def finish(
     phrases = {name for one in things for name in (one.naming.name, *one.naming.also)}
     phrases |= set(SYNONYMS) | {with_article(phrase) for phrase in phrases}
     ids = torch.from_numpy(encoder(tokenizer)(sorted(phrases))).long().to(machine.device)
-    heads = {k: v.to(machine.device) for k, v in load_file(text / "heads.safetensors").items()}
+    heads = [taught.of_text.weight.detach(), taught.of_word.weight.detach()]
     anchor = Anchor(tower, ids, heads)
     process = processes.create(recipe.process)
     assert isinstance(process, DiscreteVP)

@@ -13,8 +13,8 @@ again, it takes what the teacher said from OUT and learns anew.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,14 @@ from latentdiff.data.wording import is_plural, naming, plural, styled
 from latentdiff.data.wordnet import CONCRETE, WordNet
 from latentdiff.errors import UserError
 from latentdiff.learning.order import generator
+from latentdiff.learning.teaching import (
+    Book,
+    Taught,
+    batch_of,
+    lessons,
+    reduced,
+    teaching_loss,
+)
 from latentdiff.models.text import WORD_END, build_text_encoder, train_tokenizer
 
 COLOURS = (*PAINTS, "white")
@@ -172,58 +180,6 @@ def compose(first: str, second: str, random: np.random.Generator) -> str:
     return styled(text, names[random.integers(len(names))], random)
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A text as the tower reads it.
-
-    Attributes:
-        ids: tokens, start and end included, at most the window.
-        ends: places of the tokens that end a word.
-        words: rows of the table of single words, one for each of `ends`.
-    """
-
-    ids: list[int]
-    ends: list[int]
-    words: list[int]
-
-
-def lessons(texts: Sequence[str], tokenizer: CLIPTokenizer) -> tuple[list[Lesson], list[str]]:
-    """Every text in tokens, and the table of single words."""
-    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-    coded = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)
-    table: dict[str, int] = {}
-    found: list[Lesson] = []
-    for ids in coded["input_ids"]:  # pyright: ignore
-        ends, rows, word = [], [], ""
-        for place, number in enumerate(ids):  # pyright: ignore
-            token = tokens[number]
-            word += token.removesuffix(WORD_END)
-            if token.endswith(WORD_END):
-                if word.isascii() and word.isalnum():
-                    ends.append(place)
-                    rows.append(table.setdefault(word, len(table)))
-                word = ""
-            elif token.startswith("<|"):
-                word = ""
-        found.append(Lesson(list(ids), ends, rows))  # pyright: ignore
-    return found, list(table)
-
-
-class Taught(nn.Module):
-    """The tower and the matrices that its states are compared with the teacher's through."""
-
-    def __init__(self, tower: CLIPTextModel, teacher_width: int) -> None:
-        super().__init__()
-        self.tower = tower
-        width = tower.config.hidden_size
-        self.of_text = nn.Linear(width, teacher_width, bias=False)
-        self.of_word = nn.Linear(width, teacher_width, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Tokens [B, L] -> states after the last norm [B, L, D]."""
-        return self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
-
-
 def begin_from(teacher: Teacher, tower: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
     """Give each token the mean of the teacher's vectors of its letters, turned into its width.
 
@@ -258,31 +214,23 @@ def batches(
         yield chosen[start : start + batch]
 
 
-def loss_of(
-    model: Taught, some: Sequence[Lesson], texts: Tensor, words: Tensor
-) -> dict[str, Tensor]:
-    """One minus the cosine at the text's end and at each word's, and the texts' mutual cosines.
-
-    Args:
-        texts: the teacher's embeddings of these texts [B, D].
-        words: of all single words [W, D].
-    """
-    longest = max(len(one.ids) for one in some)
-    end = some[0].ids[-1]
-    ids = torch.tensor([one.ids + [end] * (longest - len(one.ids)) for one in some])
-    with torch.autocast("cpu", torch.bfloat16):
-        states = model(ids)
-    states = states.float()
-    last = torch.tensor([len(one.ids) - 1 for one in some])
-    ours = F.normalize(model.of_text(states[torch.arange(len(some)), last]), dim=1)
-    theirs = texts.float()
-    text = 1 - (ours * theirs).sum(1).mean()
-    mutual = (ours @ ours.T - theirs @ theirs.T).square().mean()
-    rows = torch.tensor([i for i, one in enumerate(some) for _ in one.ends])
-    places = torch.tensor([place for one in some for place in one.ends])
-    table = torch.tensor([row for one in some for row in one.words])
-    word = 1 - F.cosine_similarity(model.of_word(states[rows, places]), words[table].float()).mean()
-    return {"loss": text + 5 * mutual + 0.3 * word, "text": text, "mutual": mutual, "word": word}
+def write_book(
+    texts: Sequence[str], table: Sequence[str], wanted: dict[str, Tensor], size: int, most: int,
+    out: Path,
+) -> None:  # fmt: skip
+    """The most often read texts and their words with the teacher's vectors, made small."""
+    counts = Counter(texts)
+    first = {text: row for row, text in reversed(list(enumerate(texts)))}
+    order = generator(0, 24).permutation(len(counts))
+    keys = list(counts)
+    unique = [keys[i] for i in order]
+    chosen = sorted(unique, key=lambda text: -counts[text])[:most]
+    used = {word for text in chosen for word in text.lower().split()}
+    words = [row for row, word in enumerate(table) if word in used]
+    rows = [first[text] for text in chosen]
+    vectors = reduced(wanted["texts"][rows].float(), wanted["words"][words].float(), size)
+    weights = torch.tensor([counts[text] for text in chosen])
+    Book(chosen, [table[row] for row in words], weights, *vectors).save(out)
 
 
 @torch.no_grad()
@@ -341,7 +289,8 @@ def main(
             "words": targets_of(table, guide, words),
         }
         save_tensors(found, targets, {})
-    wanted = load_file(targets)
+    wanted = {name: value.float() for name, value in load_file(targets).items()}
+    write_book(texts, table, wanted, 128, 60_000, out)
     tower = build_text_encoder(tokenizer, width, layers, width // 64)
     begin_from(guide, tower, tokenizer)
     model = Taught(tower, guide.width)
@@ -356,7 +305,9 @@ def main(
     for step, rows in enumerate(batches([len(o.ids) for o in read], batch, seed, 0, steps)):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 100, 0.5 + 0.5 * np.cos(np.pi * step / steps))
-        values = loss_of(model, [read[r] for r in rows], wanted["texts"][rows], wanted["words"])
+        batch_ = batch_of([read[row] for row in rows])
+        with torch.autocast("cpu", torch.bfloat16):
+            values = teaching_loss(model, batch_, wanted["texts"][rows], wanted["words"])
         optimizer.zero_grad(set_to_none=True)
         values["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
