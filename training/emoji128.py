@@ -1,4 +1,4 @@
-"""The bundled model on one large GPU in under ten minutes: both stages, measured and drawn.
+"""A 128-pixel emoji model on one large GPU in under ten minutes: both stages, measured and drawn.
 
     python training/emoji128.py --data data/emoji128 --text runs/emoji128-text --out runs/emoji128
 
@@ -32,16 +32,17 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentdiff import process as processes
 from latentdiff.bundle import Bundle
-from latentdiff.bundle.save import save_tensors
 from latentdiff.data.captions import with_article
 from latentdiff.data.composition import Composer, Thing, plain_captions, read_rows
 from latentdiff.data.held_out import SYNONYMS
 from latentdiff.data.pool import BLOCK, Pool, read_all
 from latentdiff.data.wordnet import WordNet
+from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.process import DiscreteVP
+from latentdiff.files import make_folder, write_json, writing
+from latentdiff.formats.weights import save_tensors
 from latentdiff.learning.ema import EMA
-from latentdiff.learning.order import generator
 from latentdiff.learning.teaching import (
     Batch,
     Book,
@@ -52,20 +53,23 @@ from latentdiff.learning.teaching import (
 )
 from latentdiff.metrics.perceptual import random_features
 from latentdiff.metrics.psnr import psnr
-from latentdiff.metrics.questions import Judge, save_report
+from latentdiff.metrics.questions import Judge
+from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.network import DiffusersUNet
+from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.unet import build_unet
-from latentdiff.models.vae import Autoencoding, build_vae, encode_moments, standardise_latents
+from latentdiff.models.vae import Autoencoding, build_vae, standardise_latents
 from latentdiff.pictures import grid, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.process import DiscreteVP
-from latentdiff.text import ClipTower
+from latentdiff.random_numbers import philox
 
 CAPTIONS = 32  # of each plain picture
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the two stages are made of.
+    """Settings of the two stages.
 
     Attributes:
         vae_channels: from the full resolution down to an eighth-sixteenth.
@@ -128,7 +132,7 @@ class Clock:
         return time.monotonic() - self.start
 
     def share(self, begin: float, end: float) -> float:
-        """How much of the time between two seconds is over, in [0, 1]."""
+        """Share of the time between two seconds is over, in [0, 1]."""
         return min(1.0, max(0.0, (self.gone - begin) / max(1e-6, end - begin)))
 
     def say(self, text: str, **numbers: object) -> None:
@@ -293,7 +297,7 @@ def to_range(pictures: Tensor) -> Tensor:
 
 def seeded(random: torch.Generator, seed: int, stream: int, step: int) -> torch.Generator:
     """The generator as it is at a step."""
-    return random.manual_seed(int(generator(seed, stream, step).integers(2**62)))
+    return random.manual_seed(int(philox(seed, stream, step).integers(2**62)))
 
 
 @torch.no_grad()
@@ -351,7 +355,7 @@ def synonyms_right(
     model: Taught, things: Sequence[Thing], rows: Sequence[Mapping[str, object]],
     tokenizer: CLIPTokenizer, device: torch.device,
 ) -> float:  # fmt: skip
-    """How many of the held-out synonyms are nearest to a name of their own thing in the tower."""
+    """Measure how many of the held-out synonyms are nearest to a name of their own thing in the tower."""
     names = {thing.naming.name: str(row["name"]) for thing, row in zip(things, rows, strict=True)}
     vectors: list[Tensor] = []
     for texts in (list(names), list(SYNONYMS)):
@@ -421,7 +425,7 @@ def reconstruct(module: Any, distance: nn.Module, recipe: Recipe, real: Tensor, 
 
 
 class Sampled(Autoencoding):
-    """As its base, with the drawn latents, too."""
+    """Autoencoding that also gives the drawn latents."""
 
     def forward(self, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
         """Pictures [B, 3, H, W] and noise [B, C, h, w] -> reconstructions, latents, KL."""
@@ -443,7 +447,8 @@ def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, cloc
     torch.manual_seed(recipe.seed)
     vae: Any = build_vae(
         "kl", recipe.vae_channels, 1, recipe.latent_channels, 8, recipe.size
-    ).to(machine.device, memory_format=torch.channels_last)  # fmt: skip
+    )  # fmt: skip
+    vae = vae.to(machine.device, memory_format=torch.channels_last)
     module = Sampled(vae)
     distance = random_features().to(machine.device)
     batch, device = recipe.vae_batch, machine.device
@@ -511,7 +516,9 @@ def encode_all(vae: Any, pictures: Tensor, machine: Machine, batch: int = 2048) 
     found = []
     for part in pictures.split(batch):
         with machine.autocast():
-            found.append(encode_moments(vae, to_range(part)).chunk(2, 1)[0].bfloat16())
+            found.append(
+                DiffusersAutoencoder(vae).moments(to_range(part)).chunk(2, 1)[0].bfloat16()
+            )
     return torch.cat(found)
 
 
@@ -724,11 +731,11 @@ def main(
     graphs: Annotated[bool, typer.Option(help="Record steps as CUDA graphs (GPU).")] = True,
     settings: Annotated[str, typer.Option(help="Changes of the recipe, as JSON.")] = "{}",
 ) -> None:
-    """Train the bundled model, measure it and draw it."""
+    """Train a 128-pixel emoji model, measure it and draw with it."""
     clock = Clock(seconds)
     base = TINY if tiny else Recipe()
     recipe = Recipe(**(asdict(base) | json.loads(settings)))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     train(recipe, data, text, out, model, wordnet, clock, questions, tiny, compile, graphs)
 
 
@@ -762,23 +769,12 @@ def train(
     stock = Pictures(plain, pool, weights, machine)
     vae = train_autoencoder(recipe, stock, machine, clock)
     standardise(vae, stock.plain, weights, machine)
-    save_tensors(half(vae), out / "vae.safetensors", {})
+    save_tensors(half(vae), out / "vae.safetensors", {}, replace=True)
     pool.stop()
     stock.fetch(pool.blocks)
     made = len(stock.order) * BLOCK
     clock.say(f"{made} composed pictures; memory {machine.memory()}", composed=made)
-    latents = encode_all(vae, stock.plain, machine), encode_all(vae, stock.composed[:made], machine)
-    clock.say(f"latents encoded, deviation {latents[1].float().std():.3f}")
-    stock.composed = stock.composed[:0]
-    captions = [
-        plain_captions(row, thing, generator(recipe.seed, 23, thing.row), CAPTIONS)
-        for row, thing in zip(rows, own, strict=True)
-    ]
-    told = encode([caption for one in captions for caption in one]).reshape(len(rows), CAPTIONS, -1)
-    clock.say("captions made")
-    ids = torch.from_numpy(told).to(machine.device)
-    empty = torch.from_numpy(encode([""])).to(machine.device)
-    stage = Lessons(stock, *latents, ids, empty)
+    stage = lessons_of(recipe, vae, stock, made, rows, own, encode, machine, clock)
     vae.eval()
     unseen = [i for i, row in enumerate(every) if row["split"] in HELD_OUT and not row["skin_tone"]]
     decibels = measure_autoencoder(vae, pictures[unseen], machine) if unseen else 0.0
@@ -786,14 +782,39 @@ def train(
               vae_psnr_db=round(decibels, 2), vae_pictures=len(unseen))  # fmt: skip
     model, process = finish(recipe, stage, own, taught, tokenizer, out, machine, clock)
     torch.backends.cudnn.benchmark = False  # it would try every new size of batch
-    tower = ClipTower(model.tower.eval(), tokenizer)
-    bundle = Bundle(vae, model.unet.eval(), tower, process, "v")
+    bundle = Bundle(
+        DiffusersAutoencoder(vae),
+        TextConditioner(ClipTower(model.tower.eval(), tokenizer)),
+        DiffusersUNet(model.unet.eval(), recipe.latent_channels),
+        process,
+        "v",
+    )
     bundle.save(folder, dtype=torch.float16)
     device = str(machine.device)
     judge = Judge(every, things, pictures, alphas, composer, recipe.seed, device)
     clock.say(f"judge ready; memory {machine.memory()}")
     measure(bundle, judge, out, clock, 12 if tiny else questions, 4 if tiny else 20, 4.0)
     clock.say("done")
+
+
+def lessons_of(
+    recipe: Recipe, vae: Any, stock: Pictures, made: int, rows: Sequence[Mapping[str, object]],
+    things: Sequence[Thing], encode: Callable[[list[str]], np.ndarray], machine: Machine,
+    clock: Clock,
+) -> Lessons:  # fmt: skip
+    """Encode all pictures and caption the plain ones; the composed pictures are let go."""
+    latents = encode_all(vae, stock.plain, machine), encode_all(vae, stock.composed[:made], machine)
+    clock.say(f"latents encoded, deviation {latents[1].float().std():.3f}")
+    stock.composed = stock.composed[:0]
+    captions = [
+        plain_captions(row, thing, philox(recipe.seed, 23, thing.row), CAPTIONS)
+        for row, thing in zip(rows, things, strict=True)
+    ]
+    told = encode([caption for one in captions for caption in one]).reshape(len(rows), CAPTIONS, -1)
+    clock.say("captions made")
+    ids = torch.from_numpy(told).to(machine.device)
+    empty = torch.from_numpy(encode([""])).to(machine.device)
+    return Lessons(stock, *latents, ids, empty)
 
 
 def _moved(thing: Thing, row: int) -> Thing:
@@ -822,7 +843,8 @@ def finish(
     unet: Any = build_unet(
         recipe.latent_channels, latent, recipe.unet_channels, 1, (True, True), recipe.head_dim,
         tower.config.hidden_size,
-    ).to(machine.device, memory_format=torch.channels_last)  # fmt: skip
+    )  # fmt: skip
+    unet = unet.to(machine.device, memory_format=torch.channels_last)
     model = Denoiser(unet, tower, machine)
     phrases = {name for one in things for name in (one.naming.name, *one.naming.also)}
     phrases |= set(SYNONYMS) | {with_article(phrase) for phrase in phrases}
@@ -834,9 +856,9 @@ def finish(
 
     def save() -> None:
         for number, part in enumerate(shards(half(unet), 14_000_000)):
-            save_tensors(part, out / f"unet-{number}.safetensors", {})
+            save_tensors(part, out / f"unet-{number}.safetensors", {}, replace=True)
         values = {k.removeprefix("text_model."): v for k, v in half(tower).items()}
-        save_tensors(values, out / "text.safetensors", {})
+        save_tensors(values, out / "text.safetensors", {}, replace=True)
         clock.say("weights saved")
 
     train_denoiser(recipe, model, lessons, anchor, process, machine, clock, save)
@@ -883,8 +905,9 @@ def measure(
     report["diversity"] = round(judge.diversity(draw, most // 3), 4)
     tiles += [to_pil(picture) for picture in draw(list(GALLERY))]
     clock.say(f"diversity of seeds: {report['diversity']}")
-    grid(tiles, 16).save(out / "sheet.webp", quality=88)
-    save_report(report | clock.notes, out / "report.json")
+    with writing(out / "sheet.webp", replace=True) as stage:
+        grid(tiles, 16).save(stage, quality=88)
+    write_json(out / "report.json", report | clock.notes, replace=True)
 
 
 GALLERY = (
@@ -902,7 +925,7 @@ def measure_autoencoder(vae: Any, pictures: np.ndarray, machine: Machine) -> flo
     scores: list[Tensor] = []
     for part in torch.from_numpy(pictures).split(64):
         real = to_range(part.to(machine.device))
-        mean = encode_moments(vae, real).chunk(2, 1)[0]
+        mean = DiffusersAutoencoder(vae).moments(real).chunk(2, 1)[0]
         with torch.no_grad():
             fake = vae.decode(mean).sample.float().clamp(-1, 1)
         scores.append(psnr(real, fake).cpu())

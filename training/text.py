@@ -14,7 +14,7 @@ again, it takes what the teacher said from OUT and learns anew.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,23 +31,25 @@ from transformers.models.bert.modeling_bert import BertModel
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentdiff.bundle.save import save_tensors
 from latentdiff.data.captions import with_article
 from latentdiff.data.colours import PAINTS
 from latentdiff.data.held_out import SYNONYMS
 from latentdiff.data.wording import is_plural, naming, plural, styled
 from latentdiff.data.wordnet import CONCRETE, WordNet
 from latentdiff.errors import UserError
-from latentdiff.learning.order import generator
+from latentdiff.files import make_folder, writing_folder
+from latentdiff.formats.weights import save_tensors
 from latentdiff.learning.teaching import (
     Book,
+    Lesson,
     Taught,
     batch_of,
     lessons,
     reduced,
     teaching_loss,
 )
-from latentdiff.models.text import WORD_END, build_text_encoder, train_tokenizer
+from latentdiff.models.fresh_text import WORD_END, build_text_encoder, train_tokenizer
+from latentdiff.random_numbers import philox
 
 COLOURS = (*PAINTS, "white")
 SIZES = ("small", "big", "tiny", "large", "little")
@@ -94,7 +96,7 @@ class Teacher:
 
 
 def collect(data: Path, words: WordNet, composed: int, lemmas: int, seed: int) -> list[str]:
-    """What the tower is taught on: captions, made-up compositions, nouns and glosses.
+    """Collect what the tower is taught on: captions, made-up compositions, nouns and glosses.
 
     The words of `held_out.SYNONYMS` may be here: the tower is to know them from the teacher. No
     caption that a picture is learned with has them.
@@ -102,7 +104,7 @@ def collect(data: Path, words: WordNet, composed: int, lemmas: int, seed: int) -
     lines = (data / "metadata.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line]
     rows = [row for row in rows if row["split"] == "train"]
-    random = generator(seed, 20)
+    random = philox(seed, 20)
     untoned = [row for row in rows if not row["skin_tone"]]
     texts = [caption.replace("-", " ") for row in untoned for caption in row["captions"]]
     for row in rows:  # a tenth of those that differ in their tone
@@ -140,7 +142,7 @@ def explained(text: str, words: WordNet) -> tuple[str, str]:
 
 
 def targets_of(texts: Sequence[str], teacher: Teacher, words: WordNet) -> Tensor:
-    """What the teacher makes of texts, of glosses and of usual words, mixed: float16 [N, D]."""
+    """Mix what the teacher makes of texts, of glosses and of usual words: float16 [N, D]."""
     unique = list(dict.fromkeys(texts))
     both = [explained(text, words) for text in unique]
     asked = list(dict.fromkeys([*unique, *(text for pair in both for text in pair)]))
@@ -191,7 +193,7 @@ def begin_from(teacher: Teacher, tower: CLIPTextModel, tokenizer: CLIPTokenizer)
     _, _, directions = torch.linalg.svd(table[1000:], full_matrices=False)
     turned = table @ directions[:width].T
     turned *= 0.02 / turned.std()
-    weight = tower.get_input_embeddings().weight
+    weight: Any = tower.get_input_embeddings().weight
     with torch.no_grad():
         for token, number in tokenizer.get_vocab().items():
             letters = token.removesuffix(WORD_END)
@@ -207,7 +209,7 @@ def batches(
     """Rows of texts of like length for each step: a function of (seed, step)."""
     lengths = np.asarray(sizes)
     for at in range(step, steps):
-        random = generator(seed, 21, at)
+        random = philox(seed, 21, at)
         chosen = random.integers(len(lengths), size=8 * batch)
         chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
         start = batch * int(random.integers(8))
@@ -221,7 +223,7 @@ def write_book(
     """The most often read texts and their words with the teacher's vectors, made small."""
     counts = Counter(texts)
     first = {text: row for row, text in reversed(list(enumerate(texts)))}
-    order = generator(0, 24).permutation(len(counts))
+    order = philox(0, 24).permutation(len(counts))
     keys = list(counts)
     unique = [keys[i] for i in order]
     chosen = sorted(unique, key=lambda text: -counts[text])[:most]
@@ -230,7 +232,7 @@ def write_book(
     rows = [first[text] for text in chosen]
     vectors = reduced(wanted["texts"][rows].float(), wanted["words"][words].float(), size)
     weights = torch.tensor([counts[text] for text in chosen])
-    Book(chosen, [table[row] for row in words], weights, *vectors).save(out)
+    Book(chosen, [table[row] for row in words], weights, *vectors).write(out)
 
 
 @torch.no_grad()
@@ -247,7 +249,7 @@ def encode(model: Taught, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Ten
 
 
 def synonyms_right(names: Sequence[str], names_in: Tensor, synonyms_in: Tensor) -> float:
-    """How many of the held-out synonyms have a name of their own thing nearest."""
+    """Measure how many of the held-out synonyms have a name of their own thing nearest."""
     nearest = (synonyms_in.float() @ names_in.float().T).argmax(1)
     hits = [
         names[int(at)] in right.split("|")
@@ -275,7 +277,7 @@ def main(
 ) -> None:
     """Teach a small text tower from a sentence encoder."""
     torch.manual_seed(seed)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     words = WordNet(wordnet)
     texts = collect(data, words, composed, lemmas, seed)
     tokenizer = train_tokenizer(texts, vocabulary, window)
@@ -288,7 +290,7 @@ def main(
             "texts": targets_of(texts, guide, words),
             "words": targets_of(table, guide, words),
         }
-        save_tensors(found, targets, {})
+        save_tensors(found, targets, {}, replace=True)
     wanted = {name: value.float() for name, value in load_file(targets).items()}
     write_book(texts, table, wanted, 128, 60_000, out)
     tower = build_text_encoder(tokenizer, width, layers, width // 64)
@@ -301,6 +303,22 @@ def main(
     asked = targets_of([*spoken, *SYNONYMS], guide, words)
     right = synonyms_right(names, asked[: len(names)], asked[len(names) :])
     print(f"nearest name of 100 synonyms: the teacher {right:.0%}", flush=True)
+
+    def saved(step: int) -> None:
+        right = synonyms_right(
+            names, encode(model, tokenizer, spoken), encode(model, tokenizer, list(SYNONYMS))
+        )
+        print(f"step {step}: nearest name of 100 synonyms: {right:.0%}", flush=True)
+        save(model, tokenizer, out)
+
+    teach(model, read, wanted, batch, rate, seed, steps, save_every, saved)
+
+
+def teach(
+    model: Taught, read: Sequence[Lesson], wanted: dict[str, Tensor], batch: int, rate: float,
+    seed: int, steps: int, save_every: int, saved: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Take all steps on texts with the teacher's vectors; `saved` is called now and then."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
     for step, rows in enumerate(batches([len(o.ids) for o in read], batch, seed, 0, steps)):
         for group in optimizer.param_groups:
@@ -315,19 +333,17 @@ def main(
         if (step + 1) % 20 == 0:
             print(step + 1, {k: round(v.item(), 4) for k, v in values.items()}, flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            right = synonyms_right(
-                names, encode(model, tokenizer, spoken), encode(model, tokenizer, list(SYNONYMS))
-            )
-            print(f"step {step + 1}: nearest name of 100 synonyms: {right:.0%}", flush=True)
-            save(model, tokenizer, out)
+            saved(step + 1)
 
 
 def save(model: Taught, tokenizer: CLIPTokenizer, out: Path) -> None:
-    """The tower and its tokenizer as transformers lays them out, and the two matrices."""
-    model.tower.save_pretrained(out / "text_encoder")
-    tokenizer.save_pretrained(out / "tokenizer")
+    """Write the tower and its tokenizer as transformers lays them out, and the two matrices."""
+    with writing_folder(out / "text_encoder", replace=True) as stage:
+        model.tower.save_pretrained(stage)
+    with writing_folder(out / "tokenizer", replace=True) as stage:
+        tokenizer.save_pretrained(stage)
     heads = {"of_text": model.of_text.weight.detach(), "of_word": model.of_word.weight.detach()}
-    save_tensors(heads, out / "heads.safetensors", {})
+    save_tensors(heads, out / "heads.safetensors", {}, replace=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ PAINTS: dict[str, tuple[int, int, int]] = {
     "green": (66, 160, 62), "blue": (48, 112, 222), "purple": (132, 72, 192),
     "pink": (246, 122, 178), "brown": (124, 76, 46), "black": (44, 44, 48), "gray": (142, 146, 152),
 }  # fmt: skip
-"""What a thing is painted in. White is left out: pictures are on white."""
+"""The paints of things. White is left out: pictures are on white."""
 
 # What a shaded thing of a colour also has: (dominant colour) -> colours that change with it.
 _KIN: dict[str, tuple[str, ...]] = {

@@ -28,7 +28,7 @@ from latentdiff.data.wording import (
     styled,
 )
 from latentdiff.data.wordnet import WordNet
-from latentdiff.learning.order import generator
+from latentdiff.random_numbers import philox
 
 Kind = Literal["colour", "count", "pair", "place", "background", "upside-down", "mirrored"]
 
@@ -36,7 +36,7 @@ SHARES: dict[Kind, float] = {
     "colour": 0.30, "count": 0.22, "pair": 0.25, "place": 0.10, "background": 0.07,
     "upside-down": 0.04, "mirrored": 0.02,
 }  # fmt: skip
-"""How often a composed picture is of each kind."""
+"""Shares of the kinds of composed pictures."""
 
 PLACES: dict[str, tuple[float, float]] = {
     "in the top left corner": (0.0, 0.0), "at the top": (0.5, 0.0),
@@ -91,7 +91,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a composed picture shows.
+    """The content of a composed picture.
 
     Attributes:
         kind: which rule made it.
@@ -153,7 +153,7 @@ def describe(
     alpha: np.ndarray,
     words: WordNet | None,
 ) -> Thing:
-    """What compositions need to know of one picture [H, W, 3] with its transparency [H, W]."""
+    """Find what compositions need to know of one picture [H, W, 3] with its transparency [H, W]."""
     mask = alpha > 127
     colour, _ = dominant(picture, mask)
     share = float(region(picture, mask, colour).sum()) / max(1, int(mask.sum()))
@@ -216,7 +216,7 @@ class Composer:
     def sample(self, number: int) -> tuple[np.ndarray, str, Scene]:
         """Picture uint8 [H, W, 3], caption and scene: a function of (seed, number)."""
         for attempt in range(20):
-            random = generator(self.seed, 22, number, attempt)
+            random = philox(self.seed, 22, number, attempt)
             scene = self.scene(random)
             picture = self.draw(scene, random)
             if picture is not None:
@@ -461,6 +461,6 @@ def plain_captions(
 
 
 def _coloured(thing: Thing) -> bool:
-    """Whether a thing is of one colour, may be called so, and its name has none."""
+    """Tell whether a thing is of one colour, may be called so, and its name has none."""
     fits = thing.share >= 0.6 and thing.bare == thing.naming.name and len(thing.bare.split()) <= 3
     return fits and not is_plural(thing.bare) and not is_held_out(thing.colour, thing.bare)

@@ -7,7 +7,7 @@ _EDGE = 56.0  # levels below white at which an edge pixel is opaque
 
 
 def _spread(reached: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """What of `free` the reached pixels reach along rows, all bool [H, W]."""
+    """Find what of `free` the reached pixels reach along rows, all bool [H, W]."""
     runs = np.cumsum(~free.ravel()).reshape(free.shape) + np.arange(free.shape[0])[:, None]
     hit = np.bincount(runs.ravel(), weights=reached.ravel(), minlength=int(runs[-1, -1]) + 1) > 0
     return hit[runs] & free
@@ -26,7 +26,7 @@ def flood(start: np.ndarray, free: np.ndarray) -> np.ndarray:
 
 def thing_mask(picture: np.ndarray, white: int = _WHITE) -> np.ndarray:
     """All but the white that is joined to the border: uint8 [H, W, 3] -> bool [H, W]."""
-    free = (picture > white).all(-1)
+    free = np.asarray((picture > white).all(-1))
     border = np.zeros_like(free)
     border[[0, -1], :] = border[:, [0, -1]] = True
     return ~flood(border, free)

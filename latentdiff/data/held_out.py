@@ -1,4 +1,4 @@
-"""What no training caption says, so that a judge can ask for it.
+"""Words and pairs that no training caption has, so that a judge can ask for it.
 
 Two fixed lists, of other words for things and of pairs of a colour and a thing, and a rule for
 pairs of things. Training drops every caption with one of these words, paints no thing in a colour
@@ -72,17 +72,17 @@ _WORDS = re.compile(r"\b(?:" + "|".join(re.escape(word) for word in SYNONYMS) + 
 
 
 def has_synonym(caption: str) -> bool:
-    """Whether a held-out word stands in a caption, whatever its hyphens and capitals."""
+    """Tell whether a held-out word stands in a caption, whatever its hyphens and capitals."""
     text = caption.lower()
     return bool(_WORDS.search(text) or _WORDS.search(text.replace("-", " ")))
 
 
 def is_held_out(colour: str, name: str) -> bool:
-    """Whether a thing of this name must not be painted in this colour."""
+    """Tell whether a thing of this name must not be painted in this colour."""
     words = set(name.lower().replace("-", " ").split())
     return any(colour == one and thing in words for one, thing in COLOURED)
 
 
 def is_held_out_pair(first: str, second: str) -> bool:
-    """Whether two emoji are never put into one picture: one of ten pairs, whichever comes first."""
+    """Tell whether two emoji are never put into one picture: one of ten pairs, whichever comes first."""
     return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0

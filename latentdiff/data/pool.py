@@ -36,7 +36,7 @@ def read_all(
     size: int,
     workers: int,
 ) -> tuple[list[Thing], np.ndarray, np.ndarray]:
-    """As `composition.read_things`, by several processes."""
+    """Read things as `composition.read_things` does, by several processes."""
     pictures = shared((len(rows), size, size, 3), np.uint8)
     alphas = shared((len(rows), size, size), np.uint8)
 

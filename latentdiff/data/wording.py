@@ -44,7 +44,7 @@ _RUDE = frozenset({"cock", "ass", "pussy", "bastard", "dick", "machine", "hooter
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What one emoji may be called.
+    """Names that one emoji may be called.
 
     Attributes:
         name: its CLDR name as running text, without the words that are held out.
@@ -102,7 +102,7 @@ def _plural(word: str) -> str:
 
 
 def is_plural(name: str) -> bool:
-    """Whether a name is already of several: "grapes", "two hearts"."""
+    """Tell whether a name is already of several: "grapes", "two hearts"."""
     words = name.split()
     end = next((i for i, word in enumerate(words) if i and word in _JOINTS), len(words))
     head = words[end - 1]

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.random_numbers import philox
+
 Key = tuple[int, int, int]
 """Step, place in the global batch, sample number."""
 
@@ -55,14 +57,6 @@ def generator(seed: int, stream: Stream, when: int, which: int) -> np.random.Gen
     if not all(0 <= part < 2**32 for part in key):
         raise ValueError(f"each of {key} must be from 0 to 2**32 - 1")
     return philox(*key)
-
-
-def philox(*key: int) -> np.random.Generator:
-    """A counter-based generator of any key, of which zeros at the end are no part.
-
-    For what scripts pick outside a run; a run draws by `generator`.
-    """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 class Order(Protocol):

@@ -1,4 +1,4 @@
-"""What a text tower learns from a sentence encoder: texts, words and the teacher's vectors."""
+"""Lessons that a text tower takes from a sentence encoder: texts, words and the teacher's vectors."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from latentdiff.bundle.save import save_tensors
-from latentdiff.models.text import WORD_END
+from latentdiff.files import write_text
+from latentdiff.formats.weights import save_tensors
+from latentdiff.models.fresh_text import WORD_END
 
 
 @dataclass(frozen=True)
@@ -135,24 +136,29 @@ class Book:
     of_words: Tensor
     turn: Tensor
 
-    def save(self, folder: Path) -> None:
-        """Vectors in 8 bits, strings as JSON."""
+    def write(self, folder: Path) -> None:
+        """Write the vectors in 8 bits and the strings as JSON; what was there is replaced."""
         vectors = {"of_texts": self.of_texts, "of_words": self.of_words}
         scale = max(float(v.abs().max()) for v in vectors.values()) / 127
         small = {k: (v / scale).round().to(torch.int8) for k, v in vectors.items()}
         small |= {"turn": self.turn, "weights": self.weights.to(torch.uint8)}
-        save_tensors(small, folder / "book.safetensors", {})
+        save_tensors(small, folder / "book.safetensors", {}, replace=True)
         strings = json.dumps({"texts": self.texts, "words": self.words})
-        (folder / "book.json").write_text(strings, "utf-8")
+        write_text(folder / "book.json", strings, replace=True)
 
     @staticmethod
     def load(folder: Path) -> "Book":
-        """A saved one."""
+        """Read a written one."""
         strings = json.loads((folder / "book.json").read_text("utf-8"))
         stored = load_file(folder / "book.safetensors")
-        unit = [F.normalize(stored[name].float(), dim=1) for name in ("of_texts", "of_words")]
-        return Book(strings["texts"], strings["words"], stored["weights"].float(), *unit,
-                    stored["turn"])  # fmt: skip
+        return Book(
+            strings["texts"],
+            strings["words"],
+            stored["weights"].float(),
+            F.normalize(stored["of_texts"].float(), dim=1),
+            F.normalize(stored["of_words"].float(), dim=1),
+            stored["turn"],
+        )
 
 
 def reduced(vectors: Tensor, others: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

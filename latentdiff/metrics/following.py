@@ -32,7 +32,7 @@ def colour_of(picture: np.ndarray) -> str:
 
 
 def count_of(picture: np.ndarray) -> int:
-    """How many connected things of comparable size are on white."""
+    """Count the connected things of comparable size on white."""
     mask = thing_mask(picture, _WHITE)
     return len(parts(mask, _COUNTED)) if mask.any() else 0
 
@@ -91,13 +91,13 @@ class Shapes:
         return self.bases[int(np.square(self.table - wanted).sum(1).argmin())]
 
     def shows(self, picture: np.ndarray, bases: Collection[str]) -> bool:
-        """Whether all of what is on white has a shape nearest to one of these emoji's."""
+        """Tell whether all of what is on white has a shape nearest to one of these emoji's."""
         return self.nearest(shape(picture, mask_of(picture))) in bases
 
     def shows_both(
         self, picture: np.ndarray, first: Collection[str], second: Collection[str], down: bool
     ) -> bool:
-        """Whether the two largest parts show the first (left, or upper if `down`) and the second.
+        """Tell whether the two largest parts show the first (left, or upper if `down`) and the second.
 
         Pictures of more or fewer things of comparable size are wrong.
         """

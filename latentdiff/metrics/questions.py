@@ -4,11 +4,9 @@ Nothing here has been in a training caption: colours for things that were never 
 that were kept apart, words that were left out; counts and captions of real pictures, which were.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +16,9 @@ from latentdiff.data.captions import with_article
 from latentdiff.data.composition import OVER, UNDER, Composer, Scene, Thing
 from latentdiff.data.held_out import COLOURED, SYNONYMS, is_held_out_pair
 from latentdiff.data.wording import NUMBERS, plural
-from latentdiff.learning.order import generator
 from latentdiff.metrics.following import Shapes, colour_of, count_of
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
+from latentdiff.random_numbers import philox
 
 Draw = Callable[[list[str]], Tensor]
 """Prompts -> pictures [N, 3, H, W] in [-1, 1], the same for the same prompts."""
@@ -84,7 +82,7 @@ class Judge:
     def captions(self, split: str, most: int) -> list[Question]:
         """First captions of a split's pictures; every emoji and style as often as another."""
         places = [i for i, row in enumerate(self.rows) if row["split"] == split]
-        random = generator(self.seed, 40, len(split))
+        random = philox(self.seed, 40, len(split))
         if len(places) > most:
             keys = [(self.things[i].style, self.things[i].base) for i in places]
             counts = Counter(keys)
@@ -133,7 +131,7 @@ class Judge:
 
     def counts(self, most: int) -> list[Question]:
         """One, two and three of things."""
-        random = generator(self.seed, 41)
+        random = philox(self.seed, 41)
         pool = self.composer.pools["single"]
         chosen = random.choice(len(pool), min(most, len(pool)), replace=False)
         return [
@@ -145,7 +143,7 @@ class Judge:
 
     def pairs(self, most: int) -> list[Question]:
         """Two things that no training picture puts together."""
-        random = generator(self.seed, 42)
+        random = philox(self.seed, 42)
         pool = self.composer.pools["single"]
         found: list[Question] = []
         for _ in range(100 * most):
@@ -159,7 +157,7 @@ class Judge:
         return found
 
     def right(self, drawn: Tensor, questions: Sequence[Question]) -> dict[str, list[bool]]:
-        """Whether each picture [N, 3, H, W] in [-1, 1] is right, by every measure that applies."""
+        """Tell whether each picture [N, 3, H, W] in [-1, 1] is right, by every measure that applies."""
         found: dict[str, list[bool]] = {}
         _, at = nearest(blurred_thumbnails(drawn).to(self.thumbnails.device), self.thumbnails)
         for picture, near, asked in zip(to_bytes(drawn), at.tolist(), questions, strict=True):
@@ -188,7 +186,7 @@ class Judge:
             draw: prompts and a seed -> pictures [N, 3, H, W] in [-1, 1].
         """
         four = [t for t in self.composer.pools["any"] if len({one.style for one in t}) == 4]
-        chosen = generator(self.seed, 43).choice(len(four), min(most, len(four)), replace=False)
+        chosen = philox(self.seed, 43).choice(len(four), min(most, len(four)), replace=False)
         things = [four[int(i)] for i in chosen]
         prompts = [with_article(found[0].naming.name) for found in things]
         drawn = torch.stack([blurred_thumbnails(draw(prompts, seed)) for seed in range(4)], 1)
@@ -215,7 +213,7 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
 
 
 def ceiling(judge: Judge, first: int, count: int) -> dict[str, float]:
-    """How often the judge calls a composer's own pictures right: `count` from `first` on."""
+    """Measure how often the judge calls a composer's own pictures right: `count` from `first` on."""
     found: dict[str, list[bool]] = {}
     composer = judge.composer
     for number in range(first, first + count):
@@ -229,7 +227,7 @@ def ceiling(judge: Judge, first: int, count: int) -> dict[str, float]:
 
 
 def question_of(scene: Scene, composer: Composer) -> Question | None:
-    """What a judge would ask of a composed picture, if it can."""
+    """Find what a judge would ask of a composed picture, if it can."""
     things = [composer.things[row] for row in scene.things]
     bases = [frozenset({thing.base}) for thing in things]
     if scene.kind == "colour":
@@ -241,8 +239,3 @@ def question_of(scene: Scene, composer: Composer) -> Question | None:
         first, second = bases[::-1] if turned else bases
         return Question("", first, second, down=scene.form in (*OVER, *UNDER))
     return None
-
-
-def save_report(report: Mapping[str, object], path: Path) -> None:
-    """Numbers as JSON."""
-    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

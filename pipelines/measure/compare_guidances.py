@@ -22,10 +22,10 @@ from latentdiff.data.folder import read_folder
 from latentdiff.diffusion.edits import Edit
 from latentdiff.errors import UserError
 from latentdiff.guidance import PAG, SEG, Classifier, ClassifierGuide, Clip, ClipGuide
-from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.random_numbers import philox
 from latentdiff.registry import check_name
 
 

@@ -25,11 +25,11 @@ from latentdiff.errors import UserError
 from latentdiff.files import make_folder, write_json
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.card import around, write_between
-from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.metrics.psnr import psnr
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.random_numbers import philox
 
 ALL_SPLITS = ("train", "test_style", "test_tone", "test_colour", "test_novel")
 HELD_OUT = ("test_style", "test_novel", "test_colour", "test_struct")

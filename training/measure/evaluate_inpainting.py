@@ -36,10 +36,10 @@ from latentdiff.editing.run_context import Finish
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder
 from latentdiff.learning.card import around, write_between
-from latentdiff.learning.order import philox
 from latentdiff.metrics import perceptual
 from latentdiff.pictures import centre_square, grid, save_png, to_pil, to_tensor
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.random_numbers import philox
 
 START = "<!-- measured: written by training/measure/evaluate_inpainting.py -->"
 END = "<!-- end of measured -->"

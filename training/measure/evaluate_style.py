@@ -24,10 +24,10 @@ from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, write_json
 from latentdiff.learning.batches import to_range
-from latentdiff.learning.order import philox
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.random_numbers import philox
 
 FIELDS = ("style", "split", "codepoints", "skin_tone")
 Shown = TypeVar("Shown")

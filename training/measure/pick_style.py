@@ -17,7 +17,7 @@ from latentdiff.data.examples import Example
 from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing_folder
-from latentdiff.learning.order import philox
+from latentdiff.random_numbers import philox
 
 KEPT = ("codepoints", "license", "source")  # of a picture's fields
 
