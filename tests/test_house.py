@@ -193,18 +193,22 @@ def test_no_global_randomness_in_the_library() -> None:
     assert not wrong, wrong
 
 
-def test_wheel_holds_the_package_and_the_model_only() -> None:
+def test_wheel_holds_the_package_and_the_bundled_model_only() -> None:
     builder = WheelBuilder(str(ROOT))
-    inside = {file.distribution_path for file in builder.recurse_included_files()}
+    files = list(builder.recurse_included_files())
+    inside = {file.distribution_path for file in files}
     assert inside
     assert all(name.startswith("latentdiff/") for name in inside)
     expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     expected |= {"latentdiff/py.typed", "latentdiff/assets/README.md"}
     expected |= {
         f"latentdiff/{p.relative_to(ROOT).as_posix()}"
-        for p in (ROOT / "assets").rglob("*.safetensors")
+        for p in (ROOT / "assets" / "emoji64").rglob("*.safetensors")
     }
     assert expected <= inside, expected - inside
+    assert (ROOT / "assets" / "emoji128").is_dir()  # the preview stays in the checkout
+    assert not [name for name in inside if "emoji128" in name]
+    assert sum(Path(file.path).stat().st_size for file in files) < 95e6
 
 
 def test_constraints_pin_every_dependency_portably() -> None:

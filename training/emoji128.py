@@ -355,7 +355,7 @@ def synonyms_right(
     model: Taught, things: Sequence[Thing], rows: Sequence[Mapping[str, object]],
     tokenizer: CLIPTokenizer, device: torch.device,
 ) -> float:  # fmt: skip
-    """Measure how many of the held-out synonyms are nearest to a name of their own thing in the tower."""
+    """Share of the held-out synonyms that are nearest to a name of their own thing."""
     names = {thing.naming.name: str(row["name"]) for thing, row in zip(things, rows, strict=True)}
     vectors: list[Tensor] = []
     for texts in (list(names), list(SYNONYMS)):
@@ -774,13 +774,13 @@ def train(
     stock.fetch(pool.blocks)
     made = len(stock.order) * BLOCK
     clock.say(f"{made} composed pictures; memory {machine.memory()}", composed=made)
-    stage = lessons_of(recipe, vae, stock, made, rows, own, encode, machine, clock)
+    lesson = lessons_of(recipe, vae, stock, made, rows, own, encode, machine, clock)
     vae.eval()
     unseen = [i for i, row in enumerate(every) if row["split"] in HELD_OUT and not row["skin_tone"]]
     decibels = measure_autoencoder(vae, pictures[unseen], machine) if unseen else 0.0
     clock.say(f"autoencoder: {decibels:.2f} dB of {len(unseen)} held-out pictures",
               vae_psnr_db=round(decibels, 2), vae_pictures=len(unseen))  # fmt: skip
-    model, process = finish(recipe, stage, own, taught, tokenizer, out, machine, clock)
+    model, process = finish(recipe, lesson, own, taught, tokenizer, out, machine, clock)
     torch.backends.cudnn.benchmark = False  # it would try every new size of batch
     bundle = Bundle(
         DiffusersAutoencoder(vae),

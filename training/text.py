@@ -249,7 +249,7 @@ def encode(model: Taught, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Ten
 
 
 def synonyms_right(names: Sequence[str], names_in: Tensor, synonyms_in: Tensor) -> float:
-    """Measure how many of the held-out synonyms have a name of their own thing nearest."""
+    """Share of the held-out synonyms that have a name of their own thing nearest."""
     nearest = (synonyms_in.float() @ names_in.float().T).argmax(1)
     hits = [
         names[int(at)] in right.split("|")

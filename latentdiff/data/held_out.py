@@ -84,5 +84,5 @@ def is_held_out(colour: str, name: str) -> bool:
 
 
 def is_held_out_pair(first: str, second: str) -> bool:
-    """Tell whether two emoji are never put into one picture: one of ten pairs, whichever comes first."""
+    """Tell whether two emoji never share a picture: one of ten pairs, whichever comes first."""
     return zlib.crc32(" ".join(sorted((first, second))).encode()) % 10 == 0

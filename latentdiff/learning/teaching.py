@@ -1,4 +1,4 @@
-"""Lessons that a text tower takes from a sentence encoder: texts, words and the teacher's vectors."""
+"""Lessons of a text tower from a sentence encoder: texts, words and the teacher's vectors."""
 
 import json
 from collections.abc import Sequence

@@ -97,7 +97,7 @@ class Shapes:
     def shows_both(
         self, picture: np.ndarray, first: Collection[str], second: Collection[str], down: bool
     ) -> bool:
-        """Tell whether the two largest parts show the first (left, or upper if `down`) and the second.
+        """Tell whether the largest parts show the first (left, or upper if `down`) and the second.
 
         Pictures of more or fewer things of comparable size are wrong.
         """

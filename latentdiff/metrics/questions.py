@@ -157,7 +157,7 @@ class Judge:
         return found
 
     def right(self, drawn: Tensor, questions: Sequence[Question]) -> dict[str, list[bool]]:
-        """Tell whether each picture [N, 3, H, W] in [-1, 1] is right, by every measure that applies."""
+        """Mark each picture [N, 3, H, W] in [-1, 1] right or wrong, by every measure that applies."""
         found: dict[str, list[bool]] = {}
         _, at = nearest(blurred_thumbnails(drawn).to(self.thumbnails.device), self.thumbnails)
         for picture, near, asked in zip(to_bytes(drawn), at.tolist(), questions, strict=True):
@@ -213,7 +213,7 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
 
 
 def ceiling(judge: Judge, first: int, count: int) -> dict[str, float]:
-    """Measure how often the judge calls a composer's own pictures right: `count` from `first` on."""
+    """Share of a composer's own pictures that the judge calls right: `count` from `first` on."""
     found: dict[str, list[bool]] = {}
     composer = judge.composer
     for number in range(first, first + count):
