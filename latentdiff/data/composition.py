@@ -28,6 +28,7 @@ from latentdiff.data.wording import (
     styled,
 )
 from latentdiff.data.wordnet import WordNet
+from latentdiff.pictures import open_picture
 from latentdiff.random_numbers import philox
 
 Kind = Literal["colour", "count", "pair", "place", "background", "upside-down", "mirrored"]
@@ -138,9 +139,8 @@ def read_things(
     alphas = np.empty((len(rows), size, size), np.uint8)
     things: list[Thing] = []
     for number, row in enumerate(rows):
-        with Image.open(root / str(row["file_name"])) as image:
-            resized = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-        pictures[number] = np.asarray(resized)
+        image = open_picture(root / str(row["file_name"]))
+        pictures[number] = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
         alphas[number] = transparency(pictures[number])
         things.append(describe(number, row, pictures[number], alphas[number], words))
     return things, pictures, alphas

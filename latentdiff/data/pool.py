@@ -13,6 +13,7 @@ from PIL import Image
 from latentdiff.data.composition import Composer, Thing, describe
 from latentdiff.data.cutouts import transparency
 from latentdiff.data.wordnet import WordNet
+from latentdiff.pictures import open_picture
 
 BLOCK = 256
 """Pictures that one process makes before they are announced."""
@@ -43,8 +44,8 @@ def read_all(
     def read(part: range, found: "multiprocessing.SimpleQueue[list[Thing]]") -> None:
         things: list[Thing] = []
         for number in part:
-            with Image.open(root / str(rows[number]["file_name"])) as image:
-                pictures[number] = np.asarray(image.convert("RGB").resize((size, size), 1))
+            image = open_picture(root / str(rows[number]["file_name"]))
+            pictures[number] = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
             alphas[number] = transparency(pictures[number])
             things.append(describe(number, rows[number], pictures[number], alphas[number], words))
         found.put(things)

@@ -111,7 +111,7 @@ def is_plural(name: str) -> bool:
 
 def styled(described: str, style: str | None, random: np.random.Generator) -> str:
     """A caption of a description that has its article, with the words of a style or without."""
-    templates = PLAIN if style is None else STYLES[style]
+    templates = STYLES.get(style or "", PLAIN)  # of other styles nothing is said
     bare = described
     for article in ("a ", "an "):
         bare = bare.removeprefix(article)

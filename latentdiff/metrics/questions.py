@@ -157,7 +157,7 @@ class Judge:
         return found
 
     def right(self, drawn: Tensor, questions: Sequence[Question]) -> dict[str, list[bool]]:
-        """Mark each picture [N, 3, H, W] in [-1, 1] right or wrong, by every measure that applies."""
+        """Mark pictures [N, 3, H, W] in [-1, 1] right or wrong, by every measure that applies."""
         found: dict[str, list[bool]] = {}
         _, at = nearest(blurred_thumbnails(drawn).to(self.thumbnails.device), self.thumbnails)
         for picture, near, asked in zip(to_bytes(drawn), at.tolist(), questions, strict=True):
