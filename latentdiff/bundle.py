@@ -28,12 +28,13 @@ from latentdiff.formats.check import (
 )
 from latentdiff.formats.location import find
 from latentdiff.formats.scheduler_config import DEFAULT_SOLVER, Steps
-from latentdiff.formats.weights import blaming, fill, read_json
+from latentdiff.formats.weights import blaming, fill
 from latentdiff.guidance.perturbed_attention import SPOILT
 from latentdiff.models.attention import Attention, set_attention
 from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
 from latentdiff.models.text_encoders import TextTower
 from latentdiff.registry import check_name
+from latentdiff.solvers import Solver
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -115,8 +116,7 @@ class Bundle:
             unet, unet_files = parts.unet(folder / "unet")
             vae, vae_files = parts.vae(folder / "vae")
             text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
-            path = folder / "scheduler" / "scheduler_config.json"
-            described = scheduler.read(read_json(path), str(path))
+            described = scheduler.read_folder(folder)
         with blaming(folder):
             bundle = cls(vae, unet, text, *described, name=str(where or folder.name))
         fill(unet, unet_files, precision, place)
@@ -201,14 +201,24 @@ class Bundle:
         return predict
 
     def timetable(self, name: str | None, steps: int) -> Timetable:
-        """The levels of a run: the named timetable, or with None the model's own.
+        """The levels of a run to clean data: the named timetable, or with None the model's own.
+
+        The model's own solver may end elsewhere: see `plan`.
 
         Raises:
             UserError: unknown name, or a number of steps that it does not have.
         """
         if name is None or name == self.steps.spacing:
-            return self.steps.timetable(self.process, steps)
+            return self.steps.to_data().timetable(self.process, steps)
         return timetables.create(name, self.process, steps)
+
+    def plan(self, steps: int) -> tuple[Solver, Timetable]:
+        """The model's own solver and levels for a run of so many steps, set as its makers meant it.
+
+        Raises:
+            UserError: a number of steps that the timetable does not have.
+        """
+        return self.steps.plan(self.solver, self.process, steps)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, H / factor, W / factor], float32.

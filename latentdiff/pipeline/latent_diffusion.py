@@ -41,12 +41,12 @@ from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 from latentdiff.pipeline.arguments import (
     MAX_PIXELS,
     MAX_STEPS,
-    check_levels,
     finite,
     first_noise,
     latent_shape,
     listed,
     picture_streams,
+    run_of,
     solver_of,
     whole,
 )
@@ -245,10 +245,7 @@ class LatentDiffusionPipeline:
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         finite(guidance_scale, "guidance_scale")
         finite(guidance_rescale, "guidance_rescale")
-        stepper = solver_of(bundle.solver if solver is None else solver, bundle)
-        if timetable is None or isinstance(timetable, str):
-            timetable = bundle.timetable(timetable, steps)
-        check_levels(timetable)
+        stepper, timetable = run_of(solver, timetable, bundle, steps)
         seeds, indices = picture_streams(seed, first, generator, shape[0])
         noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
         x = first_noise(latents, noise, shape, bundle.device)
