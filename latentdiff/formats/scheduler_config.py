@@ -229,7 +229,7 @@ def _to_zero(given: Keys) -> bool:
 def _lowering(name: str, given: Keys, *, to_clean: bool) -> Lowering:
     """When the order of the class's solver falls, where that makes a difference."""
     kind, order = CLASSES[name], given.get("solver_order", 2)
-    if kind.paired:
+    if kind.paired and order == 2:
         return "always" if to_clean or given["lower_order_final"] else "never"
     if order == 1 or (order == 2 and to_clean):  # a step to clean data is of first order anyway
         return "never"

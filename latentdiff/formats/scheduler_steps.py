@@ -170,12 +170,14 @@ class Steps:
                 self.spacing, process, steps, steps_offset=self.steps_offset
             )
             levels = list(created[:-1])
-        end = process.data_level() if self.to_clean else self._last(process)
+        end = process.data_level() if self.to_clean else self._last(process, levels[-1])
         moves = end.log_snr > levels[-1].log_snr + _SAME
         return (*levels, end) if moves else (*levels[:-1], end)
 
-    def _last(self, process: Process) -> NoiseLevel:
-        """The first time's noise, where a run ends that does not go to clean data."""
+    def _last(self, process: Process, reached: NoiseLevel) -> NoiseLevel:
+        """Where a run ends that does not go to clean data: the first time, or where it is."""
+        if isinstance(process, Flow):
+            return reached
         level = process.level(0.0 if isinstance(process, DiscreteVP) else process.t_min)
         if self.family == "sigma":  # these hold x / alpha, and hand it over as it is
             return NoiseLevel(level.t, 1.0, level.ratio)

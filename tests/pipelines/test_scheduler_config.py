@@ -65,6 +65,29 @@ def test_the_times_are_diffusers_own(kind: str, spacing: str) -> None:
             torch.testing.assert_close(torch.tensor(ours), theirs.timesteps.float())
 
 
+RAMPED = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete", "DEISMultistep")
+RAMPED += ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
+
+
+@pytest.mark.parametrize("ramp", ["karras_sigmas", "exponential_sigmas", "beta_sigmas"])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("kind", RAMPED)
+def test_the_ramps_are_diffusers_own(kind: str, schedule: str, ramp: str) -> None:
+    """Also the times, rounded in one way or another, that the network is told."""
+    config = BASE | {"_class_name": f"{kind}Scheduler", "beta_schedule": schedule}
+    config |= {f"use_{ramp}": True, "timestep_spacing": "leading"}
+    theirs = getattr(diffusers, f"{kind}Scheduler").from_config(config)
+    process, _, steps, _ = scheduler.read(config, "scheduler_config.json")
+    for count in (2, 3, 7, 18, 20, 43):
+        theirs.set_timesteps(count)
+        levels = steps.timetable(process, count)[:count]
+        each = 2 if kind in ("HeunDiscrete", "KDPM2Discrete") else 1
+        times, sigmas = theirs.timesteps[::each], theirs.sigmas[: each * count : each]
+        torch.testing.assert_close(torch.tensor([x.t for x in levels]), times.float())
+        ratios = torch.tensor([level.ratio for level in levels])
+        torch.testing.assert_close(ratios, sigmas, rtol=3e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["LCM", "TCD"])
 def test_the_times_of_distilled_models_are_diffusers_own(kind: str) -> None:
     config = BASE | {"_class_name": f"{kind}Scheduler", "beta_schedule": "scaled_linear"}
