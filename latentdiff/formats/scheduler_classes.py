@@ -10,6 +10,7 @@ saved file, is without effect, but for the two that every ramp of sigmas asks fo
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, NamedTuple
 
 from latentdiff.errors import UserError
@@ -542,6 +543,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
 }
 
 
+@cache
 def known_keys() -> frozenset[str]:
     """Every key that some class of the table has."""
     return frozenset(key for kind in CLASSES.values() for key in kind.defaults) | set(RANGE)

@@ -1,8 +1,11 @@
 """`scheduler_config.json` of diffusers: the process, the prediction, the timetable, the solver."""
 
 import dataclasses
+import importlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +16,21 @@ from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import DiscreteVP, Flow, Process
 from latentdiff.errors import UserError
 from latentdiff.formats import scheduler_classes
-from latentdiff.formats.scheduler_classes import CLASSES, RANGE, Keys, Lowering
+from latentdiff.formats.scheduler_classes import CLASSES, RANGE, Keys, Lowering, known_keys
 from latentdiff.formats.scheduler_steps import Ramp, Steps, Times
 from latentdiff.formats.weights import read_json
 from latentdiff.registry import check_name
 
-__all__ = ["DEFAULT_SOLVER", "Described", "Steps", "read", "read_folder", "write"]
+__all__ = [
+    "DEFAULT_SOLVER",
+    "Described",
+    "Steps",
+    "read",
+    "read_folder",
+    "read_object",
+    "to_object",
+    "write",
+]
 
 Described = tuple[Process, Prediction, Steps, str]
 """What a config says of a model; the last is the name of its solver."""
@@ -65,24 +77,55 @@ MENDED: Mapping[str, Keys] = {
 def read_folder(folder: Path) -> Described:
     """What the scheduler of a model folder says of it.
 
-    As in diffusers the class is that which model_index.json names.
+    The class is that of the scheduler's own file. Where model_index.json names another, as after
+    one of the two was exchanged alone, diffusers takes that; a warning says so.
 
     Raises:
         UserError: a file is missing or damaged, or see `read`.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     config, index = read_json(path), read_json(folder / "model_index.json")
-    entry = index.get("scheduler")
-    if isinstance(entry, list) and len(entry) == 2 and entry[1] in CLASSES:
-        config = {**config, "_class_name": entry[1]}
+    entry, own = index.get("scheduler"), config.get("_class_name")
+    if isinstance(entry, list) and own not in (None, *entry):
+        warnings.warn(
+            f"{path}: it is of {own!s:.60}, which is taken; diffusers takes "
+            f"{entry[-1]!s:.60}, as model_index.json says.",
+            stacklevel=2,
+        )
     return read(config, str(path), pipeline=str(index.get("_class_name")))
+
+
+def read_object(scheduler: object) -> Described:
+    """What a scheduler object of diffusers says of the model that it samples.
+
+    Raises:
+        UserError: no such object, or see `read`.
+    """
+    config, name = getattr(scheduler, "config", None), type(scheduler).__name__
+    if not isinstance(config, Mapping):
+        raise UserError(f"scheduler: give a scheduler object of diffusers, not {name}.")
+    return read({**config, "_class_name": name}, "scheduler", pipeline="")
+
+
+def to_object(described: Described, *, learned_variance: bool = False) -> Any:
+    """diffusers' scheduler object of what a config says.
+
+    Raises:
+        UserError: diffusers has not this process.
+    """
+    config = write(*described, learned_variance=learned_variance)
+    if config["_class_name"] == _OUR_CLASS:
+        raise UserError("scheduler: diffusers has no scheduler for the process of this model.")
+    kind = getattr(importlib.import_module("diffusers"), str(config["_class_name"]))
+    told = {key: value for key, value in config.items() if not key.startswith("latentdiff_")}
+    return kind.from_config(told)
 
 
 def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") -> Described:
     """What a scheduler's config says of the model.
 
     Keys of a class that are left out have that class's defaults; keys of other classes have no
-    effect. See `latentdiff.formats.scheduler_classes`.
+    effect, and those of none are warned of. See `latentdiff.formats.scheduler_classes`.
 
     Args:
         config: of any class of that table.
@@ -95,6 +138,9 @@ def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") 
     used = config.get("_use_default_values")
     left = set(used) if isinstance(used, list) else set()
     config = {key: value for key, value in config.items() if key not in left}
+    for key, value in config.items():
+        if value and key not in known_keys() and not key.startswith(("_", "latentdiff_")):
+            warnings.warn(f"{name}: no scheduler class here knows '{key:.60}'.", stacklevel=2)
     try:
         process, prediction, steps, solver = _read({**config, **MENDED.get(pipeline, {})})
         steps.solver(solver, process)  # raises on a setting that it does not have
@@ -185,13 +231,10 @@ def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Pr
         return Steps()  # of ours, from before they had times up to 1000
     times = _times(given.get("timestep_spacing", "linspace"))
     ramp: Ramp | None = next((ramp for ramp, key in _RAMPS.items() if given.get(key)), None)
-    ends = {key: _number(given, key) for key in RANGE if given.get(key) is not None}
-    clean = {"clean": True, "sigma_min": False}.get(kind.end)
-    if clean is None:
-        clean = given[kind.end] is True if kind.end == "set_alpha_to_one" else _to_zero(given)
-    if "sigma_min" in ends and not clean:
-        raise UserError(f"{name} with sigma_min={ends['sigma_min']} works to clean data alone.")
+    clean = _to_clean(name, given)
+    cosine = kind.whole == "not cosine" and given["beta_schedule"] == "squaredcos_cap_v2"
     lambda_min = given.get("lambda_min_clipped", -np.inf)
+    flowing = "shift" if "shift" in given else "flow_shift"
     return Steps(
         spacing=ramp or times,
         steps_offset=int(_number(given, "steps_offset")) if "steps_offset" in given else 1,
@@ -199,18 +242,26 @@ def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Pr
         family=kind.family,
         teacher_steps=int(_number(given, "original_inference_steps")) if kind.teacher else None,
         within=times,
-        **(ends if ramp in kind.ranged else {}),
-        whole=kind.whole is True
-        or (kind.whole == "not cosine" and given["beta_schedule"] != "squaredcos_cap_v2"),
+        **(_range(name, given, process, to_clean=clean) if ramp in kind.ranged else {}),
+        whole=bool(kind.whole) and not cosine,
         lambda_min=-np.inf if lambda_min == -np.inf else _number(given, "lambda_min_clipped"),
-        shift=_number(given, "shift" if "shift" in given else "flow_shift")
-        if isinstance(process, Flow)
-        else 1.0,
+        shift=_number(given, flowing) if isinstance(process, Flow) else 1.0,
         from_noise=kind.from_noise,
         lowering=_lowering(name, given, to_clean=clean),
         paired=kind.paired and given["solver_order"] == 2,
         settings=_own_settings(solver, settings, process),
     )
+
+
+def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, float]:
+    """The ends of a ramp that are given."""
+    ends = {key: _number(given, key) for key in RANGE if given.get(key) is not None}
+    for key, value in ends.items():
+        if isinstance(process, Flow) and value > 1:
+            raise UserError(f"{name} with {key}={value} does not work here: a flow's end at 1.")
+        if key == "sigma_min" and not to_clean:
+            raise UserError(f"{name} with {key}={value} works here to clean data alone.")
+    return ends
 
 
 def _times(spacing: object) -> Times:
@@ -220,10 +271,15 @@ def _times(spacing: object) -> Times:
     raise UserError(f"unknown timestep_spacing '{spacing!s:.60}'.")
 
 
-def _to_zero(given: Keys) -> bool:
-    if given["final_sigmas_type"] not in ("zero", "sigma_min"):
-        raise UserError(f"unknown final_sigmas_type '{given['final_sigmas_type']!s:.60}'.")
-    return given["final_sigmas_type"] == "zero"
+def _to_clean(name: str, given: Keys) -> bool:
+    end = CLASSES[name].end
+    if end == "set_alpha_to_one":
+        return bool(given[end])
+    if end == "final_sigmas_type":
+        if given[end] not in ("zero", "sigma_min"):
+            raise UserError(f"unknown final_sigmas_type '{given[end]!s:.60}'.")
+        return given[end] == "zero"
+    return end == "clean"
 
 
 def _lowering(name: str, given: Keys, *, to_clean: bool) -> Lowering:

@@ -156,7 +156,7 @@ class Steps:
         Without a last step that would end where it begins.
 
         Raises:
-            UserError: more steps than there are times.
+            UserError: more steps than there are times, or sigma_min above sigma_max.
         """
         if isinstance(process, Flow) and self.family in ("flow", "multistep"):
             levels = self._flowing(process, steps)
@@ -272,6 +272,8 @@ class Steps:
     def _ramp(self, high: float, low: float, steps: int) -> Floats:
         high = high if self.sigma_max is None else self.sigma_max
         low = low if self.sigma_min is None else self.sigma_min
+        if low > high:
+            raise UserError(f"sigmas must fall, not go from {high:.4g} to {low:.4g}.")
         return timetables.ramp(self.spacing, high, low, steps)
 
 

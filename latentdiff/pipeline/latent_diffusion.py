@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -26,6 +26,7 @@ from latentdiff.diffusion.sampling import Callback, Edit, EditsInput, EditsTimet
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import Canvas, bind, padded_size, picture_size
 from latentdiff.errors import UserError
+from latentdiff.formats import scheduler_config
 from latentdiff.guidance import classifier_free, composed, named
 from latentdiff.guidance.guides import (
     Guide,
@@ -121,6 +122,28 @@ class LatentDiffusionPipeline:
             UserError: it is missing, damaged or unfit.
         """
         return cls(Bundle.load(where, dtype=dtype, device=device, attention=attention))
+
+    @property
+    def scheduler(self) -> Any:
+        """diffusers' scheduler object of the model's own sampler, as its pipelines have it.
+
+        Setting another, as `pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config)`, makes its method, times and settings the model's own, not while
+        another thread draws.
+
+        Raises:
+            UserError: diffusers has none for this model; or what is set is none, or is configured
+                as none here.
+        """
+        bundle = self.bundle
+        described = bundle.process, bundle.prediction, bundle.steps, bundle.solver
+        return scheduler_config.to_object(described, learned_variance=bundle.learns_variance)
+
+    @scheduler.setter
+    def scheduler(self, scheduler: object) -> None:
+        process, prediction, steps, solver = scheduler_config.read_object(scheduler)
+        told = {"process": process, "prediction": prediction, "steps": steps, "solver": solver}
+        self.bundle = replace(self.bundle, **told)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA into the model, beside those that are in it.

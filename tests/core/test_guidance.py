@@ -13,7 +13,7 @@ from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free
 
-FLOW = process.create("flow")
+FLOW = process.Flow()
 LEVEL = FLOW.level(0.5)
 X = NoiseStreams(0, count=3).draw((2, 4, 4))
 CATS = {"states": torch.full((3, 5, 2), 0.7)}

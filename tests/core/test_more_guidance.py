@@ -16,7 +16,7 @@ from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.guidance import named
 
-FLOW = process.create("flow")
+FLOW = process.Flow()
 LEVEL = FLOW.level(0.5)
 X = NoiseStreams(0, count=3).draw((2, 4, 4)).double()
 CAT, DOG, NONE = ({"shift": torch.full((3,), value)} for value in (0.7, -0.3, 0.0))

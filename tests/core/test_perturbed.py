@@ -14,7 +14,7 @@ from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.guidance.perturbed_attention import SPOILT
 
-FLOW = process.create("flow")
+FLOW = process.Flow()
 LEVEL = FLOW.level(0.5)
 LEVELS = timetable.create("trailing", FLOW, 4)
 X = NoiseStreams(0, count=3).draw((2, 4, 4)).double()

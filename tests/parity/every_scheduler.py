@@ -5,6 +5,7 @@ with an input-dependent fake network: x_t is compared after every step, and the 
 which power of ten the largest difference relative to the largest value lies.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from latentdiff.diffusion.denoiser import network_denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.formats.scheduler_classes import CLASSES, Key, Keys, Row, SchedulerClass
+from latentdiff.formats.scheduler_config import MENDED
 from latentdiff.solvers import LCM, TCD, Consistency, DPMpp3M, Euler, Heun, SASolver, Solver
 
 THEIRS: Any = diffusers
@@ -333,11 +335,20 @@ first time. With any other `--solver`, or at other times, it ends at clean data.
 
 """
 
+MENDING = """### Pipelines
+
+Some pipelines of diffusers set keys of their scheduler whatever its file says. The pipeline that
+`model_index.json` names decides, here too; a single file is one of StableDiffusionPipeline. (If it
+also names another scheduler than the scheduler's own file, a warning says so.)
+"""
+
 WHERE_THEY_DIFFER = """
 - **The first x** of Euler, Euler ancestral, Heun, KDPM2, KDPM2 ancestral, LMS and DPMSolverSDE is
   sigma times noise with the spacings "linspace" and "trailing". x = alpha x_0 + sigma noise has the
   variance alpha^2 + sigma^2 = 1 for data of unit variance, as their "leading" and all other classes
-  have it; sigma^2 alone, 0.993 in Stable Diffusion, is that of x without data. Ours begins at 1.
+  have it; sigma^2 alone, 0.995 in Stable Diffusion, is that of x without data. Their multistep
+  classes begin a rectified flow at t = 999 with 1, where alpha^2 + sigma^2 is 0.998. Ours begins
+  with alpha^2 + sigma^2.
 - **DDIM, PNDM** move x from t to t - T // n whatever the spacing, and ask the network next at the
   next time of the spacing. With "leading" both are the same, with "trailing" where n divides T;
   elsewhere x does not have the noise that the network is told. Ours moves to the time it asks at.
@@ -370,36 +381,40 @@ def below(difference: float) -> str:
 
 def means(row: Row) -> str:
     """A solver of the table, and which keys say so."""
-    when = ", ".join(f"{key} {value}" for key, value in row.when.items())
     settings = [
-        f"{name} {f'of {value.name}' if isinstance(value, Key) else value}"
+        f"{name} {f'as `{value.name}`' if isinstance(value, Key) else told(value)}"
         for name, value in row.settings.items()
     ]
-    name = f"`{row.solver}`" + (f" ({', '.join(settings)})" if settings else "")
-    return f"{name} for {when}" if when else name
+    name = f"`{row.solver}`" + (f" with {', '.join(settings)}" if settings else "")
+    return f"{name} for {_all(row.when)}" if row.when else name
+
+
+def told(value: object) -> str:
+    """As a config has it."""
+    return json.dumps(value).strip('"')
 
 
 def refused(kind: SchedulerClass) -> str:
     """Values that work, values that do not, and combinations that do not."""
-    parts = [f"`{key}` but {_any(values)}" for key, values in kind.only.items()]
+    parts = [f"`{key}` other than {_any(values)}" for key, values in kind.only.items()]
     parts += [f"`{key}` {_any(values)}" for key, values in kind.never.items()]
     parts += [_all(clash) for clash in kind.clashes]
     return "; ".join(parts) or "-"
 
 
 def _any(values: tuple[object, ...]) -> str:
-    return " or ".join(str(value) for value in values)
+    return " or ".join(told(value) for value in values)
 
 
 def _all(keys: Keys) -> str:
-    return " with ".join(f"`{key}` {value}" for key, value in keys.items())
+    return " with ".join(f"`{key}` {told(value)}" for key, value in keys.items())
 
 
 ENDS = {
-    "clean": "clean data",
-    "sigma_min": "the first time",
-    "set_alpha_to_one": "as `set_alpha_to_one` says",
-    "final_sigmas_type": "as `final_sigmas_type` says",
+    "clean": "at clean data",
+    "sigma_min": "at the first time",
+    "set_alpha_to_one": "where `set_alpha_to_one` says",
+    "final_sigmas_type": "where `final_sigmas_type` says",
 }
 
 
@@ -409,8 +424,8 @@ def keys_of(kind: SchedulerClass) -> list[str]:
     read = [key for key in kind.defaults if key not in kind.idle and key not in fixed]
     plus = " +" if kind.ranged and "sigma_min" not in kind.defaults else ""
     return [
-        f"- means: {'; '.join(means(row) for row in kind.rows)}; ends at {ENDS[kind.end]}",
-        f"- read: {', '.join(f'`{key}` ({kind.defaults[key]})' for key in read)}{plus}",
+        f"- means: {'; '.join(means(row) for row in kind.rows)}; ends {ENDS[kind.end]}",
+        f"- read: {', '.join(f'`{key}` ({told(kind.defaults[key])})' for key in read)}{plus}",
         f"- without effect: {', '.join(f'`{key}`' for key in sorted(kind.idle)) or '-'}",
         f"- refused: {refused(kind)}",
     ]
@@ -423,12 +438,13 @@ def page() -> str:
         f"| {name} | `{here}` | {below(largest(run()))} |" for name, (here, run) in SAME.items()
     ]
     lines += [NOTES, *(f"| {name} | {reason} |" for name, reason in OTHERS.items()), KEYS.rstrip()]
-    told: dict[int, list[str]] = {}
+    alike: dict[int, list[str]] = {}
     for name, kind in CLASSES.items():
-        told.setdefault(id(kind), []).append(name)
-    for names in told.values():
+        alike.setdefault(id(kind), []).append(name)
+    for names in alike.values():
         lines += ["", f"### {', '.join(names)}", "", *keys_of(CLASSES[names[0]])]
-    lines += ["", "## Where pixels differ", WHERE_THEY_DIFFER.strip()]
+    lines += ["", MENDING, *(f"- {name}: {_all(keys)}" for name, keys in MENDED.items())]
+    lines += ["", "## Where pixels differ", "", WHERE_THEY_DIFFER.strip()]
     return "\n".join(lines) + "\n"
 
 

@@ -105,7 +105,7 @@ def save(config: Keys, folder: Path) -> Path:
 
 def theirs(folder: Path, steps: int, **call: Any) -> np.ndarray:
     """The picture that diffusers draws with the scheduler of a folder, [1, 16, 16, 3] in [0, 1]."""
-    kind = json.loads((folder / "model_index.json").read_text())["scheduler"][1]
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     with quiet():
         scheduler = getattr(THEIRS, kind).from_pretrained(folder, subfolder="scheduler")
         if not hasattr(scheduler, "init_noise_sigma"):

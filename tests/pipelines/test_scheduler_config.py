@@ -1,6 +1,7 @@
 """`scheduler_config.json`: the same process and the same times as diffusers makes of it."""
 
 import json
+import warnings
 from typing import Any
 
 import diffusers
@@ -236,6 +237,20 @@ def test_unusual_processes() -> None:
         scheduler.write(processes.VE(sigma_max=7.0), "eps", Steps())
 
 
+def test_a_key_of_no_class_is_warned_of() -> None:
+    """Of a later diffusers perhaps, which also saves the defaults of all its keys."""
+    config = BASE | {"_class_name": "DDIMScheduler", "_diffusers_version": "9.0"}
+    config |= {"skip_prk_steps": True, "sigma_min": 0.1}  # of other classes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = scheduler.read(config | {"use_foo_sigmas": False}, "s.json")
+    with pytest.warns(
+        UserWarning, match=r"^s\.json: no scheduler class here knows 'use_foo_sigmas'"
+    ):
+        told = scheduler.read(config | {"use_foo_sigmas": True}, "s.json")
+    assert told[1:] == plain[1:]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -248,14 +263,23 @@ def test_unusual_processes() -> None:
         {"trained_betas": [[0.1], [0.2, 0.3]]},
         {"trained_betas": [0.1, "x"]},
         {"timestep_spacing": "sideways"},
-        {"steps_offset": None},
-        {"variance_type": "learned"},
-        {"latentdiff_process": "vp-liner"},
+        {"_class_name": "DDPMScheduler", "variance_type": "learned"},
+        {"_class_name": None},
+        {"latentdiff_steps": {"spacing": "sideways"}},
+        {"latentdiff_steps": {"shift": True}},
+        {"latentdiff_steps": {"shift": -1.0}},
+        {"latentdiff_steps": {"settings": [["tau", 1.0]]}},
+        {"latentdiff_steps": {"settings": ["tau"]}},
+        {"latentdiff_steps": [1]},
+        {"lambda_min_clipped": "low", "_class_name": "DPMSolverMultistepScheduler"},
+        {"_class_name": "LatentDiffusionProcess", "latentdiff_process": "vp-liner"},
         {"latentdiff_solver": "dpm"},
         {"_class_name": "EDMEulerScheduler"},
     ],
 )
 def test_nonsense_is_one_clear_line(change: dict[str, Any]) -> None:
+    usual = BASE | {"_class_name": "DDIMScheduler"}
+    scheduler.read(usual, "scheduler_config.json")
     with pytest.raises(UserError, match=r"^scheduler_config\.json: ") as caught:
-        scheduler.read(BASE | change, "scheduler_config.json")
+        scheduler.read(usual | change, "scheduler_config.json")
     assert "\n" not in str(caught.value)
