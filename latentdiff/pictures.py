@@ -89,10 +89,14 @@ class Undecoded:
         """Upright 8-bit RGB, see `open_picture`.
 
         Raises:
-            UserError: it is cut short or damaged, or there is no such colour.
+            UserError: it is cut short or damaged, there is too little memory for it, or there is
+                no such colour.
         """
         colour = _colour(background)
-        return _to_rgb(_upright(self), colour, self.name)
+        try:
+            return _to_rgb(_upright(self), colour, self.name)
+        except MemoryError as error:
+            raise _damaged(self.name, error) from error
 
 
 def look_at(
