@@ -19,7 +19,7 @@ from latentdiff import LatentDiffusionPipeline, solvers
 from latentdiff.cli import main
 from latentdiff.cli.generate import generate
 from latentdiff.diffusion import timetable
-from latentdiff.pipeline import arguments
+from latentdiff.pipeline import Request, Run, arguments
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +90,8 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
     last = record(drawn[3])
     assert (last["prompt"], last["seed"], last["index"]) == ("ein Herz ♥", 7, 3)
 
-    pipe = LatentDiffusionPipeline.from_pretrained(str(last.pop("model")))
+    assert last.pop("model") == model.name  # the last part of its path
+    pipe = LatentDiffusionPipeline.from_pretrained(model)
     del last["version"], last["dtype"]
     arguments = {key: value for key, value in last.items() if key != "index"}
     same = pipe(**arguments, first=last["index"], progress=False).images[0]  # pyright: ignore[reportArgumentType]
@@ -140,6 +141,24 @@ def test_sizes(model: Path, out: Path) -> None:
         (path,) = draw(model, out, "a cat", *options.split())
         assert Image.open(path).size == size
         assert (record(path)["width"], record(path)["height"]) == size
+
+
+def test_pictures_are_saved_as_they_come(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 pictures of 16 x 16 are drawn at once on a CPU: a run that dies later has saved them."""
+    prepare, made = LatentDiffusionPipeline.prepare, list[int]()
+
+    def once(self: LatentDiffusionPipeline, request: Request) -> Run:
+        if made:
+            raise KeyboardInterrupt
+        made.append(len(request.prompt or ()))
+        return prepare(self, request)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "prepare", once)
+    arguments = ["-n", "300", "--seed", "7", "--model", str(model), "--out", str(out)]
+    assert main(["generate", "a cat", *arguments, "--steps", "1"]) == 130
+    assert len(list(out.glob("*.png"))) == made[0] == 128
 
 
 def test_no_metadata_leaves_pixels_only(model: Path, out: Path) -> None:

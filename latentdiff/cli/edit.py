@@ -10,7 +10,7 @@ import typer
 
 from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.options import Grid, Prompt, RunOptions, with_run_options
-from latentdiff.cli.output import about_request, check_writable, png_text
+from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -230,28 +230,26 @@ def _draw(
     about: dict[str, object],
 ) -> None:
     """Draw, write each picture and the grid with what was given, and print the paths."""
+    from latentdiff.editing import picture_size
     from latentdiff.pictures import grid, save_numbered_png, save_png
 
     seed = secrets.randbelow(2**32) if run.seed is None else run.seed
-    request = replace(
-        run.request(pipe.bundle, edits),
-        prompt=prompt,
-        num_images_per_prompt=number,
-        seed=seed,
-        first=run.first,
-    )
-    output = pipe.draw(request, progress=sys.stderr.isatty())
+    request = replace(run.request(pipe.bundle, edits), seed=seed, first=run.first)
     record = None
     if not run.no_metadata:
         record = about_request(pipe.bundle, request) | {"prompt": prompt}
         record |= {"num_images_per_prompt": number} | about | about_loras(run.lora)
-    paths = [
-        save_numbered_png(image, run.out, seed, png_text(record, seed=seed, index=index))
-        for image, index in zip(output.images, output.indices, strict=True)
-    ]
-    print(f"seed {seed}", file=sys.stderr)
+    height, width = picture_size(edits, None, None) or pipe.bundle.size
+    paths: list[Path] = []
+    images: list[Image] = []
+    for _, index, image in draw_in_parts(pipe, [prompt] * number, request, height * width):
+        text = png_text(record, seed=seed, index=index)
+        paths.append(save_numbered_png(image, run.out, seed, text))
+        if len(paths) == 1:  # not sooner: a refusal shall be the only line
+            print(f"seed {seed}", file=sys.stderr)
+        print(paths[-1], flush=True)
+        images += [] if given is None else [image]
     if given is not None:
-        sheet = grid([one.convert("RGB") for one in [*given, *output.images]], 8)
+        sheet = grid([one.convert("RGB") for one in [*given, *images]], 8)
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")
-        paths.append(save_png(sheet, path, png_text(record, seed=seed)))
-    print(*paths, sep="\n")
+        print(save_png(sheet, path, png_text(record, seed=seed)))

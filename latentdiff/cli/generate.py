@@ -3,7 +3,7 @@
 import math
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,18 +11,13 @@ import typer
 
 from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.options import RunOptions, with_run_options
-from latentdiff.cli.output import about_request, check_writable, png_text
+from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
-
-    from latentdiff.pipeline import LatentDiffusionPipeline, Request
-
-# Pixels drawn at once: enough to keep a processor busy, few enough for its memory.
-_DRAWN_AT_ONCE = 2**20
 
 
 @with_run_options
@@ -55,33 +50,17 @@ def generate(
     run.check()
     pipe = open_model(run.model, run.device, run.dtype, run.lora)
     own_height, own_width = pipe.bundle.size
-    request = replace(
-        run.request(pipe.bundle),
-        height=height or size or own_height,
-        width=width or size or own_width,
-    )
+    height, width = height or size or own_height, width or size or own_width
+    request = replace(run.request(pipe.bundle), height=height, width=width)
     seed = secrets.randbelow(2**32) if run.seed is None else run.seed
     wanted = [prompt for prompt in prompts for _ in range(number)]
     record: dict[str, object] | None = None
     if not run.no_metadata:
         record = about_request(pipe.bundle, request) | about_loras(run.lora)
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
-    drawn = _draw(pipe, wanted, replace(request, seed=seed, first=run.first))
+    request = replace(request, seed=seed, first=run.first)
+    drawn = draw_in_parts(pipe, wanted, request, height * width)
     _write(drawn, seed, run.out, record, columns if grid else None)
-
-
-def _draw(
-    pipe: "LatentDiffusionPipeline", prompts: list[str], request: "Request"
-) -> Iterator["tuple[str, int, Image]"]:
-    """A prompt, its picture's index within the seed, and the picture, for each of the prompts."""
-    assert request.height is not None
-    assert request.width is not None
-    at_once = max(1, _DRAWN_AT_ONCE // (request.height * request.width))
-    for start in range(0, len(prompts), at_once):
-        chunk = prompts[start : start + at_once]
-        part = replace(request, prompt=chunk, first=request.first + start)
-        output = pipe.draw(part, progress=sys.stderr.isatty())
-        yield from zip(chunk, output.indices, output.images, strict=True)
 
 
 def _write(

@@ -28,7 +28,7 @@ def open_model(
 def about_loras(loras: Sequence[str] | None) -> dict[str, object]:
     """Record the LoRAs and their scales for the text chunk of a picture."""
     wanted = [parse_lora(text) for text in loras or ()]
-    return {"loras": [[str(path), scale] for path, scale in wanted]} if wanted else {}
+    return {"loras": [[path.name, scale] for path, scale in wanted]} if wanted else {}
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +13,38 @@ from latentdiff.errors import UserError
 from latentdiff.version import __version__
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from latentdiff.bundle import Bundle
-    from latentdiff.pipeline import Request
+    from latentdiff.pipeline import LatentDiffusionPipeline, Request
+
+# Pixels drawn at once: enough to keep a processor busy, few enough for its memory, and on a CPU
+# (eight pictures of the bundled model, within a tenth of its best speed) for one's patience.
+_DRAWN_AT_ONCE = 2**20
+_DRAWN_AT_ONCE_BY_CPU = 2**15
+
+
+def draw_in_parts(
+    pipe: "LatentDiffusionPipeline", prompts: Sequence[str], request: "Request", pixels: int
+) -> Iterator["tuple[str, int, Image]"]:
+    """Draw a picture for each prompt, some at once, and hand each on as soon as it is there.
+
+    Args:
+        pipe: the model.
+        prompts: one for each picture.
+        request: of all of them, but for the prompts.
+        pixels: of one picture.
+
+    Yields:
+        A prompt, its picture's index within the seed, and the picture.
+    """
+    most = _DRAWN_AT_ONCE_BY_CPU if pipe.bundle.device.type == "cpu" else _DRAWN_AT_ONCE
+    at_once = max(1, most // pixels)
+    for start in range(0, len(prompts), at_once):
+        chunk = prompts[start : start + at_once]
+        part = replace(request, prompt=chunk, first=request.first + start)
+        output = pipe.draw(part, progress=sys.stderr.isatty())
+        yield from zip(chunk, output.indices, output.images, strict=True)
 
 
 def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
@@ -23,8 +56,10 @@ def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, s
 
 def about_model(bundle: "Bundle") -> dict[str, object]:
     """Record the model for the text chunk of a picture."""
+    from latentdiff.formats.location import public_name
+
     precision = str(bundle.network.dtype).removeprefix("torch.")
-    return {"version": __version__, "model": bundle.name, "dtype": precision}
+    return {"version": __version__, "model": public_name(bundle.name), "dtype": precision}
 
 
 def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:

@@ -91,6 +91,9 @@ def save_text(text: TextTower, stage: Path, dtype: torch.dtype | None, suffix: s
     """
     config = copy.deepcopy(text.model.config)
     config.architectures = [type(text.model).__name__]
+    config.dtype = (
+        torch.float32
+    )  # transformers would take the file's; diffusers, this, as for the rest
     config.save_pretrained(stage / f"text_encoder{suffix}")
     values = dict(text.model.state_dict())
     if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks

@@ -44,6 +44,14 @@ def find(where: str | Path | None) -> Path:
     raise UserError(f"{where}: no such model folder.")
 
 
+def public_name(where: str) -> str:
+    """A path for others to read: the last part of one that is absolute or leads upwards, and of an
+    address. Names of the Hub and paths below the working folder stay whole."""
+    if where.startswith(("/", "~", "..")) or "://" in where:
+        return Path(where).name or where
+    return where
+
+
 def _refusal(file: Path) -> str:
     if not file.exists():
         return f"{file}: no such model file."

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -15,12 +16,16 @@ import yaml
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.files import write_text, writing
-from latentdiff.formats.weights import first_line
+from latentdiff.formats.location import public_name
+from latentdiff.formats.weights import first_line, read_json
 from latentdiff.learning.config import RunConfig
 from latentdiff.version import __version__
 
 SAMPLES = "samples.png"
 _SHOWN = 3  # captions
+_OWN_CLASS = (
+    "LatentDiffusionPipeline"  # in the index of a model that no pipeline of diffusers draws
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class Outcome:
         pictures: the pictures it was trained on.
         root: the folder of the pictures.
         count: the number of all pictures, where `pictures` are only some of them.
+        inpaints: whether the model fills holes of pictures.
     """
 
     folder: Path
@@ -42,6 +48,7 @@ class Outcome:
     pictures: Sequence[Example]
     root: Path
     count: int | None = None
+    inpaints: bool = False
 
     @property
     def files(self) -> list[str] | None:
@@ -108,13 +115,13 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
     title = config.out.name or "model"
     head: dict[str, object] = {
         "license": config.card.licence,
-        "library_name": "diffusers",
+        "library_name": "diffusers" if _their_class(outcome) else "latentdiff",
         "pipeline_tag": "text-to-image",
         "tags": ["latentdiff", "text-to-image", *(["lora"] if outcome.kind == "lora" else [])],
     }
     if outcome.base and "/" in outcome.base and not Path(outcome.base).exists():
         head["base_model"] = outcome.base
-    base = "the bundled emoji64" if outcome.base is None else outcome.base and _public(outcome.base)
+    base = "the bundled emoji64" if outcome.base is None else public_name(outcome.base)
     made = f"from {base}" if base else "from nothing"
     what = "A LoRA" if outcome.kind == "lora" else "A latent diffusion model"
     parts = [
@@ -169,16 +176,38 @@ def _metrics(config: RunConfig) -> str:
 
 def _use(outcome: Outcome) -> str:
     here = outcome.folder.name
+    captions = (caption for picture in outcome.pictures for caption in picture.captions)
+    prompt = " ".join(next(captions, "a picture").split())
+    words, said = shlex.quote(prompt), json.dumps(prompt, ensure_ascii=False)
+    command, given, opened, imported = f"generate {words}", "", "", ""
+    if outcome.inpaints:
+        command = f"inpaint picture.png {words} --mask mask.png"
+        given, imported = ", image=picture, mask_image=mask", "from PIL import Image\n"
+        opened = 'picture, mask = Image.open("picture.png"), Image.open("mask.png")\n'
+    drawn = f"{opened}image = pipe({said}{given}).images[0]\n```"
     if outcome.kind == "lora":
-        base = "" if outcome.base is None else f" --model {shlex.quote(_public(outcome.base))}"
+        base = "" if outcome.base is None else f" --model {shlex.quote(public_name(outcome.base))}"
         return (
-            f'```sh\nlatentdiff generate "…" --lora {shlex.quote(here)}{base}\n```\n\n'
-            f'and in diffusers, `pipe.load_lora_weights("{here}")`.'
+            f"```sh\nlatentdiff {command} --lora {shlex.quote(here)}{base}\n```\n\n"
+            "and in diffusers, with the same base model as `pipe`:\n\n```python\n"
+            f"{imported}pipe.load_lora_weights({json.dumps(here)})\n{drawn}"
         )
+    ours = f"```sh\nlatentdiff {command} --model {shlex.quote(here)}\n```\n\n"
+    theirs = _their_class(outcome)
+    if theirs is None:
+        return f"{ours}No pipeline of diffusers draws what this model was trained for."
     return (
-        f'```sh\nlatentdiff generate "…" --model {shlex.quote(here)}\n```\n\n'
-        f'and in diffusers, `DiffusionPipeline.from_pretrained("{here}")`.'
+        f"{ours}and in diffusers:\n\n```python\n{imported}from diffusers import {theirs}\n\n"
+        f"pipe = {theirs}.from_pretrained({json.dumps(here)})\n{drawn}"
     )
+
+
+def _their_class(outcome: Outcome) -> str | None:
+    """The pipeline of diffusers that the model's index names; a LoRA goes with any."""
+    if outcome.kind == "lora":
+        return "StableDiffusionPipeline"
+    named = str(read_json(outcome.folder / "model_index.json")["_class_name"])
+    return None if named == _OWN_CLASS else named
 
 
 def _licence(licence: str) -> str:
@@ -193,9 +222,12 @@ def _licence(licence: str) -> str:
 
 
 def _public(word: str) -> str:
-    """A word of a command, without the name of the person's home."""
-    home = str(Path.home())
-    return word.replace(home, "~") if len(home) > 1 else word
+    """A word of a command: KEY=VALUE, @FILE or [A, B], with each path as `public_name` has it."""
+    rest = re.sub(r"^(?:[\w.-]+=)?@?", "", word)
+    lead = word[: len(word) - len(rest)]
+    if rest.startswith("["):
+        return lead + re.sub(r"[^][,\"' ][^][,\"']*", lambda found: _public(found[0]), rest)
+    return lead + public_name(rest)
 
 
 def push(outcome: Outcome, repo: str) -> str:

@@ -31,7 +31,9 @@ def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Exam
     lines = _save(bundle, config)
     lora = config.method == "lora" and not config.objective.moves
     folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
-    outcome = Outcome(folder, kind, config.model, pictures, config.data.root)
+    inpaints = bundle.kind == "inpainting"
+    root = config.data.root
+    outcome = Outcome(folder, kind, config.model, pictures, root, inpaints=inpaints)
     return [*lines, *share(outcome, config)]
 
 

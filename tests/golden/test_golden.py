@@ -29,12 +29,13 @@ def test_most_bundled_red_hearts_are_red_in_the_middle_and_white_in_the_corners(
 
 
 def test_the_bundled_model_draws_the_same_in_diffusers() -> None:
-    """At the settings of both: its folder names the solver and the timetable."""
+    """At the settings of both: its folder names the solver and the timetable. The two plain lines
+    of the model's card; no dtype is named."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
 
-    theirs: Any = StableDiffusionPipeline.from_pretrained(find(None), torch_dtype=torch.float32)
+    theirs: Any = StableDiffusionPipeline.from_pretrained(find(None))
     theirs.set_progress_bar_config(disable=True)
     ours = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
     shape = (1, ours.bundle.latent_channels, 8, 8)

@@ -1,16 +1,19 @@
 """The card of a trained model, and the line of a push that fails."""
 
 import json
+import re
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from pydantic import ValidationError
 from tiny import tiny_bundle
 
+from latentdiff.cli import main
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.card import Outcome, card, push, share
@@ -53,19 +56,25 @@ def test_a_card_says_what_it_learned_from_and_how(tmp_path: Path) -> None:
     assert "| steps | 40 |" in body
     assert "| learning rate | 0.002 |" in body
     assert "cc-by-4.0" in body
-    assert 'latentdiff generate "…" --lora cats' in body
+    assert "latentdiff generate 'a red cat' --lora cats\n" in body
     assert Image.open(tmp_path / "cats" / "samples.png").getpixel((0, 0)) == (0, 0, 255)
     assert str(tmp_path) not in text
     assert not list((tmp_path / "cats").glob(".*"))
 
 
-def test_the_command_of_a_card_can_be_typed_and_names_no_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+def test_the_command_of_a_card_can_be_typed_and_tells_no_place(tmp_path: Path) -> None:
     outcome, config = a_run(tmp_path)
-    text = card(outcome, config, False, ["finetune.py", "--data", "/home/someone/my cats"])
-    assert "\naccelerate launch finetune.py --data '~/my cats'\n" in text
+    # fmt: off
+    command = [
+        "/home/someone/training/finetune.py", "--data", "/home/someone/my cats", "--out=~someone/x",
+        'prior.prompts=["@/home/someone/p.txt","a dog"]', "data.root=https://t:k@host/{0..9}.tar",
+        "--config", "training/configs/a.yaml", "--model", "owner/name", "../someone/b",
+    ]
+    # fmt: on
+    text = card(outcome, config, False, command)
+    shown = "finetune.py --data 'my cats' --out=x 'prior.prompts=[\"@p.txt\",\"a dog\"]' "
+    shown += "'data.root={0..9}.tar' --config training/configs/a.yaml --model owner/name b"
+    assert f"\naccelerate launch {shown}\n" in text
     assert "someone" not in text
     assert "samples.png" not in text
     assert "Not declared" in text
@@ -86,7 +95,8 @@ def test_the_command_that_a_run_ends_with_can_be_typed(
 
 def test_a_base_model_of_the_hub_is_named_for_it(tmp_path: Path) -> None:
     outcome, config = a_run(tmp_path)
-    model = Outcome(tmp_path / "model", "model", "owner/base", outcome.pictures, outcome.root)
+    folder = tiny_bundle().save(tmp_path / "model")
+    model = Outcome(folder, "model", "owner/base", outcome.pictures, outcome.root)
     told = yaml.safe_load(card(model, config, True, []).split("---\n")[1])
     assert told["base_model"] == "owner/base"
     assert "base_model" not in yaml.safe_load(card(outcome, config, True, []).split("---\n")[1])
@@ -106,6 +116,59 @@ def test_a_push_that_fails_is_one_line_and_loses_nothing(
     assert (outcome.folder / "README.md").is_file()
     with pytest.raises(UserError, match="not pushed"):
         push(outcome, "someone/cats")
+
+
+def calls(text: str, language: str) -> str:
+    """The one block of that language in a card's part on its use."""
+    _, _, use = text.partition("## Use")
+    (block,) = re.findall(rf"```{language}\n(.*?)```", use, re.DOTALL)
+    return block
+
+
+@pytest.mark.parametrize("kind", ["lora", "model", "inpainting"])
+def test_every_call_of_a_card_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Word for word, of float16 weights, beside the folder of what was learned."""
+    inpaints = kind == "inpainting"
+    bundle = tiny_bundle(in_channels=9 if inpaints else 4)
+    data, out = PicturesConfig(root=tmp_path / "pictures"), tmp_path / "cats"
+    base = str(bundle.save(tmp_path / "base"))
+    config = FinetuneConfig(
+        method="lora" if kind == "lora" else "full", model=base, data=data, out=out
+    )
+    caption = 'a "red"\n cat\'s'
+    pictures = [Example(Path("0.png"), (caption,), {})]
+    save_outcome(make_trainable(bundle, config), config, pictures)
+    folder = out if kind == "lora" else out / "model"
+    text = (folder / "README.md").read_text("utf-8")
+    assert str(tmp_path) not in text
+    monkeypatch.chdir(folder.parent)
+    if inpaints:
+        Image.new("RGB", (16, 16), "red").save("picture.png")
+        Image.new("L", (16, 16), 255).save("mask.png")
+    given: dict[str, Any] = {}
+    if kind == "lora":
+        given["pipe"] = StableDiffusionPipeline.from_pretrained(base)
+    exec(compile(calls(text, "python"), "README.md", "exec"), given)
+    assert given["image"].size == (16, 16)
+    command = shlex.split(calls(text, "sh"))
+    assert command.pop(0) == "latentdiff"
+    assert command[1 + inpaints] == " ".join(caption.split())
+    assert main(command) == 0
+    assert len(list(Path("outputs").iterdir())) == 1
+
+
+def test_a_card_promises_diffusers_only_what_it_draws(tmp_path: Path) -> None:
+    outcome, config = a_run(tmp_path)
+    for number, bundle in enumerate((tiny_bundle(process="edm"), tiny_bundle(vae="vq"))):
+        folder = bundle.save(tmp_path / f"model{number}")
+        model = Outcome(folder, "model", "", outcome.pictures, outcome.root)
+        text = card(model, config, False, [])
+        assert "latentdiff generate" in text
+        assert "No pipeline of diffusers draws" in text
+        assert "from_pretrained" not in text
+        assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "latentdiff"
 
 
 @pytest.mark.parametrize("name", ["cats", "a/b/c", "../x", "a b/c", ""])
