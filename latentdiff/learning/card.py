@@ -23,9 +23,7 @@ from latentdiff.version import __version__
 
 SAMPLES = "samples.png"
 _SHOWN = 3  # captions
-_OWN_CLASS = (
-    "LatentDiffusionPipeline"  # in the index of a model that no pipeline of diffusers draws
-)
+_OWN_CLASS = "LatentDiffusionPipeline"  # in the index of what no pipeline of diffusers draws
 
 
 @dataclass(frozen=True, slots=True)
