@@ -3,7 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -19,13 +19,14 @@ from latentdiff.errors import UserError
 from latentdiff.formats import scheduler_config
 from latentdiff.formats.families import (
     DEFAULT_FAMILY,
+    Choices,
     Nouns,
     Opened,
     family,
     family_of_file,
     family_of_folder,
 )
-from latentdiff.formats.location import find
+from latentdiff.formats.location import find, find_file
 from latentdiff.formats.scheduler_config import DEFAULT_SOLVER, Steps
 from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
 from latentdiff.models.attention import Attention, set_attention
@@ -91,6 +92,9 @@ class Bundle:
         cls,
         where: str | Path | None = None,
         *,
+        vae: str | Path | None = None,
+        prediction: Prediction | None = None,
+        variant: str | None = None,
         dtype: Precision | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: Attention = "auto",
@@ -101,6 +105,10 @@ class Bundle:
             where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x or
                 2.x as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
                 bundled model.
+            vae: a folder or a .safetensors file with an autoencoder in place of the model's own,
+                which many single files lack: see `formats.autoencoder_files.open_autoencoder`.
+            prediction: what the network predicts, where its files do not say so or are wrong.
+            variant: the weights to take where a folder has several, as "bf16".
             dtype: precision of the networks. "auto" is bfloat16 (or float16) on CUDA, else float32.
             device: "auto" is CUDA where there is one.
             attention: see `latentdiff.models.attention.set_attention`.
@@ -109,11 +117,14 @@ class Bundle:
             UserError: anything is missing, damaged, hostile or unfit; the message says what.
         """
         check_name("attention backend", attention, get_args(Attention))
+        if prediction is not None:
+            check_name("prediction", prediction, get_args(Prediction))
         place = _device(device)
         precision = _dtype(dtype, place)
         path = find(where)
+        other = None if vae is None else find_file(vae, "autoencoder")
         with _collector_resting():
-            name, opened = _open(path)
+            name, opened = _open(path, Choices(other, variant))
         described = scheduler_config.read(opened.schedule, opened.schedule_name)
         with blaming(path):
             nouns = opened.nouns
@@ -125,6 +136,8 @@ class Bundle:
                 name=str(where or path.name),
                 family=name,
             )
+        if prediction is not None:
+            bundle = replace(bundle, prediction=prediction)
         for part in opened.weights:
             fill(part.module, part.files, _steady(precision) if part.steady else precision, place)
         set_attention(bundle.network.module, attention)
@@ -215,14 +228,14 @@ class Bundle:
         return path
 
 
-def _open(path: Path) -> tuple[str, Opened]:
+def _open(path: Path, choices: Choices) -> tuple[str, Opened]:
     """The family's name and the model, opened; a file or a folder."""
     if path.is_file():
         with blaming(path):
             name = family_of_file(WeightFiles([path]).shapes)
-        return name, family(name).open_file(path)
+        return name, family(name).open_file(path, choices)
     name = family_of_folder(read_json(path / "model_index.json"))
-    return name, family(name).open_folder(path)
+    return name, family(name).open_folder(path, choices)
 
 
 @contextlib.contextmanager

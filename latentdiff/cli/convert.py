@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.models import open_model
+from latentdiff.cli.models import ModelOptions
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
 
@@ -27,6 +27,10 @@ def convert(
             "--lora", metavar="FILE:SCALE", help="A LoRA to add to the weights; may be given again."
         ),
     ] = None,
+    vae: options.Vae = None,
+    prediction: options.PredictionName = None,
+    variant: options.Variant = None,
+    embedding: options.Embeddings = None,
     dtype: Annotated[
         options.DtypeName,
         typer.Option(help="Precision of the weights in OUT; auto writes float32."),
@@ -40,7 +44,7 @@ def convert(
         raise UserError(f"{out!s:.200}: {error.strerror}.") from error
     if taken:
         raise UserError(f"{out}: it is there already; name another.")
-    pipe = open_model(model, "cpu", "float32", lora)
+    pipe = ModelOptions(model, vae, prediction, variant, lora, embedding).open("cpu", "float32")
     import torch
 
     bundle = pipe.fuse_loras() if lora else pipe.bundle

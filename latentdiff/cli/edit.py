@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.options import Grid, Prompt, RunOptions, with_run_options
 from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
 from latentdiff.errors import UserError
@@ -197,7 +196,7 @@ def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionP
     from latentdiff import pictures
 
     image = pictures.open_picture(picture)
-    pipe = open_model(run.model, run.device, run.dtype, run.lora)
+    pipe = run.models.open(run.device, run.dtype)
     return pipe, pictures.fit(image, max(pipe.bundle.size)) if fit else image
 
 
@@ -238,7 +237,7 @@ def _draw(
     record = None
     if not run.no_metadata:
         record = about_request(pipe.bundle, request) | {"prompt": prompt}
-        record |= {"num_images_per_prompt": number} | about | about_loras(run.lora)
+        record |= {"num_images_per_prompt": number} | about | run.models.about()
     height, width = picture_size(edits, None, None) or pipe.bundle.size
     paths: list[Path] = []
     images: list[Image] = []

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.cli.models import about_loras, open_model
 from latentdiff.cli.options import RunOptions, with_run_options
 from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
 from latentdiff.errors import UserError
@@ -48,7 +47,7 @@ def generate(
 
     check_prompts(prompts)
     run.check()
-    pipe = open_model(run.model, run.device, run.dtype, run.lora)
+    pipe = run.models.open(run.device, run.dtype)
     own_height, own_width = pipe.bundle.size
     height, width = height or size or own_height, width or size or own_width
     request = replace(run.request(pipe.bundle), height=height, width=width)
@@ -56,7 +55,7 @@ def generate(
     wanted = [prompt for prompt in prompts for _ in range(number)]
     record: dict[str, object] | None = None
     if not run.no_metadata:
-        record = about_request(pipe.bundle, request) | about_loras(run.lora)
+        record = about_request(pipe.bundle, request) | run.models.about()
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     request = replace(request, seed=seed, first=run.first)
     drawn = draw_in_parts(pipe, wanted, request, height * width)

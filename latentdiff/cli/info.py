@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.cli import options
+from latentdiff.cli.models import ModelOptions
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,14 +21,16 @@ def info(
             help="A folder, a file or a Hugging Face name. Default: the bundled emoji model.",
         ),
     ] = None,
+    vae: options.Vae = None,
+    prediction: options.PredictionName = None,
+    variant: options.Variant = None,
 ) -> None:
     """Check a model, say what is in it and which solvers and timetables it can be run with."""
     from latentdiff import solvers
-    from latentdiff.bundle import Bundle
     from latentdiff.diffusion import timetable
     from latentdiff.formats.location import find
 
-    bundle = Bundle.load(model, device="cpu")
+    bundle = ModelOptions(model, vae, prediction, variant).open("cpu", "auto").bundle
     folder = find(model)
     files = [folder] if folder.is_file() else folder.rglob("*")
     size = sum(path.stat().st_size for path in files if path.is_file())

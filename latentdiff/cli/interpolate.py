@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.models import about_loras, open_model
+from latentdiff.cli.models import ModelOptions
 from latentdiff.cli.output import about_model, check_writable, png_text
 from latentdiff.errors import UserError
 
@@ -29,7 +29,11 @@ def interpolate(
         typer.Option(min=1, max=1000, help="Default: 20 between prompts, 50 between pictures."),
     ] = None,
     model: options.Model = None,
+    vae: options.Vae = None,
+    prediction: options.PredictionName = None,
+    variant: options.Variant = None,
     lora: options.Loras = None,
+    embedding: options.Embeddings = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     no_metadata: options.NoMetadata = False,
@@ -49,7 +53,8 @@ def interpolate(
     from latentdiff import pictures
     from latentdiff.pipeline import interpolation
 
-    pipe = open_model(model, device, dtype, lora)
+    models = ModelOptions(model, vae, prediction, variant, lora, embedding)
+    pipe = models.open(device, dtype)
     weights = [k / (number - 1) for k in range(number)]
     if prompt is not None and files[0]:
         drawn = interpolation.between_pictures(
@@ -63,7 +68,7 @@ def interpolate(
     ends = [Path(a).name, Path(b).name] if files[0] else [a, b]
     record = about_model(pipe.bundle) | {"between": ends}
     record["steps"] = steps or (50 if files[0] else 20)
-    record |= about_loras(lora)
+    record |= models.about()
     kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}
     paths = [
         pictures.save_numbered_png(image, out, seed, png_text(kept, weight=weight))

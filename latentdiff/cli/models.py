@@ -1,7 +1,9 @@
 """The model that a command uses, with its LoRAs."""
 
 import math
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,23 +14,50 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 
-def open_model(
-    model: str | None, device: str, dtype: "DtypeName", loras: Sequence[str] | None
-) -> "LatentDiffusionPipeline":
-    """The pipeline, with each LoRA of `--lora` in it."""
-    wanted = [parse_lora(text) for text in loras or ()]
-    from latentdiff.pipeline import LatentDiffusionPipeline
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the options say of a model and of what goes into it; see `cli.options`."""
 
-    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=dtype, device=device)
-    for number, (path, scale) in enumerate(wanted):
-        pipe.load_lora(path, scale, f"lora{number}")
-    return pipe
+    model: str | None
+    vae: Path | None = None
+    prediction: str | None = None
+    variant: str | None = None
+    loras: Sequence[str] | None = None
+    embeddings: Sequence[Path] | None = None
 
+    def open(self, device: str, dtype: "DtypeName") -> "LatentDiffusionPipeline":
+        """The pipeline, with each LoRA of `--lora` and the words of `--embedding` in it."""
+        wanted = [parse_lora(text) for text in self.loras or ()]
+        from latentdiff.pipeline import LatentDiffusionPipeline
 
-def about_loras(loras: Sequence[str] | None) -> dict[str, object]:
-    """Record the LoRAs and their scales for the text chunk of a picture."""
-    wanted = [parse_lora(text) for text in loras or ()]
-    return {"loras": [[path.name, scale] for path, scale in wanted]} if wanted else {}
+        pipe = LatentDiffusionPipeline.from_pretrained(
+            self.model,
+            vae=self.vae,
+            prediction=self.prediction,  # pyright: ignore[reportArgumentType]  (checked there)
+            variant=self.variant,
+            dtype=dtype,
+            device=device,
+        )
+        for path in self.embeddings or ():
+            pipe.load_textual_inversion(path)
+        with warnings.catch_warnings():
+            if self.embeddings:
+                warnings.filterwarnings("ignore", ".*it also holds the learned words")
+            for number, (path, scale) in enumerate(wanted):
+                pipe.load_lora(path, scale, f"lora{number}")
+        return pipe
+
+    def about(self) -> dict[str, object]:
+        """Record what is beside the model for the text chunk of a picture."""
+        wanted = [parse_lora(text) for text in self.loras or ()]
+        record = {
+            "vae": self.vae and self.vae.name,
+            "prediction": self.prediction,
+            "variant": self.variant,
+            "loras": [[path.name, scale] for path, scale in wanted],
+            "embeddings": [path.name for path in self.embeddings or ()],
+        }
+        return {name: value for name, value in record.items() if value}
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

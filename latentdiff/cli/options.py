@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from latentdiff.cli.models import ModelOptions
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,36 @@ Model = Annotated[
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE:SCALE", help="A LoRA to draw with; may be given again."),
+]
+Vae = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae",
+        metavar="FILE_OR_FOLDER",
+        help="An autoencoder in place of the model's own, which many single files lack.",
+    ),
+]
+PredictionName = Annotated[
+    str | None,
+    typer.Option(
+        "--prediction",
+        metavar="NAME",
+        help="What the network predicts, where its files do not say: eps, v, x0, score or flow.",
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant", metavar="NAME", help="Weights of a folder that has several, as bf16."
+    ),
+]
+Embeddings = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--embedding",
+        metavar="FILE",
+        help="Learned words (textual inversion) for prompts; may be given again.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -98,7 +129,11 @@ class RunOptions:
     solver: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     timetable: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     model: Model = None
+    vae: Vae = None
+    prediction: PredictionName = None
+    variant: Variant = None
     lora: Loras = None
+    embedding: Embeddings = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     no_metadata: NoMetadata = False
@@ -127,6 +162,13 @@ class RunOptions:
             check_name("solver", self.solver, solvers.names())
         if self.timetable is not None:
             check_name("timetable", self.timetable, timetables.names())
+
+    @property
+    def models(self) -> ModelOptions:
+        """The model, and what goes into it."""
+        return ModelOptions(
+            self.model, self.vae, self.prediction, self.variant, self.lora, self.embedding
+        )
 
     @property
     def guidance_interval(self) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The networks and the tokenizer of a model folder, each built from its config and its files."""
 
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +16,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from latentdiff.errors import UserError
+from latentdiff.formats.single_file_names import VAE_LEFTOVERS
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
@@ -23,6 +25,7 @@ from latentdiff.formats.weights import (
     fill,
     first_line,
     read_json,
+    warn_left_out,
     weight_files,
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
@@ -37,14 +40,28 @@ Config = dict[str, Any]
 _STEM = "diffusion_pytorch_model"
 
 
-def unet(folder: Path) -> tuple[UNet2DConditionModel, WeightFiles]:
-    """The U-Net of unet/, without memory yet, and its weights.
+def check_variant(folder: Path, variant: str) -> None:
+    """See that some part of a model folder has weights of this variant.
+
+    Raises:
+        UserError: none has.
+    """
+    if not re.fullmatch(r"\w[\w-]{0,63}", variant):
+        raise UserError(f"variant: '{variant!s:.80}' is no name of one; bf16 is.")
+    for part in ("unet", "vae", "text_encoder"):
+        if any((folder / part).glob(f"*.{variant}.*")):
+            return
+    raise UserError(f"{folder}: no part of it has weights of the variant {variant}.")
+
+
+def unet(folder: Path, variant: str | None = None) -> tuple[UNet2DConditionModel, WeightFiles]:
+    """The U-Net of unet/, without memory yet, and its weights; see `weight_files`.
 
     Raises:
         UserError: missing, damaged, or not what its config says.
     """
     path = folder / "config.json"
-    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM))
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM, variant))
     return unet_of(config, str(path), files), files
 
 
@@ -57,14 +74,18 @@ def unet_of(config: Config, name: str, files: WeightFiles) -> UNet2DConditionMod
     return _of_diffusers(config, name, files, {"UNet2DConditionModel": UNet2DConditionModel})
 
 
-def vae(folder: Path) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
-    """The autoencoder of vae/, without memory yet, and its weights.
+def vae(folder: Path, variant: str | None = None) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
+    """The autoencoder of vae/, without memory yet, and its weights; see `weight_files`.
 
     Raises:
         UserError: missing, damaged, or not what its config says.
     """
     path = folder / "config.json"
-    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM), _vae_name)
+    config = read_config(path)
+    weights = weight_files(folder, _STEM, variant)
+    files = WeightFiles(weights, _vae_name)
+    left_out = [name for name in WeightFiles(weights).shapes if name.startswith(VAE_LEFTOVERS)]
+    warn_left_out(folder, left_out)
     return vae_of(config, str(path), files), files
 
 
@@ -136,7 +157,9 @@ def _each(value: object, count: int) -> list[int]:
     return [value if isinstance(value, int) else 1] * count
 
 
-def text(folder: Path, tokenizer: Path) -> tuple[TextTower, WeightFiles]:
+def text(
+    folder: Path, tokenizer: Path, variant: str | None = None
+) -> tuple[TextTower, WeightFiles]:
     """The text encoder of text_encoder/, without memory yet, with its tokenizer.
 
     Raises:
@@ -147,7 +170,7 @@ def text(folder: Path, tokenizer: Path) -> tuple[TextTower, WeightFiles]:
     if config.get("model_type") == "clip" and isinstance(inner := config.get("text_config"), dict):
         config = {**inner, "model_type": "clip_text_model"}
     kind = str(config.get("model_type"))
-    files = WeightFiles(weight_files(folder, "model"), _RENAMES.get(kind, str))
+    files = WeightFiles(weight_files(folder, "model", variant), _RENAMES.get(kind, str))
     if kind == "clip_text_model":
         return clip_of(config, str(path), files, tokenizer), files
     if kind in _T5_KINDS:
@@ -204,7 +227,9 @@ def _count(config: Config, key: str, default: int) -> int:
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _vae_name(stored: str) -> str:
+def _vae_name(stored: str) -> str | None:
+    if stored.startswith(VAE_LEFTOVERS):
+        return None
     for old, today in _OLD_ATTENTION.items():
         stored = stored.replace(f".{old}.", f".{today}.")
     return stored

@@ -38,6 +38,20 @@ class Nouns:
     network: Network
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a user says of a model's files, beside where they are.
+
+    Attributes:
+        vae: a folder or a .safetensors file with an autoencoder in place of the model's own.
+        variant: the weights to take where a folder has several, as "bf16" of
+            `diffusion_pytorch_model.bf16.safetensors`; parts without it keep theirs.
+    """
+
+    vae: Path | None = None
+    variant: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
     """A module without memory yet, and the files that fill it.
@@ -81,7 +95,7 @@ class Family(Protocol):
         """True for the tensors of a single file of this family."""
         ...
 
-    def open_folder(self, folder: Path) -> Opened:
+    def open_folder(self, folder: Path, choices: Choices) -> Opened:
         """Open a folder in the diffusers layout.
 
         Raises:
@@ -89,7 +103,7 @@ class Family(Protocol):
         """
         ...
 
-    def open_file(self, file: Path) -> Opened:
+    def open_file(self, file: Path, choices: Choices) -> Opened:
         """Open a single file as ComfyUI and A1111 have them.
 
         Raises:

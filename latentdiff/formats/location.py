@@ -52,6 +52,27 @@ def public_name(where: str) -> str:
     return where
 
 
+def find_file(where: str | Path, kind: str) -> Path:
+    """The file or folder of a part that a model is given.
+
+    Args:
+        where: its path.
+        kind: for the message, such as "autoencoder".
+
+    Raises:
+        UserError: nothing is there.
+    """
+    path = Path(where).expanduser()
+    try:
+        if not path.is_dir() and not path.is_file():
+            raise UserError(f"{path}: no such {kind}.")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a name too long for a path, or with a NUL in it
+        raise UserError(f"{where!s:.100}: no {kind} ({first_line(error)}).") from error
+    return path
+
+
 def _refusal(file: Path) -> str:
     if not file.exists():
         return f"{file}: no such model file."

@@ -25,6 +25,7 @@ from latentdiff.formats.weights import (
     first_line,
     may_replace,
     save_tensors,
+    warn_left_out,
 )
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
@@ -41,6 +42,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 _CLIP_VOCABULARY = 49408
 _CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 _UNUSED = ("text_projection", "logit_scale", "attn_mask")
+# What training leaves in nearly every whole file: its schedule, and averaged weights beside others.
+_SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights")
+_CUSTOMARY = (*_SCHEDULE, "logvar", "model_ema.", "cond_stage_model.logit_scale")
+_TEXT = (ldm.CLIP, infer.CLIP_OLD, ldm.OPEN_CLIP)
 
 
 class PartFiles(WeightFiles):
@@ -50,23 +55,35 @@ class PartFiles(WeightFiles):
         file: the checkpoint.
         prefixes: prefixes of the part's names; other names are left alone.
         table: from the names of diffusers to those behind the prefix.
+        unused: beginnings of names that no picture needs, which are left out with a warning.
 
     Raises:
         UserError: the file is damaged.
     """
 
-    def __init__(self, file: Path, prefixes: Sequence[str], table: ldm.Table) -> None:
+    def __init__(
+        self,
+        file: Path,
+        prefixes: Sequence[str],
+        table: ldm.Table,
+        unused: tuple[str, ...] = (),
+    ) -> None:
         back = ldm.inverse(table)
+        left_out: list[str] = []
 
         def rename(stored: str) -> str | None:
             for prefix in prefixes:
                 if stored.startswith(prefix):
                     name = stored.removeprefix(prefix)
+                    if name.startswith(unused):
+                        left_out.append(stored)
+                        return None
                     # What the table does not know keeps its name, and is refused by it.
                     return _kept(ldm.renamed(name, back) or name)
             return None
 
         super().__init__([file], rename)
+        warn_left_out(file, left_out)
         self._third: dict[str, int] = {}
         for name, shape in list(self.shapes.items()):
             if ".mid_block.attentions.0.to_" in name and shape[2:] == (1, 1):
@@ -90,19 +107,32 @@ class PartFiles(WeightFiles):
         return tensor.reshape(self.shapes[name])
 
 
+def vae_files(file: Path, config: Config, prefix: str = ldm.VAE) -> PartFiles:
+    """The autoencoder's weights, without its training's losses and averages.
+
+    Raises:
+        UserError: the file is damaged, or the config is not that of a single file.
+    """
+    return PartFiles(file, [prefix], _table("vae", config), ldm.VAE_LEFTOVERS)
+
+
 def _kept(name: str) -> str | None:
     return None if name.startswith(_UNUSED) or name == "embeddings.position_ids" else name
 
 
-def _read_configs(file: Path) -> tuple[dict[str, Config], dict[str, str]]:
+def _read_configs(file: Path, own_vae: bool = True) -> tuple[dict[str, Config], dict[str, str]]:
     """Configs of unet, vae, text_encoder and scheduler, and the tokenizer's files if it has them.
+
+    Args:
+        file: the checkpoint.
+        own_vae: whether its autoencoder is needed.
 
     Raises:
         UserError: the file is damaged or of another kind of model.
     """
     stored = WeightFiles([file])
     if _HEADER not in stored.metadata:
-        return _inferred(stored), {}
+        return _inferred(stored, own_vae), {}
     try:
         told = json.loads(stored.metadata[_HEADER])
         configs = {part: told[part] for part in _CONFIGS}
@@ -116,13 +146,20 @@ def _read_configs(file: Path) -> tuple[dict[str, Config], dict[str, str]]:
     return configs, tokenizer
 
 
-def _inferred(stored: WeightFiles) -> dict[str, Config]:
+def _inferred(stored: WeightFiles, own_vae: bool) -> dict[str, Config]:
     shapes = stored.shapes
     if not any(name.startswith(ldm.UNET) for name in shapes):
         raise UserError(
             f"it holds no {ldm.UNET}*, so it is no Stable Diffusion model; a LoRA goes to --lora."
         )
     infer.refuse_others(shapes)
+    if own_vae and not any(name.startswith(ldm.VAE) for name in shapes):
+        raise UserError(
+            f"it holds no autoencoder ({ldm.VAE}*): give one with vae=... (--vae on the command "
+            "line), a folder or a .safetensors file."
+        )
+    if not any(name.startswith(_TEXT) for name in shapes):
+        raise UserError("it holds no text encoder (cond_stage_model.*), so no prompt can be read.")
     prediction = infer.declared_prediction(stored.metadata) or "epsilon"
     telltale = infer.V_PREDICTION_TELLTALE
     text = infer.text_config(shapes)
@@ -135,21 +172,25 @@ def _inferred(stored: WeightFiles) -> dict[str, Config]:
     size = infer.declared_size(stored.metadata) or (96 if prediction == "v_prediction" else 64)
     return {
         "unet": infer.unet_config(shapes, size),
-        "vae": infer.vae_config(shapes),
+        "vae": infer.vae_config(shapes) if own_vae else {},
         "text_encoder": text,
         "scheduler": infer.scheduler_config(prediction),
     }
 
 
 def open_single(
-    file: Path,
+    file: Path, own_vae: bool = True
 ) -> tuple[
     tuple["UNet2DConditionModel", PartFiles],
-    tuple["AutoencoderKL | VQModel", PartFiles],
+    "tuple[AutoencoderKL | VQModel, PartFiles] | None",
     tuple[ClipTower, PartFiles],
     Config,
 ]:
     """U-Net, autoencoder and text tower, without memory yet, with their weights; the schedule.
+
+    Args:
+        file: the checkpoint.
+        own_vae: False where another autoencoder is used; then None stands for its own.
 
     Raises:
         UserError: damaged, of another kind of model, or without a tokenizer to be had.
@@ -157,8 +198,9 @@ def open_single(
     from latentdiff.formats import diffusers_folder as parts
 
     with blaming(file):
-        configs, words = _read_configs(file)
-        unet, vae, text = _part_files(file, configs)
+        configs, words = _read_configs(file, own_vae)
+        unet, text = _part_files(file, configs)
+        vae = vae_files(file, configs["vae"]) if own_vae else None
         config = configs["text_encoder"]
         with scratch_folder() as scratch:
             place = _tokenizer(file, words, config.get("vocab_size"), scratch)
@@ -167,24 +209,23 @@ def open_single(
             tower.tokenizer.pad_token = "!"  # version 2 pads with it
         return (
             (parts.unet_of(configs["unet"], "unet", unet), unet),
-            (parts.vae_of(configs["vae"], "vae", vae), vae),
+            vae and (parts.vae_of(configs["vae"], "vae", vae), vae),
             (tower, text),
             configs["scheduler"],
         )
 
 
-def _part_files(
-    file: Path, configs: Mapping[str, Config]
-) -> tuple[PartFiles, PartFiles, PartFiles]:
-    """Weights of the U-Net, the autoencoder and the text encoder."""
-    unet, vae, text = (_table(part, configs[part]) for part in ("unet", "vae", "text_encoder"))
-    prefixes = (ldm.CLIP, infer.CLIP_OLD, ldm.OPEN_CLIP)
-    files = PartFiles(file, prefixes, text)
+def _part_files(file: Path, configs: Mapping[str, Config]) -> tuple[PartFiles, PartFiles]:
+    """Weights of the U-Net and the text encoder; of what is of no part, a warning."""
+    unet, text = (_table(part, configs[part]) for part in ("unet", "text_encoder"))
+    files = PartFiles(file, _TEXT, text)
     layers = configs["text_encoder"].get("num_hidden_layers")
     for name in list(files.shapes):  # what version 2 does not look at
         if name.startswith(f"transformer.resblocks.{layers}."):
             del files.shapes[name]
-    return PartFiles(file, [ldm.UNET], unet), PartFiles(file, [ldm.VAE], vae), files
+    known = (ldm.UNET, ldm.VAE, *_TEXT, *_CUSTOMARY)
+    warn_left_out(file, [name for name in WeightFiles([file]).shapes if not name.startswith(known)])
+    return PartFiles(file, [ldm.UNET], unet), files
 
 
 def _table(part: str, config: Config) -> ldm.Table:

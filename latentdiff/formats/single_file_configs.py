@@ -107,9 +107,9 @@ def _resnet(number: int) -> str:
     return f"input_blocks.{number}.0.out_layers.3.weight"
 
 
-def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
-    """Infer the config of `AutoencoderKL`."""
-    part = Shapes(shapes, VAE)
+def vae_config(shapes: Mapping[str, tuple[int, ...]], prefix: str = VAE) -> Config:
+    """Infer the config of `AutoencoderKL`, of the tensors with this prefix."""
+    part = Shapes(shapes, prefix)
     levels = part.count("encoder.down.{}.block.0.conv1.weight")
     widths = [part.side(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
     return {

@@ -12,6 +12,9 @@ VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 OPEN_CLIP = "cond_stage_model.model."
 
+VAE_LEFTOVERS = ("loss.", "model_ema.")
+"""Beginnings of names of what an autoencoder's training leaves beside it; A1111 drops them, too."""
+
 Table = Mapping[str, str]
 
 _RESNET = {

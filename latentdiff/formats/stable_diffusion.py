@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.formats.families import Config, Nouns, Opened, Weights
+from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
 from latentdiff.formats.weights import blaming, read_json
 from latentdiff.models.autoencoder import DiffusersAutoencoder, latent_affine
 from latentdiff.models.conditioner import TextConditioner
@@ -43,9 +43,10 @@ def claims_file(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return any(name.startswith(UNET) for name in shapes)
 
 
-def open_folder(folder: Path) -> Opened:
+def open_folder(folder: Path, choices: Choices) -> Opened:
     """See `Family.open_folder`."""
     from latentdiff.formats import diffusers_folder as parts
+    from latentdiff.formats.autoencoder_files import open_autoencoder
 
     path = folder / "model_index.json"
     index = read_json(path)
@@ -55,9 +56,15 @@ def open_folder(folder: Path) -> Opened:
                 f"{path}: a {index.get('_class_name')!s:.60} with a {part}; only models of one "
                 "U-Net, one VAE and one text encoder work here."
             )
-    unet, unet_files = parts.unet(folder / "unet")
-    vae, vae_files = parts.vae(folder / "vae")
-    text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer")
+    variant = choices.variant
+    if variant is not None:
+        parts.check_variant(folder, variant)
+    unet, unet_files = parts.unet(folder / "unet", variant)
+    if choices.vae is None:
+        vae, vae_files = parts.vae(folder / "vae", variant)
+    else:
+        vae, vae_files = open_autoencoder(choices.vae)
+    text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer", variant)
     path = folder / "scheduler" / "scheduler_config.json"
     schedule = read_json(path)
     with blaming(folder):
@@ -66,11 +73,18 @@ def open_folder(folder: Path) -> Opened:
         )
 
 
-def open_file(file: Path) -> Opened:
+def open_file(file: Path, choices: Choices) -> Opened:
     """See `Family.open_file`."""
+    from latentdiff.formats.autoencoder_files import open_autoencoder
     from latentdiff.formats.single_file import open_single
 
-    unet, vae, text, schedule = open_single(file)
+    if choices.variant is not None:
+        raise UserError(
+            f"{file}: a single file has no variants; only the weights of a folder have."
+        )
+    unet, own, text, schedule = open_single(file, choices.vae is None)
+    vae = own if choices.vae is None else open_autoencoder(choices.vae)
+    assert vae is not None
     with blaming(file):
         return _opened(unet, vae, text, schedule, f"{file}: scheduler")
 

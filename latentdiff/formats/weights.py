@@ -7,8 +7,10 @@ what the files really hold is ever allocated.
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, shown, warn
 from latentdiff.files import make_folder, writing
 from latentdiff.reading import open_regular, read_text, reason
 
@@ -82,32 +84,59 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of one network.
+def warn_left_out(file: Path, names: list[str]) -> None:
+    """Say which tensors of a file were left out, if any were."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn(f"{file}: left out, for no picture needs it: {shown(names[0], 200)}{more}.")
 
-    One file or a sharded index; of several precisions the full one.
+
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files of one network: one file, or those of an index.
 
     Args:
         folder: the folder of the network.
         stem: "model" for transformers, "diffusion_pytorch_model" for diffusers.
+        variant: taken where it is there. Else, and with None, the weights without a variant are
+            taken, then fp16, then the only one that there is.
 
     Raises:
-        UserError: there are none, a shard is missing, or only a pickle is there.
+        UserError: there are none or several variants, a shard is missing, or only a pickle is
+            there.
     """
-    for variant in ("", ".fp16"):
-        single = folder / f"{stem}{variant}.safetensors"
-        if single.is_file():
-            return [single]
-        for index in (
-            folder / f"{stem}.safetensors.index{variant}.json",
-            folder / f"{stem}{variant}.safetensors.index.json",
-        ):
-            if index.is_file():
-                return _shards(index)
+    found = _variants(folder, stem)
+    for wanted in (variant, "", "fp16"):
+        if wanted is not None and wanted in found:
+            return found[wanted]()
+    if len(found) == 1:
+        return next(iter(found.values()))()
+    if found:
+        raise UserError(
+            f"{folder}: it has weights of several variants, {', '.join(sorted(found))}: say which "
+            "with variant=... (--variant on the command line)."
+        )
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise UserError(pickle_refusal(folder / pickles[0]))
     raise UserError(f"{folder / stem}.safetensors: no such file; a model folder needs it.")
+
+
+def _variants(folder: Path, stem: str) -> dict[str, Callable[[], list[Path]]]:
+    """What opens the weights of each variant; "" is the one without a name."""
+    found: dict[str, Callable[[], list[Path]]] = {}
+    index = re.compile(
+        rf"{stem}(?:\.(?P<a>[\w-]+))?\.safetensors\.index(?:\.(?P<b>[\w-]+))?\.json|"
+        rf"{stem}(?:\.(?P<c>[\w-]+))?\.safetensors"
+    )
+    for path in sorted(folder.glob(f"{stem}*")):
+        match = index.fullmatch(path.name)
+        if match and path.is_file() and not re.search(r"-\d+-of-\d+$", match["c"] or ""):
+            name = match["a"] or match["b"] or match["c"] or ""
+            if path.suffix == ".json":
+                found.setdefault(name, partial(_shards, path))
+            else:
+                found[name] = partial(list, [path])
+    return found
 
 
 def pickle_refusal(path: Path) -> str:

@@ -1,6 +1,6 @@
 """The low-rank factors of a LoRA: two thin matrices for each module that it changes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -42,11 +42,13 @@ class Lora:
         unet: factors by module of the U-Net.
         text_encoder: factors by module of the text encoder.
         metadata: the metadata in the file's header.
+        words: learned words that are packed into the file, and are no part of the LoRA.
     """
 
     unet: Mapping[str, Factors] = field(default_factory=dict)
     text_encoder: Mapping[str, Factors] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    words: Sequence[str] = ()
 
     def parts(self) -> Iterator[tuple[Part, Mapping[str, Factors]]]:
         """The parts of the model that it changes."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
+from latentdiff.formats.embeddings import BUNDLED, packed_words
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
@@ -61,8 +62,9 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
         stored = WeightFiles([file])
         if not stored.shapes:
             raise UserError("it is empty.")
-        keys = {_key(name): name for name in stored.shapes}
-        if len(keys) != len(stored.shapes):
+        names = [name for name in stored.shapes if not name.startswith(BUNDLED)]
+        keys = {_key(name): name for name in names}
+        if len(keys) != len(names):
             raise UserError("a tensor is there twice, under two names.")
         known = {part: _known_layers(network(bundle, part)) for part in PARTS}
         alphas = _declared_alphas(stored.metadata)
@@ -86,7 +88,8 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
             told = keys.get((part, module, "alpha"))
             alpha = alphas(part, layer[0], len(down)) if told is None else stored.number(told)
             found[part][layer[0]] = fitting(name, Factors(down, up, alpha), layer[1])
-        return Lora(found["unet"], found["text_encoder"], stored.metadata)
+        words = packed_words(list(stored.shapes))
+        return Lora(found["unet"], found["text_encoder"], stored.metadata, words)
 
 
 def default_name(path: str | Path) -> str:
@@ -218,7 +221,8 @@ def _recognise(path: Path) -> None:
     if not names:
         raise UserError("it is empty.")
     for name in names:
-        _key(name)
+        if not name.startswith(BUNDLED):
+            _key(name)
 
 
 def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,6 +6,7 @@ is built, so threads may share one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
@@ -149,9 +150,7 @@ def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:
 
     Start and end tokens map to (0, 0). Two tokens may share a character.
     """
-    encoded = tower.tokenizer.backend_tokenizer.encode(prompt)
-    marks = encoded.special_tokens_mask
-    spans = [(0, 0) if mark else span for mark, span in zip(marks, encoded.offsets, strict=True)]
+    spans = [span for _, span in _encode(tower.tokenizer, prompt)]
     return spans if len(spans) <= tower.window else spans[: tower.window - 1] + spans[-1:]
 
 
@@ -175,6 +174,26 @@ def _check_tokenizer(tokenizer: "TokenizersBackend", vocab_size: int) -> None:
     tokenizer.backend_tokenizer.no_padding()
 
 
+def _encode(tokenizer: "TokenizersBackend", prompt: str) -> list[tuple[int, tuple[int, int]]]:
+    """The tokens of a prompt, each with its characters [start, end); (0, 0) of start and end marks.
+
+    A learned word of several vectors is one token in the text, `<cat>`, and those that follow it,
+    `<cat>_1`, `<cat>_2`: so diffusers names them, and reads the first as all of them.
+    """
+    encoded = tokenizer.backend_tokenizer.encode(prompt)
+    added = tokenizer.added_tokens_encoder
+    words = {number: word for word, number in added.items() if f"{word}_1" in added}
+    tokens: list[tuple[int, tuple[int, int]]] = []
+    for token, mark, span in zip(
+        encoded.ids, encoded.special_tokens_mask, encoded.offsets, strict=True
+    ):
+        tokens.append((token, (0, 0) if mark else span))
+        if token in words:
+            further = takewhile(added.__contains__, (f"{words[token]}_{k}" for k in count(1)))
+            tokens += [(added[word], span) for word in further]
+    return tokens
+
+
 def _tokenize(
     tokenizer: "TokenizersBackend", prompts: Sequence[str], window: int, length: int
 ) -> Tokens:
@@ -186,10 +205,10 @@ def _tokenize(
     rows: list[list[int]] = []
     cut: list[str] = []
     for prompt in prompts:
-        encoded = tokenizer.backend_tokenizer.encode(prompt)
-        ids = encoded.ids
+        encoded = _encode(tokenizer, prompt)
+        ids = [token for token, _ in encoded]
         if len(ids) > window:  # the last token, the end mark, stays
-            cut.append(prompt[encoded.offsets[window - 1][0] :])
+            cut.append(prompt[encoded[window - 1][1][0] :])
             ids = ids[: window - 1] + ids[-1:]
         else:
             cut.append("")

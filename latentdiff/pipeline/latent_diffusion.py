@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, get_args
 
@@ -15,12 +16,19 @@ from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import bind, conditioned_denoiser
 from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.inversion import invert
+from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.sampling import Callback
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import RunContext
+from latentdiff.errors import UserError, warn
+from latentdiff.formats.embeddings import read_words
+from latentdiff.formats.location import find_file
 from latentdiff.guidance.methods import Method
 from latentdiff.models.attention import Attention
+from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.learned_words import with_words
+from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pictures import Picture, open_picture, to_tensor
 from latentdiff.pipeline.arguments import MAX_STEPS, latent_shape, solver_of, whole
 from latentdiff.pipeline.output import OutputType, PipelineOutput
@@ -49,6 +57,9 @@ class LatentDiffusionPipeline:
         cls,
         where: str | Path | None = None,
         *,
+        vae: str | Path | None = None,
+        prediction: Prediction | None = None,
+        variant: str | None = None,
         dtype: Precision | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: Attention = "auto",
@@ -58,13 +69,22 @@ class LatentDiffusionPipeline:
         Raises:
             UserError: it is missing, damaged or unfit.
         """
-        return cls(Bundle.load(where, dtype=dtype, device=device, attention=attention))
+        bundle = Bundle.load(
+            where,
+            vae=vae,
+            prediction=prediction,
+            variant=variant,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+        )
+        return cls(bundle)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA into the model, beside those that are in it.
 
         Args:
-            path: a .safetensors file in the layout of diffusers or of kohya, or a folder with
+            path: a .safetensors file in a layout of `docs/models.md`, or a folder with
                 `pytorch_lora_weights.safetensors`.
             scale: its strength.
             name: for `set_loras` and `remove_lora`; by default the file's.
@@ -76,7 +96,13 @@ class LatentDiffusionPipeline:
             UserError: no such file, no LoRA for this model, or the name is taken; nothing changed.
         """
         name = lora.default_name(path) if name is None else name
-        lora.attach_lora(self.bundle, lora.load_lora(path, self.bundle), name, scale)
+        found = lora.load_lora(path, self.bundle)
+        lora.attach_lora(self.bundle, found, name, scale)
+        if found.words:
+            warn(
+                f"{path}: it also holds the learned words {', '.join(found.words)}, which were "
+                "left out; load_textual_inversion (--embedding on the command line) reads them."
+            )
         return name
 
     def set_loras(self, scales: Mapping[str, float]) -> None:
@@ -102,6 +128,38 @@ class LatentDiffusionPipeline:
             UserError: no LoRA is attached.
         """
         return lora.fused(self.bundle)
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
+        """Teach the model the words of a file, to be used in prompts as they are spelled.
+
+        Args:
+            path: `learned_embeds.safetensors`, an embedding of A1111 or ComfyUI, a LoRA file with
+                words packed in, or a folder with `learned_embeds.safetensors`.
+            token: another name for the word of a file of one.
+
+        Returns:
+            The words.
+
+        Raises:
+            UserError: no such file, none of this model, no CLIP text encoder, or the model has a
+                word already; nothing changed.
+        """
+        conditioner = self.bundle.conditioner
+        if not isinstance(conditioner, TextConditioner) or not isinstance(
+            tower := conditioner.tower, ClipTower
+        ):
+            raise UserError("only a model with one CLIP text encoder takes learned words.")
+        file = find_file(path, "file of learned words")
+        if file.is_dir():
+            file = find_file(file / "learned_embeds.safetensors", "file of learned words")
+        words = read_words(file, tower.width)
+        if token is not None:
+            if len(words) > 1:
+                raise UserError(f"{file}: it holds several words, which one token cannot name.")
+            words = dict(zip([token], words.values(), strict=True))
+        taught = TextConditioner(with_words(tower, words))
+        self.bundle = replace(self.bundle, conditioner=taught)
+        return list(words)
 
     def prepare(self, request: Request) -> Run:
         """Check the arguments of a call and encode its prompts; nothing is drawn yet.

@@ -124,6 +124,29 @@ def test_shards_and_variants(folder: Path) -> None:
     assert "not the name of a safetensors file" in refusal(folder)
 
 
+def test_any_one_variant_opens_and_of_several_one_is_named(folder: Path) -> None:
+    whole = draw(Bundle.load(folder))
+    for part in (UNET, VAE, TEXT):
+        path = folder / part
+        path.rename(path.with_suffix(".bf16.safetensors"))
+    assert torch.equal(draw(Bundle.load(folder)), whole)
+    unet = folder / UNET
+    values = {n: 2 * v for n, v in load_file(unet.with_suffix(".bf16.safetensors")).items()}
+    save_file(values, unet.with_suffix(".ema.safetensors"))
+    with pytest.raises(UserError, match=r"several variants, bf16, ema: say which with variant="):
+        Bundle.load(folder)
+    assert torch.equal(draw(Bundle.load(folder, variant="bf16")), whole)
+    doubled = Bundle.load(folder, variant="ema")  # the other parts have none of this name
+    name = "conv_in.weight"
+    assert torch.equal(unet_of(doubled).get_parameter(name), values[name])
+    save_file({n: v / 2 for n, v in values.items()}, unet)
+    assert torch.equal(draw(Bundle.load(folder)), whole)  # weights without a variant come first
+    assert not torch.equal(draw(Bundle.load(folder, variant="ema")), whole)
+    for variant, told in (("fp32", "no part of it"), ("../x", "no name of one")):
+        with pytest.raises(UserError, match=told):
+            Bundle.load(folder, variant=variant)
+
+
 def test_what_older_libraries_wrote(folder: Path) -> None:
     """Stable Diffusion 1 as published: no tokenizer.json, position ids, a safety checker, and the
     VAE's attention by its old names."""

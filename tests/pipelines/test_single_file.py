@@ -1,6 +1,7 @@
 """Single-file checkpoints: held to diffusers' own reader, in both key layouts, and bit for bit."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,72 @@ def foreign_file(file: Path, to: Path, **metadata: str) -> Path:
         values["cond_stage_model.model.logit_scale"] = torch.ones(())
     save_file(values, to, metadata or None)
     return to
+
+
+def test_what_lies_beside_the_weights_is_left_out_by_name(saved: Saved, tmp_path: Path) -> None:
+    """What an autoencoder's training leaves in its tensors, which A1111 drops; and strangers."""
+    bundle, folder, file = saved
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    vae = "first_stage_model."
+    values = load_file(file) | {
+        f"{vae}model_ema.decay": torch.tensor(0.99),
+        f"{vae}model_ema.num_updates": torch.tensor(3),
+        f"{vae}loss.logvar": torch.tensor(0.0),
+        "alphas_cumprod": torch.ones(1000),
+        "stranger.weight": torch.ones(2),
+    }
+    save_file(values, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="left out") as told:
+        opened = Bundle.load(tmp_path / "a.safetensors")
+    assert same(tensors(bundle), tensors(opened))
+    lines = [str(one.message) for one in told]
+    assert len(lines) == 2
+    assert any(f"{vae}loss.logvar and 2 more" in line for line in lines)
+    assert any("stranger.weight." in line for line in lines)
+
+
+def test_a_file_without_autoencoder_takes_another(saved: Saved, tmp_path: Path) -> None:
+    """From a folder, a whole model, a file in either form; and the refusal says how."""
+    bundle, folder, file = saved
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    values, vae = load_file(file), "first_stage_model."
+    save_file(
+        {n: v for n, v in values.items() if not n.startswith(vae)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UserError, match=r"holds no autoencoder .*--vae"):
+        Bundle.load(tmp_path / "a.safetensors")
+    alone = {n.removeprefix(vae): v for n, v in values.items() if n.startswith(vae)}
+    save_file(alone | {"model_ema.num_updates": torch.tensor(3)}, tmp_path / "vae.safetensors")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    for where in (folder, folder / "vae", file, tmp_path / "vae.safetensors", weights):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened = Bundle.load(tmp_path / "a.safetensors", vae=where)
+        assert same(tensors(bundle), tensors(opened))
+    other = sd_like(1)
+    vae_of(other).get_parameter("decoder.conv_out.bias").add_(1)
+    opened = Bundle.load(folder, vae=other.save(tmp_path / "other"))
+    assert torch.equal(
+        vae_of(opened).get_parameter("decoder.conv_out.bias"),
+        vae_of(other).get_parameter("decoder.conv_out.bias"),
+    )
+    for where, told in (
+        ("none", "no such autoencoder"),
+        ("a.safetensors", "holds no autoencoder"),
+        ("x.ckpt", "pickle"),
+        ("bare.safetensors", "needs its config.json"),
+    ):
+        (tmp_path / "x.ckpt").write_bytes(b"PK")
+        save_file(load_file(weights), tmp_path / "bare.safetensors")
+        with pytest.raises(UserError, match=told):
+            Bundle.load(tmp_path / "a.safetensors", vae=tmp_path / where)
+
+
+def test_a_file_without_text_encoder_is_one_line(saved: Saved, tmp_path: Path) -> None:
+    values = {n: v for n, v in load_file(saved[2]).items() if not n.startswith("cond_stage")}
+    save_file(values, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="no text encoder"):
+        Bundle.load(tmp_path / "a.safetensors")
 
 
 def test_v_prediction_is_found_out(saved: Saved, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""An autoencoder in a file or folder of its own, which a model is given in place of another."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentdiff.errors import UserError
+from latentdiff.formats import single_file_configs as infer
+from latentdiff.formats import single_file_names as ldm
+from latentdiff.formats.single_file import PartFiles, vae_files
+from latentdiff.formats.weights import WeightFiles, blaming, pickle_refusal
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+
+
+def open_autoencoder(where: Path) -> "tuple[AutoencoderKL | VQModel, WeightFiles]":
+    """An autoencoder, without memory yet, and its weights.
+
+    Args:
+        where: a folder in the diffusers layout, of an autoencoder or of a whole model; or a
+            .safetensors file, of an autoencoder as A1111 and ComfyUI have them, whose latents are
+            scaled by 0.18215 as in Stable Diffusion 1 and 2, or of a whole model.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from latentdiff.formats import diffusers_folder as parts
+
+    if where.is_dir():
+        inside = where / "vae"
+        return parts.vae(inside if (inside / "config.json").is_file() else where)
+    if where.suffix in (".pt", ".ckpt", ".bin", ".pth"):
+        raise UserError(pickle_refusal(where))
+    with blaming(where):
+        shapes = WeightFiles([where]).shapes
+        if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in shapes):
+            if (where.parent / "config.json").is_file():
+                return parts.vae(where.parent)
+            raise UserError(
+                "an autoencoder in the names of diffusers, which needs its config.json beside it."
+            )
+        prefix = ldm.VAE if any(name.startswith(ldm.VAE) for name in shapes) else ""
+        if f"{prefix}decoder.conv_in.weight" not in shapes:
+            raise UserError("it holds no autoencoder.")
+        config = infer.vae_config(shapes, prefix)
+        files: PartFiles = vae_files(where, config, prefix)
+        return parts.vae_of(config, "vae", files), files
