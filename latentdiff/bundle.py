@@ -40,7 +40,7 @@ __all__ = ["Bundle", "Precision", "Steps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
     """A model: three nouns that fit each other, and how its network was trained.
 
@@ -86,6 +86,20 @@ class Bundle:
                 "vae: it has a shift_factor, latents_mean or latents_std, and so nothing says "
                 "which numbers its InstructPix2Pix U-Net was shown; such a pair does not work here."
             )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.about})"
+
+    @property
+    def about(self) -> str:
+        """One line for people: name, kind, size, parameters, prediction and solver."""
+        height, width = self.size
+        count = sum(p.numel() for module in self.modules.values() for p in module.parameters())
+        precision = str(self.network.dtype).removeprefix("torch.")
+        return (
+            f"{self.name}: {self.kind}, {width} x {height} pixels, {count / 1e6:,.1f} M parameters "
+            f"in {precision} on {self.device}, predicts {self.prediction}, {self.solver}"
+        )
 
     @classmethod
     def load(

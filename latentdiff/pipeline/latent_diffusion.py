@@ -31,6 +31,13 @@ from latentdiff.models.learned_words import with_words
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pictures import Picture, open_picture, to_tensor
 from latentdiff.pipeline.arguments import MAX_STEPS, latent_shape, solver_of, whole
+from latentdiff.pipeline.diffusers_names import (
+    DiffusersNames,
+    StepEnd,
+    answering,
+    check_step_inputs,
+    latents_of,
+)
 from latentdiff.pipeline.output import OutputType, PipelineOutput
 from latentdiff.pipeline.preparation import prepare
 from latentdiff.pipeline.prompts import Also, check_prompts, encode_prompts
@@ -39,7 +46,7 @@ from latentdiff.pipeline.run import Run
 from latentdiff.registry import check_name
 
 
-class LatentDiffusionPipeline:
+class LatentDiffusionPipeline(DiffusersNames):
     """A model, ready to draw. It keeps nothing between calls, so threads may share it.
 
     A LoRA is a property of the model: `load_lora`, `set_loras` and `remove_lora` must not be called
@@ -52,7 +59,11 @@ class LatentDiffusionPipeline:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.bundle.about})"
+
     @classmethod
+    @answering
     def from_pretrained(
         cls,
         where: str | Path | None = None,
@@ -63,12 +74,17 @@ class LatentDiffusionPipeline:
         dtype: Precision | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: Attention = "auto",
+        torch_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load a model: see `Bundle.load`.
+        """Load a model: see `Bundle.load`. `torch_dtype` is diffusers' name of `dtype`.
 
         Raises:
             UserError: it is missing, damaged or unfit.
         """
+        if torch_dtype is not None:
+            if dtype not in ("auto", torch_dtype):
+                raise UserError("dtype and torch_dtype: give one of them, not both.")
+            dtype = torch_dtype
         bundle = Bundle.load(
             where,
             vae=vae,
@@ -79,6 +95,8 @@ class LatentDiffusionPipeline:
             attention=attention,
         )
         return cls(bundle)
+
+    from_single_file = from_pretrained  # diffusers' name of it for one file
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA into the model, beside those that are in it.
@@ -104,6 +122,26 @@ class LatentDiffusionPipeline:
                 "left out; load_textual_inversion (--embedding on the command line) reads them."
             )
         return name
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Put a LoRA into the model at strength 1, by diffusers' names: see `load_lora`.
+
+        Args:
+            pretrained_model_name_or_path: the file, or its folder.
+            weight_name: name of the file in the folder.
+            adapter_name: for `set_loras` and `remove_lora`; by default the file's.
+
+        Raises:
+            UserError: see `load_lora`.
+        """
+        path = Path(pretrained_model_name_or_path)
+        self.load_lora(path / weight_name if weight_name else path, name=adapter_name)
 
     def set_loras(self, scales: Mapping[str, float]) -> None:
         """Set the strength of LoRAs in the model, by name; 0 is off. Others keep theirs.
@@ -172,6 +210,7 @@ class LatentDiffusionPipeline:
         with torch.no_grad():
             return prepare(self.bundle, request)
 
+    @answering
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -197,7 +236,10 @@ class LatentDiffusionPipeline:
         latents: Tensor | None = None,
         edits: Sequence[Edit | str] = (),
         output_type: OutputType = "pil",
-        callback_on_step_end: Callback | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        on_move: Callback | None = None,
         progress: bool = True,
     ) -> PipelineOutput:
         """Draw.
@@ -233,7 +275,12 @@ class LatentDiffusionPipeline:
                 hold give the size of the run: height and width are then left out, and sides that
                 are no multiple of the autoencoder's factor are padded and cropped.
             output_type: see `PipelineOutput.images`.
-            callback_on_step_end: see `sample`.
+            return_dict: of diffusers; either way the output is also the pair (images, None).
+            callback_on_step_end: called after every step as by diffusers, with the pipeline, the
+                step's index, the time it began at and {"latents": x}; x of what it returns goes on.
+            callback_on_step_end_tensor_inputs: of those that diffusers knows, "latents" alone.
+            on_move: called after every step with its index, the level reached and x [B, C, h, w];
+                a tensor that it returns goes on in place of x.
             progress: show a bar on standard error.
 
         Raises:
@@ -262,10 +309,13 @@ class LatentDiffusionPipeline:
             latents=latents,
             edits=edits,
         )
+        del return_dict  # either way the output has both forms
         return self.draw(
             request,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            on_move=on_move,
             progress=progress,
         )
 
@@ -274,20 +324,30 @@ class LatentDiffusionPipeline:
         request: Request,
         *,
         output_type: OutputType = "pil",
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        on_move: Callback | None = None,
         progress: bool = True,
     ) -> PipelineOutput:
         """Draw what a request says: the call itself, with its arguments as a value.
 
         Raises:
-            UserError: an argument is out of range; nothing was drawn.
+            UserError: an argument is out of range; nothing was drawn. Or a callback returned what
+                cannot be changed.
         """
         check_name("output type", output_type, get_args(OutputType))
+        if callback_on_step_end is not None:
+            check_step_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         run = self.prepare(request)
         for move in tqdm(run.steps(), total=len(run), disable=not progress, leave=False):
-            if callback_on_step_end is not None:
-                replaced = callback_on_step_end(move.index, move.level, move.x)
+            if on_move is not None:
+                replaced = on_move(move.index, move.level, move.x)
                 run.latents = run.latents if replaced is None else replaced
+            if callback_on_step_end is not None:
+                began = torch.tensor(run.levels[move.index].t)
+                given = {"latents": run.latents}
+                returned = callback_on_step_end(self, move.index, began, given)
+                run.latents = latents_of(returned, run.latents)
         return run.finish(output_type)
 
     @torch.no_grad()

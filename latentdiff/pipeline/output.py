@@ -1,18 +1,26 @@
 """The pictures of a call, as the caller wants them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from PIL import Image
 from torch import Tensor
 
-from latentdiff.pictures import to_pil
+from latentdiff.pictures import encode_png, fit, grid, to_pil
 
 OutputType = Literal["pil", "pt", "np", "latent"]
 
 
-@dataclass(frozen=True, slots=True)
+_COLUMNS, _SIDE = 8, 256  # of several pictures in a notebook; pixels
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class PipelineOutput:
-    """The result of a call of the pipeline.
+    """The result of a call of the pipeline; in a notebook, its pictures.
+
+    As diffusers' output it is also the pair (images, None): no filter has looked at them.
 
     Attributes:
         images: with output_type "pil" a list of RGB pictures; "pt" a tensor [B, 3, H, W] in
@@ -31,6 +39,28 @@ class PipelineOutput:
     latents: Tensor
     nfe: int
     cut: list[str]
+
+    def __repr__(self) -> str:
+        count = len(self.seeds)
+        seeds = self.seeds[0] if len({*self.seeds}) == 1 else self.seeds
+        many = "1 picture" if count == 1 else f"{count} pictures"
+        return f"PipelineOutput({many}, seed {seeds!s:.60}, {self.nfe} calls of the network)"
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.images, None)[index]
+
+    def _repr_png_(self) -> bytes | None:
+        """The pictures for a notebook; None of latents."""
+        if self.images is self.latents:
+            return None
+        shown: Sequence[Image.Image] = self.images
+        if not isinstance(self.images, list):
+            array = torch.as_tensor(self.images).cpu()
+            tensor = array if isinstance(self.images, Tensor) else array.permute(0, 3, 1, 2)
+            shown = [to_pil(picture * 2 - 1) for picture in tensor]
+        if len(shown) == 1:
+            return encode_png(shown[0])
+        return encode_png(grid([fit(image, _SIDE) for image in shown], _COLUMNS))
 
 
 def converted(pictures: Tensor, output_type: OutputType) -> object:

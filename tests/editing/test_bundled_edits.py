@@ -98,7 +98,7 @@ def test_every_edit_with_every_solver_and_guidance(name: str, solver: str, scale
         guidance_scale=scale,
         seed=1,
         output_type="pt",
-        callback_on_step_end=lambda _, level, __: levels.append(level),
+        on_move=lambda _, level, __: levels.append(level),
         progress=False,
     )
     assert bool(torch.isfinite(output.images).all())

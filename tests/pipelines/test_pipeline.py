@@ -199,7 +199,7 @@ def test_the_callback_sees_and_replaces() -> None:
         seen.append((index, level.sigma))
         return torch.ones_like(x) if index == 3 else None
 
-    output = draw("a cat", callback_on_step_end=callback)
+    output = draw("a cat", on_move=callback)
     assert [index for index, _ in seen] == [0, 1, 2, 3]
     assert seen[-1][1] == 0
     assert bool((output.latents == 1).all())

@@ -126,7 +126,7 @@ def test_steps_of_two_runs_in_turns_and_in_threads() -> None:
 
 def test_a_request_has_the_arguments_of_a_call_and_their_defaults() -> None:
     call = dict(inspect.signature(LatentDiffusionPipeline.__call__).parameters)
-    own = {"self", "output_type", "callback_on_step_end", "progress"}
+    own = set(inspect.signature(LatentDiffusionPipeline.draw).parameters) | {"return_dict"}
     defaults = {name: p.default for name, p in call.items() if name not in own}
     assert defaults == {field.name: field.default for field in dataclasses.fields(Request)}
 
@@ -189,7 +189,7 @@ def test_replaced_latents_are_stepped_on_from_as_those_of_a_callback(place: int)
         return x.flip(-1) if index == place else None
 
     settings = asked(solver="dpmpp-2m")
-    called = PIPE(**settings, output_type="pt", callback_on_step_end=replace, progress=False)
+    called = PIPE(**settings, output_type="pt", on_move=replace, progress=False)
     run = PIPE.prepare(Request(**settings))
     for move in run.steps():
         assert run.latents is move.x
