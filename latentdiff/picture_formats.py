@@ -1,4 +1,4 @@
-"""What kind of picture bytes are, and how each kind is opened without decoding it.
+"""Recognise the kind of a picture from its bytes, and open each kind without decoding it.
 
 Each kind's own traps are closed here: a PNG's chunks beside its pixels may be anything, a WebP is
 measured before its plugin allocates, a progressive JPEG may ask for thousands of passes.
@@ -102,7 +102,7 @@ def check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 
 def _brands(data: bytes) -> list[bytes]:
-    """Of the first box of an ISO media file (ISO/IEC 14496-12, section 4.3)."""
+    """Read the brands in the first box of an ISO media file (ISO/IEC 14496-12, section 4.3)."""
     end = min(int.from_bytes(data[:4]), 256)
     return [data[8:12], *(data[at : at + 4] for at in range(16, end, 4))]
 

@@ -82,7 +82,7 @@ class Undecoded:
 
     @property
     def pixels(self) -> int:
-        """How many there will be."""
+        """Number of pixels of the decoded picture."""
         return self.image.width * self.image.height
 
     def decode(self, background: str = "white") -> Image.Image:

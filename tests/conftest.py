@@ -1,4 +1,4 @@
-"""What every test shares: no network, and as many threads as tiny tensors can use."""
+"""Set-up of every test: no network, and as many threads as tiny tensors can use."""
 
 import os
 

@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def killed(write: Callable[[Path], None], folder: Path, number: int) -> bool:
-    """Whether a child that kills itself at the `number`th line has come that far."""
+    """Tell whether a child that kills itself at the `number`th line has come that far."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -247,7 +247,7 @@ def test_files_have_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None
 
 
 def leave_half(folder: Path, name: str, token: str = "0a" * 8) -> Path:
-    """What a writer that was killed leaves."""
+    """Leave behind the files of a writer that was killed."""
     hidden = folder / f".{name}.{token}.part"
     hidden.mkdir()
     (hidden / name).write_text("half")

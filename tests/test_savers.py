@@ -122,7 +122,7 @@ SAVERS = {
 
 
 def prepare(folder: Path) -> None:
-    """What some of them need."""
+    """Write the files that some savers need."""
     (folder / "pictures").mkdir(parents=True)
     for number in range(3):
         noise().save(folder / f"pictures/{number}.png")

@@ -143,7 +143,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the tensors are, and what makes steps fast there."""
+    """Device of the tensors, and the settings that make steps fast on it."""
 
     device: torch.device
     compile: bool

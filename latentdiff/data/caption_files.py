@@ -29,7 +29,7 @@ CaptionFiles = Mapping[tuple[Path, str], Mapping[str, Path]]
 
 
 def caption_files(files: Sequence[Path]) -> CaptionFiles:
-    """Those among the files of a folder, whatever the case of their endings."""
+    """Find the caption files of a folder, whatever the case of their endings."""
     found: dict[tuple[Path, str], dict[str, Path]] = {}
     for path in files:
         if (ending := path.suffix.casefold()) in _ENDINGS:
@@ -49,7 +49,7 @@ def rows_of_pictures(pictures: Sequence[Path], captions: CaptionFiles, root: Pat
 
 
 def has_caption(picture: Path, captions: CaptionFiles) -> bool:
-    """Whether there is a caption file beside a picture."""
+    """Tell whether there is a caption file beside a picture."""
     return (picture.parent, picture.stem) in captions
 
 

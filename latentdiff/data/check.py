@@ -38,7 +38,7 @@ class Checked:
 
     @property
     def must_mend(self) -> bool:
-        """Whether there is a fault but duplicates, of which nothing is lost."""
+        """Tell whether there is a fault other than duplicates, which lose nothing."""
         return any(fault.trouble != "duplicate" for fault in self.faults)
 
     def summary(self) -> str:
@@ -95,7 +95,7 @@ def check_pictures(
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a decoded picture is known by: height and width, and a digest of all pixels."""
+    """Identity of a decoded picture: its height and width, and a digest of all pixels."""
 
     size: tuple[int, int]
     digest: str

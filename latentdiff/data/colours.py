@@ -89,7 +89,7 @@ def dominant(picture: np.ndarray, mask: np.ndarray) -> tuple[str, float]:
 
 
 def region(picture: np.ndarray, mask: np.ndarray, colour: str) -> np.ndarray:
-    """Where a thing has a colour or its kin: bool [H, W]."""
+    """Mask of the pixels of a thing that have a colour or one akin to it: bool [H, W]."""
     kin = np.zeros(len(NAMES) + 1, bool)
     kin[[NAMES.index(name) for name in _KIN[colour]]] = True
     return kin[named(picture)] & mask

@@ -1,4 +1,4 @@
-"""Where the thing is in a picture on white: its mask, its transparency, its parts."""
+"""Cut the thing out of a picture on white: its mask, its transparency, its parts."""
 
 import numpy as np
 

@@ -203,7 +203,7 @@ def see_all(
     *,
     progress: bool = True,
 ) -> list[Seen | UserError]:
-    """What `see` makes of each decoded picture and its number, or why it cannot be decoded.
+    """Apply `see` to each decoded picture and its number; yields results or why one is not decoded.
 
     Several threads decode; large pictures are left to a single one, so that few are in memory at a
     time, and the memory that one leaves serves the next.

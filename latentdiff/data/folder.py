@@ -190,7 +190,7 @@ def _described(root: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _rows_of_packed(packed: Sequence[Path], loose: list[Row], root: Path) -> list[Row]:
-    """What the shards of a folder hold, else what its parquet files do.
+    """List the rows of the shards of a folder or, without any, of its parquet files.
 
     Without captions they are read only if there is nothing else, no loose picture: a packed copy of
     the pictures may lie beside them. Tables that `img2dataset` writes beside its shards are passed

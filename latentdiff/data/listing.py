@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Listing:
-    """What a folder holds.
+    """Contents of a folder.
 
     Attributes:
         files: all files, in the order of their paths; links to folders are not followed.
@@ -34,7 +34,7 @@ class Listing:
 
 
 def is_dropping(name: str) -> bool:
-    """Whether a file's or folder's name is that of a hidden one, or of what a system leaves."""
+    """Tell whether a file or folder is hidden, or left behind by an operating system."""
     return name.startswith(".") or name.casefold() in _DROPPINGS
 
 
@@ -56,7 +56,7 @@ def list_files(root: Path) -> Listing:
 
 
 def is_inside(path: Path, folder: str) -> bool:
-    """Whether a path lies in a folder, given by `os.path.realpath`, with links followed.
+    """Tell whether a path, with links followed, lies in a folder given by `os.path.realpath`.
 
     A downloaded folder must not reach what else is on this machine.
     """

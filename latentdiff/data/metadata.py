@@ -25,7 +25,7 @@ Fields = dict[str, object]
 
 
 def is_metadata(path: Path) -> bool:
-    """Whether a file of a picture folder has the name of its metadata."""
+    """Tell whether a file of a picture folder is named as its metadata."""
     return path.name.casefold() in METADATA
 
 

@@ -90,7 +90,7 @@ def _picture_column(schema: "Schema") -> str | None:
 
 
 def _may_be_binary(kind: "DataType") -> bool:
-    """Of files that name their pictures, `bytes` may have no type at all."""
+    """Tell whether a column may hold bytes; where files name their pictures it may have no type."""
     from pyarrow import types
 
     return _is_binary(kind) or types.is_null(kind)
@@ -103,7 +103,7 @@ def _is_binary(kind: "DataType") -> bool:
 
 
 def _is_heavy(kind: "DataType") -> bool:
-    """Whether a column holds files of another kind: masks, sounds, further pictures."""
+    """Tell whether a column holds files of another kind: masks, sounds, further pictures."""
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -114,7 +114,7 @@ def _is_heavy(kind: "DataType") -> bool:
 
 
 def _held(parquet: "ParquetFile", group: int, column: str) -> Sequence[bool]:
-    """Whether each row of a group holds its picture; the footer mostly knows."""
+    """Tell whether each row of a group holds its picture; the footer mostly knows."""
     described = parquet.metadata.row_group(group)
     chunks = [described.column(number) for number in range(described.num_columns)]
     (chunk,) = [chunk for chunk in chunks if chunk.path_in_schema == column]

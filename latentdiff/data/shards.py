@@ -251,7 +251,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _compressed(shard: Path) -> str:
-    """What to do with a shard that is a compressed file."""
+    """Say what to do with a shard that is a compressed file."""
     try:
         with open_regular(shard) as file:
             start = file.read(6)

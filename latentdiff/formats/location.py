@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import latentdiff
 from latentdiff.errors import UserError
 from latentdiff.formats.weights import first_line, pickle_refusal
 
@@ -82,7 +81,7 @@ def _refusal(file: Path) -> str:
 
 
 def _bundled() -> Path:
-    package = Path(latentdiff.__file__).parent
+    package = Path(__file__).parents[1]
     for assets in (package / "assets", package.parent / "assets"):
         if (assets / BUNDLED).is_dir():
             return assets / BUNDLED

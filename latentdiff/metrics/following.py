@@ -19,7 +19,7 @@ _COUNTED = 0.2
 
 
 def mask_of(picture: np.ndarray) -> np.ndarray:
-    """Where the things of a drawn picture are: uint8 [H, W, 3] -> bool [H, W], without specks."""
+    """Mask of the things in a drawn picture: uint8 [H, W, 3] -> bool [H, W], without specks."""
     mask = thing_mask(picture, _WHITE)
     if not mask.any():
         return mask

@@ -33,7 +33,7 @@ WEIGHTS = (0.7, -0.5)
 
 
 class Network:
-    """Of data that is Gaussian about the mean which the condition tells; it counts the batches."""
+    """Denoiser of data that is Gaussian about the mean in the condition; it counts the batches."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -47,7 +47,7 @@ def test_rows_are_taken_in_the_order_named_and_as_often(rows: list[int]) -> None
 @settings(max_examples=30)
 @given(st.integers(1, 3), st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_joined_conditions_are_their_rows_one_after_another(rows: int, lengths: list[int]) -> None:
-    """Of any lengths: what is padded is masked, and what is taken out again is what was put in."""
+    """Conditions of any lengths join: padding is masked, and each comes out again as it went in."""
     parts = [numbered(rows, length, 10 * place) for place, length in enumerate(lengths)]
     whole, longest = joined(parts), max(lengths)
     for place, (part, length) in enumerate(zip(parts, lengths, strict=True)):

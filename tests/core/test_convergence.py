@@ -49,7 +49,7 @@ def points() -> Tensor:
 
 @cache
 def exact_flow(here: float, there: float) -> Tensor:
-    """Where the probability flow takes x / sigma = points() between two sigma / alpha.
+    """End of the probability flow of x / sigma = points() between two sigma / alpha.
 
     d(x / sigma) / d(alpha / sigma) = x_0, in the angle of alpha / sigma, so that it may begin at
     pure noise; by an adaptive method of order 8.

@@ -38,7 +38,7 @@ DATA = Gaussian(torch.tensor([0.2]).double(), torch.tensor([[SPREAD**2]]).double
 
 
 def best_v(levels: Timetable) -> dict[float, float]:
-    """Of each level but clean data, the v of the true reverse step, which here is Gaussian.
+    """The v of the true reverse step, which here is Gaussian, at each level but clean data.
 
     Its variance is the posterior's and what is unknown of x_0: s^2 sigma^2 / (a^2 s^2 + sigma^2).
     """
@@ -85,7 +85,7 @@ def test_the_best_variance_makes_the_bound_tight_however_few_the_steps() -> None
 
 
 def test_ddpm_with_the_best_variance_ends_with_the_spread_of_the_data() -> None:
-    """Where the fixed ones are too narrow and too wide."""
+    """The fixed variances are too narrow and too wide."""
     levels = timetable.create("trailing", VP, 8)
 
     def spread(solver: DDPM) -> float:
@@ -172,7 +172,7 @@ def test_the_loss_moves_v_alone_and_to_the_best() -> None:
 
 
 def test_the_hybrid_loss_trains_a_network_to_the_best_bound() -> None:
-    """Of 20 steps: a network that can be exact, with v of each time free; all starts at zero."""
+    """A network of 20 steps that can be exact, with a free v at each time, starting at zero."""
     times = np.linspace(10, 999, 20).round().astype(int)
     kept = VP.alphas_cumprod[times]
     where = DiscreteVP(1 - kept / np.concatenate([[1.0], kept[:-1]]))

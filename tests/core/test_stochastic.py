@@ -177,7 +177,7 @@ def test_final_law_is_that_of_the_data(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["vp-linear-zsnr", "ve", "flow"])
 @pytest.mark.parametrize("name", EXACT)
 def test_few_steps_are_exact_for_one_picture(name: str, kind: str) -> None:
-    """Where x_0 is certain, each step must land on q(x_t | x_0) exactly, however long it is."""
+    """With a certain x_0 each step must land on q(x_t | x_0) exactly, however long it is."""
     where = process.create(kind)
     levels = [where.level(where.t_max), where.level_of_ratio(3), where.level_of_ratio(0.4)]
     draws = run(POINT, stochastic(where, 2)[name], levels)
@@ -250,7 +250,7 @@ def test_annealed_langevin_comes_near_the_data() -> None:
 
 @pytest.mark.parametrize("name", ["consistency", "tcd"])
 def test_few_step_solvers_are_exact_for_one_picture(name: str) -> None:
-    """What their networks are distilled for: an x_0 that is right at every level."""
+    """Their networks are distilled for an x_0 that is right at every level."""
     where = process.create("vp-linear-zsnr")
     levels = [where.level(where.t_max), where.level_of_ratio(3), where.level_of_ratio(0.4)]
     draws = run(POINT, solvers.create(name, where), levels)

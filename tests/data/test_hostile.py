@@ -48,7 +48,7 @@ def refused(work: Callable[[], object], most: int = 300) -> str:
 
 @pytest.fixture(autouse=True)
 def bell() -> Iterator[None]:
-    """What waits for ever ends in an error."""
+    """Turn a wait without end into an error."""
 
     def ring(*_: object) -> None:
         raise TimeoutError("it waits")

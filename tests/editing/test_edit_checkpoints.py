@@ -87,7 +87,7 @@ def test_what_an_inpainting_network_sees() -> None:
 
 
 def watched(layer: nn.Module) -> tuple[list[Tensor], RemovableHandle]:
-    """What goes into a layer, from now on."""
+    """Record the inputs of a layer from now on."""
     batches: list[Tensor] = []
 
     def watch(_: nn.Module, given: tuple[Tensor, ...]) -> None:

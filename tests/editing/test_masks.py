@@ -1,4 +1,4 @@
-"""What lies in a hole before a picture is encoded, and how its border is closed in the end."""
+"""Fill a hole before the picture is encoded, and close its border in the end."""
 
 import logging
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def grey(pixels: np.ndarray) -> Image.Image:
 def test_nearly_black_is_black_and_nearly_white_is_white(
     pixels: np.ndarray, dark: int, light: int
 ) -> None:
-    """What is hidden and what is painted is decided at one half: black may be 1 of 255, or 127."""
+    """A mask is decided at one half: black may be 1 of 255, or 127."""
     clean = mask_tensor(grey(np.where(pixels < 128, 0, 255)))
     dirty = mask_tensor(grey(np.where(pixels < 128, dark, light)))
     height, width = (side - side % 8 for side in pixels.shape)

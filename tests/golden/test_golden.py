@@ -1,4 +1,4 @@
-"""What the bundled model draws: the golden picture, here and in diffusers."""
+"""Golden pictures of the bundled model, drawn here and by diffusers."""
 
 from typing import Any
 

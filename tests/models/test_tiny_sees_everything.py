@@ -61,7 +61,7 @@ def sees(network: Callable[..., Any], told: dict[str, Any], changes: dict[str, A
 
 
 def latents_and_text(states: Tensor, channels: int, size: int = 8) -> tuple[dict, dict]:
-    """What a U-Net is told, and everything in it that may be otherwise."""
+    """Inputs of a U-Net, and a change to each of them."""
     told = {
         "x": noise(len(states), channels, size, size),
         "t": torch.full((len(states),), 500.0),
@@ -97,7 +97,7 @@ def output_of(unet: Any) -> Callable[..., tuple[Tensor, ...]]:
     [("clip", 4, 4), ("clip", 8, 4), ("clip", 9, 4), ("clip", 4, 8), ("t5", 4, 4), ("t5", 4, 8)],
 )
 def test_a_unet(tower: str, in_channels: int, out_channels: int) -> None:
-    """Of prompts as long as the window; with 8 channels out the last 4 are a variance."""
+    """Prompts are as long as the window; with 8 channels out the last 4 are a variance."""
     text = TOWERS[tower]().encode([f"{prompt}, flat style with pizza" for prompt in PROMPTS])
     told, changes = latents_and_text(text.states, in_channels)
     changes |= positions(text.states)

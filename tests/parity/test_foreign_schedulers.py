@@ -77,7 +77,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", solvers.names())
 def test_configs_make_the_round_trip(name: str) -> None:
-    """Where diffusers has the method: to its keys and back, also through its own object."""
+    """Our plan becomes diffusers' keys and comes back, also through its own object."""
     try:
         keys = scheduler_classes.write(name)
     except UserError:

@@ -347,7 +347,7 @@ CONFIGS = [
 
 @contextlib.contextmanager
 def loads_or_is_refused(folder: Path) -> Iterator[None]:
-    """What the block did to the folder ends in a model or in one line, never in another error."""
+    """A damaged folder ends in a model or in one line, never in another error."""
     yield
     try:
         Bundle.load(folder)

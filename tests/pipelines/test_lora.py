@@ -45,7 +45,7 @@ def made(targets: str | Sequence[str] = "all", *, rank: int = 3, seed: int = 0) 
 
 
 def answers(unet: Any, encoder: Any) -> tuple[Tensor, Tensor]:
-    """What the two networks give for fixed inputs."""
+    """Outputs of the two networks for fixed inputs."""
     random = torch.Generator().manual_seed(7)
     x = torch.randn(2, 4, 8, 8, generator=random)
     states = torch.randn(2, 12, 16, generator=random)
@@ -94,7 +94,7 @@ def test_diffusers_opens_what_is_saved_here(layout: Layout, model: Path, tmp_pat
 
 
 def test_several_at_once_as_diffusers_mixes_them(model: Path, tmp_path: Path) -> None:
-    """Of different layers and ranks, one within it, too; then the first is taken out again."""
+    """LoRAs of different layers and ranks are mixed; then the first is taken out again."""
     first, second = made(), made("attention", rank=5, seed=1)
     thin = {
         module: Factors(pair.down[:2], pair.up[:, :2], 1.0) if "mid_block" in module else pair
@@ -118,7 +118,7 @@ def test_several_at_once_as_diffusers_mixes_them(model: Path, tmp_path: Path) ->
 
 
 def test_files_of_diffusers_and_its_older_versions_open(model: Path, tmp_path: Path) -> None:
-    """What `save_lora_weights` writes, with and without its metadata, and the keys of 2023."""
+    """Files of `save_lora_weights`, with and without its metadata, and the keys of 2023."""
     from diffusers.training_utils import _collate_lora_metadata
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict

@@ -82,7 +82,7 @@ def stop_after_a_step() -> None:
 
 
 def files_of(run: Path, stage: str) -> Iterator[tuple[str, bytes]]:
-    """What a finished run must share with the run left alone: all of it but times and pictures."""
+    """Files that a finished run must share with the run left alone: all but times and pictures."""
     newest = checkpoint.checkpoints(run / "checkpoints")[0]
     assert checkpoint.find_fault(newest) is None
     yield "log", (run / "log.jsonl").read_bytes()

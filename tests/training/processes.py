@@ -97,7 +97,7 @@ def free_port() -> int:
 
 
 def be_process(rank: int, world: int, port: int) -> None:
-    """What `accelerate launch --cpu --num_processes` sets."""
+    """Set what `accelerate launch --cpu --num_processes` sets."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -153,7 +153,7 @@ def short_in_bf16(lab: Lab) -> None:
 
 
 def refused(lab: Lab) -> None:
-    """Of a second launch no process begins, whatever its rank; and no fp16 on a CPU."""
+    """No process of a second launch begins, whatever its rank; and no fp16 on a CPU."""
     out, began = lab.folder / "taken", lab.folder / "began"
 
     def begin(run: Run, objective: Any) -> None:

@@ -241,7 +241,7 @@ def test_masks_are_of_every_kind_and_functions_of_their_place() -> None:
 
 
 def test_masked_pictures_are_encoded_as_the_edit_does_it(work: Path) -> None:
-    """What training shows the U-Net is what the pipeline's `Inpaint` shows it later."""
+    """Training shows the U-Net what the pipeline's `Inpaint` shows it later."""
     bundle = tiny_bundle()
     examples = read_folder(work / "pictures")[:2]
     holes = Holes(examples, [(16, 16)] * 2, [Variant(), Variant(flip=True)])

@@ -1,4 +1,4 @@
-"""What a fine-tune is made of: buckets of a step, captions with and without a cache."""
+"""Pieces of a fine-tune: buckets of a step, captions with and without a cache."""
 
 from collections import Counter
 from pathlib import Path

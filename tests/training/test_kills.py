@@ -11,7 +11,7 @@ from scripts import ROOT
 
 
 def alone(script: str, *arguments: str) -> str:
-    """What a script here says, in a process of its own: it forks, which a test runner must not."""
+    """Output of a script here, in a process of its own: it forks, which a runner must not."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     done = subprocess.run(

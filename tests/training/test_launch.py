@@ -1,4 +1,4 @@
-"""What `accelerate launch` makes of the training scripts, and the committed Accelerate configs."""
+"""Launch the training scripts by `accelerate launch`, with the committed Accelerate configs."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ def test_accelerate_reads_every_config(path: Path) -> None:
 
 
 def taken(lock: TextIO) -> bool:
-    """Whether nobody had the lock."""
+    """Tell whether nobody had the lock."""
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -22,7 +22,7 @@ OTHER = OptimConfig(lr=0.02, steps=STEPS, schedule="constant", warmup=0, ema_dec
 
 
 class Killed(Exception):
-    """What stands for a kill."""
+    """Stand-in for a kill."""
 
 
 class Apart(Objective[Key]):
