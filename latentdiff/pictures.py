@@ -30,7 +30,7 @@ MAX_PIXELS = 50_000_000
 _log = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # EXIF 2.3, tag 274
-_UPRIGHT = {
+_UPRIGHT = {  # ImageOps.exif_transpose writes the EXIF anew and fails at a foreign entry of it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -353,6 +353,12 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert np.abs(seen - upright).mean() < 3
 
 
+def test_exif_orientation_is_applied_beside_an_entry_of_a_wrong_type() -> None:
+    width, orientation = b"\0\1\0\2\0\0\0\4ab\xff\0", b"\1\x12\0\3\0\0\0\1\0\6\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + width + orientation + b"\0\0\0\0"
+    assert open_picture(encoded(rgb(), "JPEG", exif=exif)).size == SIZE[::-1]
+
+
 def test_the_background_shows_through_and_an_animation_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

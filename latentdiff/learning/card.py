@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
@@ -111,14 +111,14 @@ def share(outcome: Outcome, config: RunConfig) -> list[str]:
 def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[str]) -> str:
     """The text: YAML for the Hub, then Markdown for people."""
     title = config.out.name or "model"
-    head: dict[str, object] = {
-        "license": config.card.licence,
-        "library_name": "diffusers" if _their_class(outcome) else "latentdiff",
-        "pipeline_tag": "text-to-image",
-        "tags": ["latentdiff", "text-to-image", *(["lora"] if outcome.kind == "lora" else [])],
-    }
-    if outcome.base and "/" in outcome.base and not Path(outcome.base).exists():
-        head["base_model"] = outcome.base
+    on_hub = outcome.base and "/" in outcome.base and not Path(outcome.base).exists()
+    head = ModelCardData(
+        license=config.card.licence,
+        library_name="diffusers" if _their_class(outcome) else "latentdiff",
+        pipeline_tag="text-to-image",
+        tags=["latentdiff", "text-to-image", *(["lora"] if outcome.kind == "lora" else [])],
+        base_model=outcome.base if on_hub else None,
+    )
     base = "the bundled emoji64" if outcome.base is None else public_name(outcome.base)
     made = f"from {base}" if base else "from nothing"
     what = "A LoRA" if outcome.kind == "lora" else "A latent diffusion model"
@@ -138,7 +138,7 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
         _licence(config.card.licence),
     ]
     text = "\n\n".join(part for part in parts if part)
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n{text}\n"
+    return f"---\n{head}\n---\n\n{text}\n"
 
 
 def describe_pictures(pictures: Sequence[Example], root: Path, count: int | None = None) -> str:
