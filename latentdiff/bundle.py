@@ -14,6 +14,7 @@ from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.formats import scheduler_config
@@ -139,14 +140,13 @@ class Bundle:
         other = None if vae is None else find_file(vae, "autoencoder")
         with _collector_resting():
             name, opened = _open(path, Choices(other, variant))
-        described = scheduler_config.read(opened.schedule, opened.schedule_name)
         with blaming(path):
             nouns = opened.nouns
             bundle = cls(
                 nouns.autoencoder,
                 nouns.conditioner,
                 nouns.network,
-                *described,
+                *opened.described,
                 name=str(where or path.name),
                 family=name,
             )
@@ -194,14 +194,24 @@ class Bundle:
         return height * self.factor, width * self.factor
 
     def timetable(self, name: str | None, steps: int) -> Timetable:
-        """The levels of a run: the named timetable, or with None the model's own.
+        """The levels of a run to clean data: the named timetable, or with None the model's own.
+
+        The model's own solver may end elsewhere: see `plan`.
 
         Raises:
             UserError: unknown name, or a number of steps that it does not have.
         """
         if name is None or name == self.steps.spacing:
-            return self.steps.timetable(self.process, steps)
+            return self.steps.to_data().timetable(self.process, steps)
         return timetables.create(name, self.process, steps)
+
+    def plan(self, steps: int) -> tuple[Solver, Timetable]:
+        """The model's own solver and levels for a run of so many steps, set as its makers meant it.
+
+        Raises:
+            UserError: a number of steps that the timetable does not have.
+        """
+        return self.steps.plan(self.solver, self.process, steps)
 
     def save(self, where: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the diffusers layout, which diffusers' own Stable Diffusion pipelines open, too.

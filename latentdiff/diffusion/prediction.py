@@ -54,22 +54,6 @@ def to_x0(
     return _scale(inverse, x_t) + _scale(sigma**2 * inverse, output)
 
 
-def to_eps(x0: Tensor, x_t: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-    """The noise in x_t if its clean picture is x0: (x_t - alpha x0) / sigma, or 0 where sigma is 0.
-
-    Args:
-        x0: [B, C, H, W].
-        x_t: [B, C, H, W].
-        alpha: scale of the data in x_t.
-        sigma: standard deviation of the noise in x_t.
-
-    Returns:
-        [B, C, H, W].
-    """
-    inverse = _inverse(sigma)
-    return _scale(inverse, x_t) - _scale(alpha * inverse, x0)
-
-
 def target(
     prediction: Prediction, x0: Tensor, noise: Tensor, alpha: Coefficient, sigma: Coefficient
 ) -> Tensor:

@@ -376,7 +376,7 @@ _BUILDERS: dict[str, Callable[[], Process]] = {
     "sub-vp": SubVP,
     "ve": VE,
     "edm": EDM,
-    "flow": Flow,
+    "flow": lambda: Flow(t_max=1000.0),
 }
 
 

@@ -16,9 +16,11 @@ from latentdiff.registry import check_name
 
 Timetable = Sequence[NoiseLevel]
 
-# Pure noise has no finite sigma / alpha to space steps from. The first level is then the pure
-# noise itself and the rest are spaced from EDM's sigma_max.
+# Pure noise has no finite sigma / alpha to space steps from, and the 20,000 of the cosine schedule
+# would take half of the steps. The first level is then that end itself, and the rest are spaced
+# from EDM's sigma_max.
 _LARGEST_RATIO = 80.0
+_ROUNDING = 1.01  # EDM's own first level is 80 but for rounding
 
 
 def names() -> list[str]:
@@ -32,7 +34,8 @@ def create(name: str, process: Process, steps: int, *, steps_offset: int = 0) ->
     On a discrete process "leading", "trailing" and "linspace" (Lin et al. 2024, table 2) visit
     the whole times that diffusers' DDIM visits. On a continuous one they are even in t. "karras"
     (Karras et al. 2022, eq. 5, rho 7) and "exponential" are even in (sigma / alpha)^(1/7) and
-    ln(sigma / alpha) from t_max to t_min; the latter is even in log-SNR, and "lu" (Lu et al. 2022,
+    ln(sigma / alpha) from t_max to t_min; where t_max is noisier than sigma / alpha = 80, the first
+    step goes from t_max to that. The latter is even in log-SNR, and "lu" (Lu et al. 2022,
     DPM-Solver, section 3.3) is another name for it. "beta" (Lee et al. 2024, Beta Sampling) takes
     times at even quantiles of Beta(0.6, 0.6), dense at both ends. "ays-sd1" and "ays-sdxl" are the
     tables of Sabour et al. 2024 (Align Your Steps), interpolated in ln(sigma / alpha) for other
@@ -55,18 +58,42 @@ def create(name: str, process: Process, steps: int, *, steps_offset: int = 0) ->
     if steps < 1:
         raise UserError(f"a run needs at least 1 step, not {steps}.")
     if name in _EVEN_IN_T and isinstance(process, DiscreteVP):
-        if steps > process.num_train_timesteps:
-            raise UserError(
-                f"the timetable '{name}' has at most {process.num_train_timesteps} steps with this "
-                f"model, not {steps}: ask for fewer, or take 'karras'."
-            )
-        times = _DISCRETE[name](process.num_train_timesteps, steps)
-        if name == "leading":
-            times += min(steps_offset, process.num_train_timesteps - 1 - times[0])
+        times = whole_times(name, process.num_train_timesteps, steps, steps_offset)
         levels = [process.level(float(t)) for t in times]
     else:
         levels = _SPACINGS[name](process, steps)
     return (*levels, process.data_level())
+
+
+def whole_times(name: str, count: int, steps: int, steps_offset: int = 0) -> np.ndarray:
+    """The falling times [steps] of "leading", "trailing" or "linspace" out of 0 .. count - 1.
+
+    Raises:
+        UserError: more steps than times.
+    """
+    if steps > count:
+        raise UserError(
+            f"the timetable '{name}' has at most {count} steps with this model, not {steps}: ask "
+            "for fewer, or take 'karras'."
+        )
+    times = _DISCRETE[name](count, steps)
+    if name == "leading":
+        times += min(steps_offset, count - 1 - times[0])
+    return times
+
+
+def ramp(name: str, high: float, low: float, steps: int) -> np.ndarray:
+    """sigma / alpha falling from high to low in so many levels: [steps].
+
+    "karras" (Karras et al. 2022, eq. 5, rho 7) and "exponential" are even in its 7th root and its
+    logarithm; "beta" takes even quantiles of Beta(0.6, 0.6) of sigma / alpha itself, as diffusers
+    does (`create` takes them of t, as the paper has it).
+    """
+    if name == "karras":
+        return np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
+    if name == "exponential":
+        return np.exp(np.linspace(math.log(high), math.log(low), steps))
+    return low + (high - low) * _beta_quantiles(1 - np.linspace(0, 1, steps))
 
 
 def of_times(process: Process, times: Sequence[float]) -> Timetable:
@@ -195,9 +222,12 @@ def _ramp(
     warp: Callable[[float], float],
     unwarp: Callable[[float], float],
 ) -> list[NoiseLevel]:
-    """Levels even in warp(sigma / alpha), the ends exactly at t_max and t_min."""
+    """Levels even in warp(sigma / alpha), the ends exactly at t_max and t_min.
+
+    From an end with hardly any signal the first step goes to where they begin to be even.
+    """
     noisiest, cleanest = process.level(process.t_max), process.level(process.t_min)
-    if math.isinf(noisiest.ratio):
+    if noisiest.ratio > _ROUNDING * _LARGEST_RATIO:
         if steps == 1:
             return [noisiest]
         start = process.level_of_ratio(_LARGEST_RATIO)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
+from latentdiff.formats.scheduler_config import Described
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.network import Network
@@ -74,14 +75,12 @@ class Opened:
     Attributes:
         nouns: around modules without memory.
         weights: the weights of each module.
-        schedule: its `scheduler_config.json`.
-        schedule_name: where that is, for messages.
+        described: what the config of its scheduler says.
     """
 
     nouns: Nouns
     weights: list[Weights]
-    schedule: Config
-    schedule_name: str
+    described: Described
 
 
 class Family(Protocol):

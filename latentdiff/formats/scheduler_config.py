@@ -1,212 +1,311 @@
 """`scheduler_config.json` of diffusers: the process, the prediction, the timetable, the solver."""
 
+import dataclasses
 import importlib
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentdiff import solvers
 from latentdiff.diffusion import process as processes
-from latentdiff.diffusion import timetable as timetables
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import DiscreteVP, Flow, Process
-from latentdiff.diffusion.timetable import Timetable
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.formats import scheduler_classes
+from latentdiff.formats.scheduler_classes import CLASSES, RANGE, Keys, Lowering, known_keys
+from latentdiff.formats.scheduler_steps import Ramp, Steps, Times
+from latentdiff.formats.weights import read_json
 from latentdiff.registry import check_name
-from latentdiff.solvers import names as solver_names
+from latentdiff.solvers.diffusers_scheduler import PREDICTIONS
 
-Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential"]
+__all__ = [
+    "DEFAULT_SOLVER",
+    "Described",
+    "Steps",
+    "read",
+    "read_folder",
+    "read_object",
+    "to_object",
+    "write",
+]
 
-# Where diffusers differs from itself: multistep schedulers space n + 1 times and drop the last,
-# and schedulers in sigma do not round the times of "linspace".
-Family = Literal["ddim", "sigma", "multistep"]
+Described = tuple[Process, Prediction, Steps, str]
+"""What a config says of a model; the last is the name of its solver."""
 
-_FAMILIES: dict[str, Family] = {
-    "EulerDiscreteScheduler": "sigma",
-    "EulerAncestralDiscreteScheduler": "sigma",
-    "HeunDiscreteScheduler": "sigma",
-    "KDPM2DiscreteScheduler": "sigma",
-    "KDPM2AncestralDiscreteScheduler": "sigma",
-    "LMSDiscreteScheduler": "sigma",
-    "DPMSolverMultistepScheduler": "multistep",
-    "DPMSolverSinglestepScheduler": "multistep",
-    "DEISMultistepScheduler": "multistep",
-    "UniPCMultistepScheduler": "multistep",
-}
-_PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "eps",
-    "sample": "x0",
-    "v_prediction": "v",
-    "flow_prediction": "flow",
-    "score": "score",
-}
+DEFAULT_SOLVER = "dpmpp-2m"
+"""Of a model that is made here; chosen in docs/comparison.md."""
+
 _BETAS = {
     "linear": "linear",
     "scaled_linear": "scaled-linear",
     "squaredcos_cap_v2": "cosine",
     "sigmoid": "sigmoid",
 }
+_RAMPS: Mapping[Ramp, str] = {
+    "karras": "use_karras_sigmas",
+    "lu": "use_lu_lambdas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
+_OUR_CLASS = "LatentDiffusionProcess"
 _OUR_PROCESS = "latentdiff_process"
 _OUR_SOLVER = "latentdiff_solver"
+_OUR_STEPS = "latentdiff_steps"
 
-DEFAULT_SOLVER = "dpmpp-2m"
-"""Of a model whose config names none that we know; chosen in docs/comparison.md."""
-
-# Classes whose process is none of ours, or whose config does not say it.
-_UNREADABLE = ("EDM", "CMStochasticIterative", "Cosine", "ScoreSde", "KarrasVe", "UnCLIP")
-# Their teacher's number of steps, out of whose times theirs are taken.
-_DISTILLED = {"LCMScheduler": 50, "TCDScheduler": 50}
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """The timetable that a model's makers meant it to be sampled with.
-
-    Attributes:
-        spacing: spacing of the times.
-        steps_offset: added to the times of "leading".
-        to_clean: whether the last step goes to clean data, or only to the first time's noise.
-        family: the family of diffusers schedulers whose reading of `spacing` applies.
-        teacher_steps: of a model distilled for few steps (LCM, TCD), how many its teacher made:
-            its times are evenly chosen among the teacher's.
-    """
-
-    spacing: Spacing = "trailing"
-    steps_offset: int = 1
-    to_clean: bool = True
-    family: Family = "ddim"
-    teacher_steps: int | None = None
-
-    def timetable(self, process: Process, steps: int) -> Timetable:
-        """The levels of a run of so many steps; see `latentdiff.diffusion.timetable.create`."""
-        levels = timetables.create(self.spacing, process, steps, steps_offset=self.steps_offset)
-        if not isinstance(process, DiscreteVP):
-            return levels
-        if (times := self._times(process.num_train_timesteps, steps)) is not None:
-            levels = [*(process.level(float(t)) for t in times[::-1]), levels[-1]]
-        return levels if self.to_clean else [*levels[:-1], process.level(0.0)]
-
-    def meaning(self) -> tuple[object, ...]:
-        """A key that is equal for two that give the same timetables."""
-        if self.teacher_steps is not None:
-            return self.teacher_steps, self.to_clean
-        family = self.family if self.spacing in ("leading", "linspace") else None
-        offset = self.steps_offset if self.spacing == "leading" else None
-        return self.spacing, offset, self.to_clean, family
-
-    def _times(self, count: int, steps: int) -> NDArray[np.float64] | None:
-        """Increasing times, where the family differs from what DDIM visits."""
-        if self.teacher_steps is not None:
-            return _teachers_times(count, steps, self.teacher_steps)
-        if self.family == "multistep" and self.spacing == "leading" and steps < count:
-            return np.arange(1.0, steps + 1) * (count // (steps + 1)) + self.steps_offset
-        if self.family == "multistep" and self.spacing == "linspace":
-            return np.round(np.linspace(0, count - 1, steps + 1))[1:]
-        if self.family == "sigma" and self.spacing == "linspace" and steps > 1:
-            return np.linspace(0, count - 1, steps)
-        return None
+_MENDED: Keys = {"steps_offset": 1, "clip_sample": False}
+MENDED: Mapping[str, Keys] = {
+    "StableDiffusionPipeline": _MENDED,
+    "StableDiffusionImg2ImgPipeline": _MENDED,
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+    "StableDiffusionPAGPipeline": _MENDED,
+    "StableDiffusionPAGImg2ImgPipeline": _MENDED,
+    "StableDiffusionPAGInpaintPipeline": _MENDED,
+}
+"""What pipelines of diffusers make of the keys of their schedulers, whatever the files say."""
 
 
-def _teachers_times(count: int, steps: int, teacher: int) -> NDArray[np.float64]:
-    """Luo et al. 2023 (LCM), algorithm 3, as diffusers spaces it: increasing times."""
-    if steps > teacher:
-        raise UserError(f"this model is distilled: it takes at most {teacher} steps, not {steps}.")
-    places = np.floor(np.linspace(0, teacher, steps, endpoint=False))
-    return ((teacher - places) * (count // teacher) - 1)[::-1]
+def read_folder(folder: Path) -> Described:
+    """What the scheduler of a model folder says of it.
 
-
-def read(config: Mapping[str, object], name: str) -> tuple[Process, Prediction, Steps, str]:
-    """Read process, prediction, steps and solver name from a diffusers scheduler config.
-
-    A config that names no solver gets `DEFAULT_SOLVER`.
-
-    Args:
-        config: the config of any diffusers scheduler for Stable Diffusion 1 and 2.
-        name: the name of its file, for messages.
+    The class is that of the scheduler's own file. Where model_index.json names another, as after
+    one of the two was exchanged alone, diffusers takes that; a warning says so.
 
     Raises:
-        UserError: the config asks for a process, prediction or spacing that does not exist here.
+        UserError: a file is missing or damaged, or see `read`.
     """
-    flow = _is_flow(config)
-    kind = str(config.get("prediction_type") or ("flow_prediction" if flow else "epsilon"))
-    if kind not in _PREDICTIONS:
-        raise UserError(f"{name}: unknown prediction_type '{kind}'.")
-    if config.get("variance_type") == "learned":
-        raise UserError(f"{name}: only the variance_type learned_range works here.")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config, index = read_json(path), read_json(folder / "model_index.json")
+    entry, own = index.get("scheduler"), config.get("_class_name")
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    if named is not None and own not in (None, named):
+        warn(
+            f"{path}: it is of {own!s:.60}, which is taken; diffusers takes {named!s:.60}, as "
+            "model_index.json says."
+        )
+    return read(config, str(path), pipeline=str(index.get("_class_name")))
+
+
+def read_object(scheduler: object) -> Described:
+    """What a scheduler object of diffusers says of the model that it samples.
+
+    Raises:
+        UserError: no such object, or see `read`.
+    """
+    config, name = getattr(scheduler, "config", None), type(scheduler).__name__
+    if not isinstance(config, Mapping):
+        raise UserError(f"scheduler: give a scheduler object of diffusers, not {name}.")
+    return read({**config, "_class_name": name}, "scheduler", pipeline="")
+
+
+def to_object(described: Described, *, learned_variance: bool = False) -> Any:
+    """diffusers' scheduler object of what a config says.
+
+    Raises:
+        UserError: diffusers has not this process.
+    """
+    config = write(*described, learned_variance=learned_variance)
+    if config["_class_name"] == _OUR_CLASS:
+        raise UserError("scheduler: diffusers has no scheduler for the process of this model.")
+    kind = getattr(importlib.import_module("diffusers"), str(config["_class_name"]))
+    told = {key: value for key, value in config.items() if not key.startswith("latentdiff_")}
+    return kind.from_config(told)
+
+
+def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") -> Described:
+    """What a scheduler's config says of the model.
+
+    Keys of a class that are left out have that class's defaults; keys of other classes have no
+    effect, and those of none are warned of. See `latentdiff.formats.scheduler_classes`.
+
+    Args:
+        config: of any class of that table.
+        name: of its file, for messages.
+        pipeline: class of diffusers that the model's folder names: see `MENDED`.
+
+    Raises:
+        UserError: a class, a value or a combination that does not work here; the message names it.
+    """
+    used = config.get("_use_default_values")
+    left = set(used) if isinstance(used, list) else set()
+    config = {key: value for key, value in config.items() if key not in left}
+    for key, value in config.items():
+        if value and key not in known_keys() and not key.startswith(("_", "latentdiff_")):
+            warn(f"{name}: no scheduler class here knows '{key:.60}'.")
     try:
-        solver = str(config.get(_OUR_SOLVER) or scheduler_classes.read(config) or DEFAULT_SOLVER)
-        check_name("solver", solver, solver_names())
-        return _read_process(config), _PREDICTIONS[kind], _read_steps(config), solver
-    except (TypeError, ValueError) as error:  # UserError is a ValueError
+        process, prediction, steps, solver = _read({**config, **MENDED.get(pipeline, {})})
+        steps.solver(solver, process)  # raises on a setting that it does not have
+    except (TypeError, ValueError, OverflowError) as error:  # UserError is a ValueError
         raise UserError(f"{name}: {error}") from error
+    return process, prediction, steps, solver
 
 
-def _is_flow(config: Mapping[str, object]) -> bool:
-    named = str(config.get("_class_name")).startswith("FlowMatch")
-    return named or config.get("use_flow_sigmas") is True
-
-
-def _read_process(config: Mapping[str, object]) -> Process:
-    if (ours := config.get(_OUR_PROCESS)) is not None:
-        return processes.create(str(ours))
-    if (kind := str(config.get("_class_name"))).startswith(_UNREADABLE):
-        raise UserError(f"models of {kind} are not supported.")
-    count = _number(config, "num_train_timesteps", 1000)
-    if _is_flow(config):
-        return Flow(t_max=count)
-    trained = config.get("trained_betas")
-    if isinstance(trained, list) and trained:
-        betas = np.asarray(trained, dtype=np.float64)
+def _read(config: Keys) -> Described:
+    kind = str(config.get("_class_name", "no scheduler class"))
+    ours = config.get(_OUR_SOLVER)
+    if kind == _OUR_CLASS:
+        process = _own_process(config)
+        prediction = _prediction(config.get("prediction_type", "epsilon"))
+        steps, solver = _own_steps(config), DEFAULT_SOLVER
     else:
-        betas = _betas(config, int(count))
-    if config.get("rescale_betas_zero_snr") is True:
+        given = scheduler_classes.complete(kind, config)
+        flow = CLASSES[kind].family == "flow" or bool(given.get("use_flow_sigmas"))
+        process = _read_process(given, flow=flow)
+        prediction = _read_prediction(kind, config, given)
+        solver, settings = scheduler_classes.solver_of(kind, given)
+        steps = _read_steps(kind, given, solver, settings, process)
+        if ours is not None:  # the class's own settings are another solver's
+            steps = dataclasses.replace(steps.to_data(), to_clean=steps.to_clean)
+    if ours is not None:
+        check_name("solver", str(ours), solvers.names())
+        solver = str(ours)
+    if (record := config.get(_OUR_STEPS)) is not None:
+        steps = Steps.of(record)
+    return process, prediction, steps, solver
+
+
+def _prediction(kind: object) -> Prediction:
+    if kind not in PREDICTIONS:
+        raise UserError(f"unknown prediction_type '{kind!s:.60}'.")
+    return PREDICTIONS[str(kind)]
+
+
+def _read_prediction(kind: str, config: Keys, given: Keys) -> Prediction:
+    if "prediction_type" in given:
+        return _prediction(given["prediction_type"])
+    told = _prediction(config.get("prediction_type", "flow_prediction"))
+    if told != "flow" and _OUR_SOLVER not in config:
+        raise UserError(
+            f"{kind} with prediction_type='{config['prediction_type']!s:.60}' does not work here; "
+            "its networks predict flow."
+        )
+    return told
+
+
+def _read_process(given: Keys, *, flow: bool) -> Process:
+    count = _number(given, "num_train_timesteps")
+    if flow:
+        return Flow(t_max=count)
+    trained = given["trained_betas"]
+    if isinstance(trained, tuple) and trained:
+        betas = np.asarray(trained, dtype=np.float64)
+        if len(trained) != count:
+            raise UserError(f"num_train_timesteps is {count}, but trained_betas {len(trained)}.")
+    else:
+        betas = _betas(given, int(count))
+    if given.get("rescale_betas_zero_snr"):
         betas = processes.zero_terminal_snr(betas)
     return DiscreteVP(betas)
 
 
-def _betas(config: Mapping[str, object], count: int) -> NDArray[np.float64]:
-    schedule = str(config.get("beta_schedule") or "linear")
+def _betas(given: Keys, count: int) -> NDArray[np.float64]:
+    schedule = given["beta_schedule"]
     if schedule not in _BETAS:
-        raise UserError(f"unknown beta_schedule '{schedule}'.")
+        raise UserError(f"unknown beta_schedule '{schedule!s:.60}'.")
     if schedule == "squaredcos_cap_v2":  # its ends are fixed, whatever beta_start says
         return processes.beta_schedule("cosine", count)
-    start = _number(config, "beta_start", 1e-4)
-    end = _number(config, "beta_end", 0.02)
-    return processes.beta_schedule(_BETAS[schedule], count, start, end)
+    start, end = _number(given, "beta_start"), _number(given, "beta_end")
+    return processes.beta_schedule(_BETAS[str(schedule)], count, start, end)
 
 
-def _number(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key, default)
+def _number(given: Keys, key: str) -> float:
+    value = given[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e6:
         raise UserError(f"{key} must be a sensible number, not {value!s:.40}.")
     return value
 
 
-def _read_steps(config: Mapping[str, object]) -> Steps:
-    family = _FAMILIES.get(str(config.get("_class_name")), "ddim")
-    customary = "leading" if family == "ddim" else "linspace"
-    wanted = str(config.get("timestep_spacing") or customary)
-    if _is_flow(config):
-        wanted = "trailing"
-    elif config.get("use_karras_sigmas") is True:
-        wanted = "karras"
-    elif config.get("use_exponential_sigmas") is True:
-        wanted = "exponential"
-    # StableDiffusionPipeline, too, takes an offset of 0 for an outdated config that means 1.
-    offset = int(_number(config, "steps_offset", 1)) or 1
+def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Process) -> Steps:
+    """The times of a class, and what its solver has that its name does not say."""
+    kind = CLASSES[name]
+    if kind.family == "flow" and isinstance(process, Flow) and process.t_max <= 1:
+        return Steps()  # of ours, from before they had times up to 1000
+    times = _times(given.get("timestep_spacing", "linspace"))
+    ramp: Ramp | None = next((ramp for ramp, key in _RAMPS.items() if given.get(key)), None)
+    clean = _to_clean(name, given)
+    cosine = kind.whole == "not cosine" and given["beta_schedule"] == "squaredcos_cap_v2"
+    lambda_min = given.get("lambda_min_clipped", -np.inf)
+    flowing = "shift" if "shift" in given else "flow_shift"
+    return Steps(
+        spacing=ramp or times,
+        steps_offset=int(_number(given, "steps_offset")) if "steps_offset" in given else 1,
+        to_clean=clean,
+        family=kind.family,
+        teacher_steps=int(_number(given, "original_inference_steps")) if kind.teacher else None,
+        within=times,
+        **(_range(name, given, process, to_clean=clean) if ramp in kind.ranged else {}),
+        whole=bool(kind.whole) and not cosine,
+        lambda_min=-np.inf if lambda_min == -np.inf else _number(given, "lambda_min_clipped"),
+        shift=_number(given, flowing) if isinstance(process, Flow) else 1.0,
+        from_noise=kind.from_noise,
+        lowering=_lowering(name, given, to_clean=clean),
+        paired=kind.paired and given["solver_order"] == 2,
+        settings=_own_settings(solver, settings, process),
+    )
+
+
+def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, float]:
+    """The ends of a ramp that are given."""
+    ends = {key: _number(given, key) for key in RANGE if given.get(key) is not None}
+    for key, value in ends.items():
+        if isinstance(process, Flow) and value > 1:
+            raise UserError(f"{name} with {key}={value} does not work here: a flow's end at 1.")
+        if key == "sigma_min" and not to_clean:
+            raise UserError(f"{name} with {key}={value} works here to clean data alone.")
+    return ends
+
+
+def _times(spacing: object) -> Times:
+    for times in ("leading", "trailing", "linspace"):
+        if spacing == times:
+            return times
+    raise UserError(f"unknown timestep_spacing '{spacing!s:.60}'.")
+
+
+def _to_clean(name: str, given: Keys) -> bool:
+    end = CLASSES[name].end
+    if end == "set_alpha_to_one":
+        return bool(given[end])
+    if end == "final_sigmas_type":
+        if given[end] not in ("zero", "sigma_min"):
+            raise UserError(f"unknown final_sigmas_type '{given[end]!s:.60}'.")
+        return given[end] == "zero"
+    return end == "clean"
+
+
+def _lowering(name: str, given: Keys, *, to_clean: bool) -> Lowering:
+    """When the order of the class's solver falls, where that makes a difference."""
+    kind, order = CLASSES[name], given.get("solver_order", 2)
+    if kind.paired and order == 2:
+        return "always" if to_clean or given["lower_order_final"] else "never"
+    if order == 1 or (order == 2 and to_clean):  # a step to clean data is of first order anyway
+        return "never"
+    if given.get("euler_at_final"):
+        return "always"
+    return kind.lowering if given.get("lower_order_final") else "never"
+
+
+def _own_settings(solver: str, settings: Keys, process: Process) -> tuple[tuple[str, object], ...]:
+    """The settings that are not those of the name."""
+    made = solvers.create(solver, process)
+    return tuple(pair for pair in settings.items() if getattr(made, pair[0]) != pair[1])
+
+
+def _own_process(config: Keys) -> Process:
+    process = processes.create(str(config.get(_OUR_PROCESS)))
+    if isinstance(process, Flow) and "num_train_timesteps" in config:
+        return Flow(t_max=_number(config, "num_train_timesteps"))
+    return process
+
+
+def _own_steps(config: Keys) -> Steps:
+    """Of a config of our own class from before it had a record of them."""
+    ramp: Ramp | None = next((ramp for ramp, key in _RAMPS.items() if config.get(key)), None)
     clean = config.get("set_alpha_to_one", True) is True
     clean &= config.get("final_sigmas_type", "zero") == "zero"
-    teacher = _DISTILLED.get(str(config.get("_class_name")))
-    if teacher is not None:
-        teacher = int(_number(config, "original_inference_steps", teacher))
-    for spacing in get_args(Spacing):
-        if wanted == spacing:
-            return Steps(spacing, offset, clean, family, teacher)
-    raise UserError(f"unknown timestep_spacing '{wanted}'.")
+    return Steps(ramp or _times(config.get("timestep_spacing", "trailing")), to_clean=clean)
 
 
 def write(
@@ -219,63 +318,125 @@ def write(
 ) -> dict[str, object]:
     """The config that `read` understands, and diffusers too where it has the process.
 
-    It names diffusers' class of the solver where that can hold all the rest; else one that can, and
-    the solver in a key of our own. With a learned variance it is of diffusers' DDPM, which alone
-    takes a network of 2C outputs.
+    It names diffusers' class of the solver where there is one, else one that can hold the process
+    and the times; what that class cannot say stands in keys of our own. With a learned variance it
+    is DDPM, which alone takes a network of 2C outputs.
 
     Raises:
         UserError: a process with settings of its own that no config can hold.
     """
-    kinds = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    config: dict[str, object] = {
-        "_class_name": "DDIMScheduler",
+    flow = isinstance(process, Flow)
+    if not isinstance(process, DiscreteVP) and not (flow and prediction == "flow"):
+        kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+        told = {"prediction_type": kinds[prediction], **_write_own(process)}
+        record = {_OUR_SOLVER: solver, _OUR_STEPS: steps.record()}
+        return {"_class_name": _OUR_CLASS, **told, **record}
+    described = process, prediction, steps, solver
+    written = _candidates(process, prediction, steps, solver, learned_variance=learned_variance)
+    for config in written:
+        if _read_or_none(config) is not None and _means(config, described):
+            return config
+    config = next(config for config in written if _read_or_none(config) is not None)
+    if read(config, "")[3] != solver:
+        config[_OUR_SOLVER] = solver
+    if not _means(config, described):
+        config[_OUR_STEPS] = steps.record()
+    return config
+
+
+def _candidates(
+    process: DiscreteVP | Flow,
+    prediction: Prediction,
+    steps: Steps,
+    solver: str,
+    *,
+    learned_variance: bool,
+) -> list[dict[str, object]]:
+    """Configs of the classes of this solver, and of one that can stand in for it."""
+    told: list[tuple[str, Keys]] = []
+    if learned_variance:
+        told = [("DDPMScheduler", {"variance_type": "learned_range"})]
+    elif isinstance(process, Flow) or prediction in ("eps", "x0", "v"):
+        told = [
+            (name, {**keys, "lower_order_final": lowers})
+            for name, keys in scheduler_classes.classes_of(solver, dict(steps.settings))
+            if _can_hold(name, process, steps)
+            for lowers in (steps.lowering != "never", True)
+        ]
+    if not learned_variance:
+        told.append((_stand_in(process, steps), {}))
+    offered = _offered(process, prediction, steps)
+    return [_config(name, {**offered, **keys}) for name, keys in told]
+
+
+def _offered(process: DiscreteVP | Flow, prediction: Prediction, steps: Steps) -> Keys:
+    """Every key of any class that tells a process, a prediction or times."""
+    kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    ramp = {name: key for name, key in _RAMPS.items() if name == steps.spacing}
+    final = "zero" if steps.to_clean else "sigma_min"
+    return {
+        **_write_process(process),
         "prediction_type": kinds[prediction],
-        "timestep_spacing": steps.spacing,
+        "timestep_spacing": steps.within if ramp else steps.spacing,
         "steps_offset": steps.steps_offset,
         "set_alpha_to_one": steps.to_clean,
+        "final_sigmas_type": final,
         "clip_sample": False,
+        "original_inference_steps": steps.teacher_steps or 50,
+        **dict.fromkeys(ramp.values(), True),
+        "sigma_min": steps.sigma_min,
+        "sigma_max": steps.sigma_max,
+        **({"lambda_min_clipped": steps.lambda_min} if steps.lambda_min > -np.inf else {}),
+        "lower_order_final": steps.lowering != "never" or steps.to_clean,
+        "use_flow_sigmas": isinstance(process, Flow),
+        "shift": steps.shift,
+        "flow_shift": steps.shift,
     }
-    told = _write_process(process)
-    theirs = None if learned_variance else _as_theirs(config | told, process, steps, solver)
-    if theirs is not None and _means(theirs, process, prediction, steps, solver):
-        return theirs
-    if steps.family != "ddim" or steps.spacing in ("karras", "exponential"):
-        config = _multistep(config, steps)
-    elif learned_variance:
-        config["_class_name"] = "DDPMScheduler"
-        if steps.to_clean:  # as that always does
-            del config["set_alpha_to_one"]
-    elif steps.teacher_steps is not None:
-        distilled = {"_class_name": "LCMScheduler", "original_inference_steps": steps.teacher_steps}
-        config |= distilled
-    if learned_variance:
-        config["variance_type"] = "learned_range"
-    config |= told
-    return config if scheduler_classes.read(config) == solver else config | {_OUR_SOLVER: solver}
 
 
-def _as_theirs(
-    config: dict[str, object], process: Process, steps: Steps, solver: str
-) -> dict[str, object] | None:
-    """Diffusers' class of the solver, with all the keys that it takes."""
+def _config(name: str, offered: Keys) -> dict[str, object]:
+    """The config of a class, of the keys that it has."""
+    defaults = CLASSES[name].defaults
+    kept = {key: value for key, value in offered.items() if key in defaults}
+    extra = {key: offered[key] for key in RANGE if CLASSES[name].ranged and offered[key]}
+    return {"_class_name": name, **kept, **extra}
+
+
+def _can_hold(name: str, process: Process, steps: Steps) -> bool:
+    """Whether the class is one of such processes and times, and needs no further package."""
+    kind = CLASSES[name]
+    if name == "DPMSolverSDEScheduler":
+        return False
+    if isinstance(process, Flow):
+        family = "flow" if steps.family == "ddim" else steps.family
+        return kind.family == family and (family == "flow" or "use_flow_sigmas" in kind.defaults)
+    return kind.family != "flow"
+
+
+def _stand_in(process: Process, steps: Steps) -> str:
+    """A class for a solver that diffusers has not."""
+    if isinstance(process, Flow):
+        return "FlowMatchEulerDiscreteScheduler"
+    if steps.teacher_steps is not None:
+        return "LCMScheduler"
+    if steps.family == "sigma":
+        return "EulerDiscreteScheduler"
+    if steps.family == "multistep" or steps.spacing in _RAMPS:
+        return "DPMSolverMultistepScheduler"
+    return "DDIMScheduler"
+
+
+def _read_or_none(config: Keys) -> Described | None:
+    """What a config says, or None if its class has not such a combination."""
     try:
-        keys = scheduler_classes.write(solver, flow=isinstance(process, Flow))
+        return read(config, "")
     except UserError:
         return None
-    offered = config | {"final_sigmas_type": "zero" if steps.to_clean else "sigma_min"}
-    if steps.spacing in ("karras", "exponential"):
-        offered |= {f"use_{steps.spacing}_sigmas": True, "timestep_spacing": "linspace"}
-    if steps.teacher_steps is not None:
-        offered |= {"original_inference_steps": steps.teacher_steps, "timestep_spacing": "leading"}
-    kind = getattr(importlib.import_module("diffusers"), str(keys["_class_name"]))
-    taken = inspect.signature(kind.__init__).parameters
-    return keys | {key: value for key, value in (offered | keys).items() if key in taken}
 
 
-def _means(
-    config: dict[str, object], process: Process, prediction: Prediction, steps: Steps, solver: str
-) -> bool:
-    """Tell whether `read` turns the config back into the same process, steps and solver."""
+def _means(config: Keys, described: Described) -> bool:
+    """Whether a config that can be read says just this."""
+    process, prediction, steps, solver = described
     again, kind, steps_again, solver_again = read(config, "")
     same = type(again) is type(process) and kind == prediction and solver_again == solver
     if isinstance(process, DiscreteVP) and isinstance(again, DiscreteVP):
@@ -283,34 +444,30 @@ def _means(
         same = same and bool(np.allclose(process.betas, again.betas, rtol=1e-9, atol=0))
     else:
         same &= vars(process) == vars(again)
-    return same and steps.meaning() == steps_again.meaning()
+    return same and steps.meaning(process) == steps_again.meaning(process)
 
 
-def _multistep(config: dict[str, object], steps: Steps) -> dict[str, object]:
-    """The same for diffusers' schedulers in sigma, whose keys are others."""
-    kept = {key: config[key] for key in ("prediction_type", "timestep_spacing", "steps_offset")}
-    kind = "EulerDiscrete" if steps.family == "sigma" else "DPMSolverMultistep"
-    if steps.spacing in ("karras", "exponential"):
-        kept[f"use_{steps.spacing}_sigmas"] = True
-        kept["timestep_spacing"] = "linspace"
-    last = "zero" if steps.to_clean else "sigma_min"
-    return {"_class_name": f"{kind}Scheduler", "final_sigmas_type": last, **kept}
-
-
-def _write_process(process: Process) -> dict[str, object]:
+def _write_process(process: DiscreteVP | Flow) -> Keys:
     if isinstance(process, DiscreteVP):
         return {"num_train_timesteps": process.num_train_timesteps, **_write_betas(process.betas)}
-    if isinstance(process, Flow):
-        count = int(process.t_max) if process.t_max.is_integer() else process.t_max
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": count}
+    return {"num_train_timesteps": _whole(process.t_max)}
+
+
+def _write_own(process: Process) -> Keys:
     for name in processes.names():
         known = processes.create(name)
+        if isinstance(process, Flow) and isinstance(known, Flow):
+            return {_OUR_PROCESS: name, "num_train_timesteps": _whole(process.t_max)}
         if type(known) is type(process) and vars(known) == vars(process):
-            return {"_class_name": "LatentDiffusionProcess", _OUR_PROCESS: name}
+            return {_OUR_PROCESS: name}
     raise UserError(f"{process} has settings of its own, which a model folder cannot hold.")
 
 
-def _write_betas(betas: NDArray[np.float64]) -> dict[str, object]:
+def _whole(count: float) -> float:
+    return int(count) if count.is_integer() else count
+
+
+def _write_betas(betas: NDArray[np.float64]) -> Keys:
     """A name of diffusers and two ends where that gives the same betas, else all of them."""
     ends = {"beta_start": float(f"{betas[0]:.12g}"), "beta_end": float(f"{betas[-1]:.12g}")}
     for schedule in ("scaled_linear", "linear"):
@@ -329,7 +486,7 @@ def _write_betas(betas: NDArray[np.float64]) -> dict[str, object]:
     return {"trained_betas": betas.tolist()}
 
 
-def _same(config: dict[str, object], betas: NDArray[np.float64]) -> bool:
+def _same(config: Keys, betas: NDArray[np.float64]) -> bool:
     made = _betas(config, len(betas))
     if config["rescale_betas_zero_snr"]:
         made = processes.zero_terminal_snr(made)

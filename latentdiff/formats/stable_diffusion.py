@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from latentdiff.errors import UserError
+from latentdiff.formats import scheduler_config
 from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
+from latentdiff.formats.scheduler_config import Described
 from latentdiff.formats.weights import blaming, read_json
 from latentdiff.models.autoencoder import DiffusersAutoencoder, latent_affine
 from latentdiff.models.conditioner import TextConditioner
@@ -65,12 +67,9 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
     else:
         vae, vae_files = open_autoencoder(choices.vae)
     text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer", variant)
-    path = folder / "scheduler" / "scheduler_config.json"
-    schedule = read_json(path)
+    described = scheduler_config.read_folder(folder)
     with blaming(folder):
-        return _opened(
-            (unet, unet_files), (vae, vae_files), (text, text_files), schedule, str(path)
-        )
+        return _opened((unet, unet_files), (vae, vae_files), (text, text_files), described)
 
 
 def open_file(file: Path, choices: Choices) -> Opened:
@@ -85,16 +84,16 @@ def open_file(file: Path, choices: Choices) -> Opened:
     unet, own, text, schedule = open_single(file, choices.vae is None)
     vae = own if choices.vae is None else open_autoencoder(choices.vae)
     assert vae is not None
+    described = scheduler_config.read(schedule, f"{file}: scheduler")
     with blaming(file):
-        return _opened(unet, vae, text, schedule, f"{file}: scheduler")
+        return _opened(unet, vae, text, described)
 
 
 def _opened(
     unet: "tuple[UNet2DConditionModel, WeightFiles]",
     vae: "tuple[AutoencoderKL | VQModel, WeightFiles]",
     text: "tuple[TextTower, WeightFiles]",
-    schedule: Config,
-    schedule_name: str,
+    described: Described,
 ) -> Opened:
     autoencoder = DiffusersAutoencoder(vae[0])
     network = DiffusersUNet(unet[0], autoencoder.channels)
@@ -104,7 +103,7 @@ def _opened(
         Weights(text[0].model, text[1], steady=True),
     ]
     nouns = Nouns(autoencoder, TextConditioner(text[0]), network)
-    return Opened(nouns, weights, schedule, schedule_name)
+    return Opened(nouns, weights, described)
 
 
 def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:

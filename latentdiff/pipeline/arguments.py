@@ -77,6 +77,27 @@ def solver_of(given: str | Solver, bundle: Bundle) -> Solver:
     return given
 
 
+def run_of(
+    solver: str | Solver | None, timetable: str | Timetable | None, bundle: Bundle, steps: int
+) -> tuple[Solver, Timetable]:
+    """The solver and the levels of a run.
+
+    The model's own solver at its own times is set as the model's config says, and ends where that
+    says; with any other solver, or at other times, the run ends at clean data.
+
+    Raises:
+        UserError: unknown names, other values, or a number of steps that a timetable does not have.
+    """
+    own_times = timetable is None or timetable == bundle.steps.spacing
+    if own_times and (solver is None or solver == bundle.solver):
+        return bundle.plan(steps)
+    stepper = solver_of(bundle.solver if solver is None else solver, bundle)
+    if timetable is None or isinstance(timetable, str):
+        timetable = bundle.timetable(timetable, steps)
+    check_levels(timetable)
+    return stepper, timetable
+
+
 def check_levels(timetable: Timetable) -> None:
     """Check that a timetable holds noise levels, and nothing else.
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import RunContext
 from latentdiff.errors import UserError, warn
+from latentdiff.formats import scheduler_config
 from latentdiff.formats.embeddings import read_words
 from latentdiff.formats.location import find_file
 from latentdiff.guidance.methods import Method
@@ -97,6 +98,31 @@ class LatentDiffusionPipeline(DiffusersNames):
         return cls(bundle)
 
     from_single_file = from_pretrained  # diffusers' name of it for one file
+
+    @property
+    def scheduler(self) -> Any:
+        """diffusers' scheduler object of the model's own sampler, as its pipelines have it.
+
+        Setting another, as `pipe.scheduler = EulerDiscreteScheduler.from_config(
+        pipe.scheduler.config)`, makes its method, times and settings the model's own, not while
+        another thread draws.
+
+        Raises:
+            UserError: diffusers has none for this model; or what is set is none, or is configured
+                as none here.
+        """
+        bundle = self.bundle
+        described = bundle.process, bundle.prediction, bundle.steps, bundle.solver
+        return scheduler_config.to_object(
+            described, learned_variance=bundle.network.learns_variance
+        )
+
+    @scheduler.setter
+    def scheduler(self, scheduler: object) -> None:
+        process, prediction, steps, solver = scheduler_config.read_object(scheduler)
+        self.bundle = replace(
+            self.bundle, process=process, prediction=prediction, steps=steps, solver=solver
+        )
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put a LoRA into the model, beside those that are in it.

@@ -22,13 +22,12 @@ from latentdiff.models.prompt_weights import without_weights
 from latentdiff.pipeline.arguments import (
     MAX_PIXELS,
     MAX_STEPS,
-    check_levels,
     finite,
     first_noise,
     latent_shape,
     listed,
     picture_streams,
-    solver_of,
+    run_of,
     whole,
 )
 from latentdiff.pipeline.prompts import (
@@ -146,12 +145,7 @@ def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     steps = whole(request.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
     finite(request.guidance_scale, "guidance_scale")
     finite(request.guidance_rescale, "guidance_rescale")
-    stepper = solver_of(bundle.solver if request.solver is None else request.solver, bundle)
-    timetable = request.timetable
-    if timetable is None or isinstance(timetable, str):
-        timetable = bundle.timetable(timetable, steps)
-    check_levels(timetable)
-    return stepper, timetable
+    return run_of(request.solver, request.timetable, bundle, steps)
 
 
 def _warn_of_noise(request: Request, solver: Solver) -> None:

@@ -12,8 +12,10 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.diffusion.solver import ddim_move, eps_of
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.registry import check_name
+from latentdiff.solvers.ending import lowered
 
 Floats = NDArray[np.float64]
 Variable = Literal["log-rho", "rho", "t"]
@@ -92,6 +94,7 @@ class DEIS:
             multistep method of k-diffusion; "log-rho": that of diffusers, smoothest of all. All
             but "rho" end with a first-order step to clean data.
         process: tells t between levels; needed for "t" alone.
+        ending: levels of a run towards whose end the order is `lowered`.
 
     Raises:
         UserError: order outside 1..4, an unknown variable, or "t" without a process.
@@ -101,6 +104,7 @@ class DEIS:
     variable: Variable = "log-rho"
     process: Process | None = None
     stochastic: bool = field(default=False, init=False)
+    ending: Timetable = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_name("variable", self.variable, get_args(Variable))
@@ -126,7 +130,7 @@ class DEIS:
         if here.alpha == 0:
             return moved, state
         eps = eps_of(x, x0, here)
-        history = ((here, eps), *state)[: self.order]
+        history = ((here, eps), *state)[: lowered(self.order, self.ending, here)]
         if len(history) > 1 and (there.sigma > 0 or self.variable == "rho"):
             levels = [level for level, _ in history]
             weights = lagrange_integrals(levels, here, there, self.variable, self.process)

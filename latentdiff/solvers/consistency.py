@@ -1,7 +1,9 @@
 """Few-step solvers for distilled checkpoints, whose x_0 is a sample, not a mean."""
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoiser
@@ -84,6 +86,7 @@ class TCD:
     Args:
         process: the process of that level.
         gamma: amount of noise: 0 is DDIM, 1 multistep consistency sampling.
+        whole: round the time of that level down to a whole one, as diffusers does (in float32).
 
     Raises:
         UserError: gamma outside 0..1.
@@ -91,6 +94,7 @@ class TCD:
 
     process: Process
     gamma: float = 0.3
+    whole: bool = False
     order: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
@@ -120,6 +124,9 @@ class TCD:
         if self.gamma == 1:
             return renoise(x0, there, noise), None
         end = self.process.data_level().t
-        target = self.process.level(end + (1 - self.gamma) * (there.t - end))
+        time = end + (1 - self.gamma) * (there.t - end)
+        if self.whole:
+            time = math.floor(np.float32(1 - self.gamma) * np.float32(there.t))
+        target = self.process.level(float(time))
         scale, std = transition(target, there)
         return scale * ddim_move(x, x0, here, target) + std * noise.like(x), None

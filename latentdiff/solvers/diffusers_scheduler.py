@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +17,14 @@ from latentdiff.diffusion.solver import eps_of
 from latentdiff.diffusion.timetable import Timetable, of_times
 from latentdiff.errors import UserError
 
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+PREDICTIONS: Mapping[str, Prediction] = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+    "score": "score",
+}
+"""Prediction types by their names in diffusers; "score" is ours."""
 
 _DRAW_NOISE = ("Ancestral", "DDPM", "LCM", "TCD", "SDE", "SASolver", "UnCLIP")
 
@@ -117,7 +125,7 @@ class DiffusersScheduler:
         config, estimate = self.scheduler.config, denoise(x, level)
         x0, v = estimate.x0, estimate.variance
         kind = str(getattr(config, "prediction_type", "flow"))
-        prediction = _PREDICTIONS.get(kind, "flow")
+        prediction = PREDICTIONS.get(kind, "flow")
         output = target(prediction, x0, eps_of(x, x0, level), level.alpha, level.sigma)
         told = config.get("variance_type") == "learned_range"
         return torch.cat([output, v], 1) if told and v is not None else output

@@ -5,7 +5,8 @@ eta = 1 is the reverse SDE itself ("SDE-DPM-Solver++"). At order 1 they are DDIM
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -13,7 +14,12 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.diffusion.solver import between, ddim_move, sde_std
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
+from latentdiff.registry import check_name
+from latentdiff.solvers.ending import lowered
+
+Slope = Literal["midpoint", "heun"]
 
 History = tuple[tuple[Tensor, float], ...]
 """x_0 at the last levels and the length of the step from there in half log-SNR, newest first."""
@@ -36,16 +42,22 @@ class DPMpp2S:
     Args:
         process: the process of the level in the middle.
         eta: amount of noise; see the module.
+        inner: levels to take for the middles instead, as diffusers' DPMSolverSinglestep takes
+            every other level of its timetable: a step over one of them has its middle there (the
+            paper's r is then not 1/2), any other step is of first order. Without noise only.
 
     Raises:
-        UserError: eta is negative or not finite.
+        UserError: eta is negative or not finite, or inner levels are given with noise.
     """
 
     process: Process
     eta: float = 0.0
+    inner: Timetable = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
+        if self.inner and self.eta:
+            raise UserError("DPM-Solver++(2S) with noise has its middles in the middle.")
 
     @property
     def order(self) -> int:
@@ -73,6 +85,8 @@ class DPMpp2S:
         if there.sigma == 0 or here.alpha == 0:
             moved = ddim_move(x, x0, here, there, std)
             return (moved + std * noise.like(x) if std else moved), None
+        if self.inner:
+            return self._over_inner(denoise, x, x0, here, there), None
         middle = between(self.process, here, there, 0.5)
         std_middle = sde_std(here, middle, self.eta)
         x_middle = ddim_move(x, x0, here, middle, std_middle)
@@ -83,6 +97,18 @@ class DPMpp2S:
         std_rest = sde_std(middle, there, self.eta)
         keep = math.sqrt(there.sigma**2 - std_rest**2) / middle.sigma
         return moved + keep * drawn + std_rest * noise.like(x), None
+
+    def _over_inner(
+        self, denoise: Denoiser, x: Tensor, x0: Tensor, here: NoiseLevel, there: NoiseLevel
+    ) -> Tensor:
+        """Algorithm 1 with the r of the inner level that is passed, or first order."""
+        passed = [at for at in self.inner if here.log_snr < at.log_snr < there.log_snr]
+        if not passed:
+            return ddim_move(x, x0, here, there)
+        middle = passed[len(passed) // 2]
+        share = (middle.log_snr - here.log_snr) / (there.log_snr - here.log_snr)
+        x0_middle = denoise(ddim_move(x, x0, here, middle), middle).x0
+        return ddim_move(x, x0 + (x0_middle - x0) / (2 * share), here, there)
 
 
 @dataclass(frozen=True)
@@ -95,15 +121,21 @@ class DPMpp2M:
 
     Args:
         eta: amount of noise; see the module.
+        slope: weight of the change of x_0 in a step: "midpoint", one half, as in the paper, or
+            "heun", the exact integral of a straight line (their code's solver_type).
+        ending: levels of a run towards whose end the order is `lowered`.
 
     Raises:
-        UserError: eta is negative or not finite.
+        UserError: eta is negative or not finite, or an unknown slope.
     """
 
     eta: float = 0.0
+    slope: Slope = "midpoint"
+    ending: Timetable = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
+        check_name("slope", self.slope, get_args(Slope))
 
     @property
     def order(self) -> int:
@@ -129,13 +161,20 @@ class DPMpp2M:
         x0 = denoise(x, here).x0
         h = 0.5 * (there.log_snr - here.log_snr)
         estimate = x0
-        if state and there.sigma > 0:
+        if state and there.sigma > 0 and lowered(2, self.ending, here) > 1:
             ((x0_before, h_before),) = state
             # A step from pure noise is infinitely long; its x_0 then has no weight.
-            estimate = x0 + h / (2 * h_before) * (x0 - x0_before)
+            estimate = x0 + self._weight(h) * h / h_before * (x0 - x0_before)
         std = sde_std(here, there, self.eta)
         moved = ddim_move(x, estimate, here, there, std)
         return (moved + std * noise.like(x) if std else moved), ((x0, h),)
+
+    def _weight(self, h: float) -> float:
+        """Share of the change over this step, of length h, that counts in its mean x_0."""
+        if self.slope == "midpoint":
+            return 0.5
+        length = (1 + self.eta) * h
+        return 1 / -math.expm1(-length) - 1 / length
 
 
 @dataclass(frozen=True)
@@ -153,12 +192,14 @@ class DPMpp3M:
 
     Args:
         eta: amount of noise; see the module.
+        ending: levels of a run towards whose end the order is `lowered`.
 
     Raises:
         UserError: eta is negative or not finite.
     """
 
     eta: float = 0.0
+    ending: Timetable = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
@@ -190,6 +231,7 @@ class DPMpp3M:
         std = sde_std(here, there, self.eta)
         moved = ddim_move(x, x0, here, there, std)
         history = [(value, length) for value, length in state if length < math.inf]
+        history = history[: lowered(3, self.ending, here) - 1]
         if history and there.sigma > 0:
             moved = moved + there.alpha * self._correction(x0, h, history)
         return (moved + std * noise.like(x) if std else moved), ((x0, h), *history[:1])

@@ -54,9 +54,12 @@ class Heun:
 
     Args:
         churn: the noise to add before each step, if any.
+        velocity: of a rectified flow, the trapezoidal rule on its velocity (x - x_0) / sigma over
+            t instead, as diffusers' FlowMatchHeun has it.
     """
 
     churn: Churn | None = None
+    velocity: bool = False
     order: int = field(default=2, init=False)
 
     @property
@@ -80,8 +83,11 @@ class Heun:
             x, here = self.churn.raise_level(x, here, noise)
         x0 = denoise(x, here).x0
         euler = ddim_move(x, x0, here, there)
-        if there.sigma == 0 or here.alpha == 0:
+        if there.sigma == 0 or (here.alpha == 0 and not self.velocity):
             return euler, None
+        if self.velocity:
+            slopes = (x - x0) / here.sigma + (euler - denoise(euler, there).x0) / there.sigma
+            return x + 0.5 * (there.sigma - here.sigma) * slopes, None
         # The trapezoidal rule on (x / alpha - x_0) / s over s = sigma / alpha, rearranged so that
         # only the change of x_0 is corrected.
         weight = 0.5 * there.alpha * (here.ratio / there.ratio - 1)

@@ -12,9 +12,11 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.diffusion.solver import ddim_move, sde_std
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.solvers.adams import gauss_legendre, lagrange_weights
 from latentdiff.solvers.dpmpp import check_eta
+from latentdiff.solvers.ending import lowered
 
 
 def log_rates(process: Process, t: float) -> tuple[float, float]:
@@ -92,10 +94,12 @@ class SAState(NamedTuple):
     Attributes:
         history: (half log-SNR, x_0) of the last levels, the newest first.
         predicted: the mean x_0 that the predictor moved with, or None.
+        tau: the amount of noise that it moved with.
     """
 
     history: tuple[tuple[float, Tensor], ...]
     predicted: Tensor | None
+    tau: float
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,13 @@ class SASolver:
         predictor: number of levels that the predictor interpolates, 1 to 4.
         corrector: number of levels of the corrector, the one just reached included, 1 to 4; or 0
             for none.
+        noisy: first and last time of the steps with noise, the others then having a tau of 0
+            (their section 6.1; diffusers has 200 to 800). A draw of each step is taken even so,
+            as there. None: all steps.
+        as_in_code: give the slope of two levels the weight h^2 / 2 (1 + tau^2) instead of that of
+            the integral, as the authors' code and diffusers do ("empirically we find it will
+            slightly improve"); it differs by a term of third order that their paper has not.
+        ending: levels of a run towards whose end the predictor's order is `lowered`.
 
     Raises:
         UserError: a setting out of range.
@@ -120,6 +131,9 @@ class SASolver:
     tau: float = 1.0
     predictor: int = 2
     corrector: int = 2
+    noisy: tuple[float, float] | None = None
+    as_in_code: bool = False
+    ending: Timetable = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_eta(self.tau)
@@ -140,7 +154,7 @@ class SASolver:
         return self.tau > 0
 
     def init(self) -> SAState:
-        return SAState((), None)
+        return SAState((), None, 0.0)
 
     def step(
         self,
@@ -154,33 +168,41 @@ class SASolver:
         x0 = denoise(x, here).x0
         now, then = 0.5 * here.log_snr, 0.5 * there.log_snr
         if state.predicted is not None and self.corrector:
-            known = [(now, x0), *state.history][: self.corrector]
+            known = ((now, x0), *state.history)[: self.corrector]
             start = state.history[0][0]
-            share = -math.expm1(-(1 + self.tau**2) * (now - start))
-            x = x + here.alpha * share * (self._mean(known, start, now) - state.predicted)
-        std = sde_std(here, there, self.tau**2)
+            share = -math.expm1(-(1 + state.tau**2) * (now - start))
+            mean = self._mean(known, start, now, state.tau)
+            x = x + here.alpha * share * (mean - state.predicted)
+        noisy = self.noisy is None or self.noisy[0] <= here.t <= self.noisy[1]
+        tau = self.tau if noisy else 0.0
+        std = sde_std(here, there, tau**2)
         mean, history = x0, ()
         if now > -math.inf:
             history = ((now, x0), *state.history)[: max(self.predictor, self.corrector)]
             if there.sigma > 0:
-                mean = self._mean(history[: self.predictor], now, then)
+                known = history[: lowered(self.predictor, self.ending, here)]
+                mean = self._mean(known, now, then, tau)
         moved = ddim_move(x, mean, here, there, std)
         # From pure noise the share of x_0 is not that of a finite step: nothing to correct.
-        state = SAState(history, mean if history and there.sigma > 0 else None)
-        return (moved + std * noise.like(x) if std else moved), state
+        state = SAState(history, mean if history and there.sigma > 0 else None, tau)
+        if std or self.noisy is not None:
+            moved = moved + std * noise.like(x)
+        return moved, state
 
     def _mean(
-        self,
-        known: "list[tuple[float, Tensor]] | tuple[tuple[float, Tensor], ...]",
-        start: float,
-        end: float,
+        self, known: tuple[tuple[float, Tensor], ...], start: float, end: float, tau: float
     ) -> Tensor:
         """The constant x_0 that moves x as the polynomial through the known ones does."""
         if len(known) == 1:
             return known[0][1]
         places, weights = gauss_legendre(start, end)
-        weights = weights * np.exp((1 + self.tau**2) * (places - end))
+        weights = weights * np.exp((1 + tau**2) * (places - end))
         shares = lagrange_weights([place for place, _ in known], places, weights / weights.sum())
+        if self.as_in_code and len(known) == 2:
+            rate, h = 1 + tau**2, end - start
+            exact = (h * rate + math.expm1(-rate * h)) / rate**2
+            more = rate * (h**2 / 2 - exact) / -math.expm1(-rate * h)
+            shares[1] += more / (known[1][0] - known[0][0])
         total = known[0][1]
         for share, (_, x0) in zip(shares[1:], known[1:], strict=True):
             total = total + share * (x0 - known[0][1])

@@ -11,8 +11,10 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.solver import ddim_move
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.registry import check_name
+from latentdiff.solvers.ending import lowered
 
 Variant = Literal["bh1", "bh2"]
 
@@ -23,10 +25,12 @@ class UniPCState(NamedTuple):
     Attributes:
         history: (half log-SNR, x_0) of the last levels, the newest first.
         predicted: what the predictor added to the first-order step, before alpha', or None.
+        made: how many steps there were.
     """
 
     history: tuple[tuple[float, Tensor], ...]
     predicted: Tensor | float | None
+    made: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class UniPC:
     Args:
         degree: p, 1 to 3.
         variant: their B(h): "bh1" is h, "bh2" is e^h - 1.
+        uncorrected: steps, counted from 0, that are not corrected; of the first ones large guidance
+            scales make bad corrections (their section 4).
+        ending: levels of a run towards whose end the order is `lowered`.
 
     Raises:
         UserError: p outside 1..3, or an unknown variant.
@@ -49,6 +56,8 @@ class UniPC:
     degree: int = 2
     variant: Variant = "bh2"
     stochastic: bool = field(default=False, init=False)
+    uncorrected: tuple[int, ...] = ()
+    ending: Timetable = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_name("variant", self.variant, get_args(Variant))
@@ -73,16 +82,17 @@ class UniPC:
     ) -> tuple[Tensor, UniPCState]:
         x0 = denoise(x, here).x0
         now, then = 0.5 * here.log_snr, 0.5 * there.log_snr
-        if state.predicted is not None:
+        if state.predicted is not None and state.made - 1 not in self.uncorrected:
             x = x + here.alpha * (self._correct(x0, now, state.history) - state.predicted)
+        made = state.made + 1
         if now == -math.inf:
-            return ddim_move(x, x0, here, there), self.init()
-        history = ((now, x0), *state.history)[: self.degree]
+            return ddim_move(x, x0, here, there), UniPCState((), None, made)
+        history = ((now, x0), *state.history)[: lowered(self.degree, self.ending, here)]
         moved = ddim_move(x, x0, here, there)
         if there.sigma == 0:
-            return moved, UniPCState(history, None)
+            return moved, UniPCState(history, None, made)
         predicted = self._predict(then, history)
-        return moved + there.alpha * predicted, UniPCState(history, predicted)
+        return moved + there.alpha * predicted, UniPCState(history, predicted, made)
 
     def _predict(self, then: float, history: tuple[tuple[float, Tensor], ...]) -> Tensor | float:
         """UniP: the sum over the older levels; 0 while there are none."""

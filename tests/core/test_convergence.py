@@ -123,7 +123,7 @@ def test_order_from_pure_noise(name: str) -> None:
     Even in t, step k from there has the length 1 / k in log-SNR. The error of DPM-Solver++(2M) in
     each is 1 / (k n^2), whose sum is ln(n) / n^2: this factor is taken out before the order.
     """
-    solver, flow = solvers.create(name), process.create("flow")
+    solver, flow = solvers.create(name), process.Flow()
     runs = [[flow.level(t) for t in np.linspace(1, 0.2, n + 1).tolist()] for n in (128, 256)]
     order, errors = measured_order(solver, runs)
     if name == "dpmpp-2m":
@@ -162,7 +162,7 @@ def test_the_mixture_of_one_is_the_gaussian() -> None:
 
 def test_the_mixture_is_its_own_score() -> None:
     """Tweedie: x_0 = (x + sigma^2 grad ln p) / alpha, with p differentiated by autograd."""
-    level = process.create("flow").level(0.6)
+    level = process.Flow().level(0.6)
     x = points().requires_grad_()
     spread = level.alpha**2 * torch.tensor([0.4, 0.6, 0.5]).double() ** 2 + level.sigma**2
     away = x[:, None] - level.alpha * DATA.means[:, :, None, None]

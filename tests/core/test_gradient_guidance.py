@@ -45,7 +45,7 @@ def test_a_tilted_gaussian(kind: str, through: bool) -> None:
 
 
 def test_off_outside_its_interval_and_at_pure_noise() -> None:
-    level = process.create("flow").level(0.5)
+    level = process.Flow().level(0.5)
 
     def half(x: Tensor, level: NoiseLevel) -> Estimate:
         return Estimate(x / 2, x.square())
@@ -53,7 +53,7 @@ def test_off_outside_its_interval_and_at_pure_noise() -> None:
     assert guidance.from_estimate(half, score, strength=0.0) is half
     above = guidance.from_estimate(half, score, strength=1.0, interval=(level.ratio, math.inf))
     assert torch.equal(above(X, level).x0, X / 2)
-    noise = process.create("flow").level(1.0)
+    noise = process.Flow().level(1.0)
     assert torch.equal(guidance.from_estimate(half, score, strength=1.0)(X, noise).x0, X / 2)
     past = guidance.from_estimate(half, score, strength=1.0, through=False)
     torch.testing.assert_close(past(X, noise).x0, X / 2 + SLOPE.expand_as(X))

@@ -16,7 +16,7 @@ from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.errors import UserError
 from latentdiff.guidance import classifier_free
 
-FLOW = process.create("flow")
+FLOW = process.Flow()
 LEVEL = FLOW.level(0.5)
 X = NoiseStreams(0, count=3).draw((2, 4, 4))
 CATS = Condition(states=torch.full((3, 5, 2), 0.7))

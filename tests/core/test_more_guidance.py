@@ -21,7 +21,7 @@ from latentdiff.diffusion.process import NoiseLevel, Process
 from latentdiff.errors import UserError
 from latentdiff.guidance import methods
 
-FLOW = process.create("flow")
+FLOW = process.Flow()
 LEVEL = FLOW.level(0.5)
 X = NoiseStreams(0, count=3).draw((2, 4, 4)).double()
 SHIFTS = {"cat": (0.7, 0.2, -0.4), "dog": (-0.3, 0.5, 0.1), "none": (0.0, 0.05, -0.1)}

@@ -13,7 +13,7 @@ from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Denoiser,
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.errors import UserError
 
-FLOW = process.create("flow")
+FLOW = process.Flow()
 LEVEL = FLOW.level(0.5)
 LEVELS = timetable.create("trailing", FLOW, 4)
 X = NoiseStreams(0, count=3).draw((2, 4, 4)).double()

@@ -87,13 +87,14 @@ def test_continuous_vp_solves_its_sde() -> None:
 
 
 def test_ve_edm_and_flow_are_what_their_papers_say() -> None:
-    ve, edm, flow = (process.create(name) for name in ("ve", "edm", "flow"))
+    ve, edm, flow = process.create("ve"), process.create("edm"), process.Flow()
     assert ve.level(0.5).sigma == pytest.approx(math.sqrt(0.01 * 50))
     assert ve.prior_scale(ve.level(1)) == pytest.approx(50)
     assert edm.level(edm.t_max).sigma == pytest.approx(80)
     assert edm.level(math.log(3) / 4).sigma == pytest.approx(3)
     assert flow.level(0.3) == NoiseLevel(0.3, 0.7, 0.3)
     assert flow.level(1.0) == NoiseLevel(1.0, 0.0, 1.0)
+    assert process.create("flow").level(300.0) == NoiseLevel(300.0, 0.7, 0.3)
 
 
 def test_v_on_edm_is_edms_preconditioning() -> None:

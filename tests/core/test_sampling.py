@@ -178,7 +178,7 @@ def test_timetables_go_from_noise_to_data(kind: str, spacing: str) -> None:
         if spacing != "leading":
             assert levels[0] == where.level(where.t_max)
         if spacing == "trailing" and kind == "flow":
-            np.testing.assert_allclose([x.t for x in levels], np.linspace(1, 0, steps + 1))
+            np.testing.assert_allclose([x.t for x in levels], np.linspace(1000, 0, steps + 1))
 
 
 def test_karras_and_exponential_are_even_where_they_should_be() -> None:

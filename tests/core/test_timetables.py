@@ -15,12 +15,29 @@ from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.errors import UserError
 
 VP = process.create("vp-scaled-linear")
-FLOW = process.create("flow")
+FLOW = process.Flow()
 
 
 def test_lu_is_even_in_log_snr() -> None:
     places = [level.log_snr for level in timetable.create("lu", VP, 12)[:-1]]
     np.testing.assert_allclose(np.diff(places, 2), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential"])
+def test_an_end_without_signal_takes_one_step(name: str) -> None:
+    """The cosine schedule begins at sigma / alpha 20,000, where half of its levels would lie."""
+    cosine = process.create("vp-cosine")
+    first, *others, _ = timetable.create(name, cosine, 12)
+    assert first == cosine.level(999.0)
+    assert first.ratio > 20_000
+    ratios = [level.ratio for level in others]
+    np.testing.assert_allclose(ratios, timetable.ramp(name, 80, ratios[-1], 11), rtol=1e-9)
+    assert timetable.create(name, cosine, 1) == (first, cosine.data_level())
+    for kind in ("edm", "ve", "vp-scaled-linear"):  # 80, 50 and 15
+        where = process.create(kind)
+        ratios = [level.ratio for level in timetable.create(name, where, 9)[:-1]]
+        ends = where.level(where.t_max).ratio, where.level(where.t_min).ratio
+        np.testing.assert_allclose(ratios, timetable.ramp(name, *ends, 9), rtol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 33])

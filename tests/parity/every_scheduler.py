@@ -1,9 +1,10 @@
 """Every scheduler of diffusers beside our solver: `python tests/parity/every_scheduler.py`.
 
-It prints docs/schedulers.md. The fake network is input-dependent; x_t is compared after every step,
-and the table tells the largest difference relative to the largest value.
+It prints docs/schedulers.md from the table of `latentdiff.formats.scheduler_classes` and from the
+comparisons here, runs with an input-dependent fake network that `test_every_scheduler.py` makes.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,9 @@ from latentdiff.diffusion import process, sampling, timetable
 from latentdiff.diffusion.denoiser import network_denoiser
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.solvers import LCM, TCD, DPMpp3M, SASolver, Solver
+from latentdiff.formats.scheduler_classes import CLASSES, Key, Keys, Row, SchedulerClass
+from latentdiff.formats.scheduler_config import MENDED
+from latentdiff.solvers import LCM, TCD, Consistency, DPMpp3M, Euler, Heun, SASolver, Solver
 
 THEIRS: Any = diffusers
 Trails = tuple[list[Tensor], list[Tensor]]
@@ -42,24 +45,6 @@ class TheirThirdOrder(DPMpp3M):
         bend = (x0 - before) / h_before - (before - oldest) / h_oldest
         bend = bend * h**2 / (h_before + h_oldest)
         return right + ((math.expm1(-h) / h + 1) / h - 0.5) * bend
-
-
-class TheirSASolver(SASolver):
-    """With the term that diffusers adds where two levels are interpolated.
-
-    Their slope's weight, h^2 / 2 (1 + tau^2) instead of the integral of e^((1 + tau^2)(l - h)) l,
-    is over the share 1 - e^(-(1 + tau^2) h) that the mean is multiplied with.
-    """
-
-    def _mean(self, known: Sequence[tuple[float, Tensor]], start: float, end: float) -> Tensor:
-        mean = super()._mean(tuple(known), start, end)
-        if len(known) != 2:
-            return mean
-        rate, h = 1 + self.tau**2, end - start
-        exact = (h * rate - 1 + math.exp(-rate * h)) / rate**2
-        (place, x0), (other, x0_other) = known
-        slope = (x0 - x0_other) / (place - other)
-        return mean + rate * (h**2 / 2 - exact) * slope / -math.expm1(-rate * h)
 
 
 def in_sigma(
@@ -149,20 +134,19 @@ def tcd() -> Trails:
 
 
 def sa_solver() -> Trails:
-    settings: dict[str, Any] = {"predictor_order": 2, "corrector_order": 2}
-    scheduler = build(THEIRS.SASolverScheduler, "eps", "trailing", **settings)
-    scheduler.tau_func = lambda t: 1.0
+    scheduler = build(THEIRS.SASolverScheduler, "eps", "trailing")
     other = theirs(scheduler, lambda s: follows(s, LEVELS))
-    return ours(TheirSASolver(), LEVELS, "eps")[:-1], other[:-1]
+    solver = SASolver(noisy=(200, 800), as_in_code=True)
+    return ours(solver, LEVELS, "eps")[:-1], other[:-1]
 
 
 def along(
-    where: process.Process, prediction: Any, solver: str, levels: Sequence[NoiseLevel]
+    where: process.Process, prediction: Any, solver: Solver, levels: Sequence[NoiseLevel]
 ) -> list[Tensor]:
     trail: list[Tensor] = []
     sampling.sample(
         network_denoiser(network, where, prediction),
-        solvers.create(solver, where),
+        solver,
         levels,
         initial() * where.prior_scale(levels[0]),
         noise=NoiseStreams(SEED),
@@ -171,7 +155,7 @@ def along(
     return trail
 
 
-def flow(kind: str, solver: str) -> Callable[[], Trails]:
+def flow(kind: str, solver: Solver) -> Callable[[], Trails]:
     """A flow-matching scheduler holds x_t itself, and a network's output is the velocity."""
 
     def run() -> Trails:
@@ -182,8 +166,11 @@ def flow(kind: str, solver: str) -> Callable[[], Trails]:
         draws = {"generator": generator} if "LCM" in kind else {}
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, t.expand(1)), t, x, **draws).prev_sample
-            trail.append(x)
-        levels = timetable.of_times(where, [float(t) for t in scheduler.timesteps])
+            half = not getattr(scheduler, "state_in_first_order", True)
+            if not half or len(trail) == 7:  # the last step has one half
+                trail.append(x)
+        times = list(dict.fromkeys(scheduler.timesteps.tolist()))
+        levels = timetable.of_times(where, times)
         return along(where, "flow", solver, levels), trail
 
     return run
@@ -202,7 +189,7 @@ def edm(kind: str, solver: str) -> Callable[[], Trails]:
             output = network(scheduler.scale_model_input(x, t), t.expand(1))
             x = scheduler.step(output, t, x).prev_sample
             trail.append(x)
-        return along(where, "v", solver, levels), trail
+        return along(where, "v", solvers.create(solver, where), levels), trail
 
     return run
 
@@ -243,14 +230,18 @@ SAME: dict[str, tuple[str, Callable[[], Trails]]] = {
         "unipc, unipc-bh1, unipc-3",
         in_sigma("UniPCMultistepScheduler", "unipc", final_sigmas_type="zero"),
     ),
-    "SASolverScheduler": ("sa-solver with one more term", sa_solver),
+    "SASolverScheduler": ("sa-solver as in code, with noise at times 200 to 800", sa_solver),
     "LCMScheduler": ("lcm", lcm),
     "TCDScheduler": ("tcd", tcd),
     "FlowMatchEulerDiscreteScheduler": (
         "euler",
-        flow("FlowMatchEulerDiscreteScheduler", "euler"),
+        flow("FlowMatchEulerDiscreteScheduler", Euler()),
     ),
-    "FlowMatchLCMScheduler": ("consistency", flow("FlowMatchLCMScheduler", "consistency")),
+    "FlowMatchHeunDiscreteScheduler": (
+        "heun of the velocity in t",
+        flow("FlowMatchHeunDiscreteScheduler", Heun(velocity=True)),
+    ),
+    "FlowMatchLCMScheduler": ("consistency", flow("FlowMatchLCMScheduler", Consistency())),
     "EDMEulerScheduler": ("euler", edm("EDMEulerScheduler", "euler")),
     "EDMDPMSolverMultistepScheduler": (
         "dpmpp-2m",
@@ -261,8 +252,6 @@ SAME: dict[str, tuple[str, Callable[[], Trails]]] = {
 OTHERS: dict[str, str] = {
     "DPMSolverSDEScheduler": "`dpmpp-sde`: the same method, but its noise is a Brownian tree of "
     "torchsde with a seed of its own, so no run can be compared step by step",
-    "FlowMatchHeunDiscreteScheduler": "`heun` makes the trapezoidal rule in sigma / alpha, "
-    "this one in t: another method of order 2",
     "DDIMInverseScheduler": "`diffusion.inversion` runs any solver backwards",
     "DPMSolverMultistepInverseScheduler": "`diffusion.inversion` runs any solver backwards",
     "RePaintScheduler": "RePaint is an edit here, for every solver: docs/editing.md; its jumps end "
@@ -297,30 +286,84 @@ OTHERS: dict[str, str] = {
 
 HEAD = """# The schedulers of diffusers, and ours
 
-Every scheduler class of diffusers 0.42.1, our solver of the same method, and the largest difference
-between the two after any step, relative to the largest value, in float32 with one input-dependent
-fake network and the same noise. Made by `python tests/parity/every_scheduler.py >
-docs/schedulers.md`; `tests/parity/` holds each of them to 1e-4 with more predictions, timetables
-and settings, and says where diffusers deviates. Any of its scheduler objects also runs as a solver:
+Made by `python tests/parity/every_scheduler.py > docs/schedulers.md` for diffusers 0.42.1.
+
+## Solvers
+
+Every scheduler class and our solver of the same method. `tests/parity/` holds x after every step
+to 1e-4 of its largest value, in float32 with an input-dependent fake network and the same noise,
+and the pixels of a tiny model to 1e-4, with more predictions, timetables and settings. Any of
+diffusers' scheduler objects also runs as a solver:
 `latentdiff.solvers.diffusers_scheduler.DiffusersScheduler`.
 
-| diffusers | here | largest difference |
-|---|---|---|"""
+| diffusers | here |
+|---|---|"""
 
 NOTES = """
 - **DPMSolverMultistep of order 3** takes the divided difference, half of the second derivative, for
   the derivative itself (as the authors' code and k-diffusion).
   `test_their_third_order_is_of_order_2` measures order 2; `dpmpp-3m` has order 3.
-- **SASolver** with two levels adds a term of third order that its paper does not have
-  ("empirically we find it will slightly improve"); with it ours is theirs, without it the
-  difference is above 1e-4.
+- **SASolver** with two levels adds a term of third order that its paper does not have ("empirically
+  we find it will slightly improve"): a setting here, `as_in_code`.
 - DEIS takes log(0) in the step to clean data, SASolver lowers its order there and TCD ends at
   t = 0: those last steps are left out.
 
-## Others
+### Others
 
 | diffusers | why there is nothing to compare |
 |---|---|"""
+
+KEYS = """
+## What is read of a `scheduler_config.json`
+
+A model folder's config names one of these classes and holds its keys. A key that is left out has
+that class's own default. Each key of the class is **read**, or **without effect** on its pictures,
+or works with some values only and is **refused** with others, in a line that names the class, the
+key and the value; any other class is refused, too. Keys of other classes, which diffusers'
+`from_config` carries along into the saved file, are without effect, as there. (Two of them are not:
+`sigma_min` and `sigma_max` bound the ramps of sigmas of every class that is marked +; with
+`sigma_min` such a run must end at clean data.)
+
+What is read draws the picture that diffusers draws: `tests/parity/test_saved_schedulers.py` saves
+each class with each spacing, ramp of sigmas, end and prediction, alone and by `from_config` from
+Stable Diffusion's config, and compares pixels to 1e-4; it changes every key of every class, and
+holds the statements of this table to what happens.
+
+The **end** is where a run of the model's own solver ends: at clean data, or at the noise of the
+first time. With any other `--solver`, or at other times, it ends at clean data.
+
+"""
+
+MENDING = """### Pipelines
+
+Some pipelines of diffusers set keys of their scheduler whatever its file says. The pipeline that
+`model_index.json` names decides, here too; a single file is one of StableDiffusionPipeline. (If it
+also names another scheduler than the scheduler's own file, a warning says so.)
+"""
+
+WHERE_THEY_DIFFER = """
+- **The first x** of Euler, Euler ancestral, Heun, KDPM2, KDPM2 ancestral, LMS and DPMSolverSDE is
+  sigma times noise with the spacings "linspace" and "trailing". x = alpha x_0 + sigma noise has the
+  variance alpha^2 + sigma^2 = 1 for data of unit variance, as their "leading" and all other classes
+  have it; sigma^2 alone, 0.995 in Stable Diffusion, is that of x without data. Their multistep
+  classes begin a rectified flow at t = 999 with 1, where alpha^2 + sigma^2 is 0.998. Ours begins
+  with alpha^2 + sigma^2.
+- **DDIM, PNDM** move x from t to t - T // n whatever the spacing, and ask the network next at the
+  next time of the spacing. With "leading" both are the same, with "trailing" where n divides T;
+  elsewhere x does not have the noise that the network is told. Ours moves to the time it asks at.
+- **PNDM with v** averages the network's v of several times. What its method averages is the noise,
+  alpha v + sigma x, whose alpha, sigma and x are those of each time.
+- **PNDM without skip_prk_steps and with an odd T // n** asks at T // n // 2 above a time and moves
+  x to T // n // 2 below the one before, one apart.
+- **DPMSolverMultistep of order 3**: see above.
+- **UniPC with B1(h)** multiplies infinity with 0 in the step to clean data: its pictures are NaN.
+- **DDPM with variance_type fixed_large** draws noise of the whole kernel in its last step unless
+  that begins at time 0 (Ho et al. 2020, algorithm 2, has none there).
+- **flow_prediction without use_flow_sigmas** takes sigma / alpha for sigma: x - sigma / alpha v is
+  x_0 in no process. Ours reads the flow, noise - x_0, of the process that the config says.
+- LMS starts an image-to-image run with weights of a history that it does not have.
+- TCD's `eta` is no key: its own step takes 0.3, as ours; a pipeline's call passes 0.
+"""
 
 
 def largest(trails: Trails) -> float:
@@ -330,11 +373,73 @@ def largest(trails: Trails) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, other, strict=True))
 
 
+def means(row: Row) -> str:
+    """A solver of the table, and which keys say so."""
+    settings = [
+        f"{name} {f'as `{value.name}`' if isinstance(value, Key) else told(value)}"
+        for name, value in row.settings.items()
+    ]
+    name = f"`{row.solver}`" + (f" with {', '.join(settings)}" if settings else "")
+    return f"{name} for {_all(row.when)}" if row.when else name
+
+
+def told(value: object) -> str:
+    """As a config has it."""
+    return json.dumps(value).strip('"')
+
+
+def refused(kind: SchedulerClass) -> str:
+    """Values that work, values that do not, and combinations that do not."""
+    parts = [f"`{key}` other than {_any(values)}" for key, values in kind.only.items()]
+    parts += [f"`{key}` {_any(values)}" for key, values in kind.never.items()]
+    parts += [_all(clash) for clash in kind.clashes]
+    return "; ".join(parts) or "-"
+
+
+def _any(values: tuple[object, ...]) -> str:
+    return " or ".join(told(value) for value in values)
+
+
+def _all(keys: Keys) -> str:
+    return " with ".join(f"`{key}` {told(value)}" for key, value in keys.items())
+
+
+ENDS = {
+    "clean": "at clean data",
+    "sigma_min": "at the first time",
+    "set_alpha_to_one": "where `set_alpha_to_one` says",
+    "final_sigmas_type": "where `final_sigmas_type` says",
+}
+
+
+def keys_of(kind: SchedulerClass) -> list[str]:
+    """The part of the page on one class."""
+    fixed = {key for key, values in kind.only.items() if len(values) == 1}
+    read = [key for key in kind.defaults if key not in kind.idle and key not in fixed]
+    plus = " +" if kind.ranged and "sigma_min" not in kind.defaults else ""
+    return [
+        f"- means: {'; '.join(means(row) for row in kind.rows)}; ends {ENDS[kind.end]}",
+        f"- read: {', '.join(f'`{key}` ({told(kind.defaults[key])})' for key in read)}{plus}",
+        f"- without effect: {', '.join(f'`{key}`' for key in sorted(kind.idle)) or '-'}",
+        f"- refused: {refused(kind)}",
+    ]
+
+
+def page() -> str:
+    """docs/schedulers.md."""
+    lines = [HEAD]
+    lines += [f"| {name} | `{here}` |" for name, (here, _) in SAME.items()]
+    lines += [NOTES, *(f"| {name} | {reason} |" for name, reason in OTHERS.items()), KEYS.rstrip()]
+    alike: dict[int, list[str]] = {}
+    for name, kind in CLASSES.items():
+        alike.setdefault(id(kind), []).append(name)
+    for names in alike.values():
+        lines += ["", f"### {', '.join(names)}", "", *keys_of(CLASSES[names[0]])]
+    lines += ["", MENDING, *(f"- {name}: {_all(keys)}" for name, keys in MENDED.items())]
+    lines += ["", "## Where pixels differ", "", WHERE_THEY_DIFFER.strip()]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(HEAD)
-    for name, (here, run) in SAME.items():
-        print(f"| {name} | `{here}` | {largest(run()):.0e} |", flush=True)
-    print(NOTES)
-    for name, reason in OTHERS.items():
-        print(f"| {name} | {reason} |")
+    print(page(), end="")

@@ -1,8 +1,8 @@
 """diffusers' own scheduler objects through our loop, and our solvers through their configs."""
 
-import importlib
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -20,7 +20,7 @@ from latentdiff.diffusion import process, sampling
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import Gaussian
 from latentdiff.errors import UserError
-from latentdiff.formats import scheduler_classes
+from latentdiff.formats.scheduler_classes import classes_of, complete, solver_of
 from latentdiff.solvers.diffusers_scheduler import DiffusersScheduler
 
 
@@ -64,39 +64,24 @@ def test_what_cannot_run_is_refused() -> None:
         DiffusersScheduler(object(), VP, 10)
 
 
-FILES = {
-    "EulerDiscreteScheduler": "euler_discrete",
-    "DPMSolverMultistepScheduler": "dpmsolver_multistep",
-    "DPMSolverSinglestepScheduler": "dpmsolver_singlestep",
-    "UniPCMultistepScheduler": "unipc_multistep",
-    "DEISMultistepScheduler": "deis_multistep",
-    "PNDMScheduler": "pndm",
-    "LCMScheduler": "lcm",
-}
-
-
 @pytest.mark.parametrize("name", solvers.names())
 def test_configs_make_the_round_trip(name: str) -> None:
-    """Our plan becomes diffusers' keys and comes back, also through its own object."""
-    try:
-        keys = scheduler_classes.write(name)
-    except UserError:
-        return
-    assert scheduler_classes.read(keys) == name
-    if (kind := str(keys["_class_name"])) in FILES:
-        module = importlib.import_module(f"diffusers.schedulers.scheduling_{FILES[kind]}")
-        scheduler = getattr(module, kind).from_config(keys)
-        assert scheduler_classes.read({**scheduler.config, "_class_name": kind}) == name
+    """Where diffusers has the method: to its keys and back, also through its own object."""
+    for kind, keys in classes_of(name, {}):
+        given = complete(kind, {"clip_sample": False, **keys})
+        assert solver_of(kind, given)[0] == name
+        if kind != "DPMSolverSDEScheduler":  # needs another package
+            scheduler = getattr(diffusers, kind).from_config(keys, clip_sample=False)
+            assert solver_of(kind, complete(kind, scheduler.config))[0] == name
 
 
 def test_configs_of_others() -> None:
-    assert (
-        scheduler_classes.read({"_class_name": "PNDMScheduler", "skip_prk_steps": 1 == 1}) == "plms"
-    )
-    assert (
-        scheduler_classes.read({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1})
-        == "euler"
-    )
-    assert scheduler_classes.read({"_class_name": "VQDiffusionScheduler"}) is None
-    with pytest.raises(UserError, match="no scheduler for the solver 'rk45'"):
-        scheduler_classes.write("rk45")
+    def solver(kind: str, **keys: object) -> str:
+        return solver_of(kind, complete(kind, keys))[0]
+
+    assert solver("PNDMScheduler", skip_prk_steps=True) == "plms"
+    assert solver("EulerDiscreteScheduler", steps_offset=1) == "euler"
+    assert solver("FlowMatchEulerDiscreteScheduler", stochastic_sampling=True) == "consistency"
+    with pytest.raises(UserError, match="models of VQDiffusionScheduler are not"):
+        solver("VQDiffusionScheduler")
+    assert not list(classes_of("rk45", {}))

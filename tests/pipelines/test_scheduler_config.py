@@ -1,5 +1,7 @@
 """`scheduler_config.json`: the same process and the same times as diffusers makes of it."""
 
+import json
+import warnings
 from typing import Any
 
 import diffusers
@@ -11,8 +13,8 @@ from latentdiff import solvers
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.process import DiscreteVP, Flow, beta_schedule
 from latentdiff.errors import UserError
-from latentdiff.formats import scheduler_classes
 from latentdiff.formats import scheduler_config as scheduler
+from latentdiff.formats.scheduler_classes import classes_of
 from latentdiff.formats.scheduler_config import Steps
 
 BASE: dict[str, Any] = {
@@ -25,7 +27,11 @@ CONFIGS: list[dict[str, Any]] = [
     {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "set_alpha_to_one": False},
     {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "prediction_type": "v_prediction"},
     {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"},
-    {"_class_name": "DDIMScheduler", "trained_betas": [0.01, 0.02, 0.3]},
+    {
+        "_class_name": "DDIMScheduler",
+        "trained_betas": [0.01, 0.02, 0.3],
+        "num_train_timesteps": 3,
+    },
     {
         "_class_name": "DDIMScheduler",
         "beta_schedule": "scaled_linear",
@@ -58,6 +64,29 @@ def test_the_times_are_diffusers_own(kind: str, spacing: str) -> None:
             assert ours == [999.0]
         else:
             torch.testing.assert_close(torch.tensor(ours), theirs.timesteps.float())
+
+
+RAMPED = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete", "DEISMultistep")
+RAMPED += ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep")
+
+
+@pytest.mark.parametrize("ramp", ["karras_sigmas", "exponential_sigmas", "beta_sigmas"])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("kind", RAMPED)
+def test_the_ramps_are_diffusers_own(kind: str, schedule: str, ramp: str) -> None:
+    """Also the times, rounded in one way or another, that the network is told."""
+    config = BASE | {"_class_name": f"{kind}Scheduler", "beta_schedule": schedule}
+    config |= {f"use_{ramp}": True, "timestep_spacing": "leading"}
+    theirs = getattr(diffusers, f"{kind}Scheduler").from_config(config)
+    process, _, steps, _ = scheduler.read(config, "scheduler_config.json")
+    for count in (2, 3, 7, 18, 20, 43):
+        theirs.set_timesteps(count)
+        levels = steps.timetable(process, count)[:count]
+        each = 2 if kind in ("HeunDiscrete", "KDPM2Discrete") else 1
+        times, sigmas = theirs.timesteps[::each], theirs.sigmas[: each * count : each]
+        torch.testing.assert_close(torch.tensor([x.t for x in levels]), times.float())
+        ratios = torch.tensor([level.ratio for level in levels])
+        torch.testing.assert_close(ratios, sigmas, rtol=3e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["LCM", "TCD"])
@@ -106,28 +135,74 @@ def test_every_solver_comes_back_from_its_config(name: str) -> None:
         assert (type(again), prediction, solver) == (type(process), kind, name)
         times, times_again = (s.timetable(process, 7) for s in (steps, steps_again))
         assert times_again == times
-        if "latentdiff_solver" not in config and "latentdiff_process" not in config:
-            given = dict(config)
+        if "latentdiff_process" not in config:
+            given = {key: v for key, v in config.items() if not key.startswith("latentdiff_")}
             theirs = getattr(diffusers, str(given.pop("_class_name")))
             made, unused = theirs.from_config(given, return_unused_kwargs=True)
-            assert not unused
+            assert set(unused) <= {"sigma_min", "sigma_max"}
             assert {key: made.config[key] for key in given} == given
 
 
-def test_diffusers_class_is_named_where_it_can_hold_the_rest() -> None:
-    """The usual model: for nearly every solver that diffusers has."""
-    own = set()
+def test_diffusers_class_is_named_where_there_is_one() -> None:
+    """The usual model: nothing of our own in the config of nearly every solver of diffusers'."""
+    told: dict[tuple[str, ...], set[str]] = {}
     for name in solvers.names():
         config = scheduler.write(VP, "v", Steps(), name)
-        own |= {name} if "latentdiff_solver" in config else set()
-    # Their DPM-Solver ends before clean data, IPNDM has betas of its own, LCM and TCD times.
-    without = {"dpm-solver-2", "dpm-solver-3", "ipndm", "lcm", "tcd", "dpmpp-2s", "dpmpp-sde"}
-    for name in solvers.names():
-        try:
-            scheduler_classes.write(name)
-        except UserError:
-            without.add(name)
-    assert own == without
+        told.setdefault(tuple(k for k in config if k.startswith("latentdiff_")), set()).add(name)
+    theirs = {name for name in solvers.names() if any(classes_of(name, {}))}
+    # DEIS and TCD end before clean data, UniPC of order 3 lowers it at the end, LCM and TCD have
+    # times of their own, DPMSolverSinglestep has its middles at them, SASolver noise at some.
+    steps = {"deis", "deis-2", "unipc-3", "lcm", "tcd", "dpmpp-2s", "sa-solver"}
+    assert told[("latentdiff_steps",)] == steps
+    # That of dpmpp-sde needs another package, that of consistency is of flow.
+    assert told[()] == theirs - steps - {"dpmpp-sde", "consistency"}
+
+
+FLOWING = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+FOREIGN: list[dict[str, Any]] = [
+    {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "sigma_min": 0.05},
+    {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1},
+    {"_class_name": "HeunDiscreteScheduler", "use_beta_sigmas": True, "sigma_max": 9.0},
+    {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun", "use_lu_lambdas": True},
+    {"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min"},
+    {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1},
+    {"_class_name": "DPMSolverMultistepScheduler", **FLOWING},
+    {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0, 1], "solver_order": 3},
+    {"_class_name": "UniPCMultistepScheduler", **FLOWING},
+    {"_class_name": "DEISMultistepScheduler", "use_exponential_sigmas": True},
+    {"_class_name": "DPMSolverSinglestepScheduler"},
+    {"_class_name": "SASolverScheduler", "timestep_spacing": "trailing"},
+    {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"},
+    {"_class_name": "LCMScheduler", "timestep_scaling": 7.0, "original_inference_steps": 40},
+    {"_class_name": "TCDScheduler"},
+    {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_karras_sigmas": True},
+    {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0},
+]
+
+
+@pytest.mark.parametrize("config", FOREIGN, ids=lambda config: str(config["_class_name"]))
+def test_a_foreign_config_is_written_as_it_was(config: dict[str, Any]) -> None:
+    """As after a fine-tune of a foreign folder: the same class, keys and runs."""
+    described = scheduler.read(config, "scheduler_config.json")
+    process, prediction, steps, solver = described
+    written = scheduler.write(*described)
+    assert not [key for key in written if key.startswith("latentdiff_")]
+    assert written["_class_name"] == config["_class_name"]
+    assert {key: written[key] for key in config} == {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items()
+    }
+    again = scheduler.read(json.loads(json.dumps(written)), "scheduler_config.json")
+    assert again[1] == prediction
+    for count in (4, 20):
+        (made, levels), (same, there) = (
+            s.plan(solver, where, count) for s, where in ((steps, process), (again[2], again[0]))
+        )
+        assert there == levels
+        settings = vars(made).keys() - {"process"}
+        assert {key: getattr(made, key) for key in settings} == {
+            key: getattr(same, key) for key in settings
+        }
 
 
 @pytest.mark.parametrize("name", processes.names())
@@ -162,6 +237,20 @@ def test_unusual_processes() -> None:
         scheduler.write(processes.VE(sigma_max=7.0), "eps", Steps())
 
 
+def test_a_key_of_no_class_is_warned_of() -> None:
+    """Of a later diffusers perhaps, which also saves the defaults of all its keys."""
+    config = BASE | {"_class_name": "DDIMScheduler", "_diffusers_version": "9.0"}
+    config |= {"skip_prk_steps": True, "sigma_min": 0.1}  # of other classes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = scheduler.read(config | {"use_foo_sigmas": False}, "s.json")
+    with pytest.warns(
+        UserWarning, match=r"^s\.json: no scheduler class here knows 'use_foo_sigmas'"
+    ):
+        told = scheduler.read(config | {"use_foo_sigmas": True}, "s.json")
+    assert told[1:] == plain[1:]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -174,14 +263,23 @@ def test_unusual_processes() -> None:
         {"trained_betas": [[0.1], [0.2, 0.3]]},
         {"trained_betas": [0.1, "x"]},
         {"timestep_spacing": "sideways"},
-        {"steps_offset": None},
-        {"variance_type": "learned"},
-        {"latentdiff_process": "vp-liner"},
+        {"_class_name": "DDPMScheduler", "variance_type": "learned"},
+        {"_class_name": None},
+        {"latentdiff_steps": {"spacing": "sideways"}},
+        {"latentdiff_steps": {"shift": True}},
+        {"latentdiff_steps": {"shift": -1.0}},
+        {"latentdiff_steps": {"settings": [["tau", 1.0]]}},
+        {"latentdiff_steps": {"settings": ["tau"]}},
+        {"latentdiff_steps": [1]},
+        {"lambda_min_clipped": "low", "_class_name": "DPMSolverMultistepScheduler"},
+        {"_class_name": "LatentDiffusionProcess", "latentdiff_process": "vp-liner"},
         {"latentdiff_solver": "dpm"},
         {"_class_name": "EDMEulerScheduler"},
     ],
 )
 def test_nonsense_is_one_clear_line(change: dict[str, Any]) -> None:
+    usual = BASE | {"_class_name": "DDIMScheduler"}
+    scheduler.read(usual, "scheduler_config.json")
     with pytest.raises(UserError, match=r"^scheduler_config\.json: ") as caught:
-        scheduler.read(BASE | change, "scheduler_config.json")
+        scheduler.read(usual | change, "scheduler_config.json")
     assert "\n" not in str(caught.value)
