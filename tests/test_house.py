@@ -148,19 +148,23 @@ def test_console_script_starts() -> None:
         assert latentdiff.__version__ in done.stdout
 
 
-def test_start_up_is_light() -> None:
-    """Neither `import latentdiff` nor any `--help` waits for torch; the pipeline's import, not for
-    diffusers and transformers."""
+def test_start_up_is_light(tmp_path: Path) -> None:
+    """Neither `import latentdiff` nor any `--help` waits for torch; and to draw with the
+    bundled model, nothing waits for diffusers, transformers and what these bring along."""
     report = "import json, sys; print(json.dumps(sorted(sys.modules)))"
     code = "import latentdiff; from latentdiff.cli import main; main(['generate', '--help'])"
     done = python("-c", f"{code}; {report}")
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert not {"torch", "numpy", "PIL", "diffusers", "transformers"} & loaded
 
-    done = python("-c", f"from latentdiff import LatentDiffusionPipeline; {report}")
-    loaded = set(json.loads(done.stdout))
+    draw = f"main(['generate', 'a red heart', '--steps', '1', '--out', {str(tmp_path)!r}])"
+    done = python("-c", f"from latentdiff.cli import main; {draw}; {report}")
+    assert len(list(tmp_path.glob("*.png"))) == 1, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    heavy = {"diffusers", "transformers", "scipy", "peft", "accelerate", "huggingface_hub"}
+    heavy |= {"torch._dynamo", "torch._inductor", "sympy"}
     assert "torch" in loaded
-    assert not {"diffusers", "transformers", "accelerate", "scipy"} & loaded
+    assert not heavy & loaded
 
 
 def test_nothing_unpickles_and_nothing_runs_remote_code() -> None:

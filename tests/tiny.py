@@ -119,15 +119,13 @@ def bundle_of(
     )
 
 
-def unet_of(bundle: Bundle) -> UNet2DConditionModel:
-    """The U-Net of diffusers in a model."""
-    unet = bundle.network.module
-    assert isinstance(unet, UNet2DConditionModel)
-    return unet
+def unet_of(bundle: Bundle) -> Any:
+    """The U-Net in a model: ours, or that of diffusers."""
+    return bundle.network.module
 
 
 def vae_of(bundle: Bundle) -> Any:
-    """The autoencoder of diffusers in a model."""
+    """The autoencoder in a model: ours, or that of diffusers."""
     return bundle.autoencoder.module
 
 

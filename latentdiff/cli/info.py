@@ -60,7 +60,10 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
 
 def _part(network: "nn.Module") -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
-    return f"{type(network).__name__}, {count / 1e6:.2f} M parameters"
+    kind = type(network)
+    library = kind.__module__.partition(".")[0]
+    ours = "" if library == "latentdiff" else f" of {library}"  # slower to start and to draw
+    return f"{kind.__name__}{ours}, {count / 1e6:.2f} M parameters"
 
 
 def _process(bundle: "Bundle") -> str:

@@ -10,11 +10,10 @@ from latentdiff.formats.single_file import PartFiles, vae_files
 from latentdiff.formats.weights import WeightFiles, blaming, pickle_refusal
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.vq_model import VQModel
+    from latentdiff.formats.diffusers_folder import VAE
 
 
-def open_autoencoder(where: Path) -> "tuple[AutoencoderKL | VQModel, WeightFiles]":
+def open_autoencoder(where: Path) -> "tuple[VAE, WeightFiles]":
     """An autoencoder, without memory yet, and its weights.
 
     Args:

@@ -1,19 +1,17 @@
-"""The networks and the tokenizer of a model folder, each built from its config and its files."""
+"""The networks and the tokenizer of a model folder, each built from its config and its files.
+
+Networks are ours where the config says what these understand, to the last key; of others the class
+is that of diffusers or transformers, which are not imported before.
+"""
 
 import inspect
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vq_model import VQModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from latentdiff.errors import UserError
 from latentdiff.formats.single_file_names import VAE_LEFTOVERS
@@ -29,13 +27,23 @@ from latentdiff.formats.weights import (
     weight_files,
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
+from latentdiff.models.clip_tokenizer import ClipTokenizer
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers.models.clip.modeling_clip import CLIPTextModel
     from transformers.models.t5.modeling_t5 import T5EncoderModel
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-Network = TypeVar("Network", bound=nn.Module)
 Config = dict[str, Any]
+UNet = Union[CrossAttentionUNet, "UNet2DConditionModel"]
+VAE = Union[KLAutoencoder, "AutoencoderKL", "VQModel"]
 
 _STEM = "diffusion_pytorch_model"
 
@@ -54,7 +62,7 @@ def check_variant(folder: Path, variant: str) -> None:
     raise UserError(f"{folder}: no part of it has weights of the variant {variant}.")
 
 
-def unet(folder: Path, variant: str | None = None) -> tuple[UNet2DConditionModel, WeightFiles]:
+def unet(folder: Path, variant: str | None = None) -> tuple[UNet, WeightFiles]:
     """The U-Net of unet/, without memory yet, and its weights; see `weight_files`.
 
     Raises:
@@ -65,16 +73,17 @@ def unet(folder: Path, variant: str | None = None) -> tuple[UNet2DConditionModel
     return unet_of(config, str(path), files), files
 
 
-def unet_of(config: Config, name: str, files: WeightFiles) -> UNet2DConditionModel:
+def unet_of(config: Config, name: str, files: WeightFiles) -> UNet:
     """The U-Net of a config, without memory yet.
 
     Raises:
         UserError: the config, called `name`, describes none, or not that of the files.
     """
-    return _of_diffusers(config, name, files, {"UNet2DConditionModel": UNet2DConditionModel})
+    modules = {"UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition"}
+    return _network(config, name, files, CrossAttentionUNet, modules)
 
 
-def vae(folder: Path, variant: str | None = None) -> tuple[AutoencoderKL | VQModel, WeightFiles]:
+def vae(folder: Path, variant: str | None = None) -> tuple[VAE, WeightFiles]:
     """The autoencoder of vae/, without memory yet, and its weights; see `weight_files`.
 
     Raises:
@@ -102,29 +111,42 @@ def load_autoencoder(folder: Path) -> DiffusersAutoencoder:
     return autoencoder
 
 
-def vae_of(config: Config, name: str, files: WeightFiles) -> AutoencoderKL | VQModel:
+def vae_of(config: Config, name: str, files: WeightFiles) -> VAE:
     """The autoencoder of a config, without memory yet.
 
     Raises:
         UserError: the config, called `name`, describes none, or not that of the files.
     """
-    kinds: dict[str, type[AutoencoderKL | VQModel]]
-    kinds = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
-    return _of_diffusers(config, name, files, kinds)
+    modules = {
+        "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
+        "VQModel": "diffusers.models.autoencoders.vq_model",
+    }
+    return _network(config, name, files, KLAutoencoder, modules)
 
 
-def _of_diffusers(
-    config: Config, name: str, files: WeightFiles, kinds: dict[str, type[Network]]
-) -> Network:
-    kind = kinds.get(str(config.get("_class_name")))
-    if kind is None:
+def _network(
+    config: Config,
+    name: str,
+    files: WeightFiles,
+    ours: type[CrossAttentionUNet] | type[KLAutoencoder],
+    modules: dict[str, str],
+) -> Any:
+    """Our class or that of diffusers, without memory yet; `modules` has theirs by their names."""
+    kind = str(config.get("_class_name"))
+    if kind not in modules:
         raise UserError(
             f"{name}: it describes {config.get('_class_name')!s:.60}; only "
-            f"{' and '.join(kinds)} work here."
+            f"{' and '.join(modules)} work here."
         )
-    known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
-    arguments = {key: value for key, value in config.items() if key in known}
-    return build(lambda: kind(**arguments), name, files, _count_blocks(config))
+
+    def make() -> nn.Module:
+        if kind == ours.diffusers_name and ours.understands(config):
+            return ours(config)
+        theirs = getattr(import_module(modules[kind]), kind)
+        known = inspect.signature(theirs.__init__).parameters.keys() - {"self"}
+        return theirs(**{key: value for key, value in config.items() if key in known})
+
+    return build(make, name, files, _count_blocks(config))
 
 
 def read_config(path: Path) -> Config:
@@ -194,10 +216,19 @@ def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> C
         return ClipTower(clip, words)
 
 
-def _build_clip(config: Config, name: str, files: WeightFiles) -> CLIPTextModel:
-    arguments = known(config, CLIPTextConfig)
-    layers = _count(config, "num_hidden_layers", 12)
-    return build(lambda: CLIPTextModel(CLIPTextConfig(**arguments)), name, files, layers)
+def _build_clip(config: Config, name: str, files: WeightFiles) -> "ClipTextEncoder | CLIPTextModel":
+    told = ClipTextConfig(**known(config, ClipTextConfig))
+
+    def make() -> nn.Module:
+        if ClipTextEncoder.understands(told):
+            return ClipTextEncoder(told)
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig(**vars(told)))
+
+    built: Any = build(make, name, files, _count(config, "num_hidden_layers", 12))
+    return built
 
 
 def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5EncoderModel":
@@ -249,30 +280,31 @@ _T5_KINDS = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 _RENAMES = {"clip_text_model": _clip_name, "clip": _clip_name} | dict.fromkeys(_T5_KINDS, _t5_name)
 
 
-def load_tokenizer(folder: Path, customary: str) -> TokenizersBackend:
+def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersBackend":
     """The tokenizer of tokenizer/.
 
     Args:
         folder: with tokenizer.json, or with vocab.json and merges.txt.
-        customary: class of a folder that does not name its own.
+        customary: transformers' class of a folder that does not name its own.
 
     Raises:
         UserError: missing, damaged, or of a class that has no fast version.
     """
     config = folder / "tokenizer_config.json"
-    named = str(read_json(config).get("tokenizer_class") or "") if config.is_file() else ""
-    named = named.removesuffix("Fast") or customary
+    told = read_json(config) if config.is_file() else {}
+    named = str(told.get("tokenizer_class") or "").removesuffix("Fast") or customary
     if not any((folder / file).is_file() for file in ("tokenizer.json", "merges.txt")):
         raise UserError(f"{folder / 'tokenizer.json'}: no such file; a model folder needs it.")
     try:
-        kind = _tokenizer_class(named)
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        if named == "CLIPTokenizer" and (own := ClipTokenizer.read(folder, told)):
+            return own
+        tokenizer = _tokenizer_class(named).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{folder}: it holds no usable tokenizer ({first_line(error)}).") from error
     return tokenizer
 
 
-def _tokenizer_class(name: str) -> type[TokenizersBackend]:
+def _tokenizer_class(name: str) -> "type[TokenizersBackend]":
     """Find a tokenizer class by name; never run code that comes with a checkpoint."""
     if name == "CLIPTokenizer":
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -282,4 +314,6 @@ def _tokenizer_class(name: str) -> type[TokenizersBackend]:
         from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
         return T5Tokenizer
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
     return TokenizersBackend

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,19 @@ from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing_folder
 from latentdiff.formats.weights import may_replace, read_json, save_weights
 from latentdiff.models.autoencoder import latent_affine, latent_channels
+from latentdiff.models.clip_text import ClipTextEncoder
+from latentdiff.models.clip_tokenizer import in_transformers
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.vq_model import VQModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import PreTrainedConfig
+
+    from latentdiff.formats.diffusers_folder import VAE, UNet
 
 
-def save_network(network: "AutoencoderKL | VQModel", folder: Path) -> None:
+def save_network(network: "VAE", folder: Path) -> None:
     """Write one network as diffusers lays it out: all of it, or nothing.
 
     Raises:
@@ -33,7 +38,7 @@ def save_network(network: "AutoencoderKL | VQModel", folder: Path) -> None:
 
 def write_config(value: dict[str, object], stage: Path) -> None:
     """Write a JSON file into a folder that is staged, as the other configs there are."""
-    stage.parent.mkdir(exist_ok=True)
+    stage.parent.mkdir(parents=True, exist_ok=True)
     stage.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
@@ -63,17 +68,30 @@ def writing_model(folder: Path, config: str) -> Iterator[Path]:
         yield stage
 
 
-def save_diffusers(
-    network: "AutoencoderKL | VQModel | UNet2DConditionModel",
-    stage: Path,
-    dtype: torch.dtype | None,
-) -> None:
-    """Write a network of diffusers, config and weights, into a folder that is staged.
+def config_of(network: "VAE | UNet") -> dict[str, Any]:
+    """The config of a U-Net or autoencoder as diffusers writes it, ours or theirs."""
+    if isinstance(network, CrossAttentionUNet | KLAutoencoder):
+        names = {"_class_name": network.diffusers_name, "_diffusers_version": version("diffusers")}
+        return dict(sorted({**network.config, **names}.items()))
+    return json.loads(network.to_json_string())
+
+
+def text_config_of(network: Any) -> "PreTrainedConfig":
+    """A copy of the config of a text encoder, as an object of transformers."""
+    if not isinstance(network, ClipTextEncoder):
+        return copy.deepcopy(network.config)
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+    return CLIPTextConfig(**vars(network.config))
+
+
+def save_diffusers(network: "VAE | UNet", stage: Path, dtype: torch.dtype | None) -> None:
+    """Write a U-Net or autoencoder, config and weights, into a folder that is staged.
 
     Raises:
         UserError: a weight is not finite in that precision.
     """
-    network.save_config(stage)
+    write_config(config_of(network), stage / "config.json")
     save_weights(network.state_dict(), stage / "diffusion_pytorch_model.safetensors", dtype)
 
 
@@ -89,11 +107,9 @@ def save_text(text: TextTower, stage: Path, dtype: torch.dtype | None, suffix: s
     Raises:
         UserError: a weight is not finite in that precision.
     """
-    config = copy.deepcopy(text.model.config)
-    config.architectures = [type(text.model).__name__]
-    config.dtype = (
-        torch.float32
-    )  # transformers would take the file's; diffusers, this, as for the rest
+    config = text_config_of(text.model)
+    config.architectures = [transformers_name(text.model)]
+    config.dtype = torch.float32  # transformers takes the file's; diffusers, this, as for the rest
     config.save_pretrained(stage / f"text_encoder{suffix}")
     values = dict(text.model.state_dict())
     if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
@@ -101,25 +117,39 @@ def save_text(text: TextTower, stage: Path, dtype: torch.dtype | None, suffix: s
     else:
         values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
     save_weights(values, stage / f"text_encoder{suffix}" / "model.safetensors", dtype)
-    text.tokenizer.save_pretrained(stage / f"tokenizer{suffix}")
+    save_tokenizer(text.tokenizer, stage / f"tokenizer{suffix}")
     if isinstance(text, ClipTower):  # vocab.json and merges.txt, for transformers 4
         text.tokenizer.backend_tokenizer.model.save(str(stage / f"tokenizer{suffix}"))
 
 
-def without_offset(vae: "AutoencoderKL | VQModel") -> "AutoencoderKL | VQModel":
-    """The same autoencoder, with any latent mean folded into its 1x1 convolutions."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write tokenizer.json and its config into a folder that is staged."""
+    in_transformers(tokenizer).save_pretrained(folder)
 
+
+def transformers_name(part: Any) -> str:
+    """The name in transformers of the class of a text encoder or a tokenizer."""
+    return getattr(part, "transformers_name", type(part).__name__)
+
+
+def is_kl(vae: "VAE") -> bool:
+    """True for a KL autoencoder, ours or that of diffusers."""
+    return config_of(vae)["_class_name"] == KLAutoencoder.diffusers_name
+
+
+def without_offset(vae: "VAE") -> "VAE":
+    """The same autoencoder, with any latent mean folded into its 1x1 convolutions."""
     from latentdiff.models.vae import standardise_latents
 
-    if not isinstance(vae, AutoencoderKL) or not (vae.quant_conv and vae.post_quant_conv):
+    if not is_kl(vae) or not (vae.quant_conv and vae.post_quant_conv):
         return vae
     if not (vae.config["shift_factor"] or vae.config["latents_mean"]):
         return vae
     gain, offset = (part.flatten().expand(latent_channels(vae)) for part in latent_affine(vae))
     folded: Any = copy.deepcopy(vae).requires_grad_(False)
     folded.to(torch.float32)
-    std = (gain * vae.config["scaling_factor"]).to(vae.device)
-    standardise_latents(folded, offset.to(vae.device), std)
+    weight = next(vae.parameters())
+    std = (gain * vae.config["scaling_factor"]).to(weight.device)
+    standardise_latents(folded, offset.to(weight.device), std)
     folded.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
-    return folded.to(vae.dtype)
+    return folded.to(weight.dtype)

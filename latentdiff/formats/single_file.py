@@ -16,7 +16,13 @@ from latentdiff.errors import UserError
 from latentdiff.files import scratch_folder
 from latentdiff.formats import single_file_configs as infer
 from latentdiff.formats import single_file_names as ldm
-from latentdiff.formats.diffusers_save import without_offset
+from latentdiff.formats.diffusers_save import (
+    config_of,
+    is_kl,
+    save_tokenizer,
+    text_config_of,
+    without_offset,
+)
 from latentdiff.formats.location import download
 from latentdiff.formats.weights import (
     WeightFiles,
@@ -30,9 +36,7 @@ from latentdiff.formats.weights import (
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.vq_model import VQModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from latentdiff.formats.diffusers_folder import VAE, UNet
 
 Config = dict[str, Any]
 
@@ -181,8 +185,8 @@ def _inferred(stored: WeightFiles, own_vae: bool) -> dict[str, Config]:
 def open_single(
     file: Path, own_vae: bool = True
 ) -> tuple[
-    tuple["UNet2DConditionModel", PartFiles],
-    "tuple[AutoencoderKL | VQModel, PartFiles] | None",
+    tuple["UNet", PartFiles],
+    "tuple[VAE, PartFiles] | None",
     tuple[ClipTower, PartFiles],
     Config,
 ]:
@@ -276,8 +280,8 @@ def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, scr
 
 def save_single(
     path: Path,
-    vae: "AutoencoderKL | VQModel",
-    unet: "UNet2DConditionModel",
+    vae: "VAE",
+    unet: "UNet",
     text: TextTower,
     schedule: dict[str, object],
     dtype: torch.dtype | None,
@@ -290,16 +294,14 @@ def save_single(
         UserError: it cannot be written, has parts that such files have no names for, or something
             that is no model is there.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    if not isinstance(text, ClipTower) or not isinstance(vae, AutoencoderKL):
+    if not isinstance(text, ClipTower) or not is_kl(vae):
         raise UserError("a single file can only hold a KL autoencoder and a CLIP text encoder.")
     replace = may_replace(path, "a model file that opens here", _read_configs)
     vae = without_offset(vae)
     configs: dict[str, Config] = {
-        "unet": json.loads(unet.to_json_string()),
-        "vae": json.loads(vae.to_json_string()),
-        "text_encoder": json.loads(text.model.config.to_json_string(use_diff=False)),
+        "unet": config_of(unet),
+        "vae": config_of(vae),
+        "text_encoder": json.loads(text_config_of(text.model).to_json_string(use_diff=False)),
         "scheduler": dict(schedule),
     }
     second = text.model.config.hidden_act == "gelu"
@@ -321,7 +323,7 @@ def save_single(
                 value = value[..., None, None]
             values[prefix + stored] = value.detach().to("cpu", dtype or value.dtype)
     with scratch_folder() as scratch:
-        text.tokenizer.save_pretrained(scratch)
+        save_tokenizer(text.tokenizer, scratch)
         found = [scratch / name for name in _TOKENIZER_FILES]
         words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
     header = json.dumps({**configs, "tokenizer": words})

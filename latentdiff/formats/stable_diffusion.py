@@ -17,10 +17,7 @@ from latentdiff.models.network import DiffusersUNet, Kind
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.vq_model import VQModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
+    from latentdiff.formats.diffusers_folder import VAE, UNet
     from latentdiff.formats.weights import WeightFiles
 
 # Parts of other families.
@@ -90,8 +87,8 @@ def open_file(file: Path, choices: Choices) -> Opened:
 
 
 def _opened(
-    unet: "tuple[UNet2DConditionModel, WeightFiles]",
-    vae: "tuple[AutoencoderKL | VQModel, WeightFiles]",
+    unet: "tuple[UNet, WeightFiles]",
+    vae: "tuple[VAE, WeightFiles]",
     text: "tuple[TextTower, WeightFiles]",
     described: Described,
 ) -> Opened:
@@ -130,11 +127,11 @@ def write_file(path: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | 
     save_single(path, _vae(nouns), _unet(nouns), _tower(nouns), schedule, dtype)
 
 
-def _vae(nouns: Nouns) -> "AutoencoderKL | VQModel":
+def _vae(nouns: Nouns) -> "VAE":
     return cast(Any, nouns.autoencoder.module)
 
 
-def _unet(nouns: Nouns) -> "UNet2DConditionModel":
+def _unet(nouns: Nouns) -> "UNet":
     return cast(Any, nouns.network.module)
 
 
@@ -145,11 +142,13 @@ def _tower(nouns: Nouns) -> TextTower:
 
 def _index(nouns: Nouns, schedule: Config) -> Config:
     """The folders' contents; it names a pipeline of diffusers only where that draws the same."""
-    from diffusers import __version__
+    from importlib.metadata import version
 
-    vae, text = nouns.autoencoder.module, _tower(nouns)
+    from latentdiff.formats.diffusers_save import config_of, is_kl, transformers_name
+
+    vae, text = _vae(nouns), _tower(nouns)
     kind = nouns.network.kind
-    known = isinstance(text, ClipTower) and type(vae).__name__ == "AutoencoderKL"
+    known = isinstance(text, ClipTower) and is_kl(vae)
     known &= not bool(latent_affine(_vae(nouns))[1].any())
     known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
     known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
@@ -157,11 +156,11 @@ def _index(nouns: Nouns, schedule: Config) -> Config:
     known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
     return {
         "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",
-        "_diffusers_version": __version__,
-        "vae": ["diffusers", type(vae).__name__],
-        "unet": ["diffusers", type(nouns.network.module).__name__],
-        "text_encoder": ["transformers", type(text.model).__name__],
-        "tokenizer": ["transformers", type(text.tokenizer).__name__],
+        "_diffusers_version": version("diffusers"),
+        "vae": ["diffusers", config_of(vae)["_class_name"]],
+        "unet": ["diffusers", config_of(_unet(nouns))["_class_name"]],
+        "text_encoder": ["transformers", transformers_name(text.model)],
+        "tokenizer": ["transformers", transformers_name(text.tokenizer)],
         "scheduler": ["diffusers", str(schedule["_class_name"])],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],

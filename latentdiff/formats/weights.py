@@ -253,6 +253,11 @@ class _WithoutMemory(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._makers:
             kwargs["device"] = "meta"
+        # First values of what has no memory; to draw them would import torch._dynamo, for a second.
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs.get("tensor", args[0] if args else None)
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 

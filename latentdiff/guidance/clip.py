@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_save import write_config, writing_model
+from latentdiff.formats.diffusers_save import save_tokenizer, write_config, writing_model
 from latentdiff.formats.weights import (
     WeightFiles,
     build,
@@ -20,11 +20,10 @@ from latentdiff.formats.weights import (
     save_weights,
     weight_files,
 )
-from latentdiff.models.text_encoders import ClipTower
+from latentdiff.models.text_encoders import ClipTower, Tokenizer
 
 if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPModel
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 # Of OpenAI's CLIP, which every CLIP without a preprocessor_config.json takes over.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,7 +42,7 @@ class Clip:
     """
 
     model: "CLIPModel"
-    tokenizer: "TokenizersBackend"
+    tokenizer: Tokenizer
     mean: tuple[float, ...] = _MEAN
     std: tuple[float, ...] = _STD
 
@@ -130,7 +129,7 @@ class Clip:
         with writing_model(folder, "config.json") as stage:
             self.model.config.save_pretrained(stage)
             save_weights(dict(self.model.state_dict()), stage / "model.safetensors", dtype)
-            self.tokenizer.save_pretrained(stage)
+            save_tokenizer(self.tokenizer, stage)
             self.tokenizer.backend_tokenizer.model.save(str(stage))
             look: dict[str, object] = {
                 "image_processor_type": "CLIPImageProcessor",

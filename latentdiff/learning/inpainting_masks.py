@@ -5,9 +5,9 @@ Rombach et al. 2022 (LDM), section 4.5; the layout is of Stable Diffusion's inpa
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from latentdiff.editing.masks import inpainting_channels, masked_picture
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import Stream, generator
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.pictures import to_uint8
 
 WHOLE = 0.25  # of all masks, so that the model still draws from words alone
@@ -68,11 +69,11 @@ def with_mask_input(bundle: Bundle) -> Bundle:
         return bundle
     if bundle.kind != "text-to-image":
         raise UserError(f"{bundle.name} is an {bundle.kind} model: it cannot learn to inpaint")
-    narrow = bundle.network.module
-    assert isinstance(narrow, UNet2DConditionModel)
+    narrow: Any = bundle.network.module
     old, channels = narrow.conv_in, 2 * bundle.latent_channels + 1
-    unet = UNet2DConditionModel.from_config({**narrow.config, "in_channels": channels})
-    assert isinstance(unet, UNet2DConditionModel)
+    config = {**narrow.config, "in_channels": channels}
+    ours = isinstance(narrow, CrossAttentionUNet)
+    unet: Any = CrossAttentionUNet(config) if ours else type(narrow).from_config(config)
     weights = narrow.state_dict()
     wide = weights["conv_in.weight"].new_zeros(old.out_channels, channels, *old.kernel_size)
     wide[:, : old.in_channels] = weights["conv_in.weight"]

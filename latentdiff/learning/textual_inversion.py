@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.formats.weights import WeightFiles, may_replace, save_tensors
+from latentdiff.models.clip_tokenizer import in_transformers
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.text_encoders import ClipTower
 
@@ -49,7 +50,7 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     """A model with new words; their rows are all in its text encoder that require gradients.
 
     Args:
-        bundle: the model; its tokenizer and text encoder are changed in place.
+        bundle: the model; its text encoder is changed in place.
         tokens: the words, one token each.
         start_from: a known word whose meaning they start from; None: the mean of all.
 
@@ -57,7 +58,10 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
         UserError: no CLIP text encoder, a word that it has already, or two that it reads as one.
     """
     tower = clip_of(bundle)
-    backend = tower.tokenizer.backend_tokenizer
+    tokenizer = in_transformers(tower.tokenizer)
+    tower = ClipTower(tower.model, tokenizer)
+    bundle = replace(bundle, conditioner=TextConditioner(tower))
+    backend = tokenizer.backend_tokenizer
     known = backend.get_vocab()
     for token in tokens:
         whole = len(_ids(bundle, token)) < 2  # "heart" is "heart</w>" in the vocabulary
@@ -68,7 +72,7 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     ids = backend.encode(start_from).ids[1:-1] if start_from else []
     start = table.weight[ids or slice(None)].mean(0)
     first = max(known.values()) + 1
-    tower.tokenizer.add_tokens(list(tokens))
+    tokenizer.add_tokens(list(tokens))
     for number, token in enumerate(tokens, first):
         if _ids(bundle, token) != [number]:
             raise UserError(
@@ -78,7 +82,7 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     tower.model.requires_grad_(False)
     tower.model.set_input_embeddings(WordRows(table, first, start.repeat(len(tokens), 1)))
     tower.model.config.vocab_size = max(table.num_embeddings, first + len(tokens))
-    return replace(bundle, conditioner=TextConditioner(ClipTower(tower.model, tower.tokenizer)))
+    return replace(bundle, conditioner=TextConditioner(ClipTower(tower.model, tokenizer)))
 
 
 def clip_of(bundle: Bundle) -> ClipTower:

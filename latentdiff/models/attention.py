@@ -1,10 +1,12 @@
-"""Attention implementations of diffusers networks."""
+"""Attention implementations of our networks and of those of diffusers."""
 
+import sys
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.errors import UserError
 from latentdiff.registry import check_name
@@ -12,13 +14,100 @@ from latentdiff.registry import check_name
 Attention = Literal["auto", "eager", "sdpa", "xformers"]
 
 
+def sdpa(attn: Any, x: Tensor, states: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Attend by torch's fused kernel.
+
+    Args:
+        attn: the layer: `to_q`, `to_k`, `to_v`, `to_out`, `heads`.
+        x: [B, L, D].
+        states: [B, S, E]; None: x itself.
+        mask: what is added to the logits [B, 1, 1, S].
+
+    Returns:
+        [B, L, D].
+    """
+    q, k, v = _projected(attn, x, states)
+    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+
+
+def explicit(
+    attn: Any, x: Tensor, states: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Attend by explicit matrix products; see `sdpa`."""
+    q, k, v = (part.flatten(0, 1) for part in _projected(attn, x, states))
+    scale = q.shape[-1] ** -0.5
+    q_, k_ = (q.float(), k.float()) if attn.upcast else (q, k)
+    if mask is None:
+        start, beta = (
+            torch.empty(len(q), q.shape[1], k.shape[1], dtype=q_.dtype, device=q.device),
+            0,
+        )
+    else:
+        start, beta = mask.squeeze(1).repeat_interleave(attn.heads, dim=0).to(q_.dtype), 1
+    scores = torch.baddbmm(start, q_, k_.transpose(1, 2), beta=beta, alpha=scale)
+    mixed = torch.bmm(scores.softmax(dim=-1).to(q.dtype), v)
+    mixed = mixed.unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2)
+    return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def xformers(
+    attn: Any, x: Tensor, states: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Attend by xformers' kernel; see `sdpa`."""
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    q, k, v = (part.transpose(1, 2) for part in _projected(attn, x, states))
+    if mask is not None:
+        mask = mask.expand(-1, attn.heads, q.shape[1], -1)
+    mixed = memory_efficient_attention(q, k, v, attn_bias=mask)
+    return attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
+
+
+def _projected(attn: Any, x: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, heads, L, D / heads]."""
+    seen = x if states is None else states
+    q, k, v = attn.to_q(x), attn.to_k(seen), attn.to_v(seen)
+    q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+    return q, k, v
+
+
+class AttentionLayer(nn.Module):
+    """Multi-head attention of [B, L, D] to itself, or to states [B, S, context].
+
+    Attributes:
+        processor: computes the answer: `sdpa`, `explicit` or `xformers`, or one around it.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, context: int | None = None, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.is_cross_attention = context is not None
+        self.upcast = False
+        self.processor: Any = sdpa
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context or width, width, bias=bias)
+        self.to_v = nn.Linear(context or width, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+
+    def forward(
+        self, x: Tensor, states: Any = None, mask: Tensor | None = None, spoilt: Any = None
+    ) -> Tensor:
+        """Attend; `mask` is added to the logits [B, 1, 1, S], `spoilt` goes to the processor."""
+        if spoilt is not None:
+            return self.processor(self, x, states, mask, spoilt)
+        return self.processor(self, x, states, mask)
+
+
 def set_attention(model: nn.Module, backend: Attention = "auto") -> str:
-    """Choose the attention of a U-Net or autoencoder by where and in which precision it now is.
+    """Choose the attention of a U-Net or autoencoder.
 
     Args:
         model: on its device and in its dtype.
-        backend: "eager" is an explicit matrix product, "sdpa" torch's fused one, "xformers" that
-            library's. "auto" is sdpa, except in bfloat16 on a CPU: eager, never seen slower there.
+        backend: "eager" is an explicit matrix product, whose backward pass is the faster one in
+            bfloat16 on a CPU; "sdpa" and "auto" torch's fused one; "xformers" that library's.
 
     Returns:
         The backend chosen.
@@ -26,25 +115,27 @@ def set_attention(model: nn.Module, backend: Attention = "auto") -> str:
     Raises:
         UserError: unknown backend, or xformers is not installed or the model is not on CUDA.
     """
-    from diffusers.models import attention_processor as processors
-
     check_name("attention backend", backend, get_args(Attention))
-    parameter = next(model.parameters())
-    if backend == "auto":
-        slow = parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
-        backend = "eager" if slow else "sdpa"
+    backend = "sdpa" if backend == "auto" else backend
     if backend == "xformers":
-        _check_xformers(parameter.device)
-        processor = processors.XFormersAttnProcessor()
-    elif backend == "eager":
-        processor = processors.AttnProcessor()
-    else:
-        processor = processors.AttnProcessor2_0()
-    for module in model.modules():
+        _check_xformers(next(model.parameters()).device)
+    processor = {"eager": explicit, "sdpa": sdpa, "xformers": xformers}[backend]
+    theirs = sys.modules.get("diffusers.models.attention_processor")  # else no layer is theirs
+    layer: Any
+    for layer in model.modules():
+        if isinstance(layer, AttentionLayer):
+            layer.processor = processor
         # Attention with added keys has processors of its own kind, which diffusers has set.
-        if isinstance(module, processors.Attention) and module.added_kv_proj_dim is None:
-            module.set_processor(processor)  # pyright: ignore[reportArgumentType]
+        elif theirs and isinstance(layer, theirs.Attention) and layer.added_kv_proj_dim is None:
+            layer.set_processor(getattr(theirs, _OF_DIFFUSERS[backend])())
     return backend
+
+
+_OF_DIFFUSERS = {
+    "eager": "AttnProcessor",
+    "sdpa": "AttnProcessor2_0",
+    "xformers": "XFormersAttnProcessor",
+}
 
 
 def _check_xformers(device: torch.device) -> None:

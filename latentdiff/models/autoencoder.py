@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
 
+    from latentdiff.models.kl_autoencoder import KLAutoencoder
+
 # Pixels decoded at once: the activations of an autoencoder are hundreds of times its pictures.
 _DECODED_AT_ONCE = 2**20
 
@@ -77,7 +79,7 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DiffusersAutoencoder:
-    """A KL or VQ autoencoder of diffusers.
+    """A KL or VQ autoencoder: ours, or one of diffusers.
 
     Attributes:
         module: an autoencoder of RGB pictures.
@@ -86,7 +88,7 @@ class DiffusersAutoencoder:
         UserError: it is not of RGB pictures, or its config's scale makes no sense.
     """
 
-    module: "AutoencoderKL | VQModel"
+    module: "KLAutoencoder | AutoencoderKL | VQModel"
 
     def __post_init__(self) -> None:
         if (self.module.config["in_channels"], self.module.config["out_channels"]) != (3, 3):
@@ -109,9 +111,8 @@ class DiffusersAutoencoder:
         return config["scaling_factor"]
 
     def encode(self, pictures: Tensor) -> Tensor:
-        parameter = next(self.module.parameters())
-        encoded: Any = self.module.encode(pictures.to(parameter.device, parameter.dtype))
-        z: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
+        posterior = self._posterior(pictures)
+        z = posterior if isinstance(posterior, Tensor) else posterior.mean
         return self._standardised(z.float())
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -119,23 +120,30 @@ class DiffusersAutoencoder:
         gain, offset = (part.to(latents.device) for part in latent_affine(self.module))
         z = (latents * gain + offset).to(parameter.device, parameter.dtype)
         pixels = z.shape[-2] * z.shape[-1] * self.factor**2
-        decode: Any = self.module.decode
         chunks = z.split(max(1, _DECODED_AT_ONCE // pixels))
-        return torch.cat([decode(chunk, return_dict=False)[0].float() for chunk in chunks])
+        module: Any = self.module
+        decoded = [module.decode(chunk) for chunk in chunks]
+        return torch.cat([getattr(each, "sample", each).float() for each in decoded])
 
     @torch.no_grad()
     def moments(self, pictures: Tensor) -> Tensor:
-        parameter = next(self.module.parameters())
-        encoded: Any = self.module.encode(pictures.to(parameter.device, parameter.dtype))
-        if "latents" in encoded:  # of a VQ model, which has no spread
-            mean = encoded.latents.float()
+        posterior = self._posterior(pictures)
+        if isinstance(posterior, Tensor):
+            mean = posterior.float()
             return torch.cat([mean, torch.zeros_like(mean)], 1)
-        posterior = encoded.latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], 1)
 
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
         mean, std = moments.chunk(2, 1)
         return self._standardised(mean + std * noise)
+
+    def _posterior(self, pictures: Tensor) -> Any:
+        """The distribution of latents; of a VQ model, which has no spread, the latents."""
+        parameter = next(self.module.parameters())
+        encoded: Any = self.module.encode(pictures.to(parameter.device, parameter.dtype))
+        if hasattr(encoded, "latents"):
+            return encoded.latents
+        return getattr(encoded, "latent_dist", encoded)  # diffusers puts it into an object
 
     def _standardised(self, z: Tensor) -> Tensor:
         """The module's own numbers [B, C, h, w] as latents of about unit variance."""
@@ -143,12 +151,12 @@ class DiffusersAutoencoder:
         return (z - offset) / gain
 
 
-def latent_channels(vae: "AutoencoderKL | VQModel") -> int:
+def latent_channels(vae: "KLAutoencoder | AutoencoderKL | VQModel") -> int:
     """C of the latents; in a VQ model they are what its codebook is looked up with."""
     return vae.config.get("vq_embed_dim") or vae.config["latent_channels"]
 
 
-def latent_affine(vae: "AutoencoderKL | VQModel") -> tuple[Tensor, Tensor]:
+def latent_affine(vae: "KLAutoencoder | AutoencoderKL | VQModel") -> tuple[Tensor, Tensor]:
     """Gain and offset, each [1, C, 1, 1] or [1, 1, 1, 1], of z = gain * latents + offset.
 
     The config says latents = (z - shift_factor) * scaling_factor, or with statistics for each

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.models.clip_tokenizer import in_transformers
 from latentdiff.models.text_encoders import ClipTower
 
 
@@ -25,7 +26,7 @@ def with_words(tower: ClipTower, words: Mapping[str, Tensor]) -> ClipTower:
     Raises:
         UserError: the tower knows a word already, or reads it as no word of its own.
     """
-    tokenizer = copy.deepcopy(tower.tokenizer)
+    tokenizer = in_transformers(tower.tokenizer)
     backend = tokenizer.backend_tokenizer
     tokens: list[str] = []
     for word, rows in words.items():

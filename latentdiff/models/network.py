@@ -14,6 +14,8 @@ from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+
 Kind = Literal["text-to-image", "inpainting", "instruct-pix2pix"]
 """The input of a network: x_t; x_t, a mask and the masked picture; or x_t and the picture to
 change."""
@@ -103,10 +105,10 @@ class Network(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DiffusersUNet:
-    """A U-Net of diffusers with cross-attention, as Stable Diffusion 1 and 2 have it.
+    """A U-Net with cross-attention, as Stable Diffusion 1 and 2 have it.
 
     Attributes:
-        module: a network of diffusers.
+        module: ours, or a network of diffusers.
         channels: C of the latents; the module may take C, 2C + 1 (inpainting: a mask and the masked
             picture's latents) or 2C (InstructPix2Pix), and give C or 2C.
 
@@ -121,7 +123,7 @@ class DiffusersUNet:
         "num_class_embeds",
     )
 
-    module: "UNet2DConditionModel"
+    module: "CrossAttentionUNet | UNet2DConditionModel"
     channels: int
 
     def __post_init__(self) -> None:
@@ -212,15 +214,16 @@ class DiffusersUNet:
             )
         states, mask = condition.states, condition.mask
         assert states is not None
-        return self.module(
+        module: Any = self.module
+        output = module(
             x.to(self.dtype),
             t,
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
             cross_attention_kwargs=spoilt,
             added_cond_kwargs=self.added(condition),
-            return_dict=False,
-        )[0]
+        )
+        return getattr(output, "sample", output)  # diffusers puts it into an object
 
     def perturbable(self, perturbations: Sequence[Perturbation]) -> Self:
         return self.with_module(perturbable(self.module, perturbations))

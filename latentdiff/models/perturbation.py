@@ -4,16 +4,15 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.errors import UserError
 
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+Network = TypeVar("Network", bound=nn.Module)
 
 MID = ("mid_block",)
 
@@ -29,7 +28,7 @@ class Perturbation(Protocol):
     def mix(self, attention: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Replace softmax(q k) v: [B, h w, D] on a grid of that size -> [B, h w, D].
 
-        `attention` is one of diffusers, whose parts are typed as if they might be missing.
+        `attention` is the layer, one of ours or of diffusers.
         """
         ...
 
@@ -89,9 +88,7 @@ def blur_matrix(side: int, sigma: float) -> Tensor:
     return matrix
 
 
-def perturbable(
-    unet: "UNet2DConditionModel", perturbations: Sequence[Perturbation]
-) -> "UNet2DConditionModel":
+def perturbable(unet: Network, perturbations: Sequence[Perturbation]) -> Network:
     """A U-Net of the same tensors whose self-attention can be spoilt; the given one stays as it is.
 
     Only the modules are copied (tens of milliseconds), and so threads may share the given one.
@@ -103,11 +100,9 @@ def perturbable(
     Raises:
         UserError: a perturbation names no self-attention layer.
     """
-    from diffusers.models.attention_processor import Attention
-
     shared: dict[int, Any] = {id(t): t for t in (*unet.parameters(), *unet.buffers())}
     twin = copy.deepcopy(unet, shared)
-    layers = {n: m for n, m in twin.named_modules() if isinstance(m, Attention)}
+    layers: dict[str, Any] = {n: m for n, m in twin.named_modules() if hasattr(m, "processor")}
     selves = [n for n in layers if n.endswith(".attn1") and not layers[n].is_cross_attention]
     for wanted in (layer for perturbation in perturbations for layer in perturbation.layers):
         if not any(name.startswith(wanted) for name in selves):
@@ -119,8 +114,7 @@ def perturbable(
             for number, perturbation in enumerate(perturbations, 1)
             if name in selves and name.startswith(perturbation.layers)
         }
-        # The processor's own class is a union of all that diffusers has.
-        layer.processor = _Spoiling(layer.processor, own)  # pyright: ignore[reportAttributeAccessIssue]
+        layer.processor = _Spoiling(layer.processor, own)
     return twin
 
 

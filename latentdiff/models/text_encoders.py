@@ -1,13 +1,13 @@
 """Text towers: prompts in, states for cross-attention out.
 
-A tower joins a text encoder out of transformers with its tokenizer. Nothing in it changes after it
-is built, so threads may share one.
+A tower joins a text encoder, ours or out of transformers, with its tokenizer. Nothing in it changes
+after it is built, so threads may share one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, Union
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPTextModel
     from transformers.models.t5.modeling_t5 import T5EncoderModel
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    from latentdiff.models.clip_text import ClipTextEncoder
+    from latentdiff.models.clip_tokenizer import ClipTokenizer
+
+Tokenizer = Union["ClipTokenizer", "TokenizersBackend"]
 
 # T5 has no longest text; this is what it was trained on, when its tokenizer does not say.
 _T5_WINDOW = 512
@@ -63,12 +68,12 @@ class TextTower(Protocol):
     """Prompts in, `TextStates` out."""
 
     @property
-    def model(self) -> "CLIPTextModel | T5EncoderModel":
+    def model(self) -> "ClipTextEncoder | CLIPTextModel | T5EncoderModel":
         """The network, for its weights, its device and training it along."""
         ...
 
     @property
-    def tokenizer(self) -> "TokenizersBackend": ...
+    def tokenizer(self) -> "Tokenizer": ...
 
     @property
     def width(self) -> int:
@@ -100,7 +105,7 @@ class ClipTower:
     whole window and the denoiser sees the padding too.
     """
 
-    def __init__(self, model: "CLIPTextModel", tokenizer: "TokenizersBackend") -> None:
+    def __init__(self, model: "ClipTextEncoder | CLIPTextModel", tokenizer: "Tokenizer") -> None:
         positions = model.config.max_position_embeddings
         self.model = model
         self.tokenizer = tokenizer
@@ -126,7 +131,7 @@ class T5Tower:
     padding.
     """
 
-    def __init__(self, model: "T5EncoderModel", tokenizer: "TokenizersBackend") -> None:
+    def __init__(self, model: "T5EncoderModel", tokenizer: "Tokenizer") -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.width: int = model.config.d_model
@@ -154,13 +159,13 @@ def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:
     return spans if len(spans) <= tower.window else spans[: tower.window - 1] + spans[-1:]
 
 
-def _declared_window(tokenizer: "TokenizersBackend", default: int) -> int:
+def _declared_window(tokenizer: "Tokenizer", default: int) -> int:
     """Read the tokenizer's maximum length; transformers stores 1e30 where it is unknown."""
     declared = tokenizer.model_max_length
     return declared if isinstance(declared, int) and 2 <= declared <= 100_000 else default
 
 
-def _check_tokenizer(tokenizer: "TokenizersBackend", vocab_size: int) -> None:
+def _check_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> None:
     """Prepare the tokenizer for calls that leave it unchanged, and see that its ids have rows."""
     if tokenizer.pad_token_id is None:
         raise UserError("the tokenizer has no padding token; set pad_token in its config.")
@@ -174,7 +179,7 @@ def _check_tokenizer(tokenizer: "TokenizersBackend", vocab_size: int) -> None:
     tokenizer.backend_tokenizer.no_padding()
 
 
-def _encode(tokenizer: "TokenizersBackend", prompt: str) -> list[tuple[int, tuple[int, int]]]:
+def _encode(tokenizer: "Tokenizer", prompt: str) -> list[tuple[int, tuple[int, int]]]:
     """The tokens of a prompt, each with its characters [start, end); (0, 0) of start and end marks.
 
     A learned word of several vectors is one token in the text, `<cat>`, and those that follow it,
@@ -194,9 +199,7 @@ def _encode(tokenizer: "TokenizersBackend", prompt: str) -> list[tuple[int, tupl
     return tokens
 
 
-def _tokenize(
-    tokenizer: "TokenizersBackend", prompts: Sequence[str], window: int, length: int
-) -> Tokens:
+def _tokenize(tokenizer: "Tokenizer", prompts: Sequence[str], window: int, length: int) -> Tokens:
     """Ids padded to `length` or the longest prompt, whichever is more.
 
     transformers' own call sets truncation and padding on the shared tokenizer each time, which is

@@ -51,7 +51,8 @@ def answers(unet: Any, encoder: Any) -> tuple[Tensor, Tensor]:
     states = torch.randn(2, 12, 16, generator=random)
     ids = torch.randint(0, 500, (2, 12), generator=random)
     with torch.no_grad():
-        noise = unet(x, torch.tensor([3.0, 700.0]), encoder_hidden_states=states).sample
+        noise = unet(x, torch.tensor([3.0, 700.0]), encoder_hidden_states=states)
+        noise = getattr(noise, "sample", noise)  # diffusers puts it into an object
         return noise, encoder(input_ids=ids).last_hidden_state
 
 

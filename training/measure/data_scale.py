@@ -84,7 +84,7 @@ def measure_steps(batch: int = 4) -> None:
         text = torch.randn(batch, 24, width, generator=random)
 
         def step(x: torch.Tensor = x, text: torch.Tensor = text) -> None:
-            unet(x, torch.full((batch,), 500.0), text).sample.square().mean().backward()
+            unet(x, torch.full((batch,), 500.0), text).square().mean().backward()
 
         step()
         cost = min(seconds(step) for _ in range(3)) / batch

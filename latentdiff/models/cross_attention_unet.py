@@ -1,0 +1,357 @@
+"""The U-Net of Stable Diffusion, with the tensor names of diffusers' UNet2DConditionModel."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from latentdiff.models.blocks import (
+    Downsample,
+    ResnetBlock,
+    Transformer,
+    TransformerBlock,
+    Upsample,
+    run,
+)
+
+_CROSSING = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+_CROSSING |= {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+# What a config may choose, with diffusers' own defaults.
+_CHOICES: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "upcast_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "addition_embed_type_num_heads": 64,
+}
+# What it must leave alone: other values are other networks.
+_FIXED: dict[str, Any] = {
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
+
+
+class CrossAttentionUNet(nn.Module):
+    """A U-Net whose levels attend to text states: Rombach et al. 2022, sec. 3.3.
+
+    Attributes:
+        config: every key of diffusers' UNet2DConditionModel.
+
+    Args:
+        config: one that `understands` accepts.
+    """
+
+    diffusers_name = "UNet2DConditionModel"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        known = _CHOICES | _FIXED
+        self.config = {key: config.get(key, default) for key, default in known.items()}
+        widths, eps = self.config["block_out_channels"], self.config["norm_eps"]
+        groups, levels = self.config["norm_num_groups"], len(widths)
+        time = 4 * widths[0]
+        each = {key: _each(self.config[key], levels) for key in _PER_LEVEL}
+        layers = each["layers_per_block"]
+
+        def attending(level: int) -> dict[str, Any]:
+            depth, heads = (
+                each[key][level] for key in ("transformer_layers_per_block", "attention_head_dim")
+            )
+            linear = self.config["use_linear_projection"]
+            context = each["cross_attention_dim"][level]
+            return {"heads": heads, "depth": depth, "context": context, "linear": linear}
+
+        self.conv_in = nn.Conv2d(self.config["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time)
+        if self.config["addition_embed_type"] is not None:
+            inside = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = TimeEmbedding(inside, time)
+        self.time_act = nn.SiLU()
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        inside = widths[0]
+        for level, width in enumerate(widths):
+            crossing = _CROSSING[each["down_block_types"][level]]
+            ins = [inside, *[width] * (layers[level] - 1)]
+            attention = attending(level) if crossing else None
+            last = level == levels - 1
+            self.down_blocks.append(DownBlock(ins, width, groups, eps, time, attention, last=last))
+            inside = width
+        self.mid_block = MidBlock(widths[-1], groups, eps, time, attending(levels - 1))
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            skips += [width] * (layers[level] + (level < levels - 1))
+        for place, level in enumerate(reversed(range(levels))):
+            width = widths[level]
+            crossing = _CROSSING[each["up_block_types"][place]]
+            ins = [inside, *[width] * layers[level]]
+            ins = [each_in + skips.pop() for each_in in ins]
+            attention = attending(level) if crossing else None
+            self.up_blocks.append(
+                UpBlock(ins, width, groups, eps, time, attention, last=level == 0)
+            )
+            inside = width
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=eps)
+        self.conv_out = nn.Conv2d(widths[0], self.config["out_channels"], 3, padding=1)
+        for layer in self.modules():
+            if hasattr(layer, "upcast"):
+                layer.upcast = self.config["upcast_attention"]
+
+    @staticmethod
+    def understands(config: Mapping[str, Any]) -> bool:
+        """True for a config of a U-Net that this class is, to the last key."""
+        types = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+        return (
+            all(config.get(key, value) == value for key, value in _FIXED.items())
+            and all(name in _CROSSING for name in types)
+            and config.get("addition_embed_type") in (None, "text_time")
+            and config.get("norm_num_groups", 32) is not None
+            and all(key in _CHOICES or key in _FIXED or key[0] == "_" for key in config)
+            and all(_depths_are_numbers(config.get("transformer_layers_per_block", 1)))
+        )
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute blocks anew in the backward pass, so that their insides need no memory."""
+        for block in self.modules():
+            if isinstance(block, ResnetBlock | TransformerBlock):
+                block.checkpointing = True
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Any,
+        encoder_attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+    ) -> Tensor:
+        """Predict; the arguments have diffusers' names.
+
+        Args:
+            sample: x_t [B, C, H, W], with what the network sees beside it.
+            timestep: times [B] or a number.
+            encoder_hidden_states: text states [B, S, D].
+            encoder_attention_mask: bool [B, S], True where the network may look.
+            cross_attention_kwargs: "spoilt": see `latentdiff.models.perturbation`.
+            added_cond_kwargs: "text_embeds" [B, P] and "time_ids" [B, 6], as of SDXL.
+            down_block_additional_residuals: added to the skips, in their order: of a ControlNet.
+            mid_block_additional_residual: added behind the middle block.
+
+        Returns:
+            [B, out_channels, H, W].
+        """
+        given = [encoder_hidden_states, None, (cross_attention_kwargs or {}).get("spoilt")]
+        if encoder_attention_mask is not None:
+            given[1] = (1 - encoder_attention_mask.to(sample.dtype))[:, None, None] * -10000.0
+        time = self.time_act(self._time(sample, timestep, added_cond_kwargs))
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, *given)
+            skips += more
+        if down_block_additional_residuals is not None:
+            skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
+        x = self.mid_block(x, time, *given)
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
+        for block in self.up_blocks:
+            x = block(x, time, skips, *given)
+        return self.conv_out(silu(self.conv_norm_out(x)))
+
+    def _time(self, sample: Tensor, t: Any, added: Mapping[str, Tensor] | None) -> Tensor:
+        """The embedding of time, and of pooled text and sizes where there are any: [B, time]."""
+        t = torch.as_tensor(t, device=sample.device).expand(len(sample))
+        time = self.time_embedding(self._waves(t, self.conv_in.out_channels).to(sample.dtype))
+        if added is None or self.config["addition_embed_type"] is None:
+            return time
+        sizes = self._waves(
+            added["time_ids"].flatten(), self.config["addition_time_embed_dim"]
+        ).reshape(len(sample), -1)
+        return time + self.add_embedding(torch.cat([added["text_embeds"], sizes], -1).to(time))
+
+    def _waves(self, t: Tensor, width: int) -> Tensor:
+        """Sines and cosines of numbers [N]: Vaswani et al. 2017, sec. 3.5; [N, width]."""
+        half = width // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = torch.exp(exponent / (half - self.config["freq_shift"])) * t[:, None].float()
+        sine, cosine = torch.sin(angles), torch.cos(angles)
+        first, second = (cosine, sine) if self.config["flip_sin_to_cos"] else (sine, cosine)
+        return nn.functional.pad(torch.cat([first, second], -1), (0, width % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """Two layers that numbers go through before the blocks are told them."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(inside, outside)
+        self.linear_2 = nn.Linear(outside, outside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(silu(self.linear_1(x)))
+
+
+class _Block(nn.Module):
+    """Residual blocks of one level, each with a transformer behind it where the level attends."""
+
+    def __init__(
+        self,
+        ins: Sequence[int],
+        width: int,
+        groups: int,
+        eps: float,
+        time: int | None,
+        attention: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        if attention is not None:
+            self.attentions = nn.ModuleList(
+                Transformer(width, groups=groups, **attention) for _ in ins
+            )
+        else:
+            self.attentions = None
+        self.resnets = nn.ModuleList(ResnetBlock(i, width, groups, eps, time) for i in ins)
+
+    def layer(self, number: int, x: Tensor, time: Tensor | None, *given: Any) -> Tensor:
+        """One residual block and its transformer."""
+        x = run(self.resnets[number], x, time)
+        return x if self.attentions is None else self.attentions[number](x, *given)
+
+
+class DownBlock(_Block):
+    """One level on the way down; a last one keeps the size."""
+
+    def __init__(
+        self,
+        ins: Sequence[int],
+        width: int,
+        groups: int,
+        eps: float,
+        time: int | None,
+        attention: Mapping[str, Any] | None,
+        *,
+        last: bool,
+        padding: int = 1,
+    ) -> None:
+        super().__init__(ins, width, groups, eps, time, attention)
+        shrink = [] if last else [Downsample(width, padding=padding)]
+        self.downsamplers = nn.ModuleList(shrink)
+
+    def forward(self, x: Tensor, time: Tensor | None, *given: Any) -> tuple[Tensor, list[Tensor]]:
+        skips: list[Tensor] = []
+        for number in range(len(self.resnets)):
+            x = self.layer(number, x, time, *given)
+            skips.append(x)
+        for shrink in self.downsamplers:
+            x = shrink(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """The smallest level: a residual block, a transformer, a residual block."""
+
+    def __init__(
+        self, width: int, groups: int, eps: float, time: int, attention: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Transformer(width, groups=groups, **attention)])
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups, eps, time) for _ in "12")
+
+    def forward(self, x: Tensor, time: Tensor, *given: Any) -> Tensor:
+        x = run(self.resnets[0], x, time)
+        return run(self.resnets[1], self.attentions[0](x, *given), time)
+
+
+class UpBlock(_Block):
+    """One level on the way up, which is shown the skips of the way down."""
+
+    def __init__(
+        self,
+        ins: Sequence[int],
+        width: int,
+        groups: int,
+        eps: float,
+        time: int | None,
+        attention: Mapping[str, Any] | None,
+        *,
+        last: bool,
+    ) -> None:
+        super().__init__(ins, width, groups, eps, time, attention)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
+
+    def forward(self, x: Tensor, time: Tensor | None, skips: list[Tensor], *given: Any) -> Tensor:
+        for number in range(len(self.resnets)):
+            x = self.layer(number, torch.cat([x, skips.pop()], dim=1), time, *given)
+        for grow in self.upsamplers:
+            x = grow(x, skips[-1].shape[-2:])
+        return x
+
+
+_PER_LEVEL = (
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+)
+
+
+def _each(value: Any, count: int) -> list[Any]:
+    """One value for each of `count` levels, whether there is one for all or a list."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{len(value)} values for {count} levels")
+    return list(value)
+
+
+def _depths_are_numbers(depths: Any) -> list[bool]:
+    return [isinstance(depth, int) for depth in (depths if isinstance(depths, list) else [depths])]

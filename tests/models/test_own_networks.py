@@ -1,0 +1,233 @@
+"""Our networks and tokenizer beside those of diffusers and transformers: the same, bit for bit."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from tiny import (
+    CAPTIONS,
+    WIDTH,
+    clip_tokenizer,
+    draw_weights,
+    sd_like,
+    sd_unet,
+    tiny_bundle,
+    tiny_clip,
+    tiny_unet,
+    tiny_vae,
+    tower_of,
+    vae_of,
+)
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from latentdiff.bundle import Bundle
+from latentdiff.models.attention import set_attention
+from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
+from latentdiff.models.clip_tokenizer import ClipTokenizer
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.kl_autoencoder import KLAutoencoder
+
+UNETS = {
+    "tiny": lambda: tiny_unet(),
+    "inpainting, with variances": lambda: tiny_unet(9, 8),
+    "sizes and pooled text": lambda: tiny_unet(sizes=True),
+    "sd1": lambda: sd_unet(1),
+    "sd2, linear projections": lambda: sd_unet(2),
+}
+
+
+def config_of(network: Any) -> dict[str, Any]:
+    return json.loads(network.to_json_string())
+
+
+def own_unet(theirs: UNet2DConditionModel) -> CrossAttentionUNet:
+    config = config_of(theirs)
+    assert CrossAttentionUNet.understands(config)
+    own = CrossAttentionUNet(config)
+    own.load_state_dict(theirs.state_dict())
+    assert own.config == {key: value for key, value in config.items() if key[0] != "_"}
+    return own
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", UNETS)
+def test_the_unet_is_that_of_diffusers(kind: str, backend: Any) -> None:
+    """Also at sizes that no level halves evenly, with a mask, and with residuals of a control
+    network; and the gradients of training within rounding, with and without checkpoints."""
+    theirs, random = UNETS[kind](), torch.Generator().manual_seed(0)
+    own: Any = own_unet(theirs)
+    set_attention(theirs, backend)
+    set_attention(own, backend)
+    width: int = theirs.config["cross_attention_dim"]
+    for count, size in ((1, (8, 8)), (3, (13, 10))):
+        x = torch.randn(count, own.config["in_channels"], *size, generator=random)
+        states, t = torch.randn(count, 7, width, generator=random), torch.linspace(9, 950, count)
+        mask = torch.rand(count, 7, generator=random) > 0.4
+        mask[:, 0] = True
+        sizes = {"text_embeds": states[:, 0], "time_ids": 100 * torch.rand(count, 6)}
+        given: dict[str, Any] = {"added_cond_kwargs": sizes if width == WIDTH else None}
+        for seen in (None, mask):
+            given["encoder_attention_mask"] = seen
+            wanted = theirs(x, t, states, **given).sample
+            assert torch.equal(own(x, t, states, **given), wanted)
+        given["mid_block_additional_residual"] = torch.randn(1, generator=random)
+        count = sum(len(block.resnets) + len(block.downsamplers) for block in own.down_blocks)
+        given["down_block_additional_residuals"] = torch.randn(count + 1, generator=random)
+        assert torch.equal(own(x, t, states, **given), theirs(x, t, states, **given).sample)
+    theirs(x, t, states, **given).sample.square().mean().backward()
+    other: dict[str, Any] = dict(theirs.named_parameters())
+    for checkpoints in (False, True):
+        own.zero_grad()
+        if checkpoints:
+            own.enable_gradient_checkpointing()
+        own(x, t, states, **given).square().mean().backward()
+        for name, parameter in own.named_parameters():
+            wanted = other[name].grad
+            assert (parameter.grad - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("statistics", ["scale", "channels"])
+def test_the_autoencoder_is_that_of_diffusers(statistics: str) -> None:
+    theirs: Any
+    for theirs in (tiny_vae(statistics=statistics), vae_of(sd_like(1)), _bare_vae()):
+        config = config_of(theirs)
+        assert KLAutoencoder.understands(config)
+        own = KLAutoencoder(config)
+        own.load_state_dict(theirs.state_dict())
+        for size in ((16, 16), (24, 40)):
+            pictures = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+            wanted, got = theirs.encode(pictures).latent_dist, own.encode(pictures)
+            assert torch.equal(got.mean, wanted.mean)
+            assert torch.equal(got.std, wanted.std)
+            assert torch.equal(own.decode(got.mean), theirs.decode(got.mean).sample)
+
+
+def _bare_vae() -> AutoencoderKL:
+    """Without the parts that newer checkpoints leave out."""
+    bare = AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    return draw_weights(bare, 0)
+
+
+@torch.no_grad()
+def test_the_text_encoder_is_that_of_transformers() -> None:
+    assert ClipTextConfig.__annotations__.keys() == CLIPTextConfig.__annotations__.keys() - {
+        "model_type",
+        "base_config_key",
+    }
+    defaults = CLIPTextConfig()
+    assert all(getattr(defaults, f.name) == f.default for f in fields(ClipTextConfig))
+    for tower in (tiny_clip(), tower_of(sd_like(1)), tower_of(sd_like(2))):
+        told = {name: getattr(tower.model.config, name) for name in ClipTextConfig.__annotations__}
+        own = ClipTextEncoder(ClipTextConfig(**told))
+        own.load_state_dict(tower.model.state_dict())
+        ids = tower.tokenize(CAPTIONS).ids
+        wanted: Any = tower.model(input_ids=ids)
+        assert torch.equal(own(ids).last_hidden_state, wanted.last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"only_cross_attention": True},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"time_cond_proj_dim": 8},
+        {"transformer_layers_per_block": [[1], [1]]},
+        {"something_new": 1},
+        {"down_block_types": ["CrossAttnDownBlock2D", "AttnDownBlock2D"]},
+    ],
+)
+def test_what_is_not_known_is_left_to_diffusers(change: dict[str, Any]) -> None:
+    config = config_of(tiny_unet())
+    assert CrossAttentionUNet.understands(config)
+    assert not CrossAttentionUNet.understands(config | change)
+
+
+def test_a_folder_opens_as_ours_or_as_theirs(tmp_path: Path) -> None:
+    """Both are saved alike, and draw alike."""
+    made = tiny_bundle()
+    folder = made.save(tmp_path / "model")
+    ours = Bundle.load(folder)
+    kinds = [type(module) for module in ours.modules.values()]
+    assert kinds == [CrossAttentionUNet, KLAutoencoder, ClipTextEncoder]
+    again = ours.save(tmp_path / "again")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name == "tokenizer_config.json":  # transformers notes where it has read one
+            continue
+        assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes(), path
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config |= {"timestep_post_act": None, "dropout": 0.1}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    assert isinstance(Bundle.load(folder).network.module, UNet2DConditionModel)
+
+
+PROMPTS = (
+    *CAPTIONS,
+    "",
+    "A  RED\theart's 12345 é ﬁ ! <|startoftext|> <|endoftext|> it's we'll",
+    "日本語のテキスト 🎉🎉 ... ...!!!",
+    "x" * 200,
+    "\u0130stanbul a\u0301b \x00 \u200b",
+)
+STYLES: dict[str, dict[str, Any]] = {
+    "as saved here": {},
+    "padded by !": {"pad_token": "!"},
+    "no settings": {"model_max_length": None},
+    "of Stable Diffusion 1": {
+        "bos_token": {"content": "<|startoftext|>"},
+        "eos_token": {"content": "<|endoftext|>"},
+        "unk_token": {"content": "<|endoftext|>"},
+        "do_lower_case": True,
+        "errors": "replace",
+    },
+}
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_tokenizer_is_that_of_transformers(style: str, files: str, tmp_path: Path) -> None:
+    """The whole serialised tokenizer, and what it says."""
+    saved = clip_tokenizer()
+    saved.save_pretrained(tmp_path)
+    if files != "tokenizer.json":
+        saved.backend_tokenizer.model.save(str(tmp_path))
+        (tmp_path / "tokenizer.json").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | STYLES[style]
+    flags = {"__type": "AddedToken", "lstrip": False, "normalized": True}
+    flags |= {"rstrip": False, "single_word": False}
+    config = {k: v | flags if isinstance(v, dict) else v for k, v in config.items()}
+    config = {k: v for k, v in config.items() if v is not None}
+    path.write_text(json.dumps(config))
+    own, theirs = ClipTokenizer.read(tmp_path, config), CLIPTokenizer.from_pretrained(tmp_path)
+    if style.startswith("of") and files == "tokenizer.json":
+        assert own is None  # the two files say two things
+        return
+    assert own is not None
+    assert own.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert (own.pad_token, own.pad_token_id) == (theirs.pad_token, theirs.pad_token_id)
+    assert own.model_max_length == theirs.model_max_length
+    back = own.in_transformers()
+    assert back.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    for prompt in PROMPTS:
+        assert own.backend_tokenizer.encode(prompt).ids == theirs(prompt).input_ids
+
+
+def test_a_tokenizer_with_more_words_is_left_to_transformers(tmp_path: Path) -> None:
+    saved = clip_tokenizer()
+    saved.add_tokens(["<my-style>"])
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert ClipTokenizer.read(tmp_path, config) is None
