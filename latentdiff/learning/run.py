@@ -25,6 +25,13 @@ from latentdiff.learning.accumulate import Accumulation, Item, Terms, is_out_of_
 from latentdiff.learning.checkpoint import Tensors, load_newest, save_checkpoint
 from latentdiff.learning.config import RunConfig, dump_config
 from latentdiff.learning.denoising import Conditioned
+from latentdiff.learning.launch import (
+    LAUNCHED,
+    check_launch,
+    overridden,
+    refuse_split,
+    spreads_over_cpus,
+)
 from latentdiff.learning.records import Records, check_installed
 from latentdiff.learning.settings import check_settings, settings_of
 from latentdiff.learning.sharding import Shown, gathered
@@ -32,7 +39,6 @@ from latentdiff.learning.trained import Trained
 from latentdiff.memory import keep_freed_memory
 
 _PATIENCE = timedelta(hours=6)  # of processes, while the main one encodes or draws alone
-_LAUNCHED = "ACCELERATE_DYNAMO_MODE"  # which each of Accelerate's launchers sets, and nobody else
 _WHOLE_WEIGHTS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.NO)
 
 
@@ -61,13 +67,16 @@ class Run:
         may_shrink: bool = True,
     ) -> None:
         check_installed()
+        check_launch()
         self.config = config
         self.dry = dry
         # no exchange inside a forward pass: one that runs out of memory there leaves none waiting
         alone = DistributedDataParallelKwargs(broadcast_buffers=False)
         patient = InitProcessGroupKwargs(timeout=_PATIENCE)
         self.accelerator = Accelerator(
-            mixed_precision=config.precision, kwargs_handlers=[alone, patient]
+            cpu=spreads_over_cpus(),
+            mixed_precision=config.precision,
+            kwargs_handlers=[alone, patient],
         )
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -76,15 +85,11 @@ class Run:
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self.signal = 0
-        self._launcher = os.getppid() if _LAUNCHED in os.environ else None
+        self._launcher = os.getppid() if LAUNCHED in os.environ else None
         self.split = may_split and self.accelerator.is_fsdp2
         kind = self.accelerator.distributed_type
         if kind not in _WHOLE_WEIGHTS and not self.split:
-            raise UserError(
-                f"this run cannot split its weights over the processes by {kind.value}: launch "
-                "with training/configs/accelerate-ddp.yaml (accelerate-fsdp.yaml for "
-                "diffusion.py, and for finetune.py but textual inversion and adamw-8bit)"
-            )
+            raise refuse_split(kind.value)
         if config.precision == "fp16" and self.device.type == "cpu":
             raise UserError("precision fp16 is for GPUs: set precision: bf16 or no")
         if self.split:  # autocast casts where it should; FSDP2 would round times and gradients, too
@@ -101,6 +106,8 @@ class Run:
         self.accumulation = Accumulation(
             self.accelerator, micro, split=self.split, shrinks=may_shrink
         )
+        told = overridden(config.precision)
+        self.say(*([] if told is None else [told]))
         self.records: Records | None = None
         self._lock: TextIO | None = None
 

@@ -97,7 +97,7 @@ def free_port() -> int:
 
 
 def be_process(rank: int, world: int, port: int) -> None:
-    """Set what `accelerate launch --cpu --num_processes` sets."""
+    """Set what torchrun sets, on a machine without a GPU."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -106,7 +106,7 @@ def be_process(rank: int, world: int, port: int) -> None:
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
     }
 

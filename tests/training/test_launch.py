@@ -9,15 +9,21 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from lab import SCRIPTS, Lab
 from scripts import ROOT, picture_folder
 from tiny import tiny_bundle
 
+from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints, find_fault
+from latentdiff.learning.config import OptimConfig, RunConfig
+from latentdiff.learning.launch import spreads_over_cpus
+from latentdiff.learning.run import Run
 
 CONFIGS = sorted((ROOT / "training/configs").glob("accelerate-*.yaml"))
 
@@ -28,6 +34,56 @@ def test_accelerate_reads_every_config(path: Path) -> None:
     assert config.distributed_type == ("FSDP" if "fsdp" in path.stem else "MULTI_GPU")
     assert config.use_cpu == (path.stem == "accelerate-cpu")
     assert config.mixed_precision == "no"  # the run's own `precision` decides
+
+
+@pytest.mark.parametrize("library", ["DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_no_run_can_follow_is_one_line(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
+    with pytest.raises(UserError, match=r"by (DeepSpeed|Megatron-LM): launch with .*ddp\.yaml"):
+        Run(RunConfig(out=tmp_path / "out", optim=OptimConfig(steps=1)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("launched", "own", "told"),
+    [("fp16", "no", True), ("bf16", "no", True), ("no", "bf16", False), ("bf16", "bf16", False)],
+)
+def test_the_launchers_precision_does_not_count_and_that_is_said(
+    launched: str,
+    own: Literal["no", "bf16"],
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    AcceleratorState._reset_state(True)
+    run = Run(RunConfig(out=tmp_path / "out", precision=own, optim=OptimConfig(steps=1)))
+    assert run.accelerator.mixed_precision == own
+    AcceleratorState._reset_state(True)
+    assert (
+        f"precision={launched} in the run's own settings does" in capsys.readouterr().out
+    ) == told
+
+
+@pytest.mark.parametrize(
+    ("world", "kind", "over_cpus"),
+    [("2", None, True), ("2", "mps", True), ("2", "cuda", False), ("1", None, False)],
+)
+def test_processes_without_gpus_to_share_are_one_run(
+    world: str, kind: str | None, over_cpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts them; a slow test below launches two."""
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
+    device = None if kind is None else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    assert spreads_over_cpus() == over_cpus
+    monkeypatch.delenv("LOCAL_RANK")
+    assert not spreads_over_cpus()
 
 
 def taken(lock: TextIO) -> bool:
@@ -96,7 +152,7 @@ def test_two_launched_processes_have_the_losses_of_one(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             check=False,
         )
         assert done.returncode == 0, done.stderr
