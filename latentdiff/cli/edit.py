@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentdiff.cli.options import Grid, Prompt, RunOptions, with_run_options
+from latentdiff.cli.options import Fit, Grid, Prompt, RunOptions, with_run_options
 from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 Number = Annotated[int, typer.Option("-n", "--number", min=1, max=64, help="Number of pictures.")]
-Fit = Annotated[
-    bool, typer.Option("--fit", help="Shrink a larger picture to the model's own size.")
-]
 
 
 @with_run_options
@@ -57,7 +54,7 @@ def edit(
     ] = None,
     number: Number = 1,
     grid: Grid = False,
-    fit: Fit = False,
+    fit: Fit = True,
     run: RunOptions,
 ) -> None:
     """Draw PICTURE anew as PROMPT says (SDEdit): a photo or a scribble, noised and drawn again.
@@ -119,7 +116,7 @@ def inpaint(
     ] = None,
     number: Number = 1,
     grid: Grid = False,
-    fit: Fit = False,
+    fit: Fit = True,
     run: RunOptions,
 ) -> None:
     """Fill a hole in PICTURE with what PROMPT says. The rest stays, bit for bit.
@@ -170,7 +167,7 @@ def ilvr(
     ] = "latents",
     number: Number = 1,
     grid: Grid = False,
-    fit: Fit = False,
+    fit: Fit = True,
     run: RunOptions,
 ) -> None:
     """Draw what PROMPT says with the coarse shapes and colours of REFERENCE (ILVR)."""
@@ -197,7 +194,22 @@ def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionP
 
     image = pictures.open_picture(picture)
     pipe = run.models.open(run.device, run.dtype)
-    return pipe, pictures.fit(image, max(pipe.bundle.size)) if fit else image
+    return pipe, fitted(image, picture.name, pipe) if fit else image
+
+
+def fitted(image: "Image", name: str, pipe: "LatentDiffusionPipeline") -> "Image":
+    """Shrink a picture that is larger than the model's own, and say so."""
+    from latentdiff.pictures import fit
+
+    small = fit(image, max(pipe.bundle.size))
+    if small is not image:
+        print(
+            "{} ({} x {}) is made {} x {} to fit the model; --no-fit keeps its size".format(
+                shown(name), *image.size, *small.size
+            ),
+            file=sys.stderr,
+        )
+    return small
 
 
 def _mask(text: str, picture: Path, image: "Image") -> "Image":

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
+from latentdiff.cli.edit import fitted
 from latentdiff.cli.models import ModelOptions
 from latentdiff.cli.output import about_model, check_writable, png_text
 from latentdiff.errors import UserError
@@ -24,6 +25,7 @@ def interpolate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise between prompts.")] = 0,
     out: options.Out = Path("outputs"),
     grid: options.Grid = False,
+    fit: options.Fit = True,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=1000, help="Default: 20 between prompts, 50 between pictures."),
@@ -53,20 +55,24 @@ def interpolate(
     from latentdiff import pictures
     from latentdiff.pipeline import interpolation
 
+    names = [Path(one).name for one in (a, b)]
+    ends = [pictures.open_picture(Path(one)) for one in (a, b)] if files[0] else []
     models = ModelOptions(model, vae, prediction, variant, lora, embedding)
     pipe = models.open(device, dtype)
     weights = [k / (number - 1) for k in range(number)]
     if prompt is not None and files[0]:
+        if fit:
+            ends = [fitted(end, name, pipe) for end, name in zip(ends, names, strict=True)]
         drawn = interpolation.between_pictures(
-            pipe, Path(a), Path(b), weights, prompt=prompt, num_inference_steps=steps or 50
+            pipe, *ends, weights, prompt=prompt, num_inference_steps=steps or 50
         )
     else:
         drawn = interpolation.between_prompts(
             pipe, a, b, weights, num_inference_steps=steps or 20, seed=seed
         )
     images = [pictures.to_pil(one * 2 - 1) for one in drawn]
-    ends = [Path(a).name, Path(b).name] if files[0] else [a, b]
-    record = about_model(pipe.bundle) | {"between": ends}
+    record = about_model(pipe.bundle) | {"between": names if files[0] else [a, b]}
+    record |= {"fit": fit} if files[0] else {}
     record["steps"] = steps or (50 if files[0] else 20)
     record |= models.about()
     kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}

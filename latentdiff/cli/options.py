@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")]
 Grid = Annotated[bool, typer.Option("--grid", help="Also write inputs and results, side by side.")]
+Fit = Annotated[
+    bool,
+    typer.Option("--fit/--no-fit", help="Shrink a picture larger than the model's to its size."),
+]
 Model = Annotated[
     str | None,
     typer.Option(

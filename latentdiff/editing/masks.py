@@ -257,7 +257,7 @@ def fill(picture: Tensor, mask: Tensor) -> Tensor:
 
 
 def paste(painted: Tensor, picture: Tensor, mask: Tensor, feather: int) -> Tensor:
-    """The known pixels put back exactly, and no edge where they meet the painted ones.
+    """The known pixels put back exactly, and their step to the painted ones spread into the hole.
 
     What the painted picture lacks beside the border is continued into the hole and added, fading
     out over `feather` pixels. So the seam lies in the hole, and what was in it shows nowhere.

@@ -40,7 +40,7 @@ from latentdiff.pipeline.diffusers_names import (
     latents_of,
 )
 from latentdiff.pipeline.output import OutputType, PipelineOutput
-from latentdiff.pipeline.preparation import prepare
+from latentdiff.pipeline.preparation import prepare, warn_of_size
 from latentdiff.pipeline.prompts import Also, check_prompts, encode_prompts
 from latentdiff.pipeline.request import Request
 from latentdiff.pipeline.run import Run
@@ -412,6 +412,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         height, width = picture.shape[-2:]
         context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
         latent_shape(bundle, *context.padded, 1)
+        warn_of_size(bundle, height, width)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         refinements = whole(refinements, "refinements", 0, MAX_STEPS)
         levels = bundle.timetable(timetable, steps)

@@ -65,6 +65,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     x = first_noise(request.latents, noise, shape, bundle.device)
 
     height, width = pictured or (shape[2] * bundle.factor, shape[3] * bundle.factor)
+    warn_of_size(bundle, height, width)
     said = [without_weights(t) if request.prompt_weights else t for t in texts.prompts]
     prompts = [text for text in said for _ in range(texts.per_prompt)]
     context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
@@ -146,6 +147,18 @@ def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     finite(request.guidance_scale, "guidance_scale")
     finite(request.guidance_rescale, "guidance_rescale")
     return run_of(request.solver, request.timetable, bundle, steps)
+
+
+def warn_of_size(bundle: Bundle, height: int, width: int) -> None:
+    """Say what is to be expected of pictures larger than those that the model was trained on."""
+    own_height, own_width = bundle.size
+    times = height * width / (own_height * own_width)
+    if times > 1:
+        warn(
+            f"{width} x {height} pixels are {times:,.1f} times the model's own "
+            f"{own_width} x {own_height}: what it draws may fall apart, and takes about as many "
+            "times the time and working memory, or more; latentdiff.pictures.fit shrinks a picture"
+        )
 
 
 def _warn_of_noise(request: Request, solver: Solver) -> None:

@@ -158,8 +158,19 @@ def photo(pipe: LatentDiffusionPipeline) -> Image.Image:
     decoded = pipe.bundle.autoencoder.decode(pipe.bundle.autoencoder.encode(pixels)).float()
     grey = Image.composite(Image.new("RGB", picture.size, "grey"), picture, mask)
     filled = fill(pixels, mask_tensor(mask))
-    repainted = draw(pipe, "a cat face", RePaint(picture, mask), scale=1.0)
-    return grid([picture, to_pil(decoded[0]), grey, to_pil(filled[0]), *repainted], 5)
+    repainted = draw(pipe, "a cat face", RePaint(picture, mask), count=4, scale=1.0)
+    steps = [border_step(image, mask) for image in (picture, *repainted)]
+    print("grey levels across the border, in the photo and four paintings:", *steps)
+    return grid([picture, to_pil(decoded[0]), grey, to_pil(filled[0]), repainted[0]], 5)
+
+
+def border_step(picture: Image.Image, mask: Image.Image) -> float:
+    """Mean difference of neighbouring pixels of which one is in the hole, in grey levels of 255."""
+    pixels, hole = np.asarray(picture).astype(float), np.asarray(mask) >= 128
+    found: list[float] = []
+    for axis in (0, 1):
+        found += list(abs(np.diff(pixels, axis=axis)).mean(-1)[np.diff(hole, axis=axis)])
+    return round(float(np.mean(found)), 1)
 
 
 PICTURES = {

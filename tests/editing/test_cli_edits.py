@@ -167,13 +167,28 @@ def test_an_edit_checkpoint_says_what_it_is(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_large_picture_is_made_to_fit(model: Path, tmp_path: Path) -> None:
+def test_a_large_picture_is_made_to_fit(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.new("RGB", (80, 60), "red").save(tmp_path / "large.png")
     arguments = ["inpaint", str(tmp_path / "large.png"), "a cat", "--mask", "box:40,0,41,60"]
-    (drawn,) = run(model, tmp_path / "out", *arguments, "--fit", "--resamples", "1")
+    (drawn,) = run(model, tmp_path / "out", *arguments, "--resamples", "1")
     assert Image.open(drawn).size == (16, 12)
     changed = (pixels(drawn) != (255, 0, 0)).any(2).any(0)
     assert changed.sum() == 1  # the column that the narrow box went into
+    fitted = "large.png (80 x 60) is made 16 x 12 to fit the model; --no-fit keeps its size"
+    assert capsys.readouterr().err.splitlines()[0] == fitted
+
+    (kept,) = run(model, tmp_path / "out", *arguments, "--no-fit", "--resamples", "1")
+    assert Image.open(kept).size == (80, 60)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("warning: 80 x 60 pixels are 18.8 times the model's own 16 x 16")
+    assert fitted not in said
+
+    large = [str(tmp_path / "large.png")] * 2
+    for option, size in (("--fit", (16, 12)), ("--no-fit", (80, 60))):
+        way = ["interpolate", *large, "--prompt", "a cat", "-n", "2", option]
+        assert Image.open(run(model, tmp_path / "way", *way)[0]).size == size
 
 
 def test_ilvr_and_its_options_reach_the_run(model: Path, picture: Path, tmp_path: Path) -> None:
@@ -209,12 +224,15 @@ MASKED = {"mask": "box:40,0,60,60", "fit": True, "timetable": "karras", "dtype":
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("edit PICTURE cat --mask box:40,0,60,60 --fit --timetable karras", MASKED),
+        ("edit PICTURE cat --mask box:40,0,60,60 --timetable karras", MASKED),
         (
             "inpaint PICTURE cat --resamples 1 --mask box:40,0,60,60 --fit --timetable karras",
             MASKED,
         ),
-        ("ilvr PICTURE cat", {"fit": False, "timetable": "trailing", "solver": "dpmpp-2m"}),
+        (
+            "ilvr PICTURE cat --no-fit",
+            {"fit": False, "timetable": "trailing", "solver": "dpmpp-2m"},
+        ),
         ("ilvr PICTURE cat --fit --dtype bfloat16", {"fit": True, "dtype": "bfloat16"}),
         ("interpolate cat dog --dtype bfloat16", {"dtype": "bfloat16", "seed": 0}),
     ],

@@ -227,6 +227,25 @@ def test_edits_reach_the_run() -> None:
     assert output.nfe == 2
 
 
+@pytest.mark.parametrize(
+    ("size", "told"), [((16, 16), None), ((16, 18), "1.1 times"), ((32, 64), "8.0 times")]
+)
+def test_a_picture_larger_than_the_models_own_is_told(
+    size: tuple[int, int], told: str | None
+) -> None:
+    height, width = size
+    picture = Image.new("RGB", (width, height))
+    asked: list[dict[str, Any]]
+    asked = [{"height": height, "width": width}, {"edits": [SDEdit(picture, 0.5)]}]
+    for arguments in asked:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            draw("a cat", **arguments)
+        messages = [str(warning.message) for warning in said]
+        assert len(messages) == (told is not None)
+        assert all(f"{width} x {height} pixels are {told}" in message for message in messages)
+
+
 def test_a_long_prompt_is_reported() -> None:
     prompt = "a red heart and the face of a sad dog, flat style, with pizza"
     with pytest.warns(UserWarning, match="longer than the model's window of 12 tokens") as caught:
