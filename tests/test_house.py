@@ -40,7 +40,7 @@ FLOORS: list[set[str]] = [
     {"lora", "guidance"},
     {"data"},
     {"pipeline"},
-    {"learning", "metrics"},
+    {"learning", "metrics", "server"},
     {"cli"},
 ]
 

@@ -21,6 +21,7 @@ from latentdiff.cli.edit import edit, ilvr, inpaint
 from latentdiff.cli.generate import generate
 from latentdiff.cli.info import info
 from latentdiff.cli.interpolate import interpolate
+from latentdiff.cli.serve import serve
 from latentdiff.cli.solvers import solvers
 from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory
@@ -40,6 +41,7 @@ app.command()(interpolate)
 app.command()(convert)
 app.command()(info)
 app.command()(solvers)
+app.command()(serve)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")
 data.command()(emoji)
 data.command()(shard)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from latentdiff.cli.options import Fit, Grid, Prompt, RunOptions, with_run_options
-from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
+from latentdiff.cli.output import check_writable, draw_in_parts
 from latentdiff.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ def _draw(
     """Draw, write each picture and the grid with what was given, and print the paths."""
     from latentdiff.editing import picture_size
     from latentdiff.pictures import grid, save_numbered_png, save_png
+    from latentdiff.pipeline.record import about_request, png_text
 
     seed = secrets.randbelow(2**32) if run.seed is None else run.seed
     request = replace(run.request(pipe.bundle, edits), seed=seed, first=run.first)

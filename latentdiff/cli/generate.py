@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentdiff.cli.options import RunOptions, with_run_options
-from latentdiff.cli.output import about_request, check_writable, draw_in_parts, png_text
+from latentdiff.cli.output import check_writable, draw_in_parts
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def generate(
         raise UserError("--size is height and width: give it, or --height and --width.")
     check_writable(run.out)
     from latentdiff.pipeline.prompts import check_prompts
+    from latentdiff.pipeline.record import about_request
 
     check_prompts(prompts)
     run.check()
@@ -71,6 +72,7 @@ def _write(
 ) -> None:
     """Save each picture as soon as it is there, and at last the grid, and print the paths."""
     from latentdiff.pictures import grid, save_numbered_png, save_png
+    from latentdiff.pipeline.record import png_text
 
     paths: list[Path] = []
     kept: list[tuple[str, int, Image]] = []

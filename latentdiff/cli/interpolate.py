@@ -9,7 +9,7 @@ import typer
 from latentdiff.cli import options
 from latentdiff.cli.edit import fitted
 from latentdiff.cli.models import ModelOptions
-from latentdiff.cli.output import about_model, check_writable, png_text
+from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
 
 
@@ -54,6 +54,7 @@ def interpolate(
         raise UserError("--prompt is for two pictures: two prompts say themselves what they show.")
     from latentdiff import pictures
     from latentdiff.pipeline import interpolation
+    from latentdiff.pipeline.record import about_model, png_text
 
     names = [Path(one).name for one in (a, b)]
     ends = [pictures.open_picture(Path(one)) for one in (a, b)] if files[0] else []
@@ -64,7 +65,7 @@ def interpolate(
         if fit:
             ends = [fitted(end, name, pipe) for end, name in zip(ends, names, strict=True)]
         drawn = interpolation.between_pictures(
-            pipe, *ends, weights, prompt=prompt, num_inference_steps=steps or 50
+            pipe, ends[0], ends[1], weights, prompt=prompt, num_inference_steps=steps or 50
         )
     else:
         drawn = interpolation.between_prompts(

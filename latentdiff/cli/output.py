@@ -1,7 +1,5 @@
-"""Output shared by the commands that draw: pictures, their text chunks and messages."""
+"""Output shared by the commands that draw."""
 
-import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentdiff.errors import UserError
-from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from latentdiff.bundle import Bundle
     from latentdiff.pipeline import LatentDiffusionPipeline, Request
 
 # Pixels drawn at once: enough to keep a processor busy, few enough for its memory, and on a CPU
@@ -45,42 +41,6 @@ def draw_in_parts(
         part = replace(request, prompt=chunk, first=request.first + start)
         output = pipe.draw(part, progress=sys.stderr.isatty())
         yield from zip(chunk, output.indices, output.images, strict=True)
-
-
-def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
-    """The text chunk of a PNG: one JSON object; None where none is wanted."""
-    if record is None:
-        return None
-    return {"latentdiff": json.dumps({**picture, **record}, ensure_ascii=False)}
-
-
-def about_model(bundle: "Bundle") -> dict[str, object]:
-    """Record the model for the text chunk of a picture."""
-    from latentdiff.formats.location import public_name
-
-    precision = str(bundle.network.dtype).removeprefix("torch.")
-    return {"version": __version__, "model": public_name(bundle.name), "dtype": precision}
-
-
-def about_request(bundle: "Bundle", request: "Request") -> dict[str, object]:
-    """Record model and arguments for the text chunk of a picture, by the pipeline's own names."""
-    record = about_model(bundle) | {
-        "negative_prompt": request.negative_prompt,
-        "also": request.also,
-        "prompt_weights": request.prompt_weights,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance": request.guidance,
-        "guidance_scale": request.guidance_scale,
-        "guidance_rescale": request.guidance_rescale,
-        "edits": [edit for edit in request.edits if isinstance(edit, str)],
-        "solver": request.solver,
-        "timetable": request.timetable,
-        "height": request.height,
-        "width": request.width,
-    }
-    if request.guidance_interval != (0.0, math.inf):
-        record["guidance_interval"] = list(request.guidance_interval)
-    return record
 
 
 def check_writable(folder: Path) -> None:

@@ -1,0 +1,85 @@
+"""`latentdiff serve`: the page, and an HTTP server for clients of OpenAI's and A1111's calls."""
+
+import os
+import secrets
+import socket
+import sys
+from typing import Annotated
+
+import typer
+
+from latentdiff.cli import options
+from latentdiff.cli.models import ModelOptions
+from latentdiff.errors import UserError
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LATENTDIFF_TOKEN",
+            help="What clients must send as `Authorization: Bearer TOKEN`. Default: none at this "
+            "machine's own addresses; at others a fresh one, which is printed.",
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Another name by which browsers reach this server; again for more."
+        ),
+    ] = None,
+    max_side: Annotated[
+        int | None,
+        typer.Option(min=8, max=4096, help="Pixels of a side. Default: twice the model's own."),
+    ] = None,
+    model: options.Model = None,
+    lora: options.Loras = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Serve a page that draws as you type, and the image calls of OpenAI and A1111.
+
+    Needs: pip install 'latentdiff[serve]'. Nothing leaves this machine; prompts are not logged.
+    """
+    try:
+        import uvicorn
+
+        from latentdiff.server.app import create_app
+        from latentdiff.server.guard import is_loopback
+        from latentdiff.server.studio import Limits, Studio
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed"
+        raise UserError(f"{missing}: pip install 'latentdiff[serve]'") from None
+
+    names = {"localhost", "127.0.0.1", "::1", host, *(allow_host or [])} - {"0.0.0.0", "::"}
+    if token is None and not is_loopback(host):
+        token = secrets.token_urlsafe(16)
+        print(f"token {token}", file=sys.stderr)
+    listening = listen(host, port)
+    pipe = ModelOptions(model, loras=lora).open(device, dtype)
+    limits = Limits(max_side or 2 * max(pipe.bundle.size))
+    at_once = 2**15 if pipe.bundle.device.type == "cpu" else 2**20
+    app = create_app(Studio(pipe, limits, at_once), names, token)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
+    server = uvicorn.Server(
+        uvicorn.Config(app, access_log=False, log_level="warning", timeout_keep_alive=10)
+    )
+    with listening:
+        server.run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind before the model is loaded: a port that is taken is told at once.
+
+    Raises:
+        UserError: it cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        told = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise UserError(f"cannot listen at {host}:{port}: {told}; try another --port") from None

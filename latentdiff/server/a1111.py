@@ -1,0 +1,261 @@
+"""A1111's calls, as clients of its web UI make them: `/sdapi/v1/txt2img` and the like."""
+
+import json
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
+from PIL import ImageFilter, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentdiff import solvers
+from latentdiff.diffusion import timetable as timetables
+from latentdiff.errors import UserError
+from latentdiff.pipeline import Request
+from latentdiff.server.studio import Refused, Studio, data_of, encoded, within
+from latentdiff.solvers.aliases import resolve, resolve_timetable
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# Arguments that clients send with every call, by the values that ask for nothing. Another value is
+# refused by the argument's name. Those of a second pass (hr_...) mean nothing without enable_hr.
+NOTHING: dict[str, tuple[object, ...]] = {
+    "alwayson_scripts": ({},),
+    "comments": ({},),
+    "disable_extra_networks": (False, True),
+    "do_not_save_grid": (False, True),
+    "do_not_save_samples": (False, True),
+    "enable_hr": (False,),
+    "eta": (0, 1),
+    "firstphase_height": (0,),
+    "firstphase_width": (0,),
+    "force_task_id": ("",),
+    "image_cfg_scale": (0, 1.5),
+    "include_init_images": (False, True),
+    "infotext": ("",),
+    "initial_noise_multiplier": (0, 1),
+    "inpaint_full_res": (False, 0),
+    "inpaint_full_res_padding": (0, 32),
+    "inpainting_fill": (0, 1),
+    "mask_round": (True,),
+    "override_settings_restore_afterwards": (False, True),
+    "refiner_checkpoint": ("",),
+    "refiner_switch_at": (0, 1),
+    "resize_mode": (0,),
+    "restore_faces": (False,),
+    "s_churn": (0,),
+    "s_min_uncond": (0,),
+    "s_noise": (1,),
+    "s_tmax": (0,),
+    "s_tmin": (0,),
+    "save_images": (False,),
+    "script_args": ([],),
+    "script_name": ("",),
+    "seed_resize_from_h": (0, -1),
+    "seed_resize_from_w": (0, -1),
+    "send_images": (True,),
+    "styles": ([],),
+    "subseed": (-1,),
+    "subseed_strength": (0,),
+    "tiling": (False,),
+}
+
+
+class TextToImage(BaseModel):
+    """The body of `/sdapi/v1/txt2img`: what is obeyed. The rest goes through `NOTHING`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: Annotated[str, Field(max_length=4000)] = ""
+    negative_prompt: Annotated[str, Field(max_length=4000)] = ""
+    seed: int = -1
+    steps: int = 20
+    cfg_scale: Finite = 7.0
+    width: int | None = None
+    height: int | None = None
+    batch_size: int = 1
+    n_iter: int = 1
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    override_settings: dict[str, Any] | None = None
+
+    def request(self, studio: Studio) -> Request:
+        """The request of one of its pictures.
+
+        Raises:
+            Refused: it asks for what there is not.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name.startswith("hr_"):
+                continue
+            if name not in NOTHING or value not in NOTHING[name]:
+                raise Refused(
+                    422, f"{name}: {value!r:.80} is not to be had here: leave it out", name
+                )
+        check_options(studio, self.override_settings or {})
+        solver, timetable = named(self.sampler_name or self.sampler_index, self.scheduler)
+        bundle = studio.pipe.bundle
+        return Request(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt or None,
+            num_inference_steps=self.steps,
+            guidance_scale=self.cfg_scale,
+            solver=solver,
+            timetable=timetable,
+            height=self.height or bundle.size[0],
+            width=self.width or bundle.size[1],
+        )
+
+    @property
+    def number(self) -> int:
+        """How many pictures it asks for."""
+        return within(self.batch_size, "batch_size", 1, 64) * within(self.n_iter, "n_iter", 1, 64)
+
+
+class ImageToImage(TextToImage):
+    """The body of `/sdapi/v1/img2img`."""
+
+    init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
+    denoising_strength: Annotated[float, Field(ge=0, le=1)] = 0.75
+    mask: str | None = None
+    mask_blur: Annotated[float, Field(ge=0, le=64)] = 4
+    inpainting_mask_invert: Literal[0, 1] = 0
+
+
+class Options(BaseModel):
+    """The body of `/sdapi/v1/options`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def check_options(studio: Studio, wanted: dict[str, Any]) -> None:
+    """Pass options that are as they are wanted already.
+
+    Raises:
+        Refused: one is another, or there is no such option.
+    """
+    have = options_of(studio)
+    for name, value in wanted.items():
+        if name not in have or have[name] != value:
+            raise Refused(422, f"{name}: this server has no such option to set", name)
+
+
+def options_of(studio: Studio) -> dict[str, Any]:
+    """The options that clients read, as they are here."""
+    return {
+        "sd_model_checkpoint": studio.name,
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+    }
+
+
+def named(sampler: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
+    """Our solver and timetable of their sampler and scheduler.
+
+    Raises:
+        Refused: there are none of these names.
+    """
+    try:
+        solver, timetable = resolve(sampler) if sampler else (None, None)
+        return solver, resolve_timetable(scheduler) if scheduler else timetable
+    except UserError as error:
+        raise Refused(404, f"{error}", "sampler_name") from None
+
+
+def routes(studio: Studio) -> APIRouter:
+    """A1111's routes to a studio."""
+    router = APIRouter(prefix="/sdapi/v1")
+
+    async def answer(asked: TextToImage, request: Request, http: HTTPRequest) -> dict[str, Any]:
+        seed = None if asked.seed == -1 else asked.seed
+        job = studio.submit(request, asked.number, seed, preview_every=5)
+        pictures = await studio.finished(job, http)
+        info = {
+            "prompt": asked.prompt,
+            "negative_prompt": asked.negative_prompt,
+            "seed": job.seeds[0],
+            "all_seeds": list(job.seeds),
+            "steps": asked.steps,
+            "cfg_scale": asked.cfg_scale,
+            "sampler_name": asked.sampler_name,
+            "sd_model_name": studio.name,
+        }
+        sent = asked.model_dump(exclude={"init_images", "mask"})
+        return {
+            "images": [encoded(png) for png in pictures],
+            "parameters": sent,
+            "info": json.dumps(info),
+        }
+
+    @router.post("/txt2img")
+    async def txt2img(asked: TextToImage, http: HTTPRequest) -> dict[str, Any]:
+        return await answer(asked, asked.request(studio), http)
+
+    @router.post("/img2img")
+    async def img2img(asked: ImageToImage, http: HTTPRequest) -> dict[str, Any]:
+        request = asked.request(studio)
+        image = await studio.open(data_of(asked.init_images[0], "init_images"), "init_images")
+        hole = None
+        if asked.mask:
+            hole = await studio.white(data_of(asked.mask, "mask"), "mask", image.size)
+            hole = ImageOps.invert(hole) if asked.inpainting_mask_invert else hole
+            hole = hole.filter(ImageFilter.GaussianBlur(asked.mask_blur))
+        size = None
+        if asked.width and asked.height:
+            most = studio.limits.side
+            size = (
+                within(asked.width, "width", 8, most),
+                within(asked.height, "height", 8, most),
+            )
+        edited = studio.edited(request, image, hole, asked.denoising_strength, size)
+        return await answer(asked, edited, http)
+
+    @router.get("/progress")
+    async def progress(skip_current_image: bool = False) -> dict[str, Any]:
+        job = studio.queue.current
+        state = {"job": "", "job_count": 0, "sampling_step": 0, "sampling_steps": 0}
+        if job is None:
+            return {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None}
+        state |= {"job": job.id, "job_count": 1, "sampling_step": job.steps_done}
+        state |= {"sampling_steps": job.steps, "interrupted": False, "skipped": False}
+        image = None if skip_current_image or job.preview is None else encoded(job.preview)
+        since = time.time() - job.created
+        eta = since * (1 - job.fraction) / job.fraction if job.fraction else 0.0
+        return {
+            "progress": job.fraction,
+            "eta_relative": eta,
+            "state": state,
+            "current_image": image,
+        }
+
+    @router.post("/interrupt")
+    async def interrupt() -> dict[str, Any]:
+        if studio.queue.current is not None:
+            studio.queue.cancel(studio.queue.current)
+        return {}
+
+    @router.get("/samplers")
+    async def samplers() -> list[dict[str, Any]]:
+        return [{"name": name, "aliases": [], "options": {}} for name in solvers.names()]
+
+    @router.get("/schedulers")
+    async def schedulers() -> list[dict[str, Any]]:
+        return [{"name": name, "label": name} for name in timetables.names()]
+
+    @router.get("/sd-models")
+    async def models() -> list[dict[str, Any]]:
+        name = studio.name
+        return [{"title": name, "model_name": name, "hash": None, "filename": name, "config": None}]
+
+    @router.get("/options")
+    async def options() -> dict[str, Any]:
+        return options_of(studio)
+
+    @router.post("/options")
+    async def set_options(wanted: Options) -> dict[str, Any]:
+        check_options(studio, wanted.model_extra or {})
+        return {}
+
+    return router

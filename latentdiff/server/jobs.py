@@ -1,0 +1,282 @@
+"""Jobs of a server: one queue, and one thread that draws; what fits together is one batch."""
+
+import asyncio
+import secrets
+import threading
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from PIL.Image import Image
+
+from latentdiff.errors import UserError
+from latentdiff.pictures import encode_png
+from latentdiff.pipeline import LatentDiffusionPipeline, Request
+from latentdiff.pipeline.record import about_request, png_text
+
+State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
+
+
+class Busy(Exception):
+    """So many pictures are waiting that no more are taken."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Pictures of one request. Read by any thread; written by the queue alone.
+
+    Attributes:
+        request: of each of its pictures: one prompt, no seed.
+        seeds: seed of each picture.
+        preview_every: number of steps between two previews; 0 is none.
+        id: what a client calls it.
+        state: where it is.
+        pictures: PNG files, None for each that is not drawn yet.
+        error: why it failed, in one line.
+        told: warnings about its arguments, one line each.
+        preview: PNG of the first picture as the network guesses it now.
+        steps_done, steps: of all its pictures; `steps` is a guess before the first is begun.
+    """
+
+    request: Request
+    seeds: Sequence[int]
+    preview_every: int = 0
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
+    state: State = "waiting"
+    pictures: list[bytes | None] = field(default_factory=list)
+    error: str | None = None
+    told: list[str] = field(default_factory=list)
+    preview: bytes | None = None
+    steps_done: int = 0
+    steps: int = 0
+    created: float = field(default_factory=time.time)
+    _watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.pictures = [None] * len(self.seeds)
+        self.steps = len(self.seeds) * self.request.num_inference_steps
+
+    @property
+    def over(self) -> bool:
+        """Tell whether nothing more will happen to it."""
+        return self.state in ("done", "failed", "cancelled")
+
+    @property
+    def fraction(self) -> float:
+        """The part of its steps that is made, in [0, 1]."""
+        return 1.0 if self.state == "done" else min(self.steps_done / max(self.steps, 1), 1.0)
+
+    def tell(self) -> None:
+        """Wake everybody who follows it."""
+        for loop, event in tuple(self._watchers):
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # that loop is closed, and its watcher gone
+                self._watchers.discard((loop, event))
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Come back after each change, the first time at once, the last time when it is over."""
+        watcher = asyncio.get_running_loop(), asyncio.Event()
+        self._watchers.add(watcher)
+        try:
+            while True:
+                watcher[1].clear()
+                over = self.over
+                yield
+                if over:
+                    return
+                await watcher[1].wait()
+        finally:
+            self._watchers.discard(watcher)
+
+    def fits(self, other: "Job") -> bool:
+        """Tell whether pictures of both may be drawn in one batch."""
+        if self is other:
+            return True
+        mine, theirs = self.request, other.request
+        alone = replace(mine, prompt=theirs.prompt, negative_prompt=theirs.negative_prompt)
+        fields = [getattr(alone, name) == getattr(theirs, name) for name in _COMPARED]
+        return not (mine.edits or theirs.edits) and all(fields)
+
+
+_COMPARED = [name for name in Request.__dataclass_fields__ if name not in ("edits",)]
+_Place = tuple[Job, int]
+
+
+class JobQueue:
+    """The jobs of a server, drawn in the order of their arrival.
+
+    A picture depends on its own seed alone, not on what shares its batch, so requests of one shape
+    are drawn together.
+
+    Args:
+        pipe: the model.
+        at_once: pixels drawn in one batch.
+        most_waiting: number of pictures that may wait.
+        most_kept: finished jobs that can still be asked for.
+        most_bytes: of their pictures.
+    """
+
+    def __init__(
+        self,
+        pipe: LatentDiffusionPipeline,
+        at_once: int,
+        most_waiting: int = 256,
+        most_kept: int = 100,
+        most_bytes: int = 2**28,
+    ) -> None:
+        self.pipe = pipe
+        self.at_once = at_once
+        self.most_waiting = most_waiting
+        self.most_kept = most_kept
+        self.most_bytes = most_bytes
+        self.jobs: OrderedDict[str, Job] = OrderedDict()
+        self.batches = 0
+        self._waiting: deque[_Place] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> Job:
+        """Put a job at the end of the queue.
+
+        Raises:
+            Busy: too many pictures are waiting.
+        """
+        with self._changed:
+            if len(self._waiting) + len(job.seeds) > self.most_waiting:
+                raise Busy
+            self.jobs[job.id] = job
+            self._waiting.extend((job, number) for number in range(len(job.seeds)))
+            self._changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job; what is being drawn of it ends before its next step."""
+        with self._changed:
+            if job.over:
+                return
+            job.state = "cancelled"
+            self._waiting = deque(place for place in self._waiting if place[0] is not job)
+            self._forget()
+        job.tell()
+
+    @property
+    def current(self) -> Job | None:
+        """The job that is being drawn, if any."""
+        return next((job for job in tuple(self.jobs.values()) if job.state == "drawing"), None)
+
+    def close(self) -> None:
+        """Cancel all jobs and end the thread."""
+        for job in tuple(self.jobs.values()):
+            self.cancel(job)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while places := self._next():
+            self.batches += 1
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    self._draw(places)
+                for job in {job for job, _ in places}:
+                    job.told += [f"{one.message}" for one in said]
+            except UserError as error:
+                self._fail(places, f"{error}")
+            except (MemoryError, RuntimeError) as error:
+                short = "memory" in f"{error}".lower() or isinstance(error, MemoryError)
+                self._fail(places, "too little memory for this" if short else "drawing failed")
+            except Exception:  # the thread must outlive a fault of one request
+                self._fail(places, "drawing failed")
+
+    def _next(self) -> list[_Place]:
+        """The next batch, as soon as there is one; nothing when the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return []
+            first = self._waiting[0][0]
+            height, width = first.request.height, first.request.width
+            own = self.pipe.bundle.size
+            most = max(1, self.at_once // ((height or own[0]) * (width or own[1])))
+            batch = [place for place in self._waiting if first.fits(place[0])][:most]
+            taken = {(id(job), number) for job, number in batch}
+            self._waiting = deque(p for p in self._waiting if (id(p[0]), p[1]) not in taken)
+            for job, _ in batch:
+                job.state = "drawing"
+        return batch
+
+    def _draw(self, places: Sequence[_Place]) -> None:
+        first = places[0][0].request
+        request = replace(
+            first,
+            prompt=[f"{job.request.prompt}" for job, _ in places],
+            negative_prompt=[f"{job.request.negative_prompt or ''}" for job, _ in places],
+            seed=[job.seeds[number] for job, number in places],
+        )
+        run = self.pipe.prepare(request)
+        jobs = list(dict.fromkeys(job for job, _ in places))
+        for job in jobs:
+            count = sum(one is job for one, _ in places)
+            job.steps += count * (len(run) - request.num_inference_steps)
+        for move in run.steps():
+            live = [job for job in jobs if not job.over]
+            if not live:
+                run.cancel()
+            for job in live:
+                job.steps_done += sum(one is job for one, _ in places)
+            watched = [j for j in live if j.preview_every and move.index % j.preview_every == 0]
+            if watched:
+                self._show(watched, places, run.preview())
+            for job in live:
+                job.tell()
+        if run.cancelled:
+            return
+        output = run.finish()
+        for (job, number), picture, cut in zip(places, output.images, output.cut, strict=True):
+            if not job.over:
+                job.told += [f"beyond the model's window, not used: {cut!r}"] if cut else []
+                self._keep(job, number, picture)
+
+    @staticmethod
+    def _show(jobs: Sequence[Job], places: Sequence[_Place], pictures: object) -> None:
+        assert isinstance(pictures, list)
+        for job in jobs:
+            place = next(i for i, (one, _) in enumerate(places) if one is job)
+            job.preview = encode_png(pictures[place])
+
+    def _keep(self, job: Job, number: int, picture: Image) -> None:
+        record = about_request(self.pipe.bundle, job.request)
+        text = png_text(record, prompt=job.request.prompt, seed=job.seeds[number], index=0)
+        data = encode_png(picture, text)
+        with self._changed:
+            job.pictures[number] = data
+            if None not in job.pictures and not job.over:
+                job.state = "done"
+                self._forget()
+        job.tell()
+
+    def _fail(self, places: Sequence[_Place], message: str) -> None:
+        for job in {job for job, _ in places}:
+            with self._changed:
+                if not job.over:
+                    job.error, job.state = message, "failed"
+                self._waiting = deque(place for place in self._waiting if place[0] is not job)
+                self._forget()
+            job.tell()
+
+    def _forget(self) -> None:
+        """Let go of the oldest jobs that are over, where there are too many."""
+        over = [job for job in self.jobs.values() if job.over]
+        held = sum(len(picture or b"") for job in over for picture in job.pictures)
+        while over and (len(over) > self.most_kept or held > self.most_bytes):
+            gone = over.pop(0)
+            held -= sum(len(picture or b"") for picture in gone.pictures)
+            del self.jobs[gone.id]

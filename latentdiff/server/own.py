@@ -1,0 +1,166 @@
+"""Our own calls: jobs with progress, previews and an end; what the page uses."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentdiff import solvers
+from latentdiff.diffusion import timetable as timetables
+from latentdiff.pipeline import Request
+from latentdiff.server.jobs import Job
+from latentdiff.server.studio import Refused, Studio, data_of, encoded
+from latentdiff.version import __version__
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Wanted(BaseModel):
+    """The body of `POST /jobs`, by the pipeline's own names.
+
+    Pictures are base64, as they are or as `data:` addresses; the white of `mask` is painted.
+    `replaces` is a job that is no longer wanted: whoever draws as somebody types names the last.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+    negative_prompt: Annotated[str, Field(max_length=4000)] | None = None
+    also: Annotated[list[str], Field(max_length=8)] = []
+    prompt_weights: bool = False
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 20
+    guidance: str = "cfg"
+    guidance_scale: Finite = 4.0
+    guidance_rescale: Finite = 0.0
+    solver: str | None = None
+    timetable: str | None = None
+    edits: Annotated[list[str], Field(max_length=4)] = []
+    seed: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    preview_every: Annotated[int, Field(ge=0)] = 0
+    replaces: str | None = None
+
+    def request(self, studio: Studio) -> Request:
+        """The request of one of its pictures."""
+        height, width = studio.pipe.bundle.size
+        return Request(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            also=self.also,
+            prompt_weights=self.prompt_weights,
+            height=self.height or height,
+            width=self.width or width,
+            num_inference_steps=self.num_inference_steps,
+            guidance=self.guidance,
+            guidance_scale=self.guidance_scale,
+            guidance_rescale=self.guidance_rescale,
+            solver=self.solver,
+            timetable=self.timetable,
+            edits=self.edits,
+        )
+
+
+def about(job: Job) -> dict[str, Any]:
+    """Describe a job as it is now."""
+    return {
+        "id": job.id,
+        "state": job.state,
+        "progress": round(job.fraction, 4),
+        "seeds": [f"{seed}" for seed in job.seeds],  # text: JavaScript's numbers end at 2^53
+        "pictures": [
+            f"/jobs/{job.id}/pictures/{number}.png"
+            for number, picture in enumerate(job.pictures)
+            if picture is not None
+        ],
+        "told": job.told,
+        "error": job.error,
+    }
+
+
+def routes(studio: Studio) -> APIRouter:
+    """Our routes to a studio."""
+    router = APIRouter()
+
+    def found(job_id: str) -> Job:
+        job = studio.queue.jobs.get(job_id)
+        if job is None:
+            raise Refused(404, "there is no such job, or it was too long ago")
+        return job
+
+    @router.get("/model")
+    async def model() -> dict[str, Any]:
+        bundle, limits = studio.pipe.bundle, studio.limits
+        height, width = bundle.size
+        return {
+            "name": studio.name,
+            "about": bundle.about,
+            "kind": bundle.kind,
+            "height": height,
+            "width": width,
+            "factor": bundle.factor,
+            "solvers": solvers.names(),
+            "timetables": timetables.names(),
+            "limits": {"side": limits.side, "steps": limits.steps, "pictures": limits.pictures},
+            "version": __version__,
+        }
+
+    @router.post("/jobs", status_code=201)
+    async def begin(wanted: Wanted) -> dict[str, Any]:
+        request = wanted.request(studio)
+        if wanted.image is not None:
+            image = await studio.open(data_of(wanted.image, "image"), "image")
+            hole = None
+            if wanted.mask is not None:
+                hole = await studio.white(data_of(wanted.mask, "mask"), "mask", image.size)
+            request = studio.edited(request, image, hole, wanted.strength)
+        elif wanted.mask is not None or wanted.strength is not None:
+            raise Refused(400, "mask and strength are for an image: give one", "image")
+        if wanted.replaces in studio.queue.jobs:
+            studio.queue.cancel(studio.queue.jobs[wanted.replaces])
+        job = studio.submit(request, wanted.num_images, wanted.seed, wanted.preview_every)
+        return about(job)
+
+    @router.get("/jobs/{job_id}")
+    async def look(job_id: str) -> dict[str, Any]:
+        return about(found(job_id))
+
+    @router.delete("/jobs/{job_id}")
+    async def cancel(job_id: str) -> dict[str, Any]:
+        job = found(job_id)
+        studio.queue.cancel(job)
+        return about(job)
+
+    @router.get("/jobs/{job_id}/events")
+    async def events(job_id: str) -> StreamingResponse:
+        """Server-sent events: the job after each change; with a preview where it has a new one."""
+        job = found(job_id)
+
+        async def told() -> AsyncIterator[str]:
+            shown = None
+            async for _ in job.changes():
+                now = about(job)
+                if job.preview is not shown and job.preview is not None:
+                    shown = job.preview
+                    now["preview"] = f"data:image/png;base64,{encoded(shown)}"
+                yield f"data: {json.dumps(now)}\n\n"
+
+        return StreamingResponse(
+            told(), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
+
+    @router.get("/jobs/{job_id}/pictures/{number}.png")
+    async def picture(job_id: str, number: int) -> Response:
+        pictures = found(job_id).pictures
+        if not 0 <= number < len(pictures) or pictures[number] is None:
+            raise Refused(404, "there is no such picture, or not yet")
+        return Response(pictures[number], media_type="image/png")
+
+    return router

@@ -1,0 +1,304 @@
+"""The server: the official OpenAI client, an A1111 client's calls, our own, and who is refused."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from tiny import tiny_bundle
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.server.app import PAGE, create_app
+from latentdiff.server.guard import is_loopback
+from latentdiff.server.studio import Limits, Studio
+
+AT = "http://localhost"
+PROMPT = {"prompt": "a red heart", "steps": 3, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LatentDiffusionPipeline:
+    return LatentDiffusionPipeline(tiny_bundle())
+
+
+@pytest.fixture
+def studio(pipe: LatentDiffusionPipeline) -> Studio:
+    return Studio(pipe, Limits(side=64, body=2**20, waiting=40), at_once=4 * 16 * 16)
+
+
+@pytest.fixture
+def client(studio: Studio) -> Iterator[TestClient]:
+    with TestClient(create_app(studio, ["localhost"]), base_url=AT) as client:
+        yield client
+
+
+def opened(data: str | bytes) -> np.ndarray:
+    raw = base64.b64decode(data) if isinstance(data, str) else data
+    return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def serial(pipe: LatentDiffusionPipeline, prompt: str, seed: int, steps: int = 3) -> np.ndarray:
+    output = pipe(prompt, seed=seed, num_inference_steps=steps, progress=False)
+    return np.asarray(output.images[0]).astype(int)
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Another batch size may round otherwise, by one grey level."""
+    return one.shape == other.shape and np.abs(one - other).max() <= 1
+
+
+def picture_with_a_hole(side: int = 16) -> Image.Image:
+    picture = Image.new("RGBA", (side, side), (200, 40, 40, 255))
+    picture.paste((0, 0, 0, 0), (4, 4, 12, 12))
+    return picture
+
+
+def test_openais_own_client_draws_edits_and_lists(
+    client: TestClient, pipe: LatentDiffusionPipeline, studio: Studio
+) -> None:
+    api = openai.OpenAI(api_key="none", base_url=f"{AT}/v1", http_client=client, max_retries=0)
+    assert [model.id for model in api.models.list()] == [studio.name]
+    more = {"steps": 3, "seed": 7}
+    drawn = api.images.generate(prompt="a red heart", n=2, size="16x16", extra_body=more)
+    assert drawn.data is not None
+    pictures = [opened(one.b64_json or "") for one in drawn.data]
+    assert same(pictures[0], serial(pipe, "a red heart", 7))
+    assert same(pictures[1], serial(pipe, "a red heart", 8))
+    (linked,) = api.images.generate(
+        prompt="a red heart", response_format="url", extra_body=more
+    ).data or [None]
+    assert linked is not None
+    assert same(opened(client.get(linked.url or "").content), pictures[0])
+    whole = png(picture_with_a_hole().convert("RGB"))
+    edited = api.images.edit(
+        image=("a.png", whole, "image/png"),
+        mask=("mask.png", png(picture_with_a_hole()), "image/png"),
+        prompt="a red heart",
+        extra_body={"steps": 2, "seed": 3},
+    )
+    assert edited.data is not None
+    result = opened(edited.data[0].b64_json or "")
+    kept = np.ones((16, 16), bool)
+    kept[4:12, 4:12] = False
+    assert (result[kept] == opened(whole)[kept]).all()
+    assert (result[~kept] != opened(whole)[~kept]).any()
+    with pytest.raises(openai.NotFoundError, match="there is no model 'dall-e-3' here"):
+        api.images.generate(prompt="a", model="dall-e-3")
+    with pytest.raises(openai.BadRequestError, match="height must be from 2 to 64") as refused:
+        api.images.generate(prompt="a", size="1024x1024")
+    assert refused.value.param == "height"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a", "n": 17}, "n"),
+        ({"prompt": "a", "n": 0}, "n"),
+        ({"prompt": "a", "size": "65x64"}, "width"),
+        ({"prompt": "a", "size": "large"}, "size"),
+        ({"prompt": "a", "steps": 151}, "steps"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "style": "vivid"}, "style"),
+        ({"prompt": "a", "background": "transparent"}, "background"),
+        ({"prompt": "a", "solver": "magic"}, None),
+        ({"prompt": "half \ud83d"}, None),
+    ],
+)
+def test_a_mistake_is_told_as_openai_tells_it(
+    client: TestClient, studio: Studio, body: dict[str, object], param: str | None
+) -> None:
+    answer = client.post("/v1/images/generations", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert param is None or error["param"] == param
+    assert studio.queue.batches == 0
+
+
+JSON = {"content-type": "application/json"}
+
+
+def test_an_a1111_client_draws_edits_watches_and_interrupts(
+    client: TestClient, pipe: LatentDiffusionPipeline, studio: Studio
+) -> None:
+    body = {
+        "prompt": "a red heart", "negative_prompt": "", "seed": 7, "steps": 3, "cfg_scale": 4,
+        "width": 16, "height": 16, "batch_size": 2, "n_iter": 1, "sampler_name": "DPM++ 2M Karras",
+        "enable_hr": False, "hr_scale": 2, "styles": [], "tiling": False, "alwayson_scripts": {},
+    }  # fmt: skip
+    answer = client.post("/sdapi/v1/txt2img", json=body).json()
+    expected = pipe(
+        "a red heart", seed=7, num_inference_steps=3, solver="dpmpp-2m", timetable="karras",
+        progress=False,
+    ).images[0]  # fmt: skip
+    assert same(opened(answer["images"][0]), np.asarray(expected).astype(int))
+    assert json.loads(answer["info"])["all_seeds"] == [7, 8]
+    picture, mask = picture_with_a_hole().convert("RGB"), Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 12, 12))
+    edit = {
+        "init_images": ["data:image/png;base64," + base64.b64encode(png(picture)).decode()],
+        "mask": base64.b64encode(png(mask)).decode(),
+        "mask_blur": 0, "denoising_strength": 1, "prompt": "a disc", "steps": 2, "seed": 1,
+    }  # fmt: skip
+    result = opened(client.post("/sdapi/v1/img2img", json=edit).json()["images"][0])
+    assert (result[:4] == np.asarray(picture)[:4]).all()
+    assert (result[4:12, 4:12] != np.asarray(picture)[4:12, 4:12]).any()
+    refused = client.post("/sdapi/v1/txt2img", json=body | {"tiling": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tiling")
+    assert client.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == studio.name
+    assert {"name": "dpmpp-2m", "aliases": [], "options": {}} in client.get(
+        "/sdapi/v1/samplers"
+    ).json()
+    assert client.get("/sdapi/v1/progress").json()["progress"] == 0
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(client.post, "/sdapi/v1/txt2img", json=body | {"steps": 150})
+        while not client.get("/sdapi/v1/progress").json()["state"]["sampling_step"]:
+            time.sleep(0.01)
+        client.post("/sdapi/v1/interrupt")
+        assert long.result().status_code == 409
+
+
+def events(client: TestClient, job: str) -> list[dict]:
+    with client.stream("GET", f"/jobs/{job}/events") as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_a_job_tells_its_steps_shows_previews_and_keeps_its_pictures(
+    client: TestClient, pipe: LatentDiffusionPipeline
+) -> None:
+    seed = 2**64 - 1
+    body = {"prompt": "a red heart", "num_inference_steps": 3, "seed": seed, "preview_every": 1}
+    begun = client.post("/jobs", json=body)
+    assert begun.status_code == 201
+    told = events(client, begun.json()["id"])
+    assert [one["progress"] for one in told] == sorted(one["progress"] for one in told)
+    last = told[-1]
+    assert (last["state"], last["progress"], last["seeds"]) == ("done", 1, [f"{seed}"])
+    picture = client.get(last["pictures"][0]).content
+    assert same(opened(picture), serial(pipe, "a red heart", seed))
+    kept = json.loads(Image.open(io.BytesIO(picture)).info["latentdiff"])
+    assert (kept["prompt"], kept["seed"], kept["num_inference_steps"]) == ("a red heart", seed, 3)
+    assert client.get("/jobs/none").status_code == 404
+    assert client.get(last["pictures"][0].replace("/0.", "/1.")).status_code == 404
+
+
+def test_a_job_that_another_replaces_or_a_client_leaves_is_cancelled(
+    client: TestClient, studio: Studio
+) -> None:
+    long = {"prompt": "a red heart", "num_inference_steps": 150}
+    first = client.post("/jobs", json=long).json()["id"]
+    second = client.post("/jobs", json=long | {"replaces": first}).json()["id"]
+    assert client.get(f"/jobs/{first}").json()["state"] == "cancelled"
+    assert client.delete(f"/jobs/{second}").json()["state"] == "cancelled"
+    assert events(client, second)[-1]["state"] == "cancelled"
+    quick = client.post("/jobs", json=long | {"num_inference_steps": 1}).json()["id"]
+    assert events(client, quick)[-1]["state"] == "done"
+    assert studio.queue.current is None
+
+
+def test_many_at_once_are_all_answered_or_told_to_wait_and_share_batches(
+    client: TestClient, pipe: LatentDiffusionPipeline, studio: Studio
+) -> None:
+    start = threading.Barrier(20)
+
+    def ask(number: int) -> tuple[int, object]:
+        if number < 20:
+            start.wait()
+        body = {"prompt": f"a {number % 3} disc", "steps": 3, "seed": number, "size": "16x16"}
+        answer = client.post("/v1/images/generations", json=body)
+        return answer.status_code, answer.json()
+
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(ask, range(60)))
+    codes = [code for code, _ in answers]
+    assert set(codes) <= {200, 429}
+    drawn = codes.count(200)
+    assert drawn >= 40
+    assert studio.queue.batches < drawn / 2  # four fit into one
+    for number in [number for number, code in enumerate(codes) if code == 200][::9]:
+        body = answers[number][1]
+        assert isinstance(body, dict)
+        picture = opened(body["data"][0]["b64_json"])
+        assert same(picture, serial(pipe, f"a {number % 3} disc", number))
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/images/generations", {"host": "evil.example"}, 403),
+        ("/v1/images/generations", {"host": "localhost.evil.example"}, 403),
+        ("/v1/images/generations", {"origin": "http://evil.example"}, 403),
+        ("/v1/images/generations", {"origin": "null"}, 403),
+        ("/jobs", {"origin": "http://localhost:1"}, 403),
+        ("/jobs", {"content-type": "text/plain"}, 415),
+        ("/jobs", {"content-type": "application/x-www-form-urlencoded"}, 415),
+        ("/jobs", {"content-type": ""}, 415),
+        ("/v1/images/generations", {"content-type": "multipart/form-data; boundary=x"}, 415),
+        ("/v1/images/edits", {}, 415),
+        ("/sdapi/v1/txt2img", {"content-length": f"{2**20 + 1}"}, 413),
+        ("/sdapi/v1/txt2img", {"content-length": "-1"}, 413),
+    ],
+)
+def test_forbidden_requests_draw_nothing(
+    client: TestClient, studio: Studio, path: str, headers: dict[str, str], status: int
+) -> None:
+    answer = client.post(path, content=json.dumps(PROMPT), headers=JSON | headers)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+    assert studio.queue.batches == 0
+    assert not studio.queue.jobs
+
+
+def test_a_body_without_a_length_is_bounded_too(client: TestClient, studio: Studio) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(40):
+            yield b"a" * 2**16
+
+    answer = client.post("/jobs", content=endless(), headers=JSON)
+    assert answer.status_code == 413
+    assert client.post("/jobs", content=b"[" * 200_000, headers=JSON).status_code == 400
+    assert client.post("/jobs", content=b'{"prompt": NaN}', headers=JSON).status_code == 400
+    assert studio.queue.batches == 0
+
+
+@pytest.mark.parametrize("path", ["/%2e%2e/guard.py", "/page.js%2f..%2fguard.py", "/guard.py"])
+def test_no_path_leads_out(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code == 404
+
+
+def test_a_token_opens_everything_but_the_page(studio: Studio) -> None:
+    with TestClient(create_app(studio, ["localhost"], "let me in"), base_url=AT) as client:
+        for path in PAGE:
+            assert client.get(path).status_code == 200
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"authorization": "Bearer no"}).status_code == 401
+        bearer = {"authorization": "Bearer let me in"}
+        assert client.get("/v1/models", headers=bearer).status_code == 200
+        assert client.get("/v1/models", auth=("anyone", "let me in")).status_code == 200
+
+
+def test_the_page_is_whole_and_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    for path in PAGE:
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "0.0.0.0")] == [True, True, False]
