@@ -1,5 +1,6 @@
 """Names that a user may type, with a helpful error for those that do not exist."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -20,6 +21,11 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name in names:
         return
-    close = get_close_matches(str(name).lower().replace("_", "-"), names, n=1)
+    close = get_close_matches(spelled(str(name)), names, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"choose one of: {', '.join(names)}."
     raise UserError(f"unknown {kind} '{name!s:.200}': {hint}")
+
+
+def spelled(name: str) -> str:
+    """A name as most of ours are spelled: lower case, "++" as "pp", its words joined by "-"."""
+    return re.sub(r"[\s_-]+", "-", name.strip().lower().replace("++", "pp"))

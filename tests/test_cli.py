@@ -197,7 +197,8 @@ REFUSED = {
     "no steps": (["a cat", "--steps", "0"], "--steps"),
     "too many steps": (["a cat", "--steps", "10000"], "--steps"),
     "no pictures": (["a cat", "-n", "0"], "--number"),
-    "negative seed": (["a cat", "--seed", "-1"], "--seed"),
+    "negative seed": (["a cat", "--seed", "-2"], "--seed"),
+    "wide seed": (["a cat", "--seed", str(2**64)], "--seed"),
     "size off the grid": (["a cat", "--size", "33"], "multiple of"),
     "huge size": (["a cat", "--size", "1000000"], "4096"),
     "size and a side": (["a cat", "--size", "32", "--width", "48"], "--height and --width"),
@@ -223,6 +224,55 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     arguments, named = REFUSED[case]
     refused(["generate", *arguments, "--model", str(model), "--out", str(out)], named, capsys)
     assert not out.parent.exists()
+
+
+MISTAKEN = {
+    "generate a --solver eulr": "did you mean 'euler'",
+    "generate a --solver dpmpp_2s_ancestral_karras": "unknown solver",
+    "generate a --solver dpmpp_2m_karras --timetable beta": "leave one of them out",
+    "generate a --timetable karas": "did you mean 'karras'",
+    "generate a --guidance cfgpp": "unknown guidance",
+    "generate a --guidance cfg++ --guidance-scale 4": "between 0 and 1",
+    "generate a --guide pagg:1": "did you mean 'pag'",
+    "generate a --guide clip:1:missing": "missing: no such folder of a clip",
+    "generate a --lora missing.safetensors:0.5": "missing.safetensors: no such LoRA file",
+    "generate a --embedding missing.safetensors": "missing.safetensors: no such file of learned",
+    "generate a --vae missing": "missing: no such autoencoder",
+    "generate a --prediction epsilonn": "unknown prediction",
+    "edit picture.png a --mask missing.png": "missing.png",
+    "inpaint picture.png a --mask box:1,2": "box",
+    "interpolate a b --lora missing.safetensors": "no such LoRA file",
+    "interpolate a b": "nowhere",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKEN)
+def test_mistaken_names_are_told_before_anything_is_loaded(
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The model is missing, too, and is not what the line is about, but for the last."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("picture.png")
+    refused([*line.split(), "--model", "nowhere"], MISTAKEN[line], capsys)
+
+
+def test_names_of_other_tools_and_fresh_seeds(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (named,) = draw(model, out, "a red heart", "--seed", "7", "--solver", "dpmpp_2m_karras")
+    assert (record(named)["solver"], record(named)["timetable"]) == ("dpmpp-2m", "karras")
+    own = draw(model, out, "a red heart", "--seed", "7", "--timetable", "Karras")
+    assert (pixels(named) == pixels(own[0])).all()
+    capsys.readouterr()
+    (one,) = draw(model, out, "a red heart", "--seed", "-1", "--guidance", "cfg++")
+    (other,) = draw(model, out, "a red heart", "--seed", "-1")
+    seeds = [record(path)["seed"] for path in (one, other)]
+    assert capsys.readouterr().err.split() == ["seed", str(seeds[0]), "seed", str(seeds[1])]
+    assert seeds[0] != seeds[1]
+    assert record(one)["guidance_scale"] == 0.6
 
 
 def test_bad_models(

@@ -1,6 +1,5 @@
 """`latentdiff edit | inpaint | ilvr`: pictures out of words and another picture."""
 
-import secrets
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentdiff.cli.options import Fit, Grid, Prompt, RunOptions, with_run_options
+from latentdiff.cli.options import (
+    Fit,
+    Grid,
+    Prompt,
+    RunOptions,
+    seed_or_fresh,
+    with_run_options,
+)
 from latentdiff.cli.output import check_writable, draw_in_parts
 from latentdiff.errors import UserError, shown
 
@@ -65,13 +71,14 @@ def edit(
     check_writable(run.out)
     from latentdiff.editing import Instruct, SDEdit
 
+    whole = None if mask is None else _mask(mask, picture)
     pipe, image = _begin(picture, run, fit)
     told = pipe.bundle.kind == "instruct-pix2pix"
     if image_guidance_scale is not None and not told:
         raise UserError("--image-guidance-scale is for InstructPix2Pix models; this is none.")
     if strength is None:
         strength = 1.0 if told else 0.6
-    hole = None if mask is None else _mask(mask, picture, image)
+    hole = None if whole is None else _sized(whole, image)
     given = [image] if hole is None else [image, hole]
     edits: list[Edit | str] = [SDEdit(image, strength, repeats, hole)]
     about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name, "fit": fit}
@@ -128,8 +135,9 @@ def inpaint(
     check_writable(run.out)
     from latentdiff.editing import Inpaint, RePaint
 
+    whole = _mask(mask, picture)
     pipe, image = _begin(picture, run, fit)
-    hole = _mask(mask, picture, image)
+    hole = _sized(whole, image)
     edits: list[Edit | str] = []
     about: dict[str, object] = {"picture": picture.name, "fit": fit, "mask": Path(mask).name}
     seeing = pipe.bundle.kind == "inpainting"
@@ -189,7 +197,7 @@ def ilvr(
 
 
 def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionPipeline, Image]":
-    """The model, and the picture at the size to work at."""
+    """The model, and the picture at the size to work at; the picture is opened first."""
     from latentdiff import pictures
 
     image = pictures.open_picture(picture)
@@ -212,9 +220,9 @@ def fitted(image: "Image", name: str, pipe: "LatentDiffusionPipeline") -> "Image
     return small
 
 
-def _mask(text: str, picture: Path, image: "Image") -> "Image":
-    """A mask as large as the picture in use; any pixel of a hole is in it, however small."""
-    from latentdiff.editing.masks import box_mask, mask_for, resize_mask
+def _mask(text: str, picture: Path) -> "Image":
+    """A mask as large as the picture."""
+    from latentdiff.editing.masks import box_mask, mask_for
     from latentdiff.pictures import open_picture
 
     size = open_picture(picture).size
@@ -228,7 +236,14 @@ def _mask(text: str, picture: Path, image: "Image") -> "Image":
         raise UserError(
             "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *size)
         )
-    return mask if size == image.size else resize_mask(mask, image.size)
+    return mask
+
+
+def _sized(mask: "Image", image: "Image") -> "Image":
+    """A mask as large as the picture in use; any pixel of a hole is in it, however small."""
+    from latentdiff.editing.masks import resize_mask
+
+    return mask if mask.size == image.size else resize_mask(mask, image.size)
 
 
 def _draw(
@@ -245,7 +260,7 @@ def _draw(
     from latentdiff.pictures import grid, save_numbered_png, save_png
     from latentdiff.pipeline.record import about_request, png_text
 
-    seed = secrets.randbelow(2**32) if run.seed is None else run.seed
+    seed = seed_or_fresh(run.seed)
     request = replace(run.request(pipe.bundle, edits), seed=seed, first=run.first)
     record = None
     if not run.no_metadata:

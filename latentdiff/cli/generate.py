@@ -1,7 +1,6 @@
 """`latentdiff generate`: pictures out of words."""
 
 import math
-import secrets
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.cli.options import RunOptions, with_run_options
+from latentdiff.cli.options import RunOptions, seed_or_fresh, with_run_options
 from latentdiff.cli.output import check_writable, draw_in_parts
 from latentdiff.errors import UserError
 
@@ -52,7 +51,7 @@ def generate(
     own_height, own_width = pipe.bundle.size
     height, width = height or size or own_height, width or size or own_width
     request = replace(run.request(pipe.bundle), height=height, width=width)
-    seed = secrets.randbelow(2**32) if run.seed is None else run.seed
+    seed = seed_or_fresh(run.seed)
     wanted = [prompt for prompt in prompts for _ in range(number)]
     record: dict[str, object] | None = None
     if not run.no_metadata:

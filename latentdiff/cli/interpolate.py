@@ -22,7 +22,14 @@ def interpolate(
     number: Annotated[
         int, typer.Option("-n", "--number", min=2, max=64, help="Pictures, A and B included.")
     ] = 7,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise between prompts.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=-1,
+            max=options.MAX_SEED,
+            help="Seed of the noise between prompts; -1 is a fresh one.",
+        ),
+    ] = 0,
     out: options.Out = Path("outputs"),
     grid: options.Grid = False,
     fit: options.Fit = True,
@@ -59,6 +66,8 @@ def interpolate(
     names = [Path(one).name for one in (a, b)]
     ends = [pictures.open_picture(Path(one)) for one in (a, b)] if files[0] else []
     models = ModelOptions(model, vae, prediction, variant, lora, embedding)
+    models.check()
+    seed = options.seed_or_fresh(seed)
     pipe = models.open(device, dtype)
     weights = [k / (number - 1) for k in range(number)]
     if prompt is not None and files[0]:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from latentdiff.errors import UserError
 
@@ -24,6 +24,25 @@ class ModelOptions:
     variant: str | None = None
     loras: Sequence[str] | None = None
     embeddings: Sequence[Path] | None = None
+
+    def check(self) -> None:
+        """Check the names of what goes into the model before it is loaded.
+
+        Raises:
+            UserError: a file is not there, or an unknown prediction.
+        """
+        from latentdiff.diffusion.prediction import Prediction
+        from latentdiff.formats.location import find_file
+        from latentdiff.registry import check_name
+
+        if self.prediction is not None:
+            check_name("prediction", self.prediction, get_args(Prediction))
+        if self.vae is not None:
+            find_file(self.vae, "autoencoder")
+        for text in self.loras or ():
+            find_file(parse_lora(text)[0], "LoRA file")
+        for path in self.embeddings or ():
+            find_file(path, "file of learned words")
 
     def open(self, device: str, dtype: "DtypeName") -> "LatentDiffusionPipeline":
         """The pipeline, with each LoRA of `--lora` and the words of `--embedding` in it."""

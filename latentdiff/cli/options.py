@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -74,7 +75,15 @@ Dtype = Annotated[DtypeName, typer.Option(help="Precision of the networks.")]
 NoMetadata = Annotated[
     bool, typer.Option("--no-metadata", help="Leave model and settings out of the PNG files.")
 ]
-_LISTED = "One that `latentdiff solvers` lists. Default: the model's own."
+_LISTED = (
+    "One that `latentdiff solvers` lists, or another tool's name of it. Default: the model's own."
+)
+MAX_SEED = 2**64 - 1
+
+
+def seed_or_fresh(seed: int | None) -> int:
+    """The seed, or a fresh one below 2^32 for none and for -1."""
+    return secrets.randbelow(2**32) if seed in (None, -1) else seed
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,12 @@ class RunOptions:
     """The options of every command that draws from a prompt; `with_run_options` expands them."""
 
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the noise. Default: random, and printed.")
+        int | None,
+        typer.Option(
+            min=-1,
+            max=MAX_SEED,
+            help="Seed of the noise; -1, the default, is a fresh one, and printed.",
+        ),
     ] = None
     first: Annotated[
         int,
@@ -90,10 +104,11 @@ class RunOptions:
     ] = 0
     out: Out = Path("outputs")
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Number of steps.")] = 20
-    guidance: Annotated[
-        str, typer.Option(metavar="NAME", help="cfg, apg or cfg++ (with a scale of 0 .. 1).")
-    ] = "cfg"
-    guidance_scale: Annotated[float, typer.Option(help="Scale of --guidance; 1 is off.")] = 4.0
+    guidance: Annotated[str, typer.Option(metavar="NAME", help="cfg, apg or cfg++.")] = "cfg"
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Scale of --guidance; 1 is off. Default: 4; of cfg++, 0.6 of 0 .. 1."),
+    ] = None
     rescale: Annotated[
         float,
         typer.Option(min=0, max=1, help="Guidance rescale (phi): 0 is off, 1 restores contrast."),
@@ -148,24 +163,27 @@ class RunOptions:
         Raises:
             UserError: a name is unknown, or a setting makes no sense.
         """
-        from latentdiff import solvers
-        from latentdiff.diffusion import timetable as timetables
+        from latentdiff.formats.location import find_file
         from latentdiff.guidance import methods
         from latentdiff.guidance.from_text import check_text
         from latentdiff.pipeline.prompts import check_also
-        from latentdiff.registry import check_name
+        from latentdiff.solvers.aliases import resolve_both
 
         interval = self.guidance_interval
+        scale = self.guidance_scale
         methods.check(
-            self.guidance, scale=self.guidance_scale, rescale=self.rescale, interval=interval
+            self.guidance,
+            scale=methods.default_scale(self.guidance) if scale is None else scale,
+            rescale=self.rescale,
+            interval=interval,
         )
         for text in self.guide or ():
-            check_text(text)
+            name, _, words = check_text(text)
+            if name in ("clip", "classifier"):
+                find_file(words[0], f"folder of a {name}")
         check_also(self.also or [])
-        if self.solver is not None:
-            check_name("solver", self.solver, solvers.names())
-        if self.timetable is not None:
-            check_name("timetable", self.timetable, timetables.names())
+        resolve_both(self.solver, self.timetable)
+        self.models.check()
 
     @property
     def models(self) -> ModelOptions:
@@ -194,7 +212,9 @@ class RunOptions:
     def request(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
         """The request of these options, but for the prompt and what else one command alone has."""
         from latentdiff.pipeline import Request
+        from latentdiff.solvers.aliases import resolve_both
 
+        solver, timetable = resolve_both(self.solver, self.timetable)
         return Request(
             negative_prompt=self.negative,
             also=self.also or [],
@@ -204,8 +224,8 @@ class RunOptions:
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.rescale,
             guidance_interval=self.guidance_interval,
-            solver=bundle.solver if self.solver is None else self.solver,
-            timetable=bundle.steps.spacing if self.timetable is None else self.timetable,
+            solver=solver or bundle.solver,
+            timetable=timetable or bundle.steps.spacing,
             edits=[*(edits or []), *(self.guide or [])],
         )
 

@@ -15,6 +15,7 @@ from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
+from latentdiff.solvers import aliases
 
 MAX_STEPS = 1000
 MAX_SIDE = 4096  # pixels
@@ -62,13 +63,16 @@ def listed(given: Sequence[object], name: str, example: str) -> None:
 
 
 def solver_of(given: str | Solver, bundle: Bundle) -> Solver:
-    """The solver that was given, or the one of that name.
+    """The solver that was given, or the one of that name, here or elsewhere.
 
     Raises:
         UserError: unknown name, or no solver.
     """
     if isinstance(given, str):
-        return solvers.create(given, bundle.process)
+        name, timetable = aliases.resolve(given)
+        if timetable is not None:
+            raise UserError(f"solver: '{given!s:.60}' says a timetable, too; '{name}' is meant.")
+        return solvers.create(name, bundle.process)
     if isinstance(given, type) or not isinstance(given, Solver):
         raise UserError(
             "solver: give a name of `latentdiff.solvers.names()` or a solver (for a scheduler of "
@@ -80,7 +84,7 @@ def solver_of(given: str | Solver, bundle: Bundle) -> Solver:
 def run_of(
     solver: str | Solver | None, timetable: str | Timetable | None, bundle: Bundle, steps: int
 ) -> tuple[Solver, Timetable]:
-    """The solver and the levels of a run.
+    """The solver and the levels of a run, of names here or elsewhere.
 
     The model's own solver at its own times is set as the model's config says, and ends where that
     says; with any other solver, or at other times, the run ends at clean data.
@@ -88,6 +92,12 @@ def run_of(
     Raises:
         UserError: unknown names, other values, or a number of steps that a timetable does not have.
     """
+    name, told = aliases.resolve_both(
+        solver if isinstance(solver, str) else None,
+        timetable if isinstance(timetable, str) else None,
+    )
+    solver = name if isinstance(solver, str) else solver
+    timetable = told if timetable is None or isinstance(timetable, str) else timetable
     own_times = timetable is None or timetable == bundle.steps.spacing
     if own_times and (solver is None or solver == bundle.solver):
         return bundle.plan(steps)
@@ -137,6 +147,17 @@ def latent_shape(
     return count, bundle.latent_channels, sides[0] // bundle.factor, sides[1] // bundle.factor
 
 
+def seed_of(given: int | None) -> int:
+    """The seed that was given; with None or -1, as elsewhere, a fresh one below 2^32.
+
+    Raises:
+        UserError: it is no seed.
+    """
+    if given is None or whole(given, "seed", -1, MAX_SEED) == -1:
+        return secrets.randbelow(2**32)
+    return operator.index(given)
+
+
 def picture_streams(
     seed: int | Sequence[int] | None, first: int, generator: torch.Generator | None, count: int
 ) -> tuple[list[int], list[int]]:
@@ -156,14 +177,12 @@ def picture_streams(
             )
         drawn = torch.randint(2**32, (), generator=generator, device=generator.device)
         seed = int(drawn.item())
-    if seed is None:
-        seed = secrets.randbelow(2**32)
     if isinstance(seed, Sequence):
-        seeds = [whole(one, "seed", 0, MAX_SEED) for one in seed]
+        seeds = [seed_of(one) for one in seed]
         if len(seeds) != count:
             raise UserError(f"seed: {len(seeds)} seeds were given for {count} pictures.")
         return seeds, [first] * count
-    return [whole(seed, "seed", 0, MAX_SEED)] * count, list(range(first, first + count))
+    return [seed_of(seed)] * count, list(range(first, first + count))
 
 
 def first_noise(

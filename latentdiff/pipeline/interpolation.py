@@ -11,6 +11,7 @@ from latentdiff.diffusion.solver import Solver
 from latentdiff.errors import UserError
 from latentdiff.pictures import Picture, open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline.arguments import seed_of
 from latentdiff.pipeline.prompts import check_prompts
 
 
@@ -70,7 +71,7 @@ def between_prompts(
     weights: Sequence[float],
     *,
     num_inference_steps: int = 20,
-    guidance_scale: float = 4.0,
+    guidance_scale: float | None = None,
     solver: str | Solver | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -81,9 +82,9 @@ def between_prompts(
         a, b: the prompts.
         weights: one for each picture to draw; 0 is a, 1 is b.
         num_inference_steps: steps of the run.
-        guidance_scale: 1 is off.
+        guidance_scale: 1 is off; None is 4.
         solver: None is the model's own.
-        seed: seed of the noise, the same for all.
+        seed: seed of the noise, the same for all; -1 is a fresh one.
 
     Returns:
         [N, 3, H, W] in [0, 1].
@@ -108,7 +109,7 @@ def between_prompts(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         solver=solver,
-        seed=[seed] * len(weights),
+        seed=[seed_of(seed)] * len(weights),
         output_type="pt",
         progress=False,
     )

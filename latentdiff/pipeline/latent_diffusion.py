@@ -250,7 +250,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         width: int | None = None,
         num_inference_steps: int = 20,
         guidance: str | Method = "cfg",
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
         solver: str | Solver | None = None,
@@ -283,16 +283,18 @@ class LatentDiffusionPipeline(DiffusersNames):
             num_inference_steps: 1 .. 1000.
             guidance: "cfg", "apg" or "cfg++"; or a method of one's own, as
                 `partial(guidance.projected, momentum=-0.5)`: see `latentdiff.guidance.methods`.
-            guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1).
+            guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1). None is the method's
+                own: 4, of "cfg++" 0.6.
             guidance_rescale: see `classifier_free`.
             guidance_interval: guide only where sigma / alpha lies above the first number and up to
                 the second.
-            solver: a name of `solvers.names()`, a solver, or None: the one the model was made for.
+            solver: a name of `solvers.names()`, or another tool's, as "DPM++ 2M Karras"; a solver;
+                or None: the one the model was made for.
             timetable: a name of `timetable.names()`, levels from noise to data, or None: the
                 timetable the model was made for.
             num_images_per_prompt: number of pictures of each prompt; they follow one another.
             seed: seed of the noise; picture i of a seed is the same in every batch. A sequence
-                names a seed for each picture. None takes a random one, which the output tells.
+                names a seed for each picture. None or -1 takes a fresh one, which the output tells.
             first: index of the first picture within its seed.
             generator: where the seed is drawn from, instead of `seed`.
             latents: [B, C, height / factor, width / factor] standard noise to begin with.

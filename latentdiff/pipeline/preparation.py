@@ -144,7 +144,7 @@ def _edits(request: Request, bundle: Bundle) -> list[Edit]:
 def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     """The solver and the levels before edits."""
     steps = whole(request.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
-    finite(request.guidance_scale, "guidance_scale")
+    finite(request.scale, "guidance_scale")
     finite(request.guidance_rescale, "guidance_rescale")
     return run_of(request.solver, request.timetable, bundle, steps)
 
@@ -162,7 +162,7 @@ def warn_of_size(bundle: Bundle, height: int, width: int) -> None:
 
 
 def _warn_of_noise(request: Request, solver: Solver) -> None:
-    if request.guidance == "cfg++" and 0 < request.guidance_scale < 1 and solver.stochastic:
+    if request.guidance == "cfg++" and 0 < request.scale < 1 and solver.stochastic:
         warn(_TOO_MUCH)
 
 
@@ -178,10 +178,10 @@ def _guided(
 ) -> tuple[Denoiser, list[str]]:
     """The denoiser of a run, but for what edits do to its estimates; and the prompts' cut ends."""
     seen, image_scale = _beside(edits, x)
-    settings = {"scale": request.guidance_scale, "rescale": request.guidance_rescale}
+    settings = {"scale": request.scale, "rescale": request.guidance_rescale}
     settings |= {"image_scale": image_scale}
     methods.check(request.guidance, interval=request.guidance_interval, **settings)
-    guided = request.guidance_scale != 1 or image_scale != 1
+    guided = request.scale != 1 or image_scale != 1
     positive, negative, further, cut = _conditions(bundle, request, texts, guided, context)
     blind = None
     if seen is not None:

@@ -32,7 +32,7 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         "prompt_weights": request.prompt_weights,
         "num_inference_steps": request.num_inference_steps,
         "guidance": request.guidance,
-        "guidance_scale": request.guidance_scale,
+        "guidance_scale": request.scale,
         "guidance_rescale": request.guidance_rescale,
         "edits": [edit for edit in request.edits if isinstance(edit, str)],
         "solver": request.solver,

@@ -11,7 +11,7 @@ from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
-from latentdiff.guidance.methods import Method
+from latentdiff.guidance.methods import Method, default_scale
 from latentdiff.pipeline.prompts import Also
 
 
@@ -29,7 +29,7 @@ class Request:
     width: int | None = None
     num_inference_steps: int = 20
     guidance: str | Method = "cfg"
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, math.inf)
     solver: str | Solver | None = None
@@ -40,3 +40,9 @@ class Request:
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     edits: Sequence[Edit | str] = ()
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale, or that of the method itself where none was given."""
+        given = self.guidance_scale
+        return default_scale(self.guidance) if given is None else given

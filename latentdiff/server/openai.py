@@ -37,7 +37,7 @@ class Generation(BaseModel):
     seed: int | None = None
     negative_prompt: str | None = None
     steps: int | None = None
-    guidance_scale: Finite = 4.0
+    guidance_scale: Finite | None = None
     solver: str | None = None
     timetable: str | None = None
 

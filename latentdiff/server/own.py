@@ -36,7 +36,7 @@ class Wanted(BaseModel):
     width: int | None = None
     num_inference_steps: int = 20
     guidance: str = "cfg"
-    guidance_scale: Finite = 4.0
+    guidance_scale: Finite | None = None
     guidance_rescale: Finite = 0.0
     solver: str | None = None
     timetable: str | None = None

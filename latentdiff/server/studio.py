@@ -21,7 +21,7 @@ from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.arguments import MAX_SEED, latent_shape
 from latentdiff.pipeline.prompts import check_also, check_negatives, check_prompts
 from latentdiff.server.jobs import Busy, Job, JobQueue
-from latentdiff.solvers.aliases import resolve, resolve_timetable
+from latentdiff.solvers.aliases import resolve_both
 
 _T = TypeVar("_T")
 
@@ -79,6 +79,8 @@ class Studio:
     ) -> Job:
         """Check a request and put its pictures in the queue; picture i has the seed `seed + i`.
 
+        Without a seed, or with -1, the first is a fresh one.
+
         Raises:
             Refused: it asks for what there is not, for too much, or comes when too much waits.
         """
@@ -94,7 +96,8 @@ class Studio:
             check_names(request)
         except UserError as error:
             raise Refused(400, f"{error}", f"{error}".partition(":")[0].split()[-1]) from None
-        first = secrets.randbelow(2**32) if seed is None else within(seed, "seed", 0, MAX_SEED)
+        fresh = seed in (None, -1)
+        first = secrets.randbelow(2**32) if fresh else within(seed, "seed", 0, MAX_SEED)
         seeds = [(first + number) % (MAX_SEED + 1) for number in range(number)]
         try:
             return self.queue.submit(Job(request, seeds, preview_every))
@@ -206,13 +209,13 @@ def check_names(request: Request) -> None:
     Raises:
         UserError: a name is unknown, or a setting makes no sense.
     """
-    if isinstance(request.solver, str):
-        resolve(request.solver)
-    if isinstance(request.timetable, str):
-        resolve_timetable(request.timetable)
+    resolve_both(
+        request.solver if isinstance(request.solver, str) else None,
+        request.timetable if isinstance(request.timetable, str) else None,
+    )
     methods.check(
         request.guidance,
-        scale=request.guidance_scale,
+        scale=request.scale,
         rescale=request.guidance_rescale,
         interval=request.guidance_interval,
     )

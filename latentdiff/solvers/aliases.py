@@ -4,13 +4,12 @@ Many of them put both into one name: "DPM++ 2M Karras", "dpmpp_2m_sde_exponentia
 names of the same method are here; another that sounds alike is refused with what is near.
 """
 
-import re
-
 from latentdiff.diffusion import timetable as timetables
-from latentdiff.registry import check_name
+from latentdiff.errors import UserError
+from latentdiff.registry import check_name, spelled
 from latentdiff.solvers import names
 
-# In the spelling of `_plain`.
+# In the spelling of `registry.spelled`.
 _SOLVERS = {
     "euler-ancestral": "euler-a",
     "dpm-2": "dpm2",
@@ -44,7 +43,7 @@ def resolve(name: str) -> tuple[str, str | None]:
     """
     if name in names():
         return name, None
-    plain = _plain(name)
+    plain = spelled(name)
     for timetable in (*timetables.names(), *_TIMETABLES, None):
         ending = "" if timetable is None else f"-{timetable}"
         stem = plain.removesuffix(ending)
@@ -61,7 +60,7 @@ def resolve_timetable(name: str) -> str | None:
     Raises:
         UserError: unknown name.
     """
-    plain = _plain(name)
+    plain = spelled(name)
     if plain == "automatic":
         return None
     found = _TIMETABLES.get(plain, plain)
@@ -70,6 +69,23 @@ def resolve_timetable(name: str) -> str | None:
     return found
 
 
-def _plain(name: str) -> str:
-    """A name in lower case, "++" as "pp", its words joined by "-"."""
-    return re.sub(r"[\s_-]+", "-", name.strip().lower().replace("++", "pp"))
+def resolve_both(solver: str | None, timetable: str | None) -> tuple[str | None, str | None]:
+    """Our names for a solver and a timetable, of which the solver's name may say both.
+
+    None stays None, and asks for the model's own.
+
+    Raises:
+        UserError: an unknown name, or two timetables.
+    """
+    named = None
+    own, told = solver, timetable
+    if solver is not None:
+        own, named = resolve(solver)
+    if timetable is not None:
+        told = resolve_timetable(timetable)
+    if named is not None and told not in (None, named):
+        raise UserError(
+            f"solver '{solver!s:.60}' says the timetable '{named}', and timetable '{told}': leave "
+            "one of them out."
+        )
+    return own, told or named

@@ -5,7 +5,7 @@ import pytest
 from latentdiff import solvers
 from latentdiff.diffusion import timetable
 from latentdiff.errors import UserError
-from latentdiff.solvers.aliases import resolve, resolve_timetable
+from latentdiff.solvers.aliases import resolve, resolve_both, resolve_timetable
 
 NAMES = {
     # k-diffusion and ComfyUI
@@ -55,6 +55,16 @@ def test_a_name_of_another_method_is_refused(name: str) -> None:
     """UniPC of order 3 with B1(h), 2S with ancestral noise: methods that are not here."""
     with pytest.raises(UserError, match="unknown solver"):
         resolve(name)
+
+
+def test_a_timetable_is_said_once() -> None:
+    assert resolve_both(None, None) == (None, None)
+    assert resolve_both("DPM++ 2M Karras", None) == ("dpmpp-2m", "karras")
+    assert resolve_both("DPM++ 2M Karras", "Karras") == ("dpmpp-2m", "karras")
+    assert resolve_both("dpmpp_2m_karras", "Automatic") == ("dpmpp-2m", "karras")
+    assert resolve_both("euler_a", "SGM Uniform") == ("euler-a", "trailing")
+    with pytest.raises(UserError, match="says the timetable 'karras', and timetable 'exponential'"):
+        resolve_both("DPM++ 2M Karras", "Exponential")
 
 
 def test_timetables() -> None:

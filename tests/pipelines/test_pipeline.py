@@ -269,6 +269,30 @@ def test_cfg_plus_plus_warns_of_solvers_that_draw_noise() -> None:
         draw("a cat", solver="euler-a", guidance="cfg++", guidance_scale=1.0)
 
 
+def test_a_method_has_a_scale_of_its_own() -> None:
+    """CFG++ takes 0 .. 1, so the 4 of the others is no default for it."""
+    for guidance, scale in (("cfg++", 0.6), ("cfg", 4.0), ("apg", 4.0)):
+        own, told = (
+            draw("a cat", seed=7, solver="ddim", guidance=guidance, guidance_scale=given)
+            for given in (None, scale)
+        )
+        assert torch.equal(own.images, told.images)
+
+
+def test_names_of_other_tools_say_solver_and_timetable() -> None:
+    plain = draw("a cat", seed=7).images
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"solver": "DPM++ 2M Karras"}, {"solver": "dpmpp-2m", "timetable": "karras"}),
+        ({"solver": "euler_a"}, {"solver": "euler-a"}),
+        ({"solver": "heun", "timetable": "Normal"}, {"timetable": "linspace"}),
+    ]
+    for named, ours in cases:
+        theirs = draw("a cat", seed=7, **named).images
+        assert torch.equal(theirs, draw("a cat", seed=7, **(named | ours)).images)
+        assert not torch.equal(theirs, plain)
+    assert torch.equal(draw("a cat", seed=7, timetable="Automatic").images, plain)
+
+
 BAD: list[dict[str, Any]] = [
     {"prompt": ""},
     {"prompt": "  \n"},
@@ -305,17 +329,18 @@ BAD: list[dict[str, Any]] = [
     {"timetable": [1.0, 0.0]},
     {"guidance_scale": math.nan},
     {"guidance_scale": math.inf},
-    {"guidance_scale": None},
     {"guidance_scale": "4"},
     {"guidance_rescale": 2.0},
     {"guidance_rescale": None},
     {"guidance_interval": (3.0, 1.0)},
     {"guidance_interval": None},
-    {"guidance": "cfg++"},
+    {"guidance": "cfg++", "guidance_scale": 4.0},
     {"guidance": 3},
     {"solver": 3},
     {"solver": Heun},
-    {"seed": -1},
+    {"seed": -2},
+    {"solver": "DPM++ 2M Karras", "timetable": "exponential"},
+    {"solver": "DPM++ 2M Karas"},
     {"seed": 1.5},
     {"seed": [1, 2]},
     {"first": -1},
