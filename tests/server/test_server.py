@@ -112,7 +112,7 @@ def test_openais_own_client_draws_edits_and_lists(
         ({"prompt": "a", "size": "65x64"}, "width"),
         ({"prompt": "a", "size": "large"}, "size"),
         ({"prompt": "a", "steps": 151}, "steps"),
-        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "seed": -2}, "seed"),
         ({"prompt": "a", "style": "vivid"}, "style"),
         ({"prompt": "a", "background": "transparent"}, "background"),
         ({"prompt": "a", "solver": "magic"}, None),
