@@ -30,6 +30,7 @@ MAX_PIXELS = 50_000_000
 _log = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # EXIF 2.3, tag 274
+_EXIF, _USER_COMMENT = 0x8769, 0x9286
 _UPRIGHT = {  # ImageOps.exif_transpose writes the EXIF anew and fails at a foreign entry of it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -142,6 +143,25 @@ def open_alpha(source: Picture) -> Image.Image | None:
         image = _from_16_bit(image)
     alpha = image.convert("RGBA").getchannel("A")
     return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def user_comment(data: bytes) -> str | None:
+    """The comment in the EXIF (2.3, tag 37510) of a picture's bytes; None if there is none.
+
+    Raises:
+        UserError: see `open_picture`.
+    """
+    try:
+        exif = look_at(data).image.getexif()
+        comment = exif.get_ifd(_EXIF).get(_USER_COMMENT)
+    except UserError:
+        raise
+    except Exception:  # broken EXIF says nothing
+        return None
+    if not isinstance(comment, bytes):
+        return comment if isinstance(comment, str) else None
+    encoding = "utf-16-be" if comment.startswith(b"UNICODE\0") else "utf-8"
+    return comment[8:].decode(encoding, "replace").strip("\0 ")
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -22,6 +22,7 @@ from latentdiff.cli.generate import generate
 from latentdiff.cli.info import info
 from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.serve import serve
+from latentdiff.cli.show import show
 from latentdiff.cli.solvers import solvers
 from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory
@@ -40,6 +41,7 @@ app.command()(ilvr)
 app.command()(interpolate)
 app.command()(convert)
 app.command()(info)
+app.command()(show)
 app.command()(solvers)
 app.command()(serve)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")

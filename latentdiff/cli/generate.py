@@ -4,24 +4,41 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.cli.kept import check_models, take_settings
 from latentdiff.cli.options import RunOptions, seed_or_fresh, with_run_options
 from latentdiff.cli.output import check_writable, draw_in_parts
 from latentdiff.errors import UserError
+from latentdiff.reading import read_text, reason
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from PIL.Image import Image
 
 
 @with_run_options
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT", help="What to draw; @FILE is a prompt in each line of a file."
+        ),
+    ],
     *,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PICTURE",
+            is_eager=True,
+            callback=take_settings,
+            help="Draw a picture again, with its own settings where no option says otherwise; of "
+            "latentdiff, A1111, ComfyUI or InvokeAI.",
+        ),
+    ] = None,
     number: Annotated[
         int, typer.Option("-n", "--number", min=1, max=10_000, help="Pictures of each prompt.")
     ] = 1,
@@ -37,11 +54,14 @@ def generate(
     """Draw pictures of what each PROMPT says.
 
     They are written as NUMBER-SEED.png, never over another file, and their paths printed. The text
-    inside each tells all that is needed to draw it again.
+    inside each tells all that is needed to draw it again, with --from.
     """
-    if size is not None and (height is not None or width is not None):
+    if size is not None and source is None and (height is not None or width is not None):
         raise UserError("--size is height and width: give it, or --height and --width.")
     check_writable(run.out)
+    if source is not None:
+        check_models(source, run.model, run.lora)
+    prompts = [prompt for word in prompts for prompt in _prompts(word)]
     from latentdiff.pipeline.prompts import check_prompts
     from latentdiff.pipeline.record import about_request
 
@@ -49,7 +69,7 @@ def generate(
     run.check()
     pipe = run.models.open(run.device, run.dtype)
     own_height, own_width = pipe.bundle.size
-    height, width = height or size or own_height, width or size or own_width
+    height, width = size or height or own_height, size or width or own_width
     request = replace(run.request(pipe.bundle), height=height, width=width)
     seed = seed_or_fresh(run.seed)
     wanted = [prompt for prompt in prompts for _ in range(number)]
@@ -62,10 +82,26 @@ def generate(
     _write(drawn, seed, run.out, record, columns if grid else None)
 
 
+def _prompts(word: str) -> list[str]:
+    """The prompts of an argument: itself, or the lines of @FILE that are not empty.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not word.startswith("@"):
+        return [word]
+    file = Path(word[1:])
+    try:
+        lines = read_text(file, 2**24).splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the prompts of {file}: {reason(error)}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _write(
     drawn: Iterable["tuple[str, int, Image]"],
     seed: int,
-    out: "Path",
+    out: Path,
     record: dict[str, object] | None,
     columns: int | None,
 ) -> None:

@@ -1,21 +1,27 @@
-"""What a picture keeps of how it was drawn: one JSON object in a text chunk of its PNG."""
+"""What a picture keeps of how it was drawn, in text chunks of its PNG: `formats.picture_text`."""
 
 import json
 import math
 
 from latentdiff.bundle import Bundle
 from latentdiff.formats.location import public_name
+from latentdiff.formats.picture_text import OURS, THEIRS, a1111_text
 from latentdiff.pipeline.request import Request
 from latentdiff.version import __version__
 
-KEYWORD = "latentdiff"  # of the PNG's text chunk
-
 
 def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, str] | None:
-    """The text chunk of a PNG: one JSON object; None where none is wanted."""
+    """The text chunks of a PNG: one JSON object, and the same in A1111's words for other programs.
+
+    None where none are wanted.
+    """
     if record is None:
         return None
-    return {KEYWORD: json.dumps({**picture, **record}, ensure_ascii=False)}
+    settings = {**picture, **record}
+    texts = {OURS: json.dumps(settings, ensure_ascii=False)}
+    if isinstance(settings.get("prompt"), str):
+        texts[THEIRS] = a1111_text(settings)
+    return texts
 
 
 def about_model(bundle: Bundle) -> dict[str, object]:
