@@ -19,6 +19,8 @@ from latentdiff.cli.output import check_writable, draw_in_parts
 from latentdiff.errors import UserError, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
 
     from latentdiff.diffusion.edits import Edit
@@ -108,6 +110,24 @@ def inpaint(
             help="What to paint: FILE (white), box:x0,y0,x1,y1, or alpha: what is transparent.",
         ),
     ] = "alpha",
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIDES", help="Paint beyond the borders, in place of a hole: left=64,top=32."
+        ),
+    ] = None,
+    only_masked: Annotated[
+        bool,
+        typer.Option(
+            "--only-masked",
+            help="Work on the part around the hole at the model's size, and put it back into "
+            "PICTURE at its own: for large pictures.",
+        ),
+    ] = False,
+    margin: Annotated[
+        float,
+        typer.Option(min=0, help="Of --only-masked: what is seen beside the hole, in its sizes."),
+    ] = 0.5,
     jump_length: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of a RePaint jump back. Default: 1/25 of the run."),
@@ -133,13 +153,27 @@ def inpaint(
     """
     run.check()
     check_writable(run.out)
-    from latentdiff.editing import Inpaint, RePaint
+    from latentdiff.editing import Inpaint, Region, RePaint, extended
+    from latentdiff.editing.region import read_extension
+    from latentdiff.pictures import open_picture
 
-    whole = _mask(mask, picture)
-    pipe, image = _begin(picture, run, fit)
-    hole = _sized(whole, image)
+    if extend is None:
+        whole, image = _mask(mask, picture), open_picture(picture)
+    else:
+        if mask != "alpha":
+            raise UserError("--mask and --extend: give one of them.")
+        image, whole = extended(picture, **read_extension(extend))
+    pipe = run.models.open(run.device, run.dtype)
+    region = Region.around(image, whole, pipe.bundle.size, margin) if only_masked else None
+    if region is not None:
+        image, hole = region.image, region.mask
+    else:
+        image = fitted(image, picture.name, pipe) if fit else image
+        hole = _sized(whole, image)
     edits: list[Edit | str] = []
     about: dict[str, object] = {"picture": picture.name, "fit": fit, "mask": Path(mask).name}
+    about |= {"extend": extend} if extend else {}
+    about |= {"only_masked": True, "margin": margin} if only_masked else {}
     seeing = pipe.bundle.kind == "inpainting"
     if seeing:
         edits.append(Inpaint(image, hole))
@@ -148,7 +182,8 @@ def inpaint(
         edits.append(RePaint(image, hole, jump_length, resamples))
         about |= {"jump_length": jump_length, "resamples": resamples}
     about["edit"] = ", ".join(type(each).__name__ for each in edits)
-    _draw(pipe, edits, prompt, number, run, [image, hole] if grid else None, about)
+    finish = None if region is None else region.paste
+    _draw(pipe, edits, prompt, number, run, [image, hole] if grid else None, about, finish)
 
 
 @with_run_options
@@ -254,8 +289,9 @@ def _draw(
     run: RunOptions,
     given: "list[Image] | None",
     about: dict[str, object],
+    finish: "Callable[[Image], Image] | None" = None,
 ) -> None:
-    """Draw, write each picture and the grid with what was given, and print the paths."""
+    """Draw, finish, write each picture and the grid with what was given, and print the paths."""
     from latentdiff.editing import picture_size
     from latentdiff.pictures import grid, save_numbered_png, save_png
     from latentdiff.pipeline.record import about_request, png_text
@@ -271,7 +307,8 @@ def _draw(
     images: list[Image] = []
     for _, index, image in draw_in_parts(pipe, [prompt] * number, request, height * width):
         text = png_text(record, seed=seed, index=index)
-        paths.append(save_numbered_png(image, run.out, seed, text))
+        whole = image if finish is None else finish(image)
+        paths.append(save_numbered_png(whole, run.out, seed, text))
         if len(paths) == 1:  # not sooner: a refusal shall be the only line
             print(f"seed {seed}", file=sys.stderr)
         print(paths[-1], flush=True)

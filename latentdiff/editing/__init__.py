@@ -3,6 +3,7 @@
 from latentdiff.editing.ilvr import ILVR
 from latentdiff.editing.image_conditioning import Inpaint, Instruct
 from latentdiff.editing.masks import box_mask
+from latentdiff.editing.region import Region, extended
 from latentdiff.editing.repaint import Blend, RePaint
 from latentdiff.editing.run_context import (
     Binds,
@@ -24,10 +25,12 @@ __all__ = [
     "Inpaint",
     "Instruct",
     "RePaint",
+    "Region",
     "RunContext",
     "SDEdit",
     "bind",
     "box_mask",
+    "extended",
     "padded_size",
     "picture_size",
 ]

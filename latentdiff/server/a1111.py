@@ -13,7 +13,7 @@ from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
 from latentdiff.errors import UserError
 from latentdiff.pipeline import Request
-from latentdiff.server.studio import Refused, Studio, data_of, encoded, within
+from latentdiff.server.studio import Finish, Refused, Studio, data_of, encoded, within
 from latentdiff.solvers.aliases import resolve, resolve_timetable
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -35,7 +35,6 @@ NOTHING: dict[str, tuple[object, ...]] = {
     "include_init_images": (False, True),
     "infotext": ("",),
     "initial_noise_multiplier": (0, 1),
-    "inpaint_full_res": (False, 0),
     "inpaint_full_res_padding": (0, 32),
     "inpainting_fill": (0, 1),
     "mask_round": (True,),
@@ -122,6 +121,7 @@ class ImageToImage(TextToImage):
     mask: str | None = None
     mask_blur: Annotated[float, Field(ge=0, le=64)] = 4
     inpainting_mask_invert: Literal[0, 1] = 0
+    inpaint_full_res: bool = False
 
 
 class Options(BaseModel):
@@ -168,9 +168,11 @@ def routes(studio: Studio) -> APIRouter:
     """A1111's routes to a studio."""
     router = APIRouter(prefix="/sdapi/v1")
 
-    async def answer(asked: TextToImage, request: Request, http: HTTPRequest) -> dict[str, Any]:
+    async def answer(
+        asked: TextToImage, request: Request, http: HTTPRequest, finish: Finish | None = None
+    ) -> dict[str, Any]:
         seed = None if asked.seed == -1 else asked.seed
-        job = studio.submit(request, asked.number, seed, preview_every=5)
+        job = studio.submit(request, asked.number, seed, preview_every=5, finish=finish)
         pictures = await studio.finished(job, http)
         info = {
             "prompt": asked.prompt,
@@ -209,8 +211,15 @@ def routes(studio: Studio) -> APIRouter:
                 within(asked.width, "width", 8, most),
                 within(asked.height, "height", 8, most),
             )
-        edited = studio.edited(request, image, hole, asked.denoising_strength, size)
-        return await answer(asked, edited, http)
+        edited, finish = await studio.edited(
+            request,
+            image,
+            hole,
+            asked.denoising_strength,
+            size=size,
+            only_masked=bool(asked.inpaint_full_res),
+        )
+        return await answer(asked, edited, http, finish)
 
     @router.get("/progress")
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,6 +32,7 @@ class Job:
         request: of each of its pictures: one prompt, no seed.
         seeds: seed of each picture.
         preview_every: number of steps between two previews; 0 is none.
+        finish: what is done to each picture before it is kept, as to put it into a larger one.
         id: what a client calls it.
         state: where it is.
         pictures: PNG files, None for each that is not drawn yet.
@@ -44,6 +45,7 @@ class Job:
     request: Request
     seeds: Sequence[int]
     preview_every: int = 0
+    finish: Callable[[Image], Image] | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     state: State = "waiting"
     pictures: list[bytes | None] = field(default_factory=list)
@@ -255,7 +257,7 @@ class JobQueue:
     def _keep(self, job: Job, number: int, picture: Image) -> None:
         record = about_request(self.pipe.bundle, job.request)
         text = png_text(record, prompt=job.request.prompt, seed=job.seeds[number], index=0)
-        data = encode_png(picture, text)
+        data = encode_png(picture if job.finish is None else job.finish(picture), text)
         with self._changed:
             job.pictures[number] = data
             if None not in job.pictures and not job.over:

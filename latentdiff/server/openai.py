@@ -9,7 +9,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.pipeline import Request
-from latentdiff.server.studio import Refused, Studio, encoded
+from latentdiff.server.studio import Finish, Refused, Studio, encoded
 
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd"]
 STEPS: dict[str, int] = {"low": 10, "high": 40, "hd": 40}  # 20 for the others
@@ -101,8 +101,10 @@ def routes(studio: Studio) -> APIRouter:
     router = APIRouter(prefix="/v1")
     model = {"id": studio.name, "object": "model", "created": 0, "owned_by": "latentdiff"}
 
-    async def answer(asked: Generation, request: Request, http: HTTPRequest) -> dict[str, Any]:
-        job = studio.submit(request, asked.n, asked.seed)
+    async def answer(
+        asked: Generation, request: Request, http: HTTPRequest, finish: Finish | None = None
+    ) -> dict[str, Any]:
+        job = studio.submit(request, asked.n, asked.seed, finish=finish)
         pictures = await studio.finished(job, http)
         base = f"{http.base_url}jobs/{job.id}/pictures"
         data = [
@@ -137,10 +139,16 @@ def routes(studio: Studio) -> APIRouter:
             hole = await studio.transparent(await asked.mask.read(), "mask", picture.size)
             if hole is None:
                 raise Refused(400, "mask: no part of it is transparent, to be painted", "mask")
-        request = studio.edited(asked.request(studio), picture, hole, asked.strength)
-        if asked.size not in (None, "", "auto"):
-            told = "size: the result is as large as the picture, shrunk to the model's own size"
-            raise Refused(400, f"{told}: leave it out", "size")
-        return await answer(asked, request, http)
+        own = "{}x{}".format(*picture.size)
+        if asked.size not in (None, "", "auto", own):
+            raise Refused(400, f"size: the picture is {own}; leave it out", "size")
+        request, finish = await studio.edited(
+            asked.model_copy(update={"size": None}).request(studio),
+            picture,
+            hole,
+            asked.strength,
+            only_masked=max(picture.size) > max(studio.pipe.bundle.size),
+        )
+        return await answer(asked, request, http, finish)
 
     return router

@@ -21,7 +21,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class Wanted(BaseModel):
     """The body of `POST /jobs`, by the pipeline's own names.
 
-    Pictures are base64, as they are or as `data:` addresses; the white of `mask` is painted.
+    Pictures are base64, as they are or as `data:` addresses; the white of `mask` is painted;
+    with `only_masked` at the model's size, and put back into the picture at its own.
     `replaces` is a job that is no longer wanted: whoever draws as somebody types names the last.
     """
 
@@ -45,6 +46,7 @@ class Wanted(BaseModel):
     image: str | None = None
     mask: str | None = None
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    only_masked: bool = False
     preview_every: Annotated[int, Field(ge=0)] = 0
     replaces: str | None = None
 
@@ -114,18 +116,26 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/jobs", status_code=201)
     async def begin(wanted: Wanted) -> dict[str, Any]:
-        request = wanted.request(studio)
+        request, finish = wanted.request(studio), None
         if wanted.image is not None:
             image = await studio.open(data_of(wanted.image, "image"), "image")
             hole = None
             if wanted.mask is not None:
                 hole = await studio.white(data_of(wanted.mask, "mask"), "mask", image.size)
-            request = studio.edited(request, image, hole, wanted.strength)
+            request, finish = await studio.edited(
+                request, image, hole, wanted.strength, only_masked=wanted.only_masked
+            )
         elif wanted.mask is not None or wanted.strength is not None:
             raise Refused(400, "mask and strength are for an image: give one", "image")
         if wanted.replaces in studio.queue.jobs:
             studio.queue.cancel(studio.queue.jobs[wanted.replaces])
-        job = studio.submit(request, wanted.num_images, wanted.seed, wanted.preview_every)
+        job = studio.submit(
+            request,
+            wanted.num_images,
+            wanted.seed,
+            preview_every=wanted.preview_every,
+            finish=finish,
+        )
         return about(job)
 
     @router.get("/jobs/{job_id}")

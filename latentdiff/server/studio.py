@@ -12,7 +12,8 @@ from PIL.Image import Image
 from starlette.concurrency import run_in_threadpool
 
 from latentdiff import pictures
-from latentdiff.editing import Inpaint, Instruct, RePaint, SDEdit
+from latentdiff.diffusion.edits import Edit
+from latentdiff.editing import Inpaint, Instruct, Region, RePaint, SDEdit
 from latentdiff.editing.masks import open_mask, resize_mask
 from latentdiff.errors import UserError
 from latentdiff.guidance import methods
@@ -23,6 +24,7 @@ from latentdiff.pipeline.prompts import check_also, check_negatives, check_promp
 from latentdiff.server.jobs import Busy, Job, JobQueue
 from latentdiff.solvers.aliases import resolve_both
 
+Finish = Callable[[Image], Image]
 _T = TypeVar("_T")
 
 
@@ -75,7 +77,13 @@ class Studio:
         return self.pipe.bundle.name.rstrip("/").rpartition("/")[2]
 
     def submit(
-        self, request: Request, number: int, seed: int | None, preview_every: int = 0
+        self,
+        request: Request,
+        number: int,
+        seed: int | None,
+        *,
+        preview_every: int = 0,
+        finish: Finish | None = None,
     ) -> Job:
         """Check a request and put its pictures in the queue; picture i has the seed `seed + i`.
 
@@ -100,7 +108,7 @@ class Studio:
         first = secrets.randbelow(2**32) if fresh else within(seed, "seed", 0, MAX_SEED)
         seeds = [(first + number) % (MAX_SEED + 1) for number in range(number)]
         try:
-            return self.queue.submit(Job(request, seeds, preview_every))
+            return self.queue.submit(Job(request, seeds, preview_every, finish))
         except Busy:
             raise Refused(429, "too many pictures are waiting: try again in a moment") from None
 
@@ -169,38 +177,53 @@ class Studio:
             except UserError as error:
                 raise Refused(400, f"{param}: {error}", param) from None
 
-    def edited(
+    async def edited(
         self,
         request: Request,
         image: Image,
         hole: Image | None,
         strength: float | None,
+        *,
         size: tuple[int, int] | None = None,
-    ) -> Request:
-        """The request with an edit of a picture.
+        only_masked: bool = False,
+    ) -> tuple[Request, Finish | None]:
+        """The request with an edit of a picture, and what is to be done to each result.
 
         With a hole, that is painted; else all of the picture is drawn again, and the more of it
         changes the larger `strength` is, in [0, 1].
 
         Args:
             size: width and height to work at; by default the picture's, shrunk to the model's own.
+            only_masked: work on the part around the hole alone, and put it back into the picture,
+                which keeps its size.
+
+        Raises:
+            Refused: nothing is to be painted.
         """
-        small = pictures.fit(image, max(self.pipe.bundle.size))
-        if size is not None:
-            small = image.resize(size)
-        if hole is not None and hole.size != small.size:
-            hole = resize_mask(hole, small.size)
+        own = self.pipe.bundle.size
+        try:
+            if only_masked and hole is not None:
+                region = await run_in_threadpool(Region.around, image, hole, own)
+                edits = self._edits(region.image, region.mask, strength)
+                finish = region.paste
+            else:
+                small = pictures.fit(image, max(own)) if size is None else image.resize(size)
+                if hole is not None and hole.size != small.size:
+                    hole = resize_mask(hole, small.size)
+                edits, finish = self._edits(small, hole, strength), None
+        except UserError as error:
+            raise Refused(400, f"{error}", "mask") from None
+        asked = replace(request, edits=[*edits, *request.edits], height=None, width=None)
+        return asked, finish
+
+    def _edits(self, image: Image, hole: Image | None, strength: float | None) -> list[Edit]:
         kind = self.pipe.bundle.kind
         if kind == "instruct-pix2pix":
             strength = 1.0 if strength is None else strength
-            edits = [SDEdit(small, strength, 1, hole), Instruct(small)]
-        elif hole is None or strength not in (None, 1):
-            edits = [SDEdit(small, 0.6 if strength is None else strength, 1, hole)]
-        elif kind == "inpainting":
-            edits = [Inpaint(small, hole)]
-        else:
-            edits = [RePaint(small, hole)]
-        return replace(request, edits=[*edits, *request.edits], height=None, width=None)
+            return [SDEdit(image, strength, 1, hole), Instruct(image)]
+        if hole is None or strength not in (None, 1):
+            return [SDEdit(image, 0.6 if strength is None else strength, 1, hole)]
+        return [Inpaint(image, hole) if kind == "inpainting" else RePaint(image, hole)]
 
 
 def check_names(request: Request) -> None:

@@ -96,6 +96,14 @@ def test_openais_own_client_draws_edits_and_lists(
     kept[4:12, 4:12] = False
     assert (result[kept] == opened(whole)[kept]).all()
     assert (result[~kept] != opened(whole)[~kept]).any()
+    large = Image.effect_noise((90, 60), 99).convert("RGB")
+    mask = Image.new("RGBA", large.size, "white")
+    mask.paste((0, 0, 0, 0), (50, 20, 70, 40))
+    files = {"image": ("a.png", png(large), "image/png"), "mask": ("m.png", png(mask), "image/png")}
+    (pasted,) = api.images.edit(**files, prompt="a disc", size="90x60", extra_body=more).data or []  # pyright: ignore
+    changed = (opened(pasted.b64_json or "") != np.asarray(large)).any(-1)
+    assert changed[20:40, 50:70].mean() > 0.9
+    assert changed.sum() == changed[20:40, 50:70].sum()
     with pytest.raises(openai.NotFoundError, match="there is no model 'dall-e-3' here"):
         api.images.generate(prompt="a", model="dall-e-3")
     with pytest.raises(openai.BadRequestError, match="height must be from 2 to 64") as refused:

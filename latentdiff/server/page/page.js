@@ -85,6 +85,7 @@ async function draw() {
   if (!asked.prompt) return tell("");
   const mine = ++asking;
   const wanted = { ...asked, image: board.image, mask: board.maskImage, replaces: job };
+  wanted.only_masked = Boolean(wanted.mask);
   if (wanted.image && !wanted.mask) wanted.strength = Number($("strength").value);
   const began = performance.now();
   try {
