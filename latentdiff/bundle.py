@@ -33,6 +33,7 @@ from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
 from latentdiff.models.attention import Attention, set_attention
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.engines import Engine, with_engine
 from latentdiff.models.network import Kind, Network
 from latentdiff.registry import check_name
 
@@ -113,6 +114,7 @@ class Bundle:
         dtype: Precision | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: Attention = "auto",
+        engine: Engine = "eager",
     ) -> Self:
         """Read a model, after checking all of it: files, configs, names, shapes, finite values.
 
@@ -127,11 +129,13 @@ class Bundle:
             dtype: precision of the networks. "auto" is bfloat16 (or float16) on CUDA, else float32.
             device: "auto" is CUDA where there is one.
             attention: see `latentdiff.models.attention.set_attention`.
+            engine: how the U-Net and the autoencoder are computed: see `latentdiff.models.engines`.
 
         Raises:
             UserError: anything is missing, damaged, hostile or unfit; the message says what.
         """
         check_name("attention backend", attention, get_args(Attention))
+        check_name("engine", engine, get_args(Engine))
         if prediction is not None:
             check_name("prediction", prediction, get_args(Prediction))
         place = _device(device)
@@ -156,7 +160,8 @@ class Bundle:
             fill(part.module, part.files, _steady(precision) if part.steady else precision, place)
         set_attention(bundle.network.module, attention)
         set_attention(bundle.autoencoder.module, attention)
-        return bundle
+        network, autoencoder = with_engine(bundle.network, bundle.autoencoder, engine)
+        return replace(bundle, network=network, autoencoder=autoencoder)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:

@@ -5,7 +5,9 @@ looks at some of its inputs, and so no comparison of pictures can tell whether i
 `models/test_tiny_sees_everything.py` measures that here every input moves the output.
 """
 
+import json
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -29,8 +31,10 @@ from latentdiff.guidance import Classifier, Clip
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.fresh_clip import build_clip
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import DiffusersUNet
 from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
 from latentdiff.models.vae import build_vae
@@ -117,6 +121,18 @@ def bundle_of(
         prediction=prediction,
         steps=steps or Steps(),
     )
+
+
+def with_own_networks(bundle: Bundle) -> Bundle:
+    """The same model, its U-Net and its KL autoencoder of our own classes."""
+    unet = CrossAttentionUNet(json.loads(unet_of(bundle).to_json_string()))
+    vae = KLAutoencoder(json.loads(vae_of(bundle).to_json_string()))
+    unet.load_state_dict(unet_of(bundle).state_dict())
+    vae.load_state_dict(vae_of(bundle).state_dict())
+    for module in (unet, vae):
+        module.eval().requires_grad_(False)
+    autoencoder = DiffusersAutoencoder(vae)
+    return replace(bundle, network=bundle.network.with_module(unet), autoencoder=autoencoder)
 
 
 def unet_of(bundle: Bundle) -> Any:

@@ -25,7 +25,7 @@ from latentdiff.cli.serve import serve
 from latentdiff.cli.show import show
 from latentdiff.cli.solvers import solvers
 from latentdiff.errors import UserError, shown
-from latentdiff.memory import keep_freed_memory
+from latentdiff.memory import keep_freed_memory, wait_passively
 from latentdiff.version import __version__
 
 app = typer.Typer(
@@ -79,6 +79,7 @@ def run() -> int:
     it once more at exit, would take a quarter of the time of one picture.
     """
     keep_freed_memory()
+    wait_passively()
     gc.set_threshold(500_000)
     try:
         code = main()

@@ -236,7 +236,7 @@ def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionP
     from latentdiff import pictures
 
     image = pictures.open_picture(picture)
-    pipe = run.models.open(run.device, run.dtype)
+    pipe = run.models.open(run.device, run.dtype, run.engine, run.attention)
     return pipe, fitted(image, picture.name, pipe) if fit else image
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+# Steps of pictures below which packed weights take about as long to make as they save.
+_PACKED_FROM = 40
+
+
 @with_run_options
 def generate(
     prompts: Annotated[
@@ -67,7 +71,9 @@ def generate(
 
     check_prompts(prompts)
     run.check()
-    pipe = run.models.open(run.device, run.dtype)
+    few = run.engine == "auto" and len(prompts) * number * run.steps <= _PACKED_FROM
+    engine = "eager" if few else run.engine
+    pipe = run.models.open(run.device, run.dtype, engine, run.attention)
     own_height, own_width = pipe.bundle.size
     height, width = size or height or own_height, size or width or own_width
     request = replace(run.request(pipe.bundle), height=height, width=width)

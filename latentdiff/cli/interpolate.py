@@ -45,6 +45,8 @@ def interpolate(
     embedding: options.Embeddings = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    engine: options.Engine = "auto",
+    attention: options.Attention = "auto",
     no_metadata: options.NoMetadata = False,
 ) -> None:
     """Draw the way from A to B: between two pictures (inverted to noise) or two prompts."""
@@ -68,7 +70,7 @@ def interpolate(
     models = ModelOptions(model, vae, prediction, variant, lora, embedding)
     models.check()
     seed = options.seed_or_fresh(seed)
-    pipe = models.open(device, dtype)
+    pipe = models.open(device, dtype, engine, attention)
     weights = [k / (number - 1) for k in range(number)]
     if prompt is not None and files[0]:
         if fit:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from latentdiff.cli.options import DtypeName
+    from latentdiff.cli.options import AttentionName, DtypeName, EngineName
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 
@@ -44,7 +44,13 @@ class ModelOptions:
         for path in self.embeddings or ():
             find_file(path, "file of learned words")
 
-    def open(self, device: str, dtype: "DtypeName") -> "LatentDiffusionPipeline":
+    def open(
+        self,
+        device: str,
+        dtype: "DtypeName",
+        engine: "EngineName" = "auto",
+        attention: "AttentionName" = "auto",
+    ) -> "LatentDiffusionPipeline":
         """The pipeline, with each LoRA of `--lora` and the words of `--embedding` in it."""
         wanted = [parse_lora(text) for text in self.loras or ()]
         from latentdiff.pipeline import LatentDiffusionPipeline
@@ -56,6 +62,8 @@ class ModelOptions:
             variant=self.variant,
             dtype=dtype,
             device=device,
+            engine=engine,
+            attention=attention,
         )
         for path in self.embeddings or ():
             pipe.load_textual_inversion(path)

@@ -72,6 +72,18 @@ Embeddings = Annotated[
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName, typer.Option(help="Precision of the networks.")]
+EngineName = Literal["auto", "eager", "packed"]
+Engine = Annotated[
+    EngineName,
+    typer.Option(
+        help="How networks are computed: packed is the fast one on a CPU; auto takes it where it "
+        "works, but not for a picture or two."
+    ),
+]
+AttentionName = Literal["auto", "eager", "sdpa", "xformers"]
+Attention = Annotated[
+    AttentionName, typer.Option(help="How attention is computed; sdpa is torch's own, and auto.")
+]
 NoMetadata = Annotated[
     bool, typer.Option("--no-metadata", help="Leave model and settings out of the PNG files.")
 ]
@@ -155,6 +167,8 @@ class RunOptions:
     embedding: Embeddings = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    engine: Engine = "auto"
+    attention: Attention = "auto"
     no_metadata: NoMetadata = False
 
     def check(self) -> None:

@@ -66,7 +66,7 @@ def _create(text: str, device: torch.device) -> Edit:
     if name == "threshold":
         return DynamicThresholding(value)
     if name == "autoguidance":
-        return Autoguidance(Bundle.load(words[0], device=device), value)
+        return Autoguidance(Bundle.load(words[0], device=device, engine="auto"), value)
     if name == "clip":
         return ClipGuide(Clip.load(words[0], device), value)
     return ClassifierGuide(Classifier.load(words[0], device), words[1], value)

@@ -207,7 +207,9 @@ class CrossAttentionUNet(nn.Module):
     def _time(self, sample: Tensor, t: Any, added: Mapping[str, Tensor] | None) -> Tensor:
         """The embedding of time, and of pooled text and sizes where there are any: [B, time]."""
         t = torch.as_tensor(t, device=sample.device).expand(len(sample))
-        time = self.time_embedding(self._waves(t, self.conv_in.out_channels).to(sample.dtype))
+        time = self.time_embedding(
+            self._waves(t, self.config["block_out_channels"][0]).to(sample.dtype)
+        )
         if added is None or self.config["addition_embed_type"] is None:
             return time
         sizes = self._waves(

@@ -28,6 +28,7 @@ from latentdiff.formats.location import find_file
 from latentdiff.guidance.methods import Method
 from latentdiff.models.attention import Attention
 from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.engines import Engine
 from latentdiff.models.learned_words import with_words
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pictures import Picture, open_picture, to_tensor
@@ -75,9 +76,10 @@ class LatentDiffusionPipeline(DiffusersNames):
         dtype: Precision | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: Attention = "auto",
+        engine: Engine = "auto",
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load a model: see `Bundle.load`. `torch_dtype` is diffusers' name of `dtype`.
+        """Load a model, to draw fast with: see `Bundle.load`. `torch_dtype` is diffusers' `dtype`.
 
         Raises:
             UserError: it is missing, damaged or unfit.
@@ -94,6 +96,7 @@ class LatentDiffusionPipeline(DiffusersNames):
             dtype=dtype,
             device=device,
             attention=attention,
+            engine=engine,
         )
         return cls(bundle)
 

@@ -9,64 +9,25 @@ from typing import Any, Self
 
 import pytest
 import torch
-from tiny import tiny_bundle
+from tiny import CAPTIONS, sd_like, tiny_bundle, with_own_networks
 from torch import Tensor, nn
 
 from latentdiff import Inpaint, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
-from latentdiff.models.network import Kind, Network
+from latentdiff.models.engines import PackedNetwork
+from latentdiff.models.engines.around import AroundNetwork
+from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation
 
 Engine = Callable[[Network], Network]
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelsLast:
+class ChannelsLast(AroundNetwork):
     """The same network on inputs whose channels lie side by side; a new class, not a subclass."""
 
-    inner: Network
     calls: list[int]
-
-    @property
-    def module(self) -> nn.Module:
-        return self.inner.module
-
-    @property
-    def channels(self) -> int:
-        return self.inner.channels
-
-    @property
-    def in_channels(self) -> int:
-        return self.inner.in_channels
-
-    @property
-    def learns_variance(self) -> bool:
-        return self.inner.learns_variance
-
-    @property
-    def kind(self) -> Kind:
-        return self.inner.kind
-
-    @property
-    def width(self) -> int:
-        return self.inner.width
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        return self.inner.native_size
-
-    @property
-    def multiple(self) -> int:
-        return self.inner.multiple
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.inner.dtype
 
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
@@ -86,19 +47,22 @@ CALLS: list[int] = []
 ENGINES: dict[str, Engine] = {
     "the network itself": lambda network: network,
     "channels last": lambda network: ChannelsLast(network, CALLS),
+    "packed": PackedNetwork.of,
 }
-MODELS: dict[str, dict[str, Any]] = {
-    "clip": {},
-    "t5, masked": {"tower": "t5"},
-    "inpainting": {"in_channels": 9},
-    "learned variance": {"learned_variance": True},
+MODELS: dict[str, Callable[[], Bundle]] = {
+    "clip": tiny_bundle,
+    "t5, masked": lambda: tiny_bundle(tower="t5"),
+    "inpainting": lambda: tiny_bundle(in_channels=9),
+    "learned variance": lambda: tiny_bundle(learned_variance=True),
+    "sd1": lambda: sd_like(1),
+    "sd2": lambda: sd_like(2),
 }
 
 
 def check_engine(engine: Engine, bundle: Bundle, within: float = 1e-5) -> None:
     """Compare over batches and sizes: the largest difference is small beside the output."""
     fast, random = engine(bundle.network), torch.Generator().manual_seed(0)
-    for prompts, size in ((["a red heart"], 8), (["a cat", "a slice of pizza", "a dog"], 12)):
+    for prompts, size in ((CAPTIONS[:1], 8), (CAPTIONS[:3], 12), (CAPTIONS, 9), (CAPTIONS[:2], 8)):
         condition = bundle.conditioner.encode(prompts, (2 * size, 2 * size)).condition
         extra = bundle.network.in_channels - 4
         shape = len(prompts), 4, size, size
@@ -115,7 +79,7 @@ def check_engine(engine: Engine, bundle: Bundle, within: float = 1e-5) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_computes_the_same(engine: str, model: str) -> None:
-    check_engine(ENGINES[engine], tiny_bundle(**MODELS[model]))
+    check_engine(ENGINES[engine], with_own_networks(MODELS[model]()))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -124,8 +88,8 @@ def test_a_pipeline_draws_the_same_by_an_engine(engine: str) -> None:
     given: dict[str, Any] = {"num_inference_steps": 3, "seed": 2, "output_type": "pt"}
     picture = torch.zeros(1, 4, 8, 8)
     hole = torch.ones(1, 1, 8, 8)
-    for kind, edits in (("clip", ["pag:2"]), ("inpainting", [Inpaint(picture, hole)])):
-        bundle = tiny_bundle(**MODELS[kind])
+    for kind, edits in (("clip", ["pag:2", "seg:1"]), ("inpainting", [Inpaint(picture, hole)])):
+        bundle = with_own_networks(MODELS[kind]())
         fast = replace(bundle, network=ENGINES[engine](bundle.network))
         CALLS.clear()
         plain, other = (
@@ -145,4 +109,4 @@ def test_the_check_sees_a_wrong_engine() -> None:
         return Late(network, CALLS)
 
     with pytest.raises(AssertionError), torch.no_grad():
-        check_engine(late, tiny_bundle())
+        check_engine(late, with_own_networks(tiny_bundle()))

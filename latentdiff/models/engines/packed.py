@@ -1,0 +1,395 @@
+"""Weights packed once into the layout that oneDNN computes with, instead of at every call.
+
+Activations are channels-last, keys and values of a prompt are computed once a run, and all of a
+network's projections of time at once.
+"""
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from latentdiff.diffusion.condition import Condition
+from latentdiff.errors import warn
+from latentdiff.models.attention import AttentionLayer, sdpa
+from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.blocks import ResnetBlock
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
+from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.network import Network
+from latentdiff.models.perturbation import Perturbation, perturbable
+
+# The largest difference to the network itself, relative to its output; more is a fault.
+_WITHIN = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_CHECKED = 8  # side in latents of what is compared of an autoencoder
+# Shapes that a convolution keeps packed weights for: of a run that is guided in part of its steps.
+_SHAPES = 2
+
+
+def cannot_pack(module: nn.Module) -> str | None:
+    """The reason why a network cannot be packed here; None where it can."""
+    parameter = next(module.parameters())
+    if parameter.device.type != "cpu":
+        return "it computes on a CPU alone"
+    if not isinstance(module, CrossAttentionUNet | KLAutoencoder):
+        return f"it does not know networks such as this {type(module).__name__}"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "this torch has no oneDNN"
+    halves = parameter.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if parameter.dtype != torch.float32 and not halves:
+        return f"this CPU has no {str(parameter.dtype).removeprefix('torch.')} of its own"
+    return None
+
+
+class _Packed(nn.Module):
+    """A layer that a copy of its network shares: it never changes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class PackedConv(_Packed):
+    """A convolution of channels-last maps, whose weights are packed for the shapes that it meets.
+
+    oneDNN's layout depends on the shape; another one's is unpacked at every call, slowly.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.settings = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.weight, self.bias = conv.weight, conv.bias
+        self._packed: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self._packed.get(x.shape)
+        if packed is None:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            packed = pack(self.weight.detach(), *self.settings, x.shape)
+            others = list(self._packed.items())[1 - _SHAPES :]
+            self._packed = dict([*others, (x.shape, packed)])  # at once, for other threads' sake
+        x = x.contiguous(memory_format=torch.channels_last)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, packed, self.bias, *self.settings, "none", [], "")
+
+
+class PackedLinear(_Packed):
+    """A linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        self.register_buffer("weight", pack(layer.weight.detach()))
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Pointwise(nn.Module):
+    """A 1 x 1 convolution, which is a linear layer over the channels."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        layer: Any = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+        layer.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
+        layer.bias = conv.bias
+        self.layer = _packed_linear(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Part(nn.Module):
+    """Some columns of what all projections of time gave together."""
+
+    def __init__(self, start: int, width: int) -> None:
+        super().__init__()
+        self.start, self.width = start, width
+
+    def forward(self, time: Tensor) -> Tensor:
+        return time.narrow(1, self.start, self.width)
+
+
+def _packed_linear(layer: nn.Linear) -> nn.Module:
+    """In float32 the layer itself: BLAS packs as it goes, and is as fast."""
+    return layer if layer.weight.dtype == torch.float32 else PackedLinear(layer)
+
+
+class CrossAttention:
+    """An attention processor that computes keys and values of the same states once.
+
+    They go when the states go.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a perturbed copy of the layer has the same weights
+
+    def __call__(
+        self, attn: Any, x: Tensor, states: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """See `latentdiff.models.attention.sdpa`."""
+        assert states is not None
+        q = attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        k, v = self._keys_and_values(attn, states)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+    def _keys_and_values(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+        key = id(states), 0 if states.is_inference() else states._version
+        if key not in self._known:
+            k, v = (
+                project(states).unflatten(2, (attn.heads, -1)).transpose(1, 2).contiguous()
+                for project in (attn.to_k, attn.to_v)
+            )
+            self._known[key] = k, v
+            weakref.finalize(states, self._known.pop, key, None)
+            return k, v
+        return self._known[key]
+
+
+class Packing:
+    """The packed twin of a network: made when first asked for, and anew when weights change.
+
+    Changes are seen by the tensors' own count of them, which those through `.data` pass by.
+
+    Args:
+        module: the network; it stays as it is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._lock = threading.Lock()
+        self._state: list[object] = []
+        self._held: list[Tensor] = []
+        self._twin: Any = None
+        self._passed: dict[str, bool] = {}
+
+    def twin(self) -> Any:
+        """The packed network; None where there is none."""
+        if cannot_pack(self._module) or not all(self._passed.values()):
+            return None
+        with self._lock:
+            state, held = _state(self._module)
+            if state != self._state:
+                self._twin = None  # before the next one takes memory
+                self._twin = _packed(self._module)
+                # Held, so that no other tensor gets the id of one of them.
+                self._state, self._held = state, held
+            return self._twin
+
+    def passes(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
+        """Tell whether the packed network gives what the network gives; computed once of each kind.
+
+        Args:
+            what: the kind.
+            fast: gives the answer of the packed network.
+            slow: gives that of the network.
+        """
+        if what not in self._passed:
+            wanted = slow()
+            difference = float((fast() - wanted).abs().max() / wanted.abs().max())
+            self._passed[what] = difference <= _WITHIN[self._dtype]
+            if not self._passed[what]:
+                warn(
+                    "packed weights compute something else on this machine, by "
+                    f"{difference:.1g} of the largest value: they are not used"
+                )
+        return self._passed[what]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._module.parameters()).dtype
+
+
+class Spoiling:
+    """The packed twin of a network whose attention can be spoilt.
+
+    Args:
+        packing: of the network.
+        perturbations: of its attention.
+    """
+
+    def __init__(
+        self, packing: "Packing | Spoiling", perturbations: Sequence[Perturbation]
+    ) -> None:
+        self._packing, self._perturbations = packing, perturbations
+        self._made: tuple[Any, Any] = (None, None)
+
+    def twin(self) -> Any:
+        """See `Packing.twin`."""
+        twin = self._packing.twin()
+        if twin is None:
+            return None
+        if self._made[0] is not twin:
+            self._made = twin, perturbable(twin, self._perturbations)
+        return self._made[1]
+
+    def passes(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
+        """See `Packing.passes`; it is compared apart from the network whose attention is whole."""
+        return self._packing.passes(f"spoilt {what}", fast, slow)
+
+
+def _state(module: nn.Module) -> tuple[list[object], list[Tensor]]:
+    """What a network's answers depend on, to be compared; and the tensors it speaks of."""
+    state: list[object] = []
+    held: list[Tensor] = []
+    for part in module.modules():
+        for tensor in part._parameters.values():
+            if tensor is not None:
+                version = 0 if tensor.is_inference() else tensor._version
+                state.append((id(tensor), version, tensor.data_ptr(), tensor.dtype))
+                held.append(tensor)
+        if isinstance(part, AttentionLayer):
+            state.append(part.processor)
+        if hasattr(part, "get_base_layer"):  # of peft
+            adapters: Any = part
+            state.append((dict(adapters.scaling), list(adapters.active_adapters)))
+            state.append((adapters.disable_adapters, list(adapters.merged_adapters)))
+    return state, held
+
+
+def _packed(module: nn.Module) -> nn.Module:
+    """The twin of a network with packed layers in place of its own."""
+    twin = _twin(module)
+    if isinstance(twin, CrossAttentionUNet):
+        _join_time(twin)
+    for name, layer in list(twin.named_modules()):
+        parent, _, last = name.rpartition(".")
+        new: nn.Module | None = None
+        if isinstance(layer, nn.Conv2d):
+            new = Pointwise(layer) if layer.kernel_size == (1, 1) else PackedConv(layer)
+        elif isinstance(layer, nn.Linear) and not name.startswith("time_"):
+            new = _packed_linear(layer)
+        elif isinstance(layer, AttentionLayer) and layer.is_cross_attention:
+            layer.processor = CrossAttention() if layer.processor is sdpa else layer.processor
+        if new is not None:
+            setattr(twin.get_submodule(parent), last, new)
+    return twin
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Modules of the same tensors, but for layers with adapters of peft, which are merged."""
+    if hasattr(module, "get_base_layer"):
+        shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        adapters: Any = copy.deepcopy(module, shared)
+        base = adapters.get_base_layer()
+        for kind in ("weight", "bias"):
+            if (value := getattr(base, kind)) is not None:
+                setattr(base, kind, nn.Parameter(value.detach().clone(), requires_grad=False))
+        if not adapters.disable_adapters:
+            adapters.merge(safe_merge=True)
+        return base
+    twin = type(module).__new__(type(module))  # much faster than a deep copy
+    parts = {name: part and _twin(part) for name, part in module._modules.items()}
+    own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
+    twin.__dict__ = {**module.__dict__, **own, "_modules": parts}
+    return twin
+
+
+def _join_time(unet: CrossAttentionUNet) -> None:
+    """Make one layer of all that tell residual blocks the time."""
+    blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock)]
+    layers: list[Any] = [block.time_emb_proj for block in blocks]
+    whole: Any = unet
+    joined = nn.Linear(1, 1, device="meta")
+    for kind in ("weight", "bias"):
+        value = torch.cat([getattr(layer, kind).detach() for layer in layers])
+        setattr(joined, kind, nn.Parameter(value, requires_grad=False))
+    whole.time_act = nn.Sequential(nn.SiLU(), joined)
+    start = 0
+    block: Any
+    for block, layer in zip(blocks, layers, strict=True):
+        block.time_emb_proj = Part(start, layer.out_features)
+        start += layer.out_features
+
+
+@dataclass(frozen=True, eq=False)
+class PackedNetwork(AroundNetwork):
+    """A network that draws with packed weights.
+
+    Gradients, and whatever cannot be packed, are left to the one inside. The first answer is
+    compared with its.
+
+    Attributes:
+        packing: of the module.
+    """
+
+    packing: Packing | Spoiling
+
+    @classmethod
+    def of(cls, network: Network) -> Self:
+        """This engine around a network."""
+        return cls(network, Packing(network.module))
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
+    ) -> Tensor:
+        twin = None if torch.is_grad_enabled() else self.packing.twin()
+        if twin is None:
+            return self.inner(x, t, condition, perturbed)
+        given = x, t, condition, perturbed
+        answer = self.inner.with_module(twin)(*given).contiguous()
+        if self.packing.passes("predict", lambda: answer, lambda: self.inner(*given)):
+            return answer
+        return self.inner(*given)
+
+    def perturbable(self, perturbations: Sequence[Perturbation]) -> Self:
+        inner = self.inner.perturbable(perturbations)
+        return replace(self, inner=inner, packing=Spoiling(self.packing, perturbations))
+
+    def with_module(self, module: nn.Module) -> Self:
+        return self.of(self.inner.with_module(module))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAutoencoder(AroundAutoencoder):
+    """An autoencoder that encodes and decodes with packed weights.
+
+    Gradients, and whatever cannot be packed, are left to the one inside. The first answers are
+    compared with its, on a part of a picture.
+
+    Attributes:
+        packing: of the module.
+    """
+
+    inner: DiffusersAutoencoder
+    packing: Packing
+
+    @classmethod
+    def of(cls, autoencoder: DiffusersAutoencoder) -> Self:
+        """This engine around an autoencoder."""
+        return cls(autoencoder, Packing(autoencoder.module))
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """See `Autoencoder.encode`."""
+        return self._compute("encode", pictures, _CHECKED * self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
+        return self._compute("decode", latents, _CHECKED)
+
+    @torch.no_grad()
+    def moments(self, pictures: Tensor) -> Tensor:
+        """See `Autoencoder.moments`."""
+        return self._compute("moments", pictures, _CHECKED * self.factor)
+
+    def _compute(self, what: str, x: Tensor, side: int) -> Tensor:
+        twin = None if torch.is_grad_enabled() else self.packing.twin()
+        slow = getattr(self.inner, what)
+        if twin is None:
+            return slow(x)
+        fast = getattr(DiffusersAutoencoder(twin), what)
+        part = x[:1, :, :side, :side]
+        if self.packing.passes(what, lambda: fast(part), lambda: slow(part)):
+            return fast(x).contiguous()
+        return slow(x)

@@ -1,0 +1,187 @@
+"""The packed engine: it follows the weights, is checked, shared by threads, and leaves nothing."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CAPTIONS, tiny_bundle, with_own_networks
+from torch import Tensor, nn
+
+from latentdiff import LatentDiffusionPipeline, UserError
+from latentdiff.bundle import Bundle
+from latentdiff.diffusion.condition import Condition
+from latentdiff.lora import add_lora, attach_lora, detach_lora, lora_of, scale_loras
+from latentdiff.models.attention import explicit, set_attention
+from latentdiff.models.engines import PackedAutoencoder, PackedNetwork, with_engine
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def inputs(bundle: Bundle, count: int = 2) -> tuple[Tensor, Tensor, Condition]:
+    random = torch.Generator().manual_seed(count)
+    condition = bundle.conditioner.encode(CAPTIONS[:count], (16, 16)).condition
+    x = torch.randn(count, 4, 8, 8, generator=random)
+    return x, torch.full((count,), 321.0), condition
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+
+def test_it_is_the_default_of_a_pipeline_and_computes_packed(tmp_path: Path) -> None:
+    folder = tiny_bundle().save(tmp_path / "model")
+    bundle = LatentDiffusionPipeline.from_pretrained(folder).bundle
+    network, autoencoder = bundle.network, bundle.autoencoder
+    assert isinstance(network, PackedNetwork)
+    assert isinstance(autoencoder, PackedAutoencoder)
+    assert close(network(*inputs(bundle)), network.inner(*inputs(bundle)))
+    kinds = {type(layer).__name__ for layer in network.packing.twin().modules()}
+    assert "PackedConv" in kinds
+    assert "Conv2d" not in kinds
+    assert type(Bundle.load(folder).network) is type(network.inner)
+
+
+def test_the_autoencoder_is_the_same() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed = with_engine(bundle.network, bundle.autoencoder, "packed")[1]
+    random = torch.Generator().manual_seed(0)
+    for size in (16, 40):
+        pictures = torch.rand(3, 3, size, size, generator=random) * 2 - 1
+        latents = bundle.autoencoder.encode(pictures)
+        assert close(packed.encode(pictures), latents)
+        assert close(packed.decode(latents), bundle.autoencoder.decode(latents))
+        assert close(packed.moments(pictures), bundle.autoencoder.moments(pictures))
+
+
+def test_it_follows_a_lora_in_and_out() -> None:
+    """What it drew before comes back bit for bit."""
+    bundle, other = (with_own_networks(tiny_bundle()) for _ in "12")
+    for parameter in add_lora(other, rank=4, targets="all"):
+        parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    learned = lora_of(other)
+    packed, given = PackedNetwork.of(bundle.network), inputs(bundle)
+    before = packed(*given)
+    attach_lora(bundle, learned, "mine", 0.7)
+    assert close(packed(*given), bundle.network(*given))
+    assert not close(packed(*given), before)
+    scale_loras(bundle, {"mine": 0.2})
+    assert close(packed(*given), bundle.network(*given))
+    detach_lora(bundle, "mine")
+    assert torch.equal(packed(*given), before)
+
+
+def test_it_follows_training() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed, given = PackedNetwork.of(bundle.network), inputs(bundle)
+    before = packed(*given)
+    for parameter in bundle.network.module.parameters():
+        parameter.mul_(1.01)
+    assert close(packed(*given), bundle.network(*given))
+    assert not close(packed(*given), before)
+    with torch.enable_grad():  # and leaves gradients to the network itself
+        x = given[0].requires_grad_(True)
+        answer = packed(x, *given[1:])
+        assert torch.equal(answer, bundle.network(x, *given[1:]))
+        assert answer.requires_grad
+
+
+def test_it_obeys_the_choice_of_attention() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed, given = PackedNetwork.of(bundle.network), inputs(bundle)
+    packed(*given)
+    set_attention(bundle.network.module, "eager")
+    assert close(packed(*given), bundle.network(*given))
+    twin: Any = packed.packing.twin()
+    assert all(m.processor is explicit for m in twin.modules() if hasattr(m, "processor"))
+
+
+def test_a_wrong_answer_is_told_and_not_given() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed, given = PackedNetwork.of(bundle.network), inputs(bundle)
+    twin: Any = packed.packing.twin()
+    twin.time_act[1].bias.neg_()
+    with pytest.warns(UserWarning, match="packed weights compute something else"):
+        told = packed(*given)
+    assert torch.equal(told, bundle.network(*given))
+    assert torch.equal(packed(*given), told)  # and is not told again
+
+
+def test_without_onednn_everything_draws() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    with torch.backends.mkldnn.flags(enabled=False):
+        with pytest.raises(UserError, match="oneDNN"):
+            with_engine(bundle.network, bundle.autoencoder, "packed")
+        assert with_engine(bundle.network, bundle.autoencoder, "auto")[0] is bundle.network
+    theirs = tiny_bundle()
+    with pytest.raises(UserError, match="UNet2DConditionModel"):
+        with_engine(theirs.network, theirs.autoencoder, "packed")
+    assert with_engine(theirs.network, theirs.autoencoder, "auto") == (
+        theirs.network,
+        theirs.autoencoder,
+    )
+
+
+def test_threads_share_it() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    network, autoencoder = with_engine(bundle.network, bundle.autoencoder, "packed")
+    pipe = LatentDiffusionPipeline(replace(bundle, network=network, autoencoder=autoencoder))
+
+    def draw(number: int) -> Tensor:
+        size, edits = (16, 24)[number % 2], ["pag:1"] if number % 3 == 0 else []
+        given: dict[str, Any] = {"output_type": "pt", "progress": False, "edits": edits}
+        prompt = CAPTIONS[number]
+        return pipe(
+            prompt, seed=number, num_inference_steps=4, height=size, width=size, **given
+        ).images
+
+    serial = [draw(number) for number in range(8)]
+    network, autoencoder = with_engine(bundle.network, bundle.autoencoder, "packed")
+    pipe = LatentDiffusionPipeline(replace(bundle, network=network, autoencoder=autoencoder))
+    with ThreadPoolExecutor(8) as pool:
+        for alone, together in zip(serial, pool.map(draw, range(8)), strict=True):
+            assert torch.equal(alone, together)
+
+
+def test_it_keeps_nothing_of_a_run() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed = PackedNetwork.of(bundle.network)
+    t = torch.full((2,), 321.0)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    last: weakref.ref[Tensor] | None = None
+    for number in range(200):
+        states = torch.full((2, 7, 16), number / 200)
+        size = 8 + number % 5  # no more than two of them are kept
+        packed(torch.zeros(2, 4, size, size), t, Condition(states=states))
+        last = weakref.ref(states)
+        if number == 20:
+            after_some = tensors()
+    del states
+    assert tensors() <= after_some
+    assert last is not None
+    assert last() is None
+
+
+def test_the_network_itself_stays_as_it_is() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    module, given = bundle.network.module, inputs(bundle)
+    names, kinds = list(module.state_dict()), [type(m) for m in module.modules()]
+    before = bundle.network(*given)
+    PackedNetwork.of(bundle.network)(*given)
+    assert [type(m) for m in module.modules()] == kinds
+    assert list(module.state_dict()) == names
+    assert nn.Conv2d in kinds
+    assert torch.equal(bundle.network(*given), before)
