@@ -82,6 +82,7 @@ def generate(
     record: dict[str, object] | None = None
     if not run.no_metadata:
         record = about_request(pipe.bundle, request) | run.models.about()
+        record |= {} if engine == "eager" else {"engine": engine}
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     request = replace(request, seed=seed, first=run.first)
     drawn = draw_in_parts(pipe, wanted, request, height * width)

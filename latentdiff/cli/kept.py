@@ -73,6 +73,8 @@ def options_of(settings: dict[str, Any], program: str) -> dict[str, Any]:
         options["weights"] = True
     if ours and settings.get("dtype") and settings.get("model") == BUNDLED:
         options["dtype"] = settings["dtype"]
+    if ours:
+        options["engine"] = settings.get("engine", "eager")
     return options
 
 

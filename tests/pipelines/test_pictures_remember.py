@@ -24,6 +24,7 @@ RUNS = [
     ["a cat", "--also", "a hat:0.5", "--also", "rain:-0.25", "--solver", "euler-a"],
     ["a cat", "--guide", "threshold:0.9", "--timetable", "karras", "--size", "24"],
     ["a cat", "--guidance", "apg", "--height", "16", "--width", "24"],
+    ["a cat", "--engine", "packed"],
 ]
 
 
