@@ -10,6 +10,7 @@ from latentdiff.errors import UserError
 from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 
 _MOST_FEATHER = 24  # pixels
+_HOLE = [0] * 128 + [255] * 128  # what a mask hides and what it shows, see `mask_for`
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Region:
         hole = mask_for(picture, mask)
         image = open_picture(picture)
         hole = mask_like(hole, image)
-        edges = hole.point(lambda value: 255 * (value >= 128)).getbbox()
+        edges = hole.point(_HOLE).getbbox()
         if edges is None:
             raise UserError("the mask has no hole: mark in white what is to be painted.")
         box = _box(edges, image.size, size, margin)
@@ -80,7 +81,7 @@ class Region:
         feather = min(max(1, round(4 * width / painted.width)), _MOST_FEATHER)
         joined = paste(to_tensor(large)[None], to_tensor(known)[None], mask_tensor(mask), feather)
         result = self.picture.copy()
-        hole = mask.point(lambda value: 255 * (value >= 128))
+        hole = mask.point(_HOLE)
         result.paste(to_pil(joined[0]), self.box, hole)
         return result
 
