@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.models import ModelOptions
+from latentdiff.cli.models import DtypeName, ModelOptions
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
 
@@ -32,7 +32,7 @@ def convert(
     variant: options.Variant = None,
     embedding: options.Embeddings = None,
     dtype: Annotated[
-        options.DtypeName,
+        DtypeName,
         typer.Option(help="Precision of the weights in OUT; auto writes float32."),
     ] = "auto",
 ) -> None:

@@ -5,13 +5,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from latentdiff.cli.options import AttentionName, DtypeName, EngineName
     from latentdiff.pipeline import LatentDiffusionPipeline
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+EngineName = Literal["auto", "eager", "packed"]
+AttentionName = Literal["auto", "eager", "sdpa", "xformers"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class ModelOptions:
     def open(
         self,
         device: str,
-        dtype: "DtypeName",
-        engine: "EngineName" = "auto",
-        attention: "AttentionName" = "auto",
+        dtype: DtypeName,
+        engine: EngineName = "auto",
+        attention: AttentionName = "auto",
     ) -> "LatentDiffusionPipeline":
         """The pipeline, with each LoRA of `--lora` and the words of `--embedding` in it."""
         wanted = [parse_lora(text) for text in self.loras or ()]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from latentdiff.cli.models import ModelOptions
+from latentdiff.cli.models import AttentionName, DtypeName, EngineName, ModelOptions
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ Embeddings = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName, typer.Option(help="Precision of the networks.")]
-EngineName = Literal["auto", "eager", "packed"]
 Engine = Annotated[
     EngineName,
     typer.Option(
@@ -80,7 +78,6 @@ Engine = Annotated[
         "works, but not for a picture or two."
     ),
 ]
-AttentionName = Literal["auto", "eager", "sdpa", "xformers"]
 Attention = Annotated[
     AttentionName, typer.Option(help="How attention is computed; sdpa is torch's own, and auto.")
 ]
