@@ -1,12 +1,12 @@
 """THE loop: the only place where a run steps through a timetable."""
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.denoiser import Denoiser, Estimate
 from latentdiff.diffusion.edits import (
     Edit,
     EditsAfter,
@@ -127,7 +127,12 @@ def moves(
 
     Returns:
         [B, C, H, W] at the last level.
+
+    Raises:
+        UserError: a solver that chooses its own steps asks more often than its `most_calls`.
     """
+    if isinstance(solver, ChoosesSteps):
+        denoise = _bounded(denoise, solver.most_calls)
     for edit in edits:
         if isinstance(edit, EditsBegin):
             x = edit.begin(x, levels, noise)
@@ -137,7 +142,7 @@ def moves(
     constraints = [edit for edit in edits if isinstance(edit, EditsAfter)]
 
     state = solver.init()
-    for index, (here, there) in enumerate(pairwise(levels)):
+    for index, (here, there) in enumerate(itertools.pairwise(levels)):
         if there.log_snr < here.log_snr:
             scale, std = transition(here, there)
             x = scale * x + std * noise.like(x)
@@ -155,3 +160,19 @@ def moves(
         replaced = yield Move(index, there, x)
         x = x if replaced is None else replaced
     return x
+
+
+def _bounded(denoise: Denoiser, most: int) -> Denoiser:
+    """The same denoiser, which may be asked so often."""
+    calls = itertools.count(1)
+
+    def bounded(x: Tensor, level: NoiseLevel) -> Estimate:
+        if next(calls) > most:
+            raise UserError(
+                f"the solver chooses its own steps, and has called the network {most} times at "
+                f"t = {level.t:g}; take one of fixed steps, as 'dpmpp-2m', or with RePaint fewer "
+                "resamples, or a larger tolerance."
+            )
+        return denoise(x, level)
+
+    return bounded

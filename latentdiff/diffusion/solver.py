@@ -60,6 +60,11 @@ class Solver(Protocol):
 class ChoosesSteps(Protocol):
     """A solver that chooses its own steps between two levels of a timetable."""
 
+    @property
+    def most_calls(self) -> int:
+        """How often a run may ask for an estimate before it is given up."""
+        ...
+
     def advance(
         self,
         denoise: Denoiser,

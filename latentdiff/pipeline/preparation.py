@@ -12,7 +12,7 @@ from latentdiff.diffusion.denoiser import Denoiser, conditioned_denoiser
 from latentdiff.diffusion.edits import Edit, EditsBranches, EditsInput
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.sampling import check_edits, visited
-from latentdiff.diffusion.solver import Solver
+from latentdiff.diffusion.solver import ChoosesSteps, Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import RunContext, bind, padded_size, picture_size
 from latentdiff.errors import UserError, warn
@@ -71,6 +71,12 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
     edits, ending = bind(edits, context)
     levels = visited(timetable, edits)
+    if isinstance(stepper, ChoosesSteps) and len(levels) > len(timetable):
+        warn(
+            f"the solver chooses its own steps in each of the {len(levels) - 1} moves that the "
+            f"edits make of this run, and gives up after {stepper.most_calls} calls of the "
+            "network; one of fixed steps, as 'dpmpp-2m', makes one or two a move"
+        )
     network = CountedNetwork(bundle.network)
     denoise, cut = _guided(bundle, network, request, texts, edits, timetable, context, x)
     _warn_of_noise(request, stepper)

@@ -109,6 +109,8 @@ class Adaptive:
         process: the process that the levels belong to.
         first: length of the first step in the variable of the pair.
         eta: 1 if the pair draws noise, for the step out of pure noise.
+        most_calls: how often a run may ask for an estimate before it is given up. An edit that
+            jumps back has each stretch begun anew, in several short steps.
     """
 
     pair: EmbeddedPair
@@ -116,6 +118,7 @@ class Adaptive:
     process: Process
     first: float = 0.05
     eta: float = 0.0
+    most_calls: int = 2000
 
     @property
     def order(self) -> int:

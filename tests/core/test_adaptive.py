@@ -1,5 +1,6 @@
 """Solvers that choose their steps: errors follow tolerances, edits follow steps."""
 
+import dataclasses
 import math
 
 import pytest
@@ -103,6 +104,22 @@ def test_edits_act_after_every_accepted_step() -> None:
     # Each step asks six times, and a seventh where the slope is not known from the step before:
     # at the first, and after the edit changed x. The step to clean data asks once.
     assert len(denoise.levels) >= 6 * (len(places) - 1) + 3
+
+
+def test_a_run_that_is_begun_anew_without_end_is_given_up() -> None:
+    """RePaint's jumps: each stretch is short, and costs the solver several steps."""
+    where = process.create("vp-continuous")
+    x, (first, last) = start(where)
+    low, high = where.level_of_ratio(2.0), where.level_of_ratio(3.0)
+    levels = [first, *[high, low] * 40, last]
+    denoise = Counted()
+    barred = dataclasses.replace(rk45(where), most_calls=300)
+    with pytest.raises(UserError, match=r"called the network 300 times at t = 0\.\d+; take one of"):
+        sampling.sample(denoise, barred, levels, x, noise=NoiseStreams(0))
+    assert len(denoise.levels) == 300
+    plain = solvers.create("dpmpp-2m")  # is not bounded: its calls are those that were asked for
+    sampling.sample(denoise, plain, levels * 10, x, noise=NoiseStreams(0))
+    assert len(denoise.levels) > 300 + 410
 
 
 def test_step_goes_all_the_way() -> None:
