@@ -1,8 +1,10 @@
 """Typed run configurations: a YAML file, `key=value` overrides, and no unknown key."""
 
 import os
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -169,7 +171,28 @@ def validate(kind: type[Config], values: dict[str, object], source: str) -> Conf
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         told = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            near = nearest_key(where, keys_of(kind))
+            told = f"there is no such key{f'; did you mean {near}?' if near else ''}"
         raise UserError(": ".join(part for part in (source, where, told) if part)) from None
+
+
+def keys_of(kind: type[BaseModel], section: str = "") -> list[str]:
+    """Every key of a configuration, those of sections as `section.key`."""
+    keys: list[str] = []
+    for name, field in kind.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        inside = [one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)]
+        keys += [f"{section}{name}"]
+        keys += [key for one in inside for key in keys_of(one, f"{section}{name}.")]
+    return keys
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The key that may have been meant: of the same name in another section, or spelled alike."""
+    last = key.rpartition(".")[2]
+    moved = [one for one in known if one.rpartition(".")[2] == last]
+    return next(iter(moved or get_close_matches(key, known, n=1)), None)
 
 
 def dump_config(config: BaseModel) -> str:

@@ -22,7 +22,14 @@ from latentdiff.learning.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from latentdiff.learning.config import DataConfig, OptimConfig, RunConfig, load_config
+from latentdiff.learning.config import (
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    load_config,
+    put,
+    validate,
+)
 from latentdiff.learning.denoising import draw_times, noised_batch
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
@@ -342,3 +349,14 @@ def test_lpips_reads_its_weights_and_refuses_others(tmp_path: Path) -> None:
         lpips(path)
     with pytest.raises(UserError, match="no such file"):
         lpips(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("optim.step", "optim.steps"), ("lr", "optim.lr"), ("optim.seed", "seed"), ("zzz", None)],
+)
+def test_an_unknown_key_gets_the_nearest(key: str, near: str | None) -> None:
+    told = f"run.yaml: {key}: there is no such key" + (f"; did you mean {near}?" if near else "")
+    with pytest.raises(UserError) as refused:
+        validate(RunConfig, put({"out": "out"}, key, 1), "run.yaml")
+    assert str(refused.value) == told
