@@ -237,7 +237,8 @@ class Bundle:
         """
         from latentdiff.formats.diffusers_save import write_config, writing_model
 
-        if any(getattr(network, "peft_config", None) for network in self.modules.values()):
+        marks = ("peft_config", "lora_sums")  # see `latentdiff.lora`
+        if any(getattr(n, mark, None) for n in self.modules.values() for mark in marks):
             raise UserError("the model has a LoRA in it: remove it, or fuse it, and then save.")
         schedule = scheduler_config.write(
             self.process,

@@ -44,7 +44,7 @@ def convert(
         raise UserError(f"{out!s:.200}: {error.strerror}.") from error
     if taken:
         raise UserError(f"{out}: it is there already; name another.")
-    pipe = ModelOptions(model, vae, prediction, variant, lora, embedding).open("cpu", "float32")
+    pipe = ModelOptions(model, vae, prediction, variant, lora, embedding).load("cpu", "float32")
     import torch
 
     bundle = pipe.fuse_loras() if lora else pipe.bundle

@@ -163,7 +163,7 @@ def inpaint(
         if mask != "alpha":
             raise UserError("--mask and --extend: give one of them.")
         image, whole = extended(picture, **read_extension(extend))
-    pipe = run.models.open(run.device, run.dtype)
+    pipe = run.models.load(run.device, run.dtype)
     region = Region.around(image, whole, pipe.bundle.size, margin) if only_masked else None
     if region is not None:
         image, hole = region.image, region.mask
@@ -236,7 +236,7 @@ def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionP
     from latentdiff import pictures
 
     image = pictures.open_picture(picture)
-    pipe = run.models.open(run.device, run.dtype, run.engine, run.attention)
+    pipe = run.models.load(run.device, run.dtype, run.engine, run.attention)
     return pipe, fitted(image, picture.name, pipe) if fit else image
 
 

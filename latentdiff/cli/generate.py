@@ -73,7 +73,7 @@ def generate(
     run.check()
     few = run.engine == "auto" and len(prompts) * number * run.steps <= _PACKED_FROM
     engine = "eager" if few else run.engine
-    pipe = run.models.open(run.device, run.dtype, engine, run.attention)
+    pipe = run.models.load(run.device, run.dtype, engine, run.attention)
     own_height, own_width = pipe.bundle.size
     height, width = size or height or own_height, size or width or own_width
     request = replace(run.request(pipe.bundle), height=height, width=width)

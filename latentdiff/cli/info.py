@@ -30,7 +30,7 @@ def info(
     from latentdiff.diffusion import timetable
     from latentdiff.formats.location import find
 
-    bundle = ModelOptions(model, vae, prediction, variant).open("cpu", "auto").bundle
+    bundle = ModelOptions(model, vae, prediction, variant).load("cpu", "auto").bundle
     folder = find(model)
     files = [folder] if folder.is_file() else folder.rglob("*")
     size = sum(path.stat().st_size for path in files if path.is_file())

@@ -70,7 +70,7 @@ def interpolate(
     models = ModelOptions(model, vae, prediction, variant, lora, embedding)
     models.check()
     seed = options.seed_or_fresh(seed)
-    pipe = models.open(device, dtype, engine, attention)
+    pipe = models.load(device, dtype, engine, attention)
     weights = [k / (number - 1) for k in range(number)]
     if prompt is not None and files[0]:
         if fit:

@@ -47,7 +47,7 @@ class ModelOptions:
         for path in self.embeddings or ():
             find_file(path, "file of learned words")
 
-    def open(
+    def load(
         self,
         device: str,
         dtype: DtypeName,

@@ -58,7 +58,7 @@ def serve(
         token = secrets.token_urlsafe(16)
         print(f"token {token}", file=sys.stderr)
     listening = listen(host, port)
-    pipe = ModelOptions(model, loras=lora).open(device, dtype)
+    pipe = ModelOptions(model, loras=lora).load(device, dtype)
     limits = Limits(max_side or 2 * max(pipe.bundle.size))
     at_once = 2**15 if pipe.bundle.device.type == "cpu" else 2**20
     app = create_app(Studio(pipe, limits, at_once), names, token)

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from torch import nn
 
 from latentdiff.errors import UserError
+from latentdiff.formats.config_values import (
+    DIFFUSERS_TYPES,
+    check_above_zero,
+    check_types,
+    older_than,
+    refuse_quantised,
+)
 from latentdiff.formats.single_file_names import VAE_LEFTOVERS
 from latentdiff.formats.weights import (
     WeightFiles,
@@ -70,6 +76,9 @@ def unet(folder: Path, variant: str | None = None) -> tuple[UNet, WeightFiles]:
     """
     path = folder / "config.json"
     config, files = read_config(path), WeightFiles(weight_files(folder, _STEM, variant))
+    size = config.get("sample_size")
+    if older_than(config, 0, 9) and isinstance(size, int) and size < 64:
+        config["sample_size"] = 64  # as diffusers corrects the first configs of Stable Diffusion
     return unet_of(config, str(path), files), files
 
 
@@ -138,15 +147,60 @@ def _network(
             f"{name}: it describes {config.get('_class_name')!s:.60}; only "
             f"{' and '.join(modules)} work here."
         )
+    check_types(config, DIFFUSERS_TYPES, name)
+    check_above_zero(config, _SIZES, name)
+    if kind == ours.diffusers_name and ours.understands(config):
+        return build(lambda: ours(config), name, files, _count_blocks(config))
+    theirs = getattr(import_module(modules[kind]), kind)
+    known = inspect.signature(theirs.__init__).parameters
+    arguments = {key: value for key, value in config.items() if key in known.keys() - {"self"}}
+    check_types(arguments, {key: known[key].annotation for key in arguments}, name)
+    network = build(lambda: theirs(**arguments), name, files, _count_blocks(config))
+    if odd := sorted(k for k in arguments.keys() - _CUSTOMARY if not _is_default(config, known[k])):
+        _try_out(network, name, odd)
+    return network
 
-    def make() -> nn.Module:
-        if kind == ours.diffusers_name and ours.understands(config):
-            return ours(config)
-        theirs = getattr(import_module(modules[kind]), kind)
-        known = inspect.signature(theirs.__init__).parameters.keys() - {"self"}
-        return theirs(**{key: value for key, value in config.items() if key in known})
 
-    return build(make, name, files, _count_blocks(config))
+def _is_default(config: Config, parameter: inspect.Parameter) -> bool:
+    value = config[parameter.name]
+    return (tuple(value) if isinstance(value, list) else value) == parameter.default
+
+
+_SIZES = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
+_SIZES += ("layers_per_block", "cross_attention_dim", "attention_head_dim", "num_attention_heads")
+# Keys that sound models set, and whose values the shapes of the weights or the nouns confirm.
+_CUSTOMARY = {
+    *("sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels"),
+    *("down_block_types", "up_block_types", "layers_per_block", "norm_num_groups"),
+    *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "use_linear_projection"),
+    *("upcast_attention", "scaling_factor", "shift_factor", "latents_mean", "latents_std"),
+    *("num_vq_embeddings", "vq_embed_dim", "use_quant_conv", "use_post_quant_conv", "force_upcast"),
+}
+
+
+@torch.no_grad()
+def _try_out(network: Any, name: str, keys: list[str]) -> None:
+    """Call a network without memory once: it costs no arithmetic, and shows what cannot work.
+
+    Raises:
+        UserError: the call fails.
+    """
+    config = network.config
+    if "block_out_channels" not in config:  # of transformers
+        inputs = [torch.zeros(1, 2, dtype=torch.int64, device="meta")]
+    else:
+        side = 4 * 2 ** len(config["block_out_channels"])
+        inputs = [torch.empty(1, config["in_channels"], side, side, device="meta")]
+        if "cross_attention_dim" in config:
+            width = config["encoder_hid_dim"] or config["cross_attention_dim"]
+            width = width[0] if isinstance(width, list | tuple) else width
+            inputs += [torch.empty(1, device="meta"), torch.empty(1, 2, width, device="meta")]
+    try:
+        network(*inputs)
+    except Exception as error:  # anything at all
+        raise UserError(
+            f"{name}: with its {' and '.join(keys)} it cannot be called ({first_line(error)})."
+        ) from error
 
 
 def read_config(path: Path) -> Config:
@@ -157,6 +211,7 @@ def read_config(path: Path) -> Config:
     """
     config = read_json(path)
     check_numbers(config, str(path))
+    refuse_quantised(config, str(path))
     return config
 
 
@@ -217,27 +272,58 @@ def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> C
 
 
 def _build_clip(config: Config, name: str, files: WeightFiles) -> "ClipTextEncoder | CLIPTextModel":
-    told = ClipTextConfig(**known(config, ClipTextConfig))
-
-    def make() -> nn.Module:
+    further = {"use_attention_mask": bool}  # which diffusers' pipelines read
+    arguments = _text_arguments(config, ClipTextConfig, further, name)
+    if not isinstance(config.get("eos_token_id", 0), int):
+        raise UserError(f"{name}: its eos_token_id must be one whole number.")
+    layers = _count(config, "num_hidden_layers", 12)
+    if not arguments.pop("use_attention_mask", False):
+        told = ClipTextConfig(**arguments)
         if ClipTextEncoder.understands(told):
-            return ClipTextEncoder(told)
-        from transformers.models.clip.configuration_clip import CLIPTextConfig
-        from transformers.models.clip.modeling_clip import CLIPTextModel
+            return build(lambda: ClipTextEncoder(told), name, files, layers)
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel
 
-        return CLIPTextModel(CLIPTextConfig(**vars(told)))
-
-    built: Any = build(make, name, files, _count(config, "num_hidden_layers", 12))
-    return built
+    arguments["use_attention_mask"] = config.get("use_attention_mask", False)
+    network = build(lambda: CLIPTextModel(CLIPTextConfig(**arguments)), name, files, layers)
+    _try_out(network, name, ["hidden_act", "layer_norm_eps"])
+    return network
 
 
 def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5EncoderModel":
     library = import_module(f"transformers.models.{kind}")
     configuration = getattr(library, f"{_T5_KINDS[kind]}Config")
     encoder = getattr(library, f"{_T5_KINDS[kind]}EncoderModel")
-    arguments = known(config, configuration) | {"num_decoder_layers": 1}
+    # Both follow from feed_forward_proj, but where a file has them they beat it.
+    further = {"dense_act_fn": str, "is_gated_act": bool}
+    arguments = _text_arguments(config, configuration, further, name) | {"num_decoder_layers": 1}
     layers = _count(config, "num_layers", 6)
-    return build(lambda: encoder(configuration(**arguments)), name, files, layers)
+    network = build(lambda: encoder(configuration(**arguments)), name, files, layers)
+    buckets = ("relative_attention_num_buckets", "relative_attention_max_distance")
+    if [arguments.get(key) for key in buckets] != [32, 128]:
+        _try_out(network, name, list(buckets))
+    return network
+
+
+def _text_arguments(config: Config, kind: type, further: dict[str, type], name: str) -> Config:
+    """The entries of a text encoder's config that its builder takes, checked.
+
+    Args:
+        further: keys that the builder takes besides those it declares, and their types.
+
+    Raises:
+        UserError: a value is of another type, or a size is not above 0.
+    """
+    arguments = known(config, kind)
+    check_types(arguments, kind.__annotations__, name)
+    sizes = ("size", "layers", "heads", "positions", "embeddings", "buckets", "distance")
+    check_above_zero(arguments, (key for key in arguments if key.endswith(sizes)), name)
+    for key in further.keys() & config.keys():
+        if not isinstance(config[key], further[key]):
+            told = further[key].__name__
+            raise UserError(f"{name}: {key} is {config[key]!r:.60}; it must be {told}.")
+        arguments[key] = config[key]
+    return arguments
 
 
 def known(config: Config, kind: type) -> Config:

@@ -24,6 +24,7 @@ from latentdiff.formats.diffusers_save import (
     without_offset,
 )
 from latentdiff.formats.location import download
+from latentdiff.formats.single_file_yaml import Told, read_beside
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
@@ -136,7 +137,7 @@ def _read_configs(file: Path, own_vae: bool = True) -> tuple[dict[str, Config], 
     """
     stored = WeightFiles([file])
     if _HEADER not in stored.metadata:
-        return _inferred(stored, own_vae), {}
+        return _inferred(stored, own_vae, read_beside(file)), {}
     try:
         told = json.loads(stored.metadata[_HEADER])
         configs = {part: told[part] for part in _CONFIGS}
@@ -150,7 +151,7 @@ def _read_configs(file: Path, own_vae: bool = True) -> tuple[dict[str, Config], 
     return configs, tokenizer
 
 
-def _inferred(stored: WeightFiles, own_vae: bool) -> dict[str, Config]:
+def _inferred(stored: WeightFiles, own_vae: bool, told: Told) -> dict[str, Config]:
     shapes = stored.shapes
     if not any(name.startswith(ldm.UNET) for name in shapes):
         raise UserError(
@@ -164,22 +165,36 @@ def _inferred(stored: WeightFiles, own_vae: bool) -> dict[str, Config]:
         )
     if not any(name.startswith(_TEXT) for name in shapes):
         raise UserError("it holds no text encoder (cond_stage_model.*), so no prompt can be read.")
-    prediction = infer.declared_prediction(stored.metadata) or "epsilon"
-    telltale = infer.V_PREDICTION_TELLTALE
     text = infer.text_config(shapes)
     second = text["hidden_act"] == "gelu"
-    whole = shapes.get(f"{ldm.UNET}input_blocks.0.0.weight", (0, 0))[1] == 4
-    if second and whole and telltale in shapes and not infer.declared_prediction(stored.metadata):
+    if told.layer not in (None, "penultimate" if second else "last"):
+        raise UserError(f"its .yaml asks for the {told.layer} layer of the text encoder.")
+    prediction = _prediction(stored, second, told)
+    size = 96 if second and prediction == "v_prediction" else 64
+    schedule = infer.scheduler_config(prediction, zero_snr=ldm.ZERO_SNR in shapes)
+    return {
+        "unet": infer.unet_config(shapes, infer.declared_size(stored.metadata) or size, told.heads),
+        "vae": {**infer.vae_config(shapes), **told.vae} if own_vae else {},
+        "text_encoder": text,
+        "scheduler": {**schedule, **told.scheduler, "prediction_type": prediction},
+    }
+
+
+def _prediction(stored: WeightFiles, second: bool, told: Told) -> str:
+    """What the network predicts: by a marker among the tensors, the file beside, the header, or the
+    test that ComfyUI applies to version 2."""
+    if ldm.V_PREDICTION in stored.shapes:
+        return "v_prediction"
+    declared = told.scheduler.get("prediction_type") or infer.declared_prediction(stored.metadata)
+    if declared is not None:
+        return str(declared)
+    telltale = infer.V_PREDICTION_TELLTALE
+    whole = stored.shapes.get(f"{ldm.UNET}input_blocks.0.0.weight", (0, 0))[1] == 4
+    if second and whole and telltale in stored.shapes:
         bias = stored.read(telltale, torch.float32, torch.device("cpu"))
         if float(bias.std(correction=0)) > infer.V_PREDICTION_STD:
-            prediction = "v_prediction"
-    size = infer.declared_size(stored.metadata) or (96 if prediction == "v_prediction" else 64)
-    return {
-        "unet": infer.unet_config(shapes, size),
-        "vae": infer.vae_config(shapes) if own_vae else {},
-        "text_encoder": text,
-        "scheduler": infer.scheduler_config(prediction),
-    }
+            return "v_prediction"
+    return "epsilon"
 
 
 def open_single(
@@ -227,7 +242,7 @@ def _part_files(file: Path, configs: Mapping[str, Config]) -> tuple[PartFiles, P
     for name in list(files.shapes):  # what version 2 does not look at
         if name.startswith(f"transformer.resblocks.{layers}."):
             del files.shapes[name]
-    known = (ldm.UNET, ldm.VAE, *_TEXT, *_CUSTOMARY)
+    known = (ldm.UNET, ldm.VAE, *_TEXT, *_CUSTOMARY, ldm.V_PREDICTION, ldm.ZERO_SNR)
     warn_left_out(file, [name for name in WeightFiles([file]).shapes if not name.startswith(known)])
     return PartFiles(file, [ldm.UNET], unet), files
 

@@ -58,12 +58,15 @@ def refuse_others(shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise UserError("it is of Stable Diffusion XL or unCLIP, which do not load here.")
 
 
-def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
+def unet_config(
+    shapes: Mapping[str, tuple[int, ...]], size: int, told: tuple[str, int] | None = None
+) -> Config:
     """Infer the config of `UNet2DConditionModel`, by the rules shared by Stable Diffusion 1 and 2.
 
     Args:
         shapes: the shapes of all tensors of the checkpoint.
         size: the side of the pictures that it was trained on, in latents.
+        told: the "number" or the "width" of attention heads, where something tells it.
     """
     part = Shapes(shapes, UNET)
     levels: list[list[tuple[int, int]]] = [[]]  # width and depth of attention, layer by layer
@@ -83,6 +86,7 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
     if not middle or {depth for depth in depths if depth} - {middle}:
         raise UserError("its U-Net is not that of Stable Diffusion 1.x or 2.x.")
     linear = len(part.known.get("middle_block.1.proj_in.weight", ())) == 2
+    kind, count = told or (("width", 64) if linear else ("number", 8))
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": size,
@@ -99,7 +103,9 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], size: int) -> Config:
         "use_linear_projection": linear,
         # Heads leave no trace in the shapes: 64 wide in version 2, eight of them in version 1.
         # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
-        "attention_head_dim": [max(1, width // 64) for width in widths] if linear else 8,
+        "attention_head_dim": [max(1, width // count) for width in widths]
+        if kind == "width"
+        else count,
     }
 
 
@@ -156,8 +162,26 @@ CLIP_OLD = CLIP.removesuffix("text_model.")
 """The prefix in a few old files."""
 
 
-def scheduler_config(prediction: str) -> Config:
-    """Give the scheduler config that Stable Diffusion 1 and 2 were trained with."""
+def scheduler_config(prediction: str, zero_snr: bool = False) -> Config:
+    """Give the scheduler config that Stable Diffusion 1 and 2 were trained with.
+
+    Args:
+        prediction: in diffusers' words.
+        zero_snr: whether the schedule was rescaled to end in noise alone (Lin et al. 2024).
+    """
+    if zero_snr:
+        return {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": prediction,
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": False,
+            "clip_sample": False,
+        }
     return {
         "_class_name": "PNDMScheduler",
         "num_train_timesteps": 1000,

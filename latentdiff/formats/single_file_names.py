@@ -12,6 +12,10 @@ VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer.text_model."
 OPEN_CLIP = "cond_stage_model.model."
 
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Tensors that say by their names what the network predicts, and that the schedule ends in noise
+alone: A1111, Forge and ComfyUI look for them."""
+
 VAE_LEFTOVERS = ("loss.", "model_ema.")
 """Beginnings of names of what an autoencoder's training leaves beside it; A1111 drops them, too."""
 

@@ -42,6 +42,7 @@ class Lora:
         unet: factors by module of the U-Net.
         text_encoder: factors by module of the text encoder.
         metadata: the metadata in the file's header.
+        sums: changes of norms and biases, W + scale * change, by part and name of the parameter.
         words: learned words that are packed into the file, and are no part of the LoRA.
     """
 
@@ -49,6 +50,7 @@ class Lora:
     text_encoder: Mapping[str, Factors] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Sequence[str] = ()
+    sums: Mapping[Part, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[Part, Mapping[str, Factors]]]:
         """The parts of the model that it changes."""
@@ -75,6 +77,37 @@ def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         if isinstance(base, nn.Linear | nn.Conv2d) and getattr(base, "groups", 1) == 1:
             found[name] = base
     return found
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The norms of a network that have weights, by name."""
+    kinds = (nn.GroupNorm, nn.LayerNorm)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module.weight is not None
+    }
+
+
+def fitting_sum(name: str, change: Tensor, layer: nn.Module, end: str) -> Tensor:
+    """A change of a parameter in its shape.
+
+    Args:
+        name: of the change, for messages.
+        layer: has the parameter that is called `end`.
+
+    Raises:
+        UserError: there is no such parameter, or it has another shape.
+    """
+    parameter = getattr(layer, end, None)
+    if parameter is None:
+        raise UserError(f"{name}: this layer has no {end}; the LoRA was made for another model.")
+    if parameter.numel() != change.numel():
+        raise UserError(
+            f"{name} should be {list(parameter.shape)}, but is {list(change.shape)}; "
+            "the LoRA was made for another model."
+        )
+    return change.reshape(parameter.shape)
 
 
 def fitting(name: str, factors: Factors, layer: nn.Linear | nn.Conv2d) -> Factors:

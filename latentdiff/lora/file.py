@@ -1,4 +1,4 @@
-"""LoRA files: the layout of diffusers and peft, and kohya's, which A1111 and ComfyUI read too."""
+"""LoRA files: read in any layout of `lora.layouts`, written in diffusers' or in kohya's."""
 
 import json
 import math
@@ -13,45 +13,63 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
+from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.embeddings import BUNDLED, packed_words
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
     may_replace,
     pickle_refusal,
+    read_json,
     save_tensors,
 )
-from latentdiff.lora.factors import PARTS, Factors, Lora, Part, fitting, layers, network
+from latentdiff.lora.factors import (
+    PARTS,
+    Factors,
+    Lora,
+    Part,
+    fitting,
+    fitting_sum,
+    layers,
+    network,
+    norms,
+)
+from latentdiff.lora.layouts import SPELLINGS, Kind, parse
 from latentdiff.registry import check_name
 
 Layout = Literal["diffusers", "kohya"]
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 _LARGEST_ALPHA = 1e6
 _METADATA = "lora_adapter_metadata"
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-
-# name.lora_A.weight as peft writes it, name.lora.down.weight and name_lora.down.weight as older
-# versions of diffusers did, name.lora_linear_layer.down.weight for text encoders.
-_DIFFUSERS_KEY = re.compile(
-    r"(?P<part>unet|text_encoder)\.(?P<module>.+?)"
-    r"(?:(?:\.lora|_lora|\.lora_linear_layer)\.(?P<old>down|up)|\.lora_(?P<new>[AB]))\.weight"
-    r"|(?P<alpha_part>unet|text_encoder)\.(?P<alpha_module>.+)\.alpha"
+_PEFT_CONFIG = "adapter_config.json"
+_DIFFUSERS, _DIFFUSERS_TEXT, _KOHYA, _SUMS = (
+    next(spelling for spelling in SPELLINGS if spelling.name.startswith(name))
+    for name in ("diffusers", "diffusers, text", "kohya", "sums")
 )
-_KOHYA_KEY = re.compile(
-    r"lora_(?P<part>unet|te1?)_(?P<module>\w+)\.(?P<kind>lora_down\.weight|lora_up\.weight|alpha)"
+# Settings of peft that make more of a file than W + alpha / rank * up @ down.
+_REFUSED = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "arrow_config"),
+    *("kasa_config", "monteclora_config", "alora_invocation_tokens", "trainable_token_indices"),
+    *("modules_to_save", "target_parameters"),
 )
-_OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
-Key = tuple[Part, str, Literal["down", "up", "alpha"]]
+_HALVES: tuple[Kind, ...] = ("down", "up", "mid")
+_ADDED: tuple[tuple[Kind, str], ...] = (("diff", "weight"), ("diff_b", "bias"))
+
+Layer = nn.Linear | nn.Conv2d
+Known = Mapping[Part, Mapping[str, tuple[str, nn.Module]]]
+Kinds = dict[Kind, str]
 
 
 def load_lora(path: str | Path, bundle: Bundle) -> Lora:
-    """Read a LoRA in either layout, and check it against the model it is to change.
+    """Read a LoRA in any layout, and check it against the model it is to change.
 
     Args:
-        path: a .safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
+        path: a .safetensors file, or a folder with `pytorch_lora_weights.safetensors` or peft's
+            `adapter_model.safetensors`.
         bundle: the model.
 
     Raises:
@@ -62,34 +80,110 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
         stored = WeightFiles([file])
         if not stored.shapes:
             raise UserError("it is empty.")
-        names = [name for name in stored.shapes if not name.startswith(BUNDLED)]
-        keys = {_key(name): name for name in names}
-        if len(keys) != len(names):
-            raise UserError("a tensor is there twice, under two names.")
-        known = {part: _known_layers(network(bundle, part)) for part in PARTS}
-        alphas = _declared_alphas(stored.metadata)
-        found: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
-        for (part, module, kind), name in keys.items():
-            if kind != "down":
-                if (part, module, "down") not in keys:
-                    raise UserError(f"{name} is there without its other half.")
-                continue
-            if (layer := known[part].get(module.replace(".", "_"))) is None:
-                raise UserError(f"{name}: no such layer; the LoRA was made for another model.")
-            if (part, module, "up") not in keys:
-                raise UserError(f"{name} is there without its other half.")
-            for half in ("down", "up"):
-                if len(stored.shapes[keys[part, module, half]]) not in (2, 4):
-                    raise UserError(f"{keys[part, module, half]}: its shape is not a LoRA's.")
-            down, up = (
-                stored.read(keys[part, module, half], torch.float32, torch.device("cpu"))
-                for half in ("down", "up")
-            )
-            told = keys.get((part, module, "alpha"))
-            alpha = alphas(part, layer[0], len(down)) if told is None else stored.number(told)
-            found[part][layer[0]] = fitting(name, Factors(down, up, alpha), layer[1])
+        known: Known = {part: _known_layers(network(bundle, part)) for part in PARTS}
+        alphas = _declared_alphas(_settings(file, stored.metadata))
+        factors: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
+        sums: dict[Part, dict[str, Tensor]] = {part: {} for part in PARTS}
+        for (part, module), names in _grouped(stored, known).items():
+            layer = known[part][module.replace(".", "_")][1]
+            if (change := _change(stored, names, layer)) is not None:
+                down, up, alpha = change
+                strength = alphas(part, module, len(down)) if alpha is None else alpha
+                name = names.get("down") or names["diff"]
+                assert isinstance(layer, Layer)
+                factors[part][module] = fitting(name, Factors(down, up, strength), layer)
+            for kind, end in _ADDED:
+                if kind in names and not (kind == "diff" and isinstance(layer, Layer)):
+                    value = _read(stored, names[kind])
+                    sums[part][f"{module}.{end}"] = fitting_sum(names[kind], value, layer, end)
         words = packed_words(list(stored.shapes))
-        return Lora(found["unet"], found["text_encoder"], stored.metadata, words)
+        return Lora(factors["unet"], factors["text_encoder"], stored.metadata, words, sums)
+
+
+def _grouped(stored: WeightFiles, known: Known) -> dict[tuple[Part, str], Kinds]:
+    """The tensors of each layer, by the layer's own name.
+
+    Raises:
+        UserError: a tensor is of no layer of the model, or is there twice.
+    """
+    groups: dict[tuple[Part, str], Kinds] = {}
+    for name in stored.shapes:
+        if name.startswith(BUNDLED):
+            continue
+        parsed = parse(name)
+        place = next(((p, known[p][m][0]) for p, m in parsed.places() if m in known[p]), None)
+        if place is None:
+            raise UserError(f"{name}: no such layer; the LoRA was made for another model.")
+        if parsed.kind in groups.setdefault(place, {}):
+            raise UserError(f"{name}: a tensor is there twice, under two names.")
+        groups[place][parsed.kind] = name
+    return groups
+
+
+def _change(
+    stored: WeightFiles, names: Kinds, layer: nn.Module
+) -> tuple[Tensor, Tensor, float | None] | None:
+    """Down, up and alpha of a layer's weight; None if it stays. Without an alpha it is None.
+
+    Raises:
+        UserError: a half is missing, or is nothing that this layer has.
+    """
+    halves = [kind for kind in _HALVES if kind in names]
+    for kind in halves:
+        if len(stored.shapes[names[kind]]) not in (2, 4):
+            raise UserError(f"{names[kind]}: its shape is not a LoRA's.")
+    if not halves:
+        if "diff" in names and isinstance(layer, Layer):
+            down, up = _whole(_read(stored, names["diff"]), names["diff"], layer)
+            return down, up, float(len(down))
+        if not {"diff", "diff_b"} & names.keys():
+            raise UserError(f"{names['alpha']} is there without its other half.")
+        return None
+    if not {"down", "up"} <= names.keys():
+        raise UserError(f"{names[halves[0]]} is there without its other half.")
+    if "diff" in names or not isinstance(layer, Layer):
+        raise UserError(f"{names['down']}: this layer cannot have it.")
+    down, up = _read(stored, names["down"]), _read(stored, names["up"])
+    if "mid" in names:
+        down = _tucker(down, _read(stored, names["mid"]), names["mid"])
+    alpha = stored.number(names["alpha"]) if "alpha" in names else None
+    if alpha is not None and not abs(alpha) <= _LARGEST_ALPHA:
+        raise UserError(f"{names['alpha']}: its alpha is too large.")
+    return down, up, alpha
+
+
+def _whole(change: Tensor, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
+    """A whole change of a weight as factors, one of which is the identity; alpha is their rank."""
+    if change.numel() != layer.weight.numel() or len(change) != len(layer.weight):
+        raise UserError(
+            f"{name} should be {list(layer.weight.shape)}, but is {list(change.shape)}; "
+            "the LoRA was made for another model."
+        )
+    change = change.reshape(layer.weight.shape)
+    outside, inside = change.shape[:2]
+    if change.ndim == 2 and inside < outside:
+        return torch.eye(inside), change
+    return change, torch.eye(outside)
+
+
+def _tucker(down: Tensor, mid: Tensor, name: str) -> Tensor:
+    """`mid` [R, r, k, k] after `down` [r, in, 1, 1]: one kernel [R, in, k, k]."""
+    if mid.ndim != 4 or mid.shape[1] != len(down) or down[0, 0].numel() != 1:
+        raise UserError(f"{name}: its shape is not that of a LoCon in Tucker form.")
+    return torch.einsum("Rrkl,ri->Rikl", mid, down.flatten(1))
+
+
+def _read(stored: WeightFiles, name: str) -> Tensor:
+    return stored.read(name, torch.float32, torch.device("cpu"))
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether a file or folder holds nothing but tensors of a LoRA, by their names."""
+    try:
+        recognise(_find(Path(path).expanduser()))
+    except UserError:
+        return False
+    return True
 
 
 def default_name(path: str | Path) -> str:
@@ -101,7 +195,9 @@ def default_name(path: str | Path) -> str:
 def _find(path: Path) -> Path:
     try:
         if path.is_dir():
-            path /= FILE_NAME
+            path = next(
+                (path / n for n in FILE_NAMES if (path / n).is_file()), path / FILE_NAMES[0]
+            )
         if not path.is_file():
             raise UserError(f"{path}: no such LoRA file.")
     except OSError as error:
@@ -111,53 +207,59 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _key(stored: str) -> Key:
-    """Parse a stored name; the module's name comes without the prefix of older CLIP models."""
-    if match := _KOHYA_KEY.fullmatch(stored):
-        part: Part = "unet" if match["part"] == "unet" else "text_encoder"
-        module = match["module"]
-        kind = match["kind"].removeprefix("lora_").removesuffix(".weight")
-    elif match := _DIFFUSERS_KEY.fullmatch(stored.replace(".processor.", ".")):
-        part = "unet" if (match["part"] or match["alpha_part"]) == "unet" else "text_encoder"
-        module = match["module"] or match["alpha_module"]
-        kind = match["old"] or {"A": "down", "B": "up", None: "alpha"}[match["new"]]
-        if "_lora." in stored:
-            module = _renamed(part, module)
-    elif stored.startswith(("lora_te2_", "text_encoder_2.", "transformer.")):
-        raise UserError(f"{stored} is of Stable Diffusion XL or newer, which does not load here.")
-    else:
-        raise UserError(f"{stored} is not of a plain LoRA, in the layout of diffusers or kohya.")
-    if part == "text_encoder":
-        module = module.removeprefix("text_model.").removeprefix("text_model_")
-    return part, module, "down" if kind == "down" else "up" if kind == "up" else "alpha"
+def _known_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Name and layer, by its name and by latent-diffusion's with underscores only."""
+    known = {**layers(model), **norms(model)}
+    found = {name.replace(".", "_"): (name, layer) for name, layer in known.items()}
+    return found | {
+        other.replace(".", "_"): (name, known[name]) for name, other in ldm_names(model).items()
+    }
 
 
-def _renamed(part: Part, module: str) -> str:
-    """Old attention processors had names of their own for the layers."""
-    parent, _, last = module.rpartition(".")
-    if part == "text_encoder":
-        last = _OLD_TEXT_NAMES.get(last, last)
-    return f"{parent}.{'to_out.0' if last == 'to_out' else last}"
+def ldm_names(model: nn.Module) -> dict[str, str]:
+    """Latent-diffusion's names of a U-Net's layers, by their own; none of other networks."""
+    config = getattr(model, "config", None)
+    count, blocks = (getattr(config, key, None) for key in ("layers_per_block", "down_block_types"))
+    if not isinstance(count, int) or not isinstance(blocks, list | tuple):
+        return {}
+    table = ldm.unet_table(count, ["CrossAttn" in str(block) for block in blocks])
+    names = ((name, ldm.renamed(name, table)) for name in {**layers(model), **norms(model)})
+    return {name: other for name, other in names if other is not None}
 
 
-def _known_layers(model: nn.Module) -> dict[str, tuple[str, nn.Linear | nn.Conv2d]]:
-    """Name and layer, by the name with underscores only, which is all that kohya's files tell."""
-    return {name.replace(".", "_"): (name, layer) for name, layer in layers(model).items()}
+def _settings(file: Path, metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """The arguments of peft that a LoRA was trained with, as "unet.r": of the header, or of the
+    `adapter_config.json` beside peft's own file.
 
-
-def _declared_alphas(metadata: Mapping[str, str]) -> Callable[[Part, str, int], float]:
-    """alpha of each module by the metadata that diffusers writes; without, alpha is the rank."""
+    Raises:
+        UserError: they are damaged, or ask for more than plain LoRA.
+    """
     config: object = {}
     if _METADATA in metadata:
         try:
             config = json.loads(metadata[_METADATA])
         except (ValueError, RecursionError) as error:
             raise UserError(f"its {_METADATA} is not valid JSON.") from error
+    elif file.name == FILE_NAMES[1] and (file.parent / _PEFT_CONFIG).is_file():
+        own = read_json(file.parent / _PEFT_CONFIG)
+        config = {f"{part}.{key}": value for key, value in own.items() for part in PARTS}
     if not isinstance(config, dict):
         raise UserError(f"its {_METADATA} is no JSON object.")
     for key, value in config.items():
-        if key.endswith((".use_dora", ".lora_bias")) and value:
-            raise UserError(f"it was trained with {key}; only plain LoRA works here.")
+        last = key.rpartition(".")[2]
+        refused = (
+            (last in _REFUSED and bool(value))
+            or (last == "init_lora_weights" and value not in _HARMLESS_STARTS)
+            or (last == "peft_type" and value != "LORA")
+            or (last == "bias" and value not in ("none", None))
+        )
+        if refused:
+            raise UserError(f"it was trained with {key} = {value!s:.40}; plain LoRA works here.")
+    return config
+
+
+def _declared_alphas(config: Mapping[str, object]) -> Callable[[Part, str, int], float]:
+    """alpha of each module by peft's settings; without, alpha is the rank."""
 
     def alpha(part: Part, module: str, rank: int) -> float:
         patterns = config.get(f"{part}.alpha_pattern") or {}
@@ -201,17 +303,17 @@ def save_lora(
             that is no LoRA is there.
     """
     check_name("LoRA layout", layout, get_args(Layout))
-    if not lora.unet and not lora.text_encoder:
+    if not lora.unet and not lora.text_encoder and not any(lora.sums.values()):
         raise UserError("the LoRA changes nothing, so there is nothing to save.")
     path = Path(path).expanduser()
-    replace = may_replace(path, "a LoRA that opens here", _recognise)
+    replace = may_replace(path, "a LoRA that opens here", recognise)
     write = _kohya if layout == "kohya" else _diffusers
     values, header = write(lora)
     save_tensors(values, path, {**header, **(metadata or {})}, replace=replace)
     return path
 
 
-def _recognise(path: Path) -> None:
+def recognise(path: Path) -> None:
     """Check that every tensor of a file belongs to a LoRA, whatever its model.
 
     Raises:
@@ -222,22 +324,24 @@ def _recognise(path: Path) -> None:
         raise UserError("it is empty.")
     for name in names:
         if not name.startswith(BUNDLED):
-            _key(name)
+            parse(name)
 
 
 def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `train_dreambooth_lora.py` of diffusers writes each part.
+
+    Raises:
+        UserError: it holds sums, which peft has no names for.
+    """
+    if any(lora.sums.values()):
+        raise UserError("it changes norms or biases, which only the layout 'kohya' has names for.")
     values: dict[str, Tensor] = {}
     config: dict[str, object] = {}
     for part, factors in lora.parts():
+        spelling = _DIFFUSERS if part == "unet" else _DIFFUSERS_TEXT
         for module, pair in factors.items():
-            # What train_dreambooth_lora.py of diffusers writes for each.
-            form = "unet.{}.lora_{}.weight"
-            halves = "A", "B"
-            if part == "text_encoder":
-                form = "text_encoder.text_model.{}.lora_linear_layer.{}.weight"
-                halves = "down", "up"
-            values[form.format(module, halves[0])] = pair.down
-            values[form.format(module, halves[1])] = pair.up
+            values[spelling.spelled(part, module, "down")] = pair.down
+            values[spelling.spelled(part, module, "up")] = pair.up
         config |= {f"{part}.{key}": value for key, value in peft_settings(factors).items()}
     return values, {_METADATA: json.dumps(config, sort_keys=True)}
 
@@ -265,11 +369,15 @@ def _kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     for part, factors in lora.parts():
         pairs += factors.values()
         for module, pair in factors.items():
-            full = f"text_model.{module}" if part == "text_encoder" else module
-            name = _KOHYA[part] + full.replace(".", "_")
-            values[f"{name}.lora_down.weight"] = pair.down
-            values[f"{name}.lora_up.weight"] = pair.up
-            values[f"{name}.alpha"] = torch.tensor(pair.alpha)
+            values[_KOHYA.spelled(part, module, "down")] = pair.down
+            values[_KOHYA.spelled(part, module, "up")] = pair.up
+            values[_KOHYA.spelled(part, module, "alpha")] = torch.tensor(pair.alpha)
+    for part, sums in lora.sums.items():
+        for name, value in sums.items():
+            module, _, end = name.rpartition(".")
+            values[_SUMS.spelled(part, module, "diff" if end == "weight" else "diff_b")] = value
+    if not pairs:
+        return values, {}
     return values, {
         "ss_network_module": "networks.lora",
         "ss_network_dim": f"{_commonest([pair.rank for pair in pairs]):g}",

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
+from latentdiff.lora import sums
 from latentdiff.lora.factors import (
     MAX_RANK,
     PARTS,
@@ -20,8 +21,10 @@ from latentdiff.lora.factors import (
     Lora,
     Part,
     fitting,
+    fitting_sum,
     layers,
     network,
+    norms,
 )
 from latentdiff.lora.file import peft_settings
 
@@ -161,6 +164,8 @@ def _inject(
         raise UserError(f"'{name!s:.80}' cannot name a LoRA: letters, digits, _ and - can.")
     fitted: dict[Part, dict[str, Factors]]
     fitted = {part: _fitted(network(bundle, part), pairs) for part, pairs in lora.parts()}
+    added: dict[Part, dict[str, Tensor]]
+    added = {part: _fitted_sums(network(bundle, part), lora.sums.get(part, {})) for part in PARTS}
     from peft import LoraConfig, inject_adapter_in_model
 
     for part, pairs in fitted.items():
@@ -179,6 +184,20 @@ def _inject(
                 value = value.to(base.device, dtype or base.dtype, copy=True)
                 getattr(layer, half)[name].weight = nn.Parameter(value, requires_grad=False)
         model.train(model.training)  # the new layers as the network is
+    for part, changes in added.items():
+        if changes:
+            sums.add(network(bundle, part), name, changes)
+
+
+def _fitted_sums(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    known = {**layers(model), **norms(model)}
+    fitted: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        module, _, end = name.rpartition(".")
+        if module not in known:
+            raise UserError(f"{name}: no such layer; the LoRA was made for another model.")
+        fitted[name] = fitting_sum(name, change, known[module], end)
+    return fitted
 
 
 def _fitted(model: nn.Module, pairs: Mapping[str, Factors]) -> dict[str, Factors]:
@@ -200,7 +219,9 @@ def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[st
 
 def lora_names(bundle: Bundle) -> list[str]:
     """The LoRAs that are in a model."""
-    names = (getattr(network(bundle, part), "peft_config", {}) for part in PARTS)
+    networks = [network(bundle, part) for part in PARTS]
+    names = [getattr(model, "peft_config", {}) for model in networks]
+    names += [sums.sums_of(model).added for model in networks]
     return list(dict.fromkeys(name for known in names for name in known))
 
 
@@ -219,6 +240,7 @@ def scale_loras(bundle: Bundle, scales: Mapping[str, float]) -> None:
                 layer.set_scale(name, scales[name])
             used = [name for name in layer.lora_A if layer.scaling[name]]
             layer.set_adapter(used, inference_mode=True)
+        sums.scale(network(bundle, part), scales)
 
 
 def _check_known(bundle: Bundle, name: str) -> None:
@@ -241,6 +263,7 @@ def detach_lora(bundle: Bundle, name: str) -> None:
     scale_loras(bundle, {name: 0.0})
     for part in PARTS:
         model = network(bundle, part)
+        sums.remove(model, name)
         known = getattr(model, "peft_config", {})
         if name not in known:
             continue
@@ -274,7 +297,9 @@ def lora_of(bundle: Bundle, name: str = "lora") -> Lora:
                 for half in (layer.lora_A, layer.lora_B)
             )
             found[part][module] = Factors(down, up, float(layer.lora_alpha[name]))
-    return Lora(found["unet"], found["text_encoder"])
+    added: dict[Part, Mapping[str, Tensor]]
+    added = {part: sums.sums_of(network(bundle, part)).added.get(name, {}) for part in PARTS}
+    return Lora(found["unet"], found["text_encoder"], sums=added)
 
 
 def fused(bundle: Bundle) -> Bundle:
@@ -294,13 +319,16 @@ def fused(bundle: Bundle) -> Bundle:
 
 
 def _merged(model: Network) -> Network:
-    if not getattr(model, "peft_config", {}):
+    if not getattr(model, "peft_config", {}) and not sums.sums_of(model).added:
         return model
     model = copy.deepcopy(model)
+    if sums.sums_of(model).added:
+        delattr(model, sums.ATTRIBUTE)  # they stay in its parameters
     for module, layer in _lora_layers(model):
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise UserError(f"{module}: with its LoRA it is not finite.") from error
-    _unwrap(model)
+    if getattr(model, "peft_config", {}):
+        _unwrap(model)
     return model.requires_grad_(False)

@@ -116,11 +116,13 @@ class DiffusersUNet:
         UserError: other numbers of channels, or an input that no prompt tells.
     """
 
-    # Keys of a config that ask for an input that no prompt tells: sizes, classes, pictures, poses.
+    # Keys of a config that ask for an input that no prompt tells: sizes, classes, pictures, poses,
+    # the guidance scale.
     refused: ClassVar[tuple[str, ...]] = (
         "addition_embed_type",
         "class_embed_type",
         "num_class_embeds",
+        "time_cond_proj_dim",
     )
 
     module: "CrossAttentionUNet | UNet2DConditionModel"
@@ -137,8 +139,9 @@ class DiffusersUNet:
         for key in self.refused:
             if config[key] is not None:
                 raise UserError(
-                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL and "
-                    "others that need more than a prompt; they do not work here."
+                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL, latent "
+                    "consistency models and others that are told more than a prompt; they do not "
+                    "work here."
                 )
         if config["encoder_hid_dim_type"] not in (None, "text_proj"):
             kind = config["encoder_hid_dim_type"]

@@ -102,7 +102,8 @@ class ClipTower:
     """Any CLIP text model, used as Stable Diffusion 1 and 2 do.
 
     The states are the last hidden states after the final layer norm; prompts are padded to the
-    whole window and the denoiser sees the padding too.
+    whole window and the denoiser sees the padding too. The encoder sees it unless its config says
+    `use_attention_mask`, a key that diffusers' pipelines read.
     """
 
     def __init__(self, model: "ClipTextEncoder | CLIPTextModel", tokenizer: "Tokenizer") -> None:
@@ -117,7 +118,11 @@ class ClipTower:
         return _tokenize(self.tokenizer, prompts, self.window, self.window)
 
     def states(self, tokens: Tokens) -> TextStates:
-        states = self.model(input_ids=tokens.ids.to(self.model.device)).last_hidden_state
+        further: dict[str, Tensor] = {}
+        if getattr(self.model.config, "use_attention_mask", False):
+            further["attention_mask"] = tokens.mask.to(self.model.device)
+        ids = tokens.ids.to(self.model.device)
+        states = self.model(input_ids=ids, **further).last_hidden_state
         return TextStates(states, None, tokens.cut)
 
     def encode(self, prompts: Sequence[str]) -> TextStates:

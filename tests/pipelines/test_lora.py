@@ -1,5 +1,6 @@
 """LoRA in a model, and LoRA files in both layouts, held to diffusers on a real tiny model."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import tiny_bundle, tower_of, unet_of
+from tiny import sd_like, tiny_bundle, tower_of, unet_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, UserError
@@ -27,6 +28,9 @@ from latentdiff.lora import (
     save_lora,
     scale_loras,
 )
+from latentdiff.lora.factors import Part, layers, norms
+from latentdiff.lora.file import ldm_names
+from latentdiff.lora.layouts import SPELLINGS, Spelling, table
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +206,150 @@ def test_files_of_kohya_with_whole_alphas_and_flat_convolutions(tmp_path: Path) 
     assert gap(ours(bundle), ours(other)) == 0
 
 
+def parts_of(bundle: Bundle) -> dict[Part, Any]:
+    return {"unet": unet_of(bundle), "text_encoder": tower_of(bundle).model}
+
+
+def told_of(spelling: Spelling, part: Part, model: Any) -> dict[str, str]:
+    """The layers that a file in this layout changes here, and what it calls them."""
+    if part == "text_encoder" and spelling.text is None:
+        return {}
+    named = {name: name for name in {**layers(model), **norms(model)}}
+    told = ldm_names(model) if spelling.blocks == "ldm" and part == "unet" else named
+    if spelling.name == "diffusers in 2023":
+        return {
+            name: other for name, other in told.items() if "attn" in name and "norm" not in name
+        }
+    shapes = {name: model.get_submodule(name).weight.shape for name in told}
+    if "mid" in spelling.ends and part == "unet":
+        return {name: other for name, other in told.items() if shapes[name][2:] == (3, 3)}
+    return {n: other for n, other in told.items() if "diff" in spelling.ends or len(shapes[n]) > 1}
+
+
+def drawn_change(spelling: Spelling, layer: Any, random: torch.Generator) -> tuple[Any, Any]:
+    """The tensors of a layer by their kinds, and what they make of its parameters."""
+
+    def drawn(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=random)
+
+    outside, *inside = layer.weight.shape
+    if "diff" in spelling.ends:
+        made = {"diff": drawn(outside, *inside)}
+        wanted = {"weight": layer.weight + made["diff"]}
+        if layer.bias is not None:
+            made["diff_b"] = drawn(outside)
+            wanted["bias"] = layer.bias + made["diff_b"]
+        return made, wanted
+    made = {"up": drawn(outside, 3, *[1] * len(inside[1:])), "down": drawn(3, *inside)}
+    product = torch.einsum("or,ri...->oi...", made["up"].flatten(1), made["down"])
+    if "mid" in spelling.ends and len(inside) > 1:
+        made |= {"down": drawn(3, inside[0], 1, 1), "mid": drawn(3, 3, *inside[1:])}
+        outer = made["up"].flatten(1), made["mid"], made["down"].flatten(1)
+        product = torch.einsum("or,rskl,si->oikl", *outer)
+    if "alpha" in spelling.ends:
+        made["alpha"], product = torch.tensor(1.5), 0.5 * product
+    return made, {"weight": layer.weight + product}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.name)
+def test_every_layout_is_read(spelling: Spelling, tmp_path: Path) -> None:
+    """Each equals W + alpha / rank * up @ down, or its own rule, to 1e-6, in both networks."""
+    bundle, random = sd_like(1, levels=2, layers=1), torch.Generator().manual_seed(5)
+    clean = {
+        p: {n: v.clone() for n, v in m.state_dict().items()} for p, m in parts_of(bundle).items()
+    }
+    expected = {part: dict(values) for part, values in clean.items()}
+    values: dict[str, Tensor] = {}
+    for part, model in parts_of(bundle).items():
+        for module, told in told_of(spelling, part, model).items():
+            made, wanted = drawn_change(spelling, model.get_submodule(module), random)
+            values |= {spelling.spelled(part, told, kind): value for kind, value in made.items()}
+            expected[part] |= {f"{module}.{end}": value for end, value in wanted.items()}
+    save_file(
+        {name: value.contiguous() for name, value in values.items()}, tmp_path / "a.safetensors"
+    )
+    attach_lora(bundle, load_lora(tmp_path / "a.safetensors", bundle), "a")
+    for part, model in parts_of(fused(bundle)).items():
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[part][name], rtol=0, atol=1e-6)
+        changed = sum(not torch.equal(expected[part][n], clean[part][n]) for n in clean[part])
+        assert changed > (4 if part == "unet" or spelling.text else -1)
+    detach_lora(bundle, "a")
+    for part, model in parts_of(bundle).items():
+        assert all(torch.equal(v, clean[part][name]) for name, v in model.state_dict().items())
+
+
+def test_the_table_of_the_docs_is_made_of_the_list() -> None:
+    assert len(SPELLINGS) >= 12
+    assert table() in (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+
+
+def test_sums_on_norms_and_biases(tmp_path: Path) -> None:
+    """LyCORIS' own ends; scaled, mixed with another, saved and taken out bit for bit."""
+    bundle, clean = tiny_bundle(), tiny_bundle()
+    norm, conv = "down_blocks.0.resnets.0.norm1", "down_blocks.0.resnets.0.conv1"
+    values = {
+        "lora_unet_down_blocks_0_resnets_0_norm1.w_norm": torch.full((32,), 0.5),
+        "lora_unet_down_blocks_0_resnets_0_norm1.b_norm": torch.full((32,), -0.25),
+        "lora_unet_down_blocks_0_resnets_0_conv1.diff_b": torch.full((32,), 2.0),
+    }
+    save_file(values, tmp_path / "a.safetensors")
+    lora = load_lora(tmp_path / "a.safetensors", bundle)
+    attach_lora(bundle, made(), "other", 0.5)
+    attach_lora(bundle, lora, "a", 0.8)
+    attach_lora(bundle, lora, "b", -0.3)
+    before = unet_of(clean).state_dict()
+    for model in (unet_of(bundle), unet_of(fused(bundle))):
+        layer = getattr(model.get_submodule(conv), "base_layer", model.get_submodule(conv))
+        for got, name, change in (
+            (model.get_submodule(norm).weight, f"{norm}.weight", 0.5),
+            (model.get_submodule(norm).bias, f"{norm}.bias", -0.25),
+            (layer.bias, f"{conv}.bias", 2.0),
+        ):
+            torch.testing.assert_close(got, before[name] + 0.5 * change, rtol=0, atol=1e-6)
+    saved = save_lora(lora_of(bundle, "a"), tmp_path / "b.safetensors", layout="kohya")
+    again = load_lora(saved, clean).sums["unet"]
+    assert all(torch.equal(again[name], value) for name, value in lora.sums["unet"].items())
+    assert again.keys() == lora.sums["unet"].keys()
+    with pytest.raises(UserError, match="only the layout 'kohya'"):
+        save_lora(lora, tmp_path / "c.safetensors")
+    for name in ("other", "a"):
+        detach_lora(bundle, name)
+    assert lora_names(bundle) == ["b"]
+    with pytest.raises(UserError, match="remove it, or fuse it"):
+        bundle.save(tmp_path / "never")
+    detach_lora(bundle, "b")
+    assert gap(ours(bundle), ours(clean)) == 0
+    bundle.save(tmp_path / "model")
+
+
+def test_a_file_of_peft_has_its_settings_beside_it(tmp_path: Path) -> None:
+    """What peft's own `save_pretrained` writes, without `unet.`, with alpha in a file beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    bundle, theirs = tiny_bundle(), tiny_bundle()
+    settings = LoraConfig(r=4, lora_alpha=7, target_modules=["to_q", "conv1"], use_rslora=True)
+    model = get_peft_model(unet_of(theirs), settings)  # pyright: ignore[reportArgumentType]
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
+    model.save_pretrained(tmp_path)
+    attach_lora(bundle, load_lora(tmp_path, bundle), "a")
+    assert gap(ours(bundle), answers(model.base_model.model, tower_of(theirs).model)) == 0
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for key, value in (
+        ("use_dora", True),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "LOHA"),
+        ("bias", "all"),
+        ("modules_to_save", ["conv_in"]),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match=key):
+            load_lora(tmp_path, tiny_bundle())
+
+
 def test_off_and_out_leave_the_model_as_it_was(model: Path, tmp_path: Path) -> None:
     bundle, clean = Bundle.load(model), Bundle.load(model)
     attach_lora(bundle, made(), "a")
@@ -313,6 +461,30 @@ def _no_such_layer(values: Values) -> None:
     values["unet.down_blocks.9.to_q.lora_B.weight"] = torch.zeros(32, 3)
 
 
+def _large_alpha(values: Values) -> None:
+    name = next(n for n in values if "to_q.lora_A" in n)
+    values[name.replace(".lora_A.weight", ".alpha")] = torch.tensor(1e9)
+
+
+def _both(values: Values) -> None:
+    name = next(n for n in values if "to_q.lora_A" in n)
+    values[name.replace(".lora_A.weight", ".diff")] = torch.zeros(32, 32)
+
+
+def _other_shape(values: Values) -> None:
+    values["unet.conv_in.diff"] = torch.zeros(3, 3)
+
+
+def _two_names(values: Values) -> None:
+    name = next(n for n in values if "to_q.lora_A" in n)
+    values[name.removeprefix("unet.")] = values[name].clone()
+
+
+def _no_bias(values: Values) -> None:
+    name = next(n for n in values if "to_q.lora_A" in n)
+    values[name.replace(".lora_A.weight", ".diff_b")] = torch.zeros(32)
+
+
 def _infinite(values: Values) -> None:
     values[next(iter(values))].fill_(float("nan"))
 
@@ -353,6 +525,11 @@ def _whole_numbers(values: Values) -> None:
         (_other_width, "made for another model"),
         (_other_rank, "made for another model"),
         (_no_such_layer, "no such layer"),
+        (_large_alpha, "alpha is too large"),
+        (_both, "cannot have it"),
+        (_other_shape, "made for another model"),
+        (_two_names, "twice"),
+        (_no_bias, "has no bias"),
         (_infinite, "NaN"),
         (_half, "other half"),
         (_scalar, "shape is not a LoRA's"),

@@ -198,6 +198,77 @@ def test_v_prediction_is_found_out(saved: Saved, tmp_path: Path) -> None:
     assert (opened.prediction, unet_of(opened).config["sample_size"]) == ("v", 96)
 
 
+BESIDE = """
+model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    linear_start: 1e-3
+    linear_end: 0.0120
+    timesteps: 500
+    parameterization: "v"
+    scale_factor: 0.25
+    image_size: 64
+    unet_config:
+      params: {num_heads: 4, use_spatial_transformer: true}
+    cond_stage_config:
+      params: {freeze: true, layer: LAYER}
+"""
+
+
+def test_what_lies_beside_a_checkpoint_is_obeyed(saved: Saved, tmp_path: Path) -> None:
+    """A1111's NAME.yaml; files of Stable Diffusion 1.x that predict v come with one."""
+    bundle, folder, file = saved
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    foreign_file(file, tmp_path / "a.safetensors")
+    second = tower_of(bundle).model.config.hidden_act == "gelu"
+    text = BESIDE.replace("LAYER", "penultimate" if second else "last")
+    (tmp_path / "a.yaml").write_text("\ufeff" + text)
+    opened = Bundle.load(tmp_path / "a.safetensors")
+    betas = torch.linspace(1e-3**0.5, 0.012**0.5, 500, dtype=torch.float64) ** 2
+    alpha = float((1 - betas).cumprod(0)[250].sqrt())
+    assert opened.prediction == "v"
+    assert opened.process.level(250).alpha == pytest.approx(alpha, abs=1e-9)
+    assert opened.autoencoder.scaling_factor == 0.25
+    assert unet_of(opened).config["attention_head_dim"] == 4
+    assert Bundle.load(tmp_path / "a.safetensors", prediction="eps").prediction == "eps"
+    for old, new, told in (
+        ('"v"', "edm", "parameterization: 'edm' does not work here"),
+        ("1e-3", "[1]", "linear_start"),
+        ("0.25", ".nan", "scale_factor"),
+        (f"layer: {'penultimate' if second else 'last'}", "layer: hidden", "layer: 'hidden'"),
+        ("linear_start", "given_betas", "given_betas"),
+        (text, "a: " * 3000, "YAML"),
+        (text, "[" * 3000, "YAML"),
+        (text, "!!python/object/apply:os.system [echo]", "YAML"),
+        (text, "- model", "mapping"),
+        (text, "model: 3", "mapping"),
+        (text, " " * 2**21, "larger than 1 MiB"),
+    ):
+        (tmp_path / "a.yaml").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=told) as caught:
+            Bundle.load(tmp_path / "a.safetensors")
+        assert "a.yaml: " in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "a.yaml").write_text("model:\n  params:\n")
+    assert Bundle.load(tmp_path / "a.safetensors").prediction == "eps"
+
+
+def test_markers_among_the_tensors_are_obeyed(saved: Saved, tmp_path: Path) -> None:
+    _, folder, file = saved
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    values = load_file(file)
+    marked = tmp_path / "a.safetensors"
+    save_file(
+        values | {"v_pred": torch.tensor([])}, marked, {"modelspec.prediction_type": "epsilon"}
+    )
+    opened = Bundle.load(marked)
+    assert (opened.prediction, opened.process.level(999).alpha > 0) == ("v", True)
+    save_file(values | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, marked)
+    opened = Bundle.load(marked)
+    assert (opened.prediction, opened.process.level(999).alpha) == ("v", 0)
+    assert opened.timetable(None, 5)[0].t == 999
+
+
 def test_the_telltale_of_version_2(tmp_path: Path) -> None:
     """It is the norm of the last block but two of the four-level U-Net."""
     bundle = sd_like(2, levels=4)

@@ -1,0 +1,128 @@
+"""`NAME.yaml` beside `NAME.safetensors`: CompVis' config of a checkpoint, as A1111 reads it.
+
+What the shapes of the tensors do not tell is obeyed or refused: prediction, schedule, scale of the
+latents, attention heads, layer of the text encoder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latentdiff.errors import UserError
+from latentdiff.formats.weights import blaming, first_line
+from latentdiff.reading import read_text, reason
+
+_MOST_BYTES = 2**20
+_PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+# latent-diffusion's "linear" is linear in the root of beta.
+_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the file beside a checkpoint tells, in keys of diffusers; empty where there is none.
+
+    Attributes:
+        scheduler: of the scheduler's config.
+        vae: of the autoencoder's config.
+        heads: of one head, ("number", n) or ("width", n); None where nothing is said.
+        layer: the layer of the text encoder, in latent-diffusion's words; None likewise.
+    """
+
+    scheduler: Mapping[str, object]
+    vae: Mapping[str, object]
+    heads: tuple[str, int] | None = None
+    layer: str | None = None
+
+
+def read_beside(file: Path) -> Told:
+    """Read the YAML file beside a checkpoint, if there is one.
+
+    Raises:
+        UserError: it cannot be read, or asks for what does not work here.
+    """
+    path = file.with_suffix(".yaml")
+    if not path.is_file():
+        return Told({}, {})
+    with blaming(path):
+        try:
+            config = yaml.safe_load(read_text(path, _MOST_BYTES))
+        except OSError as error:
+            raise UserError(f"{reason(error)}.") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"not valid YAML ({first_line(error)}).") from error
+        params = _section(config, "model", "params")
+        unet = _section(params, "unet_config", "params")
+        text = _section(params, "cond_stage_config", "params")
+        return Told(_schedule(params), _scale(params), _heads(unet), _layer(text))
+
+
+def _section(config: object, *names: str) -> Mapping[str, object]:
+    """The part of a config below these names, empty where it is left out.
+
+    Raises:
+        UserError: one of them is no mapping.
+    """
+    for name in names:
+        if config is None:
+            return {}
+        if not isinstance(config, dict):
+            raise UserError(f"{name}: a mapping is needed above it.")
+        config = config.get(name)
+    if config is not None and not isinstance(config, dict):
+        raise UserError(f"{names[-1]}: a mapping is needed.")
+    return config or {}
+
+
+def _schedule(params: Mapping[str, object]) -> dict[str, object]:
+    told: dict[str, object] = {}
+    if "parameterization" in params:
+        told["prediction_type"] = _one_of(params, "parameterization", _PREDICTIONS)
+    if "beta_schedule" in params:
+        told["beta_schedule"] = _one_of(params, "beta_schedule", _SCHEDULES)
+    if params.get("given_betas") is not None:
+        raise UserError("given_betas: a schedule in numbers does not load here.")
+    for theirs, ours in (("linear_start", "beta_start"), ("linear_end", "beta_end")):
+        if theirs in params:
+            told[ours] = _number(params, theirs)
+    if "timesteps" in params:
+        told["num_train_timesteps"] = int(_number(params, "timesteps"))
+    return told
+
+
+def _scale(params: Mapping[str, object]) -> dict[str, object]:
+    return {"scaling_factor": _number(params, "scale_factor")} if "scale_factor" in params else {}
+
+
+def _heads(unet: Mapping[str, object]) -> tuple[str, int] | None:
+    for key, kind in (("num_head_channels", "width"), ("num_heads", "number")):
+        if key in unet and (count := int(_number(unet, key))) > 0:
+            return kind, count
+    return None
+
+
+def _layer(text: Mapping[str, object]) -> str | None:
+    if text.get("layer") is None:
+        return None
+    return _one_of(text, "layer", {name: name for name in ("last", "penultimate")})
+
+
+def _one_of(params: Mapping[str, object], key: str, known: Mapping[str, str]) -> str:
+    value = str(params[key])
+    if value not in known:
+        raise UserError(f"{key}: '{value:.40}' does not work here; {', '.join(known)} do.")
+    return known[value]
+
+
+def _number(params: Mapping[str, Any], key: str) -> float:
+    """A number, which YAML takes for a text where it is written as 1e-4."""
+    try:
+        number = float(params[key])
+        if isinstance(params[key], bool) or not 0 < abs(number) <= 1e6:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{key}: {params[key]!r:.40} is no sensible number.") from None
+    return number

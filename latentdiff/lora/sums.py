@@ -1,0 +1,75 @@
+"""Changes that a LoRA file adds to norms and biases, which are too small to have factors.
+
+The parameter keeps its place; its values are those of the model plus those of every LoRA at its
+scale, and the model's own come back when the last one goes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+ATTRIBUTE = "lora_sums"
+
+
+@dataclass(slots=True, eq=False)
+class Sums:
+    """What is added to a network.
+
+    Attributes:
+        plain: the model's own values, by parameter.
+        added: the changes of each LoRA, by parameter.
+        scales: the strength of each LoRA.
+    """
+
+    plain: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+
+
+def sums_of(model: nn.Module) -> Sums:
+    """What is added to a network; nothing, if no LoRA adds to it."""
+    found = getattr(model, ATTRIBUTE, None)
+    return found if isinstance(found, Sums) else Sums()
+
+
+def add(model: nn.Module, name: str, changes: Mapping[str, Tensor]) -> None:
+    """Put the changes of a LoRA beside those that are there, at scale 0."""
+    sums = sums_of(model)
+    for parameter in changes:
+        sums.plain.setdefault(parameter, _parameter(model, parameter).data)
+    sums.added[name], sums.scales[name] = changes, 0.0
+    setattr(model, ATTRIBUTE, sums)
+
+
+def scale(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Set the strength of those that are named."""
+    sums = sums_of(model)
+    sums.scales |= {name: scales[name] for name in sums.scales.keys() & scales.keys()}
+    for name, plain in sums.plain.items():
+        value = plain
+        for lora, changes in sums.added.items():
+            if name in changes and sums.scales[lora]:
+                change = sums.scales[lora] * changes[name].to(plain.device).float()
+                value = (value.float() + change).to(plain.dtype)
+        _parameter(model, name).data = value
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take a LoRA out; after the last one the values are the model's own."""
+    sums = sums_of(model)
+    if name not in sums.added:
+        return
+    scale(model, {name: 0.0})
+    del sums.added[name], sums.scales[name]
+    kept = {parameter for changes in sums.added.values() for parameter in changes}
+    sums.plain = {parameter: sums.plain[parameter] for parameter in kept}
+    if not kept:
+        delattr(model, ATTRIBUTE)
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """A parameter by its own name, seen through a layer that peft put around its module."""
+    module, _, last = name.rpartition(".")
+    layer = model.get_submodule(module)
+    return getattr(getattr(layer, "base_layer", layer), last)
