@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -220,6 +220,30 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     for index, image in enumerate(images):
         sheet.paste(image, (index % columns * width, index // columns * height))
     return sheet
+
+
+def labelled(
+    images: Sequence[Image.Image], rows: Sequence[str], columns: Sequence[str]
+) -> Image.Image:
+    """A grid of pictures, row by row, with a label before each row and above each column."""
+    inner = grid(images, len(columns))
+    width, height = inner.width / len(columns), inner.height / len(rows)
+    scale = 2 if width >= 192 else 1
+    font = ImageFont.load_default(14 * scale)
+    gap = 8 * scale
+    left = round(max(font.getlength(label) for label in rows)) + (2 * gap if any(rows) else 0)
+    top = 22 * scale
+    image = Image.new("RGB", (left + inner.width, top + inner.height), "white")
+    image.paste(inner, (left, top))
+    draw = ImageDraw.Draw(image)
+    for k, label in enumerate(columns):
+        fitting = label
+        while fitting and font.getlength(fitting) > width - gap:
+            fitting = fitting[:-1]
+        draw.text((left + (k + 0.5) * width, top / 2), fitting, "black", font, anchor="mm")
+    for k, label in enumerate(rows):
+        draw.text((left - gap, top + (k + 0.5) * height), label, "black", font, anchor="rm")
+    return image
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:

@@ -15,11 +15,12 @@ SCRIPTS = Path(__file__).parents[1] / "pipelines"
 
 def test_every_solver_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["solvers"]) == 0
-    *lines, empty, last = capsys.readouterr().out.splitlines()
+    *lines, empty, last, others = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == solvers.names()
     assert all(20 < len(line) < 100 for line in lines)
     assert empty == ""
     assert last == f"timetables: {' '.join(timetable.names())}"
+    assert "'DPM++ 2M Karras'" in others
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp-sde", "rk45"])

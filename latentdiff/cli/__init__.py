@@ -19,6 +19,7 @@ from latentdiff.cli.convert import convert
 from latentdiff.cli.data import emoji, shard
 from latentdiff.cli.edit import edit, ilvr, inpaint
 from latentdiff.cli.generate import generate
+from latentdiff.cli.grid import grid
 from latentdiff.cli.info import info
 from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.serve import serve
@@ -39,6 +40,7 @@ app.command()(edit)
 app.command()(inpaint)
 app.command()(ilvr)
 app.command()(interpolate)
+app.command()(grid)
 app.command()(convert)
 app.command()(info)
 app.command()(show)

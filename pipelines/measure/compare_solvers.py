@@ -21,7 +21,7 @@ from torch import Tensor
 from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.cli.output import check_writable
 from latentdiff.files import make_folder
-from latentdiff.pictures import grid, save_png, to_pil
+from latentdiff.pictures import labelled, save_png, to_pil
 from latentdiff.pipeline.arguments import MAX_STEPS, whole
 from latentdiff.solvers import names
 
@@ -110,23 +110,6 @@ def compare(
 def _distance(one: Tensor, other: Tensor) -> float:
     """The median over pictures [B, C, H, W] of their root mean square distance."""
     return (one - other).square().flatten(1).mean(1).sqrt().median().item()
-
-
-def labelled(
-    pictures: list[Image.Image], rows: Sequence[str], columns: Sequence[str]
-) -> Image.Image:
-    """A grid with the name of each row and column."""
-    inner = grid(pictures, len(columns))
-    left, top = 90, 22
-    image = Image.new("RGB", (left + inner.width, top + inner.height), "white")
-    image.paste(inner, (left, top))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    width, height = inner.width / len(columns), inner.height / len(rows)
-    for k, name in enumerate(columns):
-        draw.text((left + (k + 0.5) * width, top / 2), name, "black", font, anchor="mm")
-    for k, name in enumerate(rows):
-        draw.text((left - 8, top + (k + 0.5) * height), name, "black", font, anchor="rm")
-    return image
 
 
 def plot(points: Points, width: int = 900, height: int = 600) -> Image.Image:
