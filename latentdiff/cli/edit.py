@@ -163,7 +163,7 @@ def inpaint(
         if mask != "alpha":
             raise UserError("--mask and --extend: give one of them.")
         image, whole = extended(picture, **read_extension(extend))
-    pipe = run.models.load(run.device, run.dtype)
+    pipe = run.models.load(run.device, run.dtype, run.engine, run.attention)
     region = Region.around(image, whole, pipe.bundle.size, margin) if only_masked else None
     if region is not None:
         image, hole = region.image, region.mask

@@ -64,7 +64,7 @@ def grid(
     from latentdiff.pictures import labelled, save_numbered_png
     from latentdiff.pipeline.record import about_model, png_text
 
-    pipe = run.models.open(run.device, run.dtype)
+    pipe = run.models.load(run.device, run.dtype, run.engine, run.attention)
     images: list[Image] = []
     for one, words in cells:
         request = replace(one.request(pipe.bundle), prompt=words, seed=one.seed, first=one.first)
