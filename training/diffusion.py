@@ -24,6 +24,7 @@ from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.formats.scheduler_steps import usual_steps
 from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions
@@ -254,12 +255,14 @@ def build(
         conditioner.width,
         config.objective.learned_variance,
     )
+    process = processes.create(config.objective.process)
     return Bundle(
         autoencoder=autoencoder,
         conditioner=conditioner,
         network=DiffusersUNet(unet, autoencoder.channels),
-        process=processes.create(config.objective.process),
+        process=process,
         prediction=config.objective.prediction,
+        steps=usual_steps(process),
     )
 
 

@@ -36,6 +36,8 @@ Floats = NDArray[np.float64]
 
 # Diffusers' classes in sigma cannot begin at pure noise: they take this alpha^2 for its 0.
 _LEAST_SIGNAL = 2.0**-24
+# EDM's sigma_max.
+_KARRAS_FROM = 80.0
 # A level this much cleaner in log-SNR is another; less is rounding.
 _SAME = 1e-4
 
@@ -275,6 +277,15 @@ class Steps:
         if low > high:
             raise UserError(f"sigmas must fall, not go from {high:.4g} to {low:.4g}.")
         return timetables.ramp(self.spacing, high, low, steps)
+
+
+def usual_steps(process: Process) -> Steps:
+    """The timetable of a new model: "karras" as diffusers spaces it, which docs/comparison.md finds
+    nearest to the converged picture; "trailing" for a continuous process, and where karras would
+    spend half of its steps beyond sigma / alpha = 80."""
+    if isinstance(process, DiscreteVP) and process.level(process.t_max).ratio <= _KARRAS_FROM:
+        return Steps("karras", family="multistep", whole=True)
+    return Steps()
 
 
 _KINDS: dict[str, type | tuple[str, ...]] = {

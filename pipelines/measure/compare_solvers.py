@@ -82,7 +82,7 @@ def compare(
     """The first prompt's pictures, row by row; for each solver (calls, distance to the converged
     latents); and the distance of half as many steps from the converged latents themselves."""
 
-    def latents(solver: str, count: int, timetable: str | None = None) -> tuple[Tensor, int]:
+    def latents(solver: str, count: int, timetable: str) -> tuple[Tensor, int]:
         output = pipe(
             prompts,
             solver=solver,
@@ -101,7 +101,7 @@ def compare(
     points: Points = {}
     for solver in solvers:
         for count in steps:
-            ends, calls = latents(solver, count)
+            ends, calls = latents(solver, count, "trailing")
             points.setdefault(solver, []).append((calls, _distance(ends, converged)))
             pictures.append(to_pil(pipe.bundle.autoencoder.decode(ends[:1])[0]))
     return pictures, points, _distance(half, converged)

@@ -16,6 +16,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats import scheduler_config as scheduler
 from latentdiff.formats.scheduler_classes import classes_of
 from latentdiff.formats.scheduler_config import Steps
+from latentdiff.formats.scheduler_steps import usual_steps
 
 BASE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -283,3 +284,17 @@ def test_nonsense_is_one_clear_line(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^scheduler_config\.json: ") as caught:
         scheduler.read(usual | change, "scheduler_config.json")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", processes.names())
+def test_a_new_model_says_its_timetable_in_keys_of_diffusers_alone(kind: str) -> None:
+    """Karras where diffusers' class of it draws sound pictures: from sigma / alpha = 80 at most."""
+    process = processes.create(kind)
+    steps = usual_steps(process)
+    low = isinstance(process, DiscreteVP) and process.level(process.t_max).ratio < 80
+    assert (steps.spacing == "karras") == low
+    config = scheduler.write(process, "v", steps)
+    assert scheduler.read(config, "")[2].meaning(process) == steps.meaning(process)
+    assert config.get("use_karras_sigmas", False) == low
+    if low:
+        assert not any(key.startswith("latentdiff_") for key in config)
