@@ -10,6 +10,7 @@ from latentdiff.errors import UserError, warn
 _PLAIN = {  # of a record: its option
     "negative_prompt": "negative",
     "prompt_weights": "weights",
+    "long_prompts": "long",
     "num_inference_steps": "steps",
     "guidance": "guidance",
     "guidance_scale": "guidance_scale",

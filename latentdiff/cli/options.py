@@ -154,6 +154,14 @@ class RunOptions:
             "bracket.",
         ),
     ] = False
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Read prompts longer than the model's window in chunks, as A1111 does; BREAK ends "
+            "one.",
+        ),
+    ] = False
     solver: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     timetable: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     model: Model = None
@@ -230,6 +238,7 @@ class RunOptions:
             negative_prompt=self.negative,
             also=self.also or [],
             prompt_weights=self.weights,
+            long_prompts=self.long,
             num_inference_steps=self.steps,
             guidance=self.guidance,
             guidance_scale=self.guidance_scale,

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 from torch import nn
 
 from latentdiff.diffusion.condition import Condition
+from latentdiff.models.long_prompts import long_states
 from latentdiff.models.prompt_weights import weighted_states
 from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
 
@@ -64,7 +65,12 @@ class Conditioner(Protocol):
         ...
 
     def encode(
-        self, prompts: Sequence[str], size: tuple[int, int], *, weights: bool = False
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        *,
+        weights: bool = False,
+        long: bool = False,
     ) -> Encoded:
         """Prompts to their condition.
 
@@ -72,9 +78,10 @@ class Conditioner(Protocol):
             prompts: B texts.
             size: height and width of the pictures.
             weights: read weights in the texts: see `latentdiff.models.prompt_weights`.
+            long: read texts beyond the window, too: see `latentdiff.models.long_prompts`.
 
         Raises:
-            UserError: a weight is out of range.
+            UserError: a weight is out of range, or these encoders read no long texts.
         """
         ...
 
@@ -119,9 +126,17 @@ class TextConditioner:
         return Condition(states=text.states, mask=text.mask)
 
     def encode(
-        self, prompts: Sequence[str], size: tuple[int, int], *, weights: bool = False
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        *,
+        weights: bool = False,
+        long: bool = False,
     ) -> Encoded:
-        text = weighted_states(self.tower, prompts) if weights else self.tower.encode(prompts)
+        if long:
+            text = long_states(self.tower, prompts, weights=weights)
+        else:
+            text = weighted_states(self.tower, prompts) if weights else self.tower.encode(prompts)
         return Encoded(self.condition(text, size), text.cut)
 
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Self:

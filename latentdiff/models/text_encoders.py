@@ -160,7 +160,7 @@ def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:
 
     Start and end tokens map to (0, 0). Two tokens may share a character.
     """
-    spans = [span for _, span in _encode(tower.tokenizer, prompt)]
+    spans = [span for _, span in encode_tokens(tower.tokenizer, prompt)]
     return spans if len(spans) <= tower.window else spans[: tower.window - 1] + spans[-1:]
 
 
@@ -184,7 +184,7 @@ def _check_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> None:
     tokenizer.backend_tokenizer.no_padding()
 
 
-def _encode(tokenizer: "Tokenizer", prompt: str) -> list[tuple[int, tuple[int, int]]]:
+def encode_tokens(tokenizer: "Tokenizer", prompt: str) -> list[tuple[int, tuple[int, int]]]:
     """The tokens of a prompt, each with its characters [start, end); (0, 0) of start and end marks.
 
     A learned word of several vectors is one token in the text, `<cat>`, and those that follow it,
@@ -213,7 +213,7 @@ def _tokenize(tokenizer: "Tokenizer", prompts: Sequence[str], window: int, lengt
     rows: list[list[int]] = []
     cut: list[str] = []
     for prompt in prompts:
-        encoded = _encode(tokenizer, prompt)
+        encoded = encode_tokens(tokenizer, prompt)
         ids = [token for token, _ in encoded]
         if len(ids) > window:  # the last token, the end mark, stays
             cut.append(prompt[encoded[window - 1][1][0] :])
@@ -221,8 +221,15 @@ def _tokenize(tokenizer: "Tokenizer", prompts: Sequence[str], window: int, lengt
         else:
             cut.append("")
         rows.append(ids)
+    return Tokens(*pad_tokens(rows, length, tokenizer), cut)
+
+
+def pad_tokens(
+    rows: Sequence[list[int]], length: int, tokenizer: "Tokenizer"
+) -> tuple[Tensor, Tensor]:
+    """Ids padded to `length` or the longest row, int64 [B, L]; and where they are not, bool."""
     length = max(length, *map(len, rows))
     pad = tokenizer.pad_token_id
     padded = [row + [pad] * (length - len(row)) for row in rows]
     kept = [[True] * len(row) + [False] * (length - len(row)) for row in rows]
-    return Tokens(torch.tensor(padded), torch.tensor(kept), cut)
+    return torch.tensor(padded), torch.tensor(kept)

@@ -249,6 +249,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         negative_prompt_embeds: Tensor | Condition | None = None,
         also: Sequence[Also] = (),
         prompt_weights: bool = False,
+        long_prompts: bool = False,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
@@ -281,6 +282,8 @@ class LatentDiffusionPipeline(DiffusersNames):
             also: further prompts for every picture and their weights beside the prompt's 1, as
                 ("a hat", 0.7) or "a hat:0.7"; see `latentdiff.guidance.composition`.
             prompt_weights: read (x), (x:1.3) and [x] in all prompts as weights of their words.
+            long_prompts: read prompts longer than the window in chunks, which the word BREAK ends,
+                too: see `latentdiff.models.long_prompts`.
             height: in pixels, a multiple of the autoencoder's factor; by default the model's own.
             width: likewise.
             num_inference_steps: 1 .. 1000.
@@ -324,6 +327,7 @@ class LatentDiffusionPipeline(DiffusersNames):
             negative_prompt_embeds=negative_prompt_embeds,
             also=also,
             prompt_weights=prompt_weights,
+            long_prompts=long_prompts,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,

@@ -234,6 +234,7 @@ def _conditions(
             texts.per_prompt,
             context.padded,
             weights=request.prompt_weights,
+            long=request.long_prompts,
         )
         cut = cut if ready else ends
     if request.prompt_embeds is not None:

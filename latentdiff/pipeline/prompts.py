@@ -88,6 +88,7 @@ def encode_prompts(
     size: tuple[int, int],
     *,
     weights: bool = False,
+    long: bool = False,
 ) -> tuple[list[Condition], list[str]]:
     """Encode every different text once, all in one batch.
 
@@ -97,6 +98,7 @@ def encode_prompts(
         per_prompt: number of pictures of each prompt; they follow one another.
         size: height and width of the pictures.
         weights: read weights in the texts, as `models.prompt_weights.parse_weights` does.
+        long: read texts beyond the window, too, as `models.long_prompts` does.
 
     Returns:
         The condition of each row for P * per_prompt pictures; and of each picture's prompt, the
@@ -106,7 +108,7 @@ def encode_prompts(
         UserError: a weight out of range.
     """
     texts = list(dict.fromkeys(text for row in rows for text in row))
-    encoded = conditioner.encode(texts, size, weights=weights)
+    encoded = conditioner.encode(texts, size, weights=weights, long=long)
     if not weights and any(map(has_weights, texts)):
         warn(
             "a prompt holds (text:number), which is read as plain words; "
@@ -116,7 +118,8 @@ def encode_prompts(
         if lost:
             warn(
                 f"the prompt {text[:40]!r}... is longer than the model's window of "
-                f"{conditioner.window} tokens; not used: {lost!r}"
+                f"{conditioner.window} tokens; not used: {lost!r} (long_prompts=True, --long, "
+                "reads all of it)"
             )
     conditions = [
         encoded.condition.take([texts.index(text) for text in row for _ in range(per_prompt)])

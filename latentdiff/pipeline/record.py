@@ -36,6 +36,7 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         "negative_prompt": request.negative_prompt,
         "also": request.also,
         "prompt_weights": request.prompt_weights,
+        "long_prompts": request.long_prompts,
         "num_inference_steps": request.num_inference_steps,
         "guidance": request.guidance,
         "guidance_scale": request.scale,

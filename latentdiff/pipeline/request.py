@@ -25,6 +25,7 @@ class Request:
     negative_prompt_embeds: Tensor | Condition | None = None
     also: Sequence[Also] = ()
     prompt_weights: bool = False
+    long_prompts: bool = False
     height: int | None = None
     width: int | None = None
     num_inference_steps: int = 20

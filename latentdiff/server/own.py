@@ -32,6 +32,7 @@ class Wanted(BaseModel):
     negative_prompt: Annotated[str, Field(max_length=4000)] | None = None
     also: Annotated[list[str], Field(max_length=8)] = []
     prompt_weights: bool = False
+    long_prompts: bool = False
     num_images: int = 1
     height: int | None = None
     width: int | None = None
@@ -58,6 +59,7 @@ class Wanted(BaseModel):
             negative_prompt=self.negative_prompt,
             also=self.also,
             prompt_weights=self.prompt_weights,
+            long_prompts=self.long_prompts,
             height=self.height or height,
             width=self.width or width,
             num_inference_steps=self.num_inference_steps,

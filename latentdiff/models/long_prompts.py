@@ -1,0 +1,74 @@
+"""Prompts longer than a text encoder's window, in chunks, as A1111 and ComfyUI read them.
+
+Each chunk of at most window - 2 tokens gets its own start and end marks and goes through the
+encoder by itself; the states of a prompt's chunks follow one another. The word BREAK ends a chunk.
+"""
+
+import re
+from collections.abc import Sequence
+
+from latentdiff.errors import UserError
+from latentdiff.models.prompt_weights import (
+    emphasise,
+    padded_weights,
+    parse_weights,
+    token_weights,
+)
+from latentdiff.models.text_encoders import (
+    ClipTower,
+    TextStates,
+    TextTower,
+    Tokens,
+    encode_tokens,
+    pad_tokens,
+)
+
+MOST_CHUNKS = 32
+
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+Chunk = tuple[list[int], list[float]]  # ids, marks included, and their weights
+
+
+def long_states(tower: TextTower, prompts: Sequence[str], *, weights: bool = False) -> TextStates:
+    """The states of prompts of any length [B, chunks * window, D]; nothing is cut.
+
+    All prompts get as many chunks as the longest has; what is added are chunks of no words.
+
+    Args:
+        tower: a CLIP text encoder.
+        prompts: B texts.
+        weights: read weights in them: see `latentdiff.models.prompt_weights`.
+
+    Raises:
+        UserError: another text encoder, a weight out of range, or more than 32 chunks.
+    """
+    if not isinstance(tower, ClipTower):
+        raise UserError("long_prompts: only CLIP text encoders read prompts in chunks.")
+    rows = [_chunks(tower, prompt, weights) for prompt in prompts]
+    most = max(map(len, rows))
+    if most > MOST_CHUNKS:
+        raise UserError(f"a prompt has {most} chunks of {tower.window - 2} tokens: say it shorter.")
+    (empty,) = _chunks(tower, "", False)
+    flat = [chunk for row in rows for chunk in [*row, *[empty] * (most - len(row))]]
+    ids, kept = pad_tokens([ids for ids, _ in [*flat, empty]], tower.window, tower.tokenizer)
+    states = tower.states(Tokens(ids, kept, [""] * len(ids))).states
+    states, nothing = states[:-1], states[-1]
+    if any(weight != 1 for _, chunk in flat for weight in chunk):
+        scale = padded_weights([chunk for _, chunk in flat], states)
+        states = emphasise(states, nothing, scale)
+    return TextStates(states.unflatten(0, (len(rows), most)).flatten(1, 2), None, [""] * len(rows))
+
+
+def _chunks(tower: ClipTower, prompt: str, weights: bool) -> list[Chunk]:
+    """The chunks of a prompt; one without words for a prompt without any."""
+    inside = tower.window - 2
+    chunks: list[Chunk] = []
+    for part in _BREAK.split(prompt):
+        pieces = parse_weights(part) if weights else [(part, 1.0)]
+        encoded = encode_tokens(tower.tokenizer, "".join(text for text, _ in pieces))
+        start, *words, end = encoded
+        scales = token_weights(pieces, [span for _, span in words])
+        for at in range(0, max(len(words), 1), inside):
+            ids = [start[0], *(token for token, _ in words[at : at + inside]), end[0]]
+            chunks.append((ids, [1.0, *scales[at : at + inside], 1.0]))
+    return chunks

@@ -1,0 +1,109 @@
+"""Prompts beyond the window: each chunk is what the encoder says of it alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_bundle, tower_of
+
+from latentdiff import LatentDiffusionPipeline, UserError
+from latentdiff.cli import main
+from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.long_prompts import long_states
+from latentdiff.models.text_encoders import ClipTower, encode_tokens
+
+LONG = "a red heart with a cat and a dog, a big hat, two small birds and one more red heart"
+
+
+@pytest.fixture(scope="module")
+def tower() -> ClipTower:
+    found = tower_of(tiny_bundle())
+    assert isinstance(found, ClipTower)
+    return found
+
+
+@torch.no_grad()
+def by_hand(tower: ClipTower, chunks: list[list[int]]) -> torch.Tensor:
+    """The states of chunks of ids, one call each, one after another [chunks * window, D]."""
+    start, end = (encode_tokens(tower.tokenizer, "")[place][0] for place in (0, -1))
+    states: list[torch.Tensor] = []
+    for chunk in chunks:
+        ids = [start, *chunk, end]
+        ids += [tower.tokenizer.pad_token_id] * (tower.window - len(ids))
+        states.append(tower.model(input_ids=torch.tensor([ids])).last_hidden_state[0])
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def test_states_are_those_of_the_chunks_one_after_another(tower: ClipTower) -> None:
+    words = [token for token, _ in encode_tokens(tower.tokenizer, LONG)[1:-1]]
+    inside = tower.window - 2
+    assert len(words) > 2 * inside
+    chunks = [words[at : at + inside] for at in range(0, len(words), inside)]
+    states = long_states(tower, [LONG, "a cat"]).states
+    assert states.shape[1] == len(chunks) * tower.window
+    assert (states[0] - by_hand(tower, chunks)).abs().max() < 1e-5
+    cat = [token for token, _ in encode_tokens(tower.tokenizer, "a cat")[1:-1]]
+    assert (states[1] - by_hand(tower, [cat, *[[]] * (len(chunks) - 1)])).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_prompt_within_the_window_is_as_ever_and_break_ends_a_chunk(tower: ClipTower) -> None:
+    short = ["a red heart", "a (cat)", ""]
+    assert torch.equal(long_states(tower, short[:1]).states, tower.encode(short[:1]).states)
+    for weights in (False, True):
+        conditioner = TextConditioner(tower)
+        plain = conditioner.encode(short, (16, 16), weights=weights).condition.states
+        long = conditioner.encode(short, (16, 16), weights=weights, long=True).condition.states
+        assert plain is not None
+        assert long is not None
+        assert (plain - long).abs().max() < 1e-6
+    parted = long_states(tower, ["a red heart BREAK a cat"]).states[0]
+    alone = [long_states(tower, [text]).states[0] for text in ("a red heart", "a cat")]
+    assert (parted - torch.cat(alone)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_weights_reach_their_words_in_any_chunk(tower: ClipTower) -> None:
+    weighted = LONG.replace("two small birds", "(two small birds:1.4)")
+    plain = long_states(tower, [LONG]).states[0]
+    heavy = long_states(tower, [weighted], weights=True).states[0]
+    spans = encode_tokens(tower.tokenizer, LONG)[1:-1]
+    first, last = LONG.index("two small"), LONG.index("birds") + 5
+    inside = tower.window - 2
+    touched = {
+        n // inside * tower.window + 1 + n % inside
+        for n, (_, (start, end)) in enumerate(spans)
+        if start >= first and end <= last
+    }
+    moved = (plain - heavy).abs().amax(1) > 1e-6
+    assert set(moved.nonzero().flatten().tolist()) == touched
+    nothing = long_states(tower, [""]).states[0]
+    for place in touched:
+        expected = nothing[place % tower.window] + 1.4 * (
+            plain[place] - nothing[place % tower.window]
+        )
+        assert (heavy[place] - expected).abs().max() < 1e-5
+
+
+def test_the_end_of_a_long_prompt_moves_the_picture(tmp_path: Path) -> None:
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    ends = [f"{LONG}, {end}" for end in ("a cat", "a dog")]
+    rest = {"num_inference_steps": 2, "seed": 0, "output_type": "latent", "progress": False}
+    with pytest.warns(UserWarning, match=r"\(long_prompts=True, --long, reads all of it\)"):
+        cut = [pipe(end, **rest).latents for end in ends]  # pyright: ignore[reportArgumentType]
+    assert torch.equal(cut[0], cut[1])
+    long = [pipe(end, long_prompts=True, **rest).latents for end in ends]  # pyright: ignore[reportArgumentType]
+    assert not torch.equal(long[0], long[1])
+    model = str(tiny_bundle().save(tmp_path / "model"))
+    command = ["generate", LONG, "--long", "--model", model, "--steps", "1", "-o", str(tmp_path)]
+    assert main(command) == 0
+
+
+def test_what_reads_no_chunks_is_refused() -> None:
+    bundle = tiny_bundle(tower="t5")
+    with pytest.raises(UserError, match="only CLIP text encoders"):
+        long_states(tower_of(bundle), ["a"])
+    clip = tower_of(tiny_bundle())
+    with pytest.raises(UserError, match="say it shorter"):
+        long_states(clip, ["a cat " * 400])
