@@ -21,6 +21,7 @@ from latentdiff.formats.config_values import (
     refuse_quantised,
 )
 from latentdiff.formats.single_file_names import VAE_LEFTOVERS
+from latentdiff.formats.tokenizer_files import load_tokenizer
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
@@ -34,7 +35,6 @@ from latentdiff.formats.weights import (
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
-from latentdiff.models.clip_tokenizer import ClipTokenizer
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers.models.clip.modeling_clip import CLIPTextModel
     from transformers.models.t5.modeling_t5 import T5EncoderModel
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 Config = dict[str, Any]
 UNet = Union[CrossAttentionUNet, "UNet2DConditionModel"]
@@ -364,42 +363,3 @@ def _t5_name(stored: str) -> str | None:
 
 _T5_KINDS = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 _RENAMES = {"clip_text_model": _clip_name, "clip": _clip_name} | dict.fromkeys(_T5_KINDS, _t5_name)
-
-
-def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersBackend":
-    """The tokenizer of tokenizer/.
-
-    Args:
-        folder: with tokenizer.json, or with vocab.json and merges.txt.
-        customary: transformers' class of a folder that does not name its own.
-
-    Raises:
-        UserError: missing, damaged, or of a class that has no fast version.
-    """
-    config = folder / "tokenizer_config.json"
-    told = read_json(config) if config.is_file() else {}
-    named = str(told.get("tokenizer_class") or "").removesuffix("Fast") or customary
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "merges.txt")):
-        raise UserError(f"{folder / 'tokenizer.json'}: no such file; a model folder needs it.")
-    try:
-        if named == "CLIPTokenizer" and (own := ClipTokenizer.read(folder, told)):
-            return own
-        tokenizer = _tokenizer_class(named).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{folder}: it holds no usable tokenizer ({first_line(error)}).") from error
-    return tokenizer
-
-
-def _tokenizer_class(name: str) -> "type[TokenizersBackend]":
-    """Find a tokenizer class by name; never run code that comes with a checkpoint."""
-    if name == "CLIPTokenizer":
-        from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-        return CLIPTokenizer
-    if name == "T5Tokenizer":
-        from transformers.models.t5.tokenization_t5 import T5Tokenizer
-
-        return T5Tokenizer
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
-
-    return TokenizersBackend

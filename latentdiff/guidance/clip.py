@@ -55,7 +55,7 @@ class Clip:
         """
         from transformers.models.clip.modeling_clip import CLIPModel
 
-        from latentdiff.formats.diffusers_folder import load_tokenizer
+        from latentdiff.formats.tokenizer_files import load_tokenizer
 
         folder = Path(folder)
         path = folder / "config.json"

@@ -111,9 +111,12 @@ def _grouped(stored: WeightFiles, known: Known) -> dict[tuple[Part, str], Kinds]
         if name.startswith(BUNDLED):
             continue
         parsed = parse(name)
-        place = next(((p, known[p][m][0]) for p, m in parsed.places() if m in known[p]), None)
-        if place is None:
+        places: list[tuple[Part, str]]
+        places = [place for place in parsed.places() if place[1] in known[place[0]]]
+        if not places:
             raise UserError(f"{name}: no such layer; the LoRA was made for another model.")
+        part, module = places[0]
+        place = part, known[part][module][0]
         if parsed.kind in groups.setdefault(place, {}):
             raise UserError(f"{name}: a tensor is there twice, under two names.")
         groups[place][parsed.kind] = name
@@ -128,10 +131,10 @@ def _change(
     Raises:
         UserError: a half is missing, or is nothing that this layer has.
     """
-    halves = [kind for kind in _HALVES if kind in names]
-    for kind in halves:
-        if len(stored.shapes[names[kind]]) not in (2, 4):
-            raise UserError(f"{names[kind]}: its shape is not a LoRA's.")
+    halves = [names[kind] for kind in _HALVES if kind in names]
+    for name in halves:
+        if len(stored.shapes[name]) not in (2, 4):
+            raise UserError(f"{name}: its shape is not a LoRA's.")
     if not halves:
         if "diff" in names and isinstance(layer, Layer):
             down, up = _whole(_read(stored, names["diff"]), names["diff"], layer)
@@ -140,7 +143,7 @@ def _change(
             raise UserError(f"{names['alpha']} is there without its other half.")
         return None
     if not {"down", "up"} <= names.keys():
-        raise UserError(f"{names[halves[0]]} is there without its other half.")
+        raise UserError(f"{halves[0]} is there without its other half.")
     if "diff" in names or not isinstance(layer, Layer):
         raise UserError(f"{names['down']}: this layer cannot have it.")
     down, up = _read(stored, names["down"]), _read(stored, names["up"])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Tokenizer = Union["ClipTokenizer", "TokenizersBackend"]
 
+_PROBE = "a photo of 2 cats, \u00fcber \u732b's!\n"
 # T5 has no longest text; this is what it was trained on, when its tokenizer does not say.
 _T5_WINDOW = 512
 
@@ -182,6 +183,10 @@ def _check_tokenizer(tokenizer: "Tokenizer", vocab_size: int) -> None:
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    for text in ("", _PROBE):
+        highest = max((token for token, _ in encode_tokens(tokenizer, text)), default=0)
+        if highest >= vocab_size:
+            raise UserError(f"the tokenizer gives a token id {highest} that it has no word for.")
 
 
 def encode_tokens(tokenizer: "Tokenizer", prompt: str) -> list[tuple[int, tuple[int, int]]]:
@@ -190,7 +195,13 @@ def encode_tokens(tokenizer: "Tokenizer", prompt: str) -> list[tuple[int, tuple[
     A learned word of several vectors is one token in the text, `<cat>`, and those that follow it,
     `<cat>_1`, `<cat>_2`: so diffusers names them, and reads the first as all of them.
     """
-    encoded = tokenizer.backend_tokenizer.encode(prompt)
+    try:
+        encoded = tokenizer.backend_tokenizer.encode(prompt)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # bare ones of the library, and Rust's panics, no `Exception`s
+        told = " ".join(str(error).split())
+        raise UserError(f"the tokenizer cannot read {prompt!r:.60} ({told:.200}).") from error
     added = tokenizer.added_tokens_encoder
     words = {number: word for word, number in added.items() if f"{word}_1" in added}
     tokens: list[tuple[int, tuple[int, int]]] = []

@@ -172,7 +172,7 @@ def _compare(network: str, key: str, change: Callable[[dict[str, object]], objec
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_key_moves_the_output_as_elsewhere_or_is_refused(
     network: str, data: st.DataObject

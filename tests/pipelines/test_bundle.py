@@ -259,8 +259,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change(f / "text_encoder/config.json", num_hidden_layers=1),
         "but not in this network",
     ),
-    "nonsense": (lambda f: change(f / "unet/config.json", norm_num_groups=0), "no network"),
-    "wrong type": (lambda f: change(f / "vae/config.json", block_out_channels="x"), "no network"),
+    "nonsense": (lambda f: change(f / "unet/config.json", norm_num_groups=0), "above 0"),
+    "wrong type": (lambda f: change(f / "vae/config.json", block_out_channels="x"), "must be"),
     "unknown activation": (lambda f: change(f / "unet/config.json", act_fn="rm"), "no network"),
     "unknown text activation": (
         lambda f: change(f / "text_encoder/config.json", hidden_act="os.system"),

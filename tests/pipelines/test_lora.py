@@ -334,7 +334,7 @@ def test_a_file_of_peft_has_its_settings_beside_it(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     attach_lora(bundle, load_lora(tmp_path, bundle), "a")
     assert gap(ours(bundle), answers(model.base_model.model, tower_of(theirs).model)) == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
