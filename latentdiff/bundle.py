@@ -118,6 +118,9 @@ class Bundle:
     ) -> Self:
         """Read a model, after checking all of it: files, configs, names, shapes, finite values.
 
+        Weights that keep their precision are mapped from their file: replace a file that is in use,
+        never overwrite it.
+
         Args:
             where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x or
                 2.x as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the

@@ -126,5 +126,6 @@ _READERS: dict[str, Callable[[Path], list[Fields]]] = dict(
 
 
 def _listed_twice(rows: Sequence[Row]) -> list[str]:
-    counts = Counter(str(row.fields["file_name"]) for row in rows if "file_name" in row.fields)
+    names = (row.fields.get("file_name") for row in rows)
+    counts = Counter(name for name in names if isinstance(name, str) and name)
     return [name for name, count in counts.items() if count > 1]

@@ -156,6 +156,8 @@ LOST: list[Row] = [{"file_name": f"lost{i}.png", "text": "x"} for i in range(5)]
         (_rows({"file_name": "a.png", "text": " "}), "1 pictures .* have no caption: a.png"),
         (_rows({"text": "no name"}), "no file_name"),
         (_rows(A | {"file_name": "a\0.png"}), "no file_name"),
+        (_rows(A | {"file_name": None}, A | {"file_name": None}), "a row .* has no file_name"),
+        (_text("metadata.csv", "file_name,text\n,a\n,b\n"), "a row .* has no file_name"),
         (_rows(A | {"text": 7}), "the text of a.png is not a string"),
         (_rows(A | {"captions": "a cat"}), "the captions of a.png are not a list"),
         (_rows(A | {"captions": [1]}), "the captions of a.png are not a list"),
