@@ -181,6 +181,14 @@ PICTURES = {
     "way": way,
     "photo-parts": photo,
 }
+# What the docs' own commands are given: two of the model's drawings, a mask, two scribbles.
+INPUTS: dict[str, Callable[[LatentDiffusionPipeline], Image.Image]] = {
+    "tree": lambda _: strokes(tree),
+    "sunset": lambda _: sunset(),
+    "cat": lambda pipe: pipe("a cat face", seed=0, progress=False).images[0],
+    "face": lambda pipe: pipe("a grinning face", seed=0, progress=False).images[0],
+    "eyes": lambda _: box(8, 18, 56, 39),
+}
 
 
 def main() -> None:
@@ -188,7 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gallery"), help="a folder")
     parser.add_argument("--only", choices=PICTURES, nargs="*", default=list(PICTURES))
     given = parser.parse_args()
-    for name in (*given.only, "tree", "sunset"):
+    for name in (*given.only, *INPUTS):
         if (given.out / f"{name}.png").exists():
             parser.exit(2, f"error: {given.out / name}.png is there already: another folder.\n")
     try:
@@ -203,9 +211,8 @@ def main() -> None:
             with writing(path, replace=False) as stage:
                 small.save(stage, optimize=True)
             print(path)
-    for name, image in (("tree", strokes(tree)), ("sunset", sunset())):
-        path = given.out / f"{name}.png"
-        print(save_png(image, path))
+    for name, make in INPUTS.items():
+        print(save_png(make(pipe).convert("RGB"), given.out / f"{name}.png"))
 
 
 if __name__ == "__main__":
