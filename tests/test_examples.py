@@ -28,12 +28,14 @@ from latentdiff.pictures import fit, open_picture, save_png
 PAGES = sorted(
     [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("assets/*/README.md")]
 )
-# Runs of minutes, or of machines; `ELSEWHERE` says where else they are run.
+PAGES.remove(ROOT / "docs/server.md")  # its clients need the server that tests/server starts
+# Runs of minutes, of machines or without an end, and where else they are run.
 ELSEWHERE = {
     "pip": ".ci/run",
     "python3": ".ci/run",
     "sudo": ".ci/run",
     "latentdiff data emoji": "tests/data/test_emoji.py",
+    "latentdiff serve": "tests/server",
 }
 
 
@@ -80,7 +82,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
         picture = fit(open_picture(path), max(bundle.size))
         save_png(picture, folder / path.relative_to(ROOT))
     for name in (
-        *("path/to/stable-diffusion", "models/mine", "runs/mine/model"),
+        *("bundled/emoji64", "path/to/stable-diffusion", "models/mine", "runs/mine/model"),
         *("runs/emoji64-diffusion/model", "runs/emoji128/model", "v1-5-pruned-emaonly.safetensors"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
     save_file({"<my-style>": words[0].clone()}, folder / "learned_embeds.safetensors")
     save_file({"emb_params": words}, folder / "easynegative.safetensors")
     (folder / "prompts.txt").write_text("a red heart\na cat face\n")
-    drawn = ["--model", str(folder / "models/mine"), "--out", str(folder / "drawn")]
+    drawn = ["--model", str(folder / "bundled/emoji64"), "--out", str(folder / "drawn")]
     assert main(["generate", "a red heart", "--seed", "7", *drawn]) == 0
     (folder / "drawn/00000-7.png").rename(folder / "heart.png")
     (folder / "MY").mkdir()
@@ -142,7 +144,7 @@ LONG = (ROOT / "docs/editing.md", ROOT / "assets/emoji128/README.md")
 def test_every_example_runs(page: Path, tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_world)
     if "assets" not in page.parts:  # a card is of its own model
-        monkeypatch.setattr(location, "_bundled", lambda: tiny_world / "models/mine")
+        monkeypatch.setattr(location, "_bundled", lambda: tiny_world / "bundled/emoji64")
     run_page(page)
 
 
