@@ -103,6 +103,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
     save_file({"<my-style>": words[0].clone()}, folder / "learned_embeds.safetensors")
     save_file({"emb_params": words}, folder / "easynegative.safetensors")
     (folder / "prompts.txt").write_text("a red heart\na cat face\n")
+    (folder / "story.txt").write_text("a red heart and " * 12)
     drawn = ["--model", str(folder / "bundled/emoji64"), "--out", str(folder / "drawn")]
     assert main(["generate", "a red heart", "--seed", "7", *drawn]) == 0
     (folder / "drawn/00000-7.png").rename(folder / "heart.png")
