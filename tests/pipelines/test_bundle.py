@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.formats.weights import all_finite
 from latentdiff.models.attention import set_attention
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -86,6 +88,14 @@ def test_what_is_saved_comes_back(
     for part in (UNET, VAE, TEXT):
         one = load_file(tmp_path / "model" / part)
         assert all(bool(torch.isfinite(t).all()) for t in one.values())
+
+
+def test_large_finite_weights_are_finite() -> None:
+    """Also where their sum is not."""
+    assert all_finite(torch.full((100,), 3e38))
+    assert all_finite(torch.full((100,), 60_000.0, dtype=torch.float16))
+    for wrong in (math.nan, math.inf, -math.inf):
+        assert not all_finite(torch.tensor([1.0, wrong, -wrong]))
 
 
 def test_half_precision_files(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_text_to_image_by_hand_is_the_pipeline(tower: Literal["clip", "t5"]) -> 
         ("interpolate a b --number 0", "at least one place"),
         ("measure/inversion_error --model nope", "nope: no such model"),
         ("measure/time_edits --model nope", "nope: no such model"),
-        ("measure/time_pipeline --model nope", "nope: no such model"),
+        ("measure/bench --model nope", "nope: no such model"),
         ("measure/solver_orders --draws 0", "--draws: at least 1"),
         ("measure/solver_orders --only nope", "invalid choice: 'nope'"),
         ("measure/compare_solvers --solvers nope", "invalid choice: 'nope'"),

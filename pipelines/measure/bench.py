@@ -1,0 +1,212 @@
+"""Seconds that pictures and networks take here, by each engine, and in other libraries.
+
+    python pipelines/measure/bench.py --peers
+
+All contestants of a row compute the same with the same weights, in turn, round after round; a
+ratio is the median over rounds of the first contestant's seconds to another's. The bundled model
+draws 20 steps of DPM-Solver++(2M) with guidance 4; the networks of Stable Diffusion's size have
+random weights; whole commands start a process each. bfloat16 is measured where the processor
+computes in it. Prints tables for docs/benchmarks.md.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from latentdiff import LatentDiffusionPipeline, UserError
+from latentdiff.diffusion.condition import Condition
+from latentdiff.formats.location import find
+from latentdiff.memory import keep_freed_memory
+from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.engines import PackedAutoencoder, PackedNetwork, cannot_pack
+from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.network import DiffusersUNet
+
+PROMPT, STEPS, SCALE = "a red heart", 20, 4.0
+Sides = dict[str, Callable[[], object]]
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time pictures and networks.")
+    parser.add_argument("--model", help="a folder; default: the bundled model")
+    parser.add_argument("--peers", action="store_true", help="beside diffusers")
+    parser.add_argument("--rounds", type=int, default=10, help="of each comparison")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=list(ROWS), help="the comparisons to make"
+    )
+    given = parser.parse_args()
+    try:
+        folder = find(given.model)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    keep_freed_memory()
+    print(machine(), "", "| what | how | seconds | ratio |", "|---|---|---|---|", sep="\n")
+    for row in given.only:
+        for name, sides in ROWS[row](folder, given.peers).items():
+            report(name, compare(sides, given.rounds))
+
+
+def machine() -> str:
+    """The processor, its threads and the libraries."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
+    able = torch.backends.cpu.get_cpu_capability()
+    halves = "with bfloat16" if len(precisions()) > 1 else "no bfloat16"
+    threads = torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return (
+        f"{model}, {able}, {halves}, {threads} threads, torch {torch.__version__}, load {load:.1f}"
+    )
+
+
+def precisions() -> list[torch.dtype]:
+    """Float32, and bfloat16 where a packed network computes in it."""
+    probe = KLAutoencoder({**VAE, "block_out_channels": [32] * 4}).bfloat16()
+    return [torch.float32] if cannot_pack(probe) else [torch.float32, torch.bfloat16]
+
+
+def compare(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, compute in sides.items():
+            start = time.perf_counter()
+            with torch.no_grad():
+                compute()
+            times[name].append(time.perf_counter() - start)
+    return {name: taken[1:] for name, taken in times.items()}
+
+
+def report(what: str, times: Mapping[str, list[float]]) -> None:
+    """Print the rows of a comparison: median seconds, and the median ratio to the first."""
+    first = next(iter(times.values()))
+    for how, taken in times.items():
+        ratio = statistics.median(a / b for a, b in zip(first, taken, strict=True))
+        print(f"| {what} | {how} | {statistics.median(taken):.3f} | {ratio:.2f} |", flush=True)
+
+
+def pictures(folder: Path, peers: bool) -> dict[str, Sides]:
+    """One picture of a whole model, after loading."""
+    rows: dict[str, Sides] = {}
+    for dtype in precisions():
+        sides: Sides = _their_pictures(folder, dtype) if peers else {}
+        for engine in ("eager", "packed"):
+            pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, engine=engine)
+            sides[f"latentdiff, {engine}"] = lambda pipe=pipe: pipe(
+                PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE, seed=0, progress=False
+            )
+        rows[f"one picture, {_name(dtype)}"] = sides
+    return rows
+
+
+def _their_pictures(folder: Path, dtype: torch.dtype) -> Sides:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    sides: Sides = {}
+    for name in ("diffusers", "diffusers, channels-last"):
+        pipe: Any = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        if "last" in name:
+            pipe.unet.to(memory_format=torch.channels_last)
+            pipe.vae.to(memory_format=torch.channels_last)
+        sides[name] = lambda pipe=pipe: pipe(
+            PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE
+        )
+    return sides
+
+
+def unets(folder: Path, peers: bool) -> dict[str, Sides]:
+    """One call of a U-Net of Stable Diffusion 1's size, at 256 pixels, under guidance."""
+    return {f"U-Net of SD 1, 256 px, {_name(d)}": _unet(d, peers) for d in precisions()}
+
+
+def _unet(dtype: torch.dtype, peers: bool) -> Sides:
+    config = {"cross_attention_dim": 768, "sample_size": 64}
+    module = CrossAttentionUNet(config).to(dtype).eval().requires_grad_(False)
+    x, states = torch.randn(2, 4, 32, 32, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
+    t, condition = torch.full((2,), 500.0), Condition(states=states)
+    eager = DiffusersUNet(module, 4)
+    packed = PackedNetwork.of(eager)
+    sides: Sides = {}
+    if peers:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        with torch.device("meta"):
+            theirs: Any = UNet2DConditionModel(cross_attention_dim=768)
+        theirs.load_state_dict(module.state_dict(), assign=True)
+        sides["diffusers"] = lambda: theirs(x, t, states)
+    sides["latentdiff, eager"] = lambda: eager(x, t, condition)
+    sides["latentdiff, packed"] = lambda: packed(x, t, condition)
+    return sides
+
+
+def autoencoders(folder: Path, peers: bool) -> dict[str, Sides]:
+    """One picture of 256 pixels decoded by an autoencoder of Stable Diffusion's size."""
+    return {f"VAE of SD, 256 px, {_name(d)}": _autoencoder(d, peers) for d in precisions()}
+
+
+def _autoencoder(dtype: torch.dtype, peers: bool) -> Sides:
+    module = KLAutoencoder(VAE).to(dtype).eval().requires_grad_(False)
+    latents = torch.randn(1, 4, 32, 32, dtype=dtype)
+    eager = DiffusersAutoencoder(module)
+    packed = PackedAutoencoder.of(eager)
+    sides: Sides = {}
+    if peers:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        theirs: Any = AutoencoderKL(**VAE)  # pyright: ignore[reportArgumentType]
+        theirs.load_state_dict(module.state_dict(), assign=True)
+        sides["diffusers"] = lambda: theirs.decode(latents)
+    sides["latentdiff, eager"] = lambda: eager.decode(latents)
+    sides["latentdiff, packed"] = lambda: packed.decode(latents)
+    return sides
+
+
+def commands(folder: Path, peers: bool) -> dict[str, Sides]:
+    """Whole commands; `import torch` alone is what none can save."""
+    run = "import sys; from latentdiff.cli import run; sys.exit(run())"
+
+    def process(*words: str) -> Callable[[], object]:
+        return lambda: subprocess.run(
+            [sys.executable, "-c", *words], check=True, stdout=-3, stderr=-3
+        )
+
+    def draw() -> None:
+        with TemporaryDirectory() as out:
+            process(run, "generate", PROMPT, "--seed", "7", "-m", str(folder), "-o", out)()
+
+    sides: Sides = {"python -c 'import torch'": process("import torch")}
+    sides["latentdiff generate"] = draw
+    sides["latentdiff generate --help"] = process(run, "generate", "--help")
+    return {"a whole process": sides}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+ROWS = {"pictures": pictures, "unets": unets, "autoencoders": autoencoders, "commands": commands}
+
+if __name__ == "__main__":
+    main()
