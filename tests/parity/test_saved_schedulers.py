@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parity.saved_schedulers import (
     SD,
     THEIRS,
@@ -38,6 +40,8 @@ FLOW = [name for name in NAMES if CLASSES[name].family == "flow"]
 RAMPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 STEPS = (5, 8, 16)
+Mutation = tuple[dict[str, object], dict[str, object], str]
+"""A config, the same with one key changed, and the key."""
 
 
 def today(everything: list[Any], share: int) -> list[Any]:
@@ -326,8 +330,8 @@ def bases(name: str) -> list[dict[str, object]]:
     return [usual, usual | {"use_exponential_sigmas": True}] if ramped else [usual]
 
 
-def mutations(name: str) -> Iterator[tuple[dict[str, object], dict[str, object], str]]:
-    """(base, changed, key): each key left out, at its default, at others, and of other classes."""
+def mutations(name: str) -> Iterator[Mutation]:
+    """Each key left out, at its default, at others, and of other classes."""
     defaults = CLASSES[name].defaults
     usual, *ramped = bases(name)
     for key in sorted(known_keys()):
@@ -375,10 +379,52 @@ def test_the_values_are_of_every_key() -> None:
     assert set(VALUES) == known_keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_changed_key_is_followed_or_refused(name: str, tmp_path: Path) -> None:
-    for base, changed, key in today(list(mutations(name)), 48):
-        judge(base, changed, key, tmp_path)
+# Keys that take any number of a range.
+NUMBERS: dict[str, st.SearchStrategy[float]] = {
+    "beta_start": st.floats(1e-4, 4e-3),
+    "beta_end": st.floats(5e-3, 3e-2),
+    "num_train_timesteps": st.sampled_from([400, 600, 1000]),
+    "steps_offset": st.integers(0, 5),
+    "sigma_min": st.floats(0.05, 0.3),
+    "sigma_max": st.floats(3, 14),
+    "lambda_min_clipped": st.floats(-4, -1),
+    "flow_shift": st.floats(0.5, 8),
+    "shift": st.floats(0.5, 8),
+    "original_inference_steps": st.integers(20, 100),
+    "timestep_scaling": st.floats(0.01, 20),
+}
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> Mutation:
+    """One key of a class's config left out, at its default, at another value,
+    or one of another class."""
+    name = draw(st.sampled_from(NAMES))
+    base = draw(st.sampled_from(bases(name)))
+    defaults = CLASSES[name].defaults
+    foreign = sorted(known_keys() - set(defaults))
+    kind = draw(st.sampled_from(["drop", "default", "value", "value", "value", "foreign"]))
+    of = {"drop": sorted(set(base) & set(defaults)), "foreign": foreign}.get(kind, sorted(defaults))
+    key = draw(st.sampled_from(of))
+    if kind == "drop":
+        return base, {k: v for k, v in base.items() if k != key}, key
+    value = defaults.get(key) if kind == "default" else draw(values(key))
+    return base, base | {key: list(value) if isinstance(value, tuple) else value}, key
+
+
+def values(key: str) -> st.SearchStrategy[object]:
+    listed = st.sampled_from(VALUES[key])
+    return listed | NUMBERS[key] if key in NUMBERS else listed
+
+
+@given(mutated())
+@settings(max_examples=40, deadline=None)
+def test_a_changed_key_is_followed_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, mutation: Mutation
+) -> None:
+    """Whatever is done to a config moves the picture as it moves diffusers', leaves both as they
+    are, or is refused in a line that names the key."""
+    judge(*mutation, tmp_path_factory.mktemp("config"))
 
 
 @pytest.mark.slow
