@@ -89,6 +89,10 @@ def main(
     batch_size: Annotated[int | None, typer.Option(help="Pictures per step, in all.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA's rank. Default: 16.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Of the LoRA file: diffusers, or kohya for ComfyUI and A1111."),
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels. Default: the model's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all randomness. Default: 0.")] = None,
     push_to_hub: Annotated[
@@ -122,6 +126,7 @@ def main(
             "optim.batch_size": batch_size,
             "optim.lr": lr,
             "lora.rank": rank,
+            "lora.layout": layout,
             "card.push_to_hub": push_to_hub,
         }
         values = {} if config is None else read_yaml(config)

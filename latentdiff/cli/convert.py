@@ -1,7 +1,7 @@
-"""`latentdiff convert`: a model from one layout to the other, with LoRAs in its weights."""
+"""`latentdiff convert`: a model, or a LoRA, from one layout to the other."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -9,13 +9,15 @@ from latentdiff.cli import options
 from latentdiff.cli.models import DtypeName, ModelOptions
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
+from latentdiff.registry import check_name
 
 
 def convert(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A folder, a .safetensors file, a Hugging Face name, or emoji64."
+            metavar="MODEL",
+            help="A folder, a .safetensors file, a Hugging Face name, or emoji64; or a LoRA file.",
         ),
     ],
     out: Annotated[
@@ -31,12 +33,23 @@ def convert(
     prediction: options.PredictionName = None,
     variant: options.Variant = None,
     embedding: options.Embeddings = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Of a LoRA: kohya, for ComfyUI and A1111, or diffusers. Default: kohya."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model", metavar="BASE", help="The model of a LoRA. Default: the bundled one."
+        ),
+    ] = None,
     dtype: Annotated[
         DtypeName,
         typer.Option(help="Precision of the weights in OUT; auto writes float32."),
     ] = "auto",
 ) -> None:
-    """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111."""
+    """Write MODEL as a folder in the diffusers layout, or as one file for ComfyUI and A1111; or a
+    LoRA of BASE in another layout."""
     check_writable(out.parent)
     try:
         taken = out.is_symlink() or out.exists()
@@ -44,8 +57,36 @@ def convert(
         raise UserError(f"{out!s:.200}: {error.strerror}.") from error
     if taken:
         raise UserError(f"{out}: it is there already; name another.")
+    precision = "float32" if dtype == "auto" else dtype
+    if _convert_lora(model, out, base, layout, precision):
+        return
     pipe = ModelOptions(model, vae, prediction, variant, lora, embedding).load("cpu", "float32")
     import torch
 
     bundle = pipe.fuse_loras() if lora else pipe.bundle
-    print(bundle.save(out, dtype=getattr(torch, "float32" if dtype == "auto" else dtype)))
+    print(bundle.save(out, dtype=getattr(torch, precision)))
+
+
+def _convert_lora(
+    path: str, out: Path, base: str | None, layout: str | None, precision: str
+) -> bool:
+    """Write a LoRA in a layout; False where `path` is none.
+
+    Raises:
+        UserError: it is none, but an option is for one; or it cannot be read or written.
+    """
+    from latentdiff import lora
+
+    if not lora.is_lora(path):
+        if layout is not None or base is not None:
+            raise UserError(f"{path}: --layout and --model are for a LoRA, which it is not.")
+        return False
+    import torch
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: a LoRA is written as one .safetensors file.")
+    check_name("LoRA layout", layout or "kohya", get_args(lora.Layout))
+    bundle = ModelOptions(base).load("cpu", "float32").bundle
+    known = cast(lora.Layout, layout or "kohya")
+    print(lora.convert_lora(path, out, bundle, known, getattr(torch, precision)))
+    return True

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
+from latentdiff.lora.file import Layout
 from latentdiff.reading import decode
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
@@ -34,6 +35,7 @@ class LoraConfig(Strict):
     targets: str | list[str] = "all"
     text_encoder: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    layout: Layout = "diffusers"
 
 
 class InversionConfig(Strict):

@@ -43,7 +43,7 @@ def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     wrote: list[Path] = []
     base = "" if config.model is None else f" --model {quote(config.model)}"
     if config.method == "lora":
-        path = save_lora(lora_of(bundle), out / LORA_FILE)
+        path = save_lora(lora_of(bundle), out / LORA_FILE, layout=config.lora.layout)
         if not config.objective.moves:
             return [f"wrote {path}", f'latentdiff generate "..." --lora {quote(str(path))}{base}']
         bundle = fused(bundle)  # the file alone does not say what it makes of its model

@@ -4,7 +4,14 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3.
 """
 
 from latentdiff.lora.factors import Factors, Lora
-from latentdiff.lora.file import Layout, default_name, load_lora, save_lora
+from latentdiff.lora.file import (
+    Layout,
+    convert_lora,
+    default_name,
+    is_lora,
+    load_lora,
+    save_lora,
+)
 from latentdiff.lora.layers import (
     TARGETS,
     add_lora,
@@ -23,9 +30,11 @@ __all__ = [
     "Lora",
     "add_lora",
     "attach_lora",
+    "convert_lora",
     "default_name",
     "detach_lora",
     "fused",
+    "is_lora",
     "load_lora",
     "lora_names",
     "lora_of",

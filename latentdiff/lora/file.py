@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.embeddings import BUNDLED, packed_words
 from latentdiff.formats.weights import (
@@ -189,6 +189,29 @@ def is_lora(path: str | Path) -> bool:
     return True
 
 
+def convert_lora(
+    path: str | Path, out: Path, bundle: Bundle, layout: Layout, dtype: torch.dtype | None
+) -> Path:
+    """Write a LoRA file anew in a layout.
+
+    Args:
+        path: a LoRA in any layout.
+        out: the file to be.
+        bundle: the model that it was made for.
+        layout: see `save_lora`.
+        dtype: likewise.
+
+    Raises:
+        UserError: no LoRA, or one for another model; or `out` cannot be written.
+    """
+    lora = load_lora(path, bundle)
+    if lora.words:
+        warn(f"{path}: the learned words {', '.join(lora.words)} in it are left out.")
+    own = ("format", _METADATA, "ss_network_module", "ss_network_dim", "ss_network_alpha")
+    kept = {name: text for name, text in lora.metadata.items() if name not in own}
+    return save_lora(lora, out, layout=layout, dtype=dtype, metadata=kept)
+
+
 def default_name(path: str | Path) -> str:
     """Derive the default name of a LoRA from its file or folder."""
     where = Path(path)
@@ -222,7 +245,9 @@ def _known_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 def ldm_names(model: nn.Module) -> dict[str, str]:
     """Latent-diffusion's names of a U-Net's layers, by their own; none of other networks."""
     config = getattr(model, "config", None)
-    count, blocks = (getattr(config, key, None) for key in ("layers_per_block", "down_block_types"))
+    if not isinstance(config, Mapping):
+        return {}
+    count, blocks = (config.get(key) for key in ("layers_per_block", "down_block_types"))
     if not isinstance(count, int) or not isinstance(blocks, list | tuple):
         return {}
     table = ldm.unet_table(count, ["CrossAttn" in str(block) for block in blocks])
@@ -288,6 +313,7 @@ def save_lora(
     path: str | Path,
     *,
     layout: Layout = "diffusers",
+    dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a LoRA: all of it, or nothing.
@@ -298,7 +324,9 @@ def save_lora(
         lora: the result of `lora_of` or `load_lora`.
         path: the file to be. `StableDiffusionPipeline.load_lora_weights` looks in a folder for
             `pytorch_lora_weights.safetensors`.
-        layout: "diffusers" (peft's names), or "kohya", for A1111 and ComfyUI.
+        layout: "diffusers" (peft's names), or "kohya", of which A1111 and ComfyUI take every
+            tensor; of diffusers' ComfyUI reads no alpha and leaves some layers out.
+        dtype: of the factors in the file; None keeps theirs.
         metadata: further text for the file's header.
 
     Raises:
@@ -312,6 +340,8 @@ def save_lora(
     replace = may_replace(path, "a LoRA that opens here", recognise)
     write = _kohya if layout == "kohya" else _diffusers
     values, header = write(lora)
+    if dtype is not None:
+        values = {n: v if n.endswith(".alpha") else v.to(dtype) for n, v in values.items()}
     save_tensors(values, path, {**header, **(metadata or {})}, replace=replace)
     return path
 

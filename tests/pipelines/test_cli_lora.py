@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import tiny_bundle, unet_of
 
 from latentdiff import LatentDiffusionPipeline
@@ -15,7 +16,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.cli import main
 from latentdiff.cli.models import parse_lora
 from latentdiff.errors import UserError
-from latentdiff.lora import add_lora, lora_of, save_lora
+from latentdiff.lora import add_lora, load_lora, lora_of, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,43 @@ def test_convert_goes_both_ways_and_fuses(
     assert main(["convert", str(model), str(folder)]) == 2
     assert main(["convert", str(tmp_path / "none"), str(tmp_path / "d")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_convert_writes_a_lora_in_another_layout(
+    model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There and back, with the factors as they were; words packed in are named and left out."""
+    packed, kohya, back = (tmp_path / f"{name}.safetensors" for name in ("packed", "kohya", "back"))
+    values = load_file(lora) | {"bundle_emb.cat.emb_params": torch.ones(1, 16)}
+    save_file(values, packed, {"note": "hearts", **metadata_of(lora)})
+    base = ["--model", str(model)]
+    assert main(["convert", str(packed), str(kohya), *base]) == 0
+    assert "words cat in it are left out" in capsys.readouterr().err
+    assert all(name.startswith(("lora_unet_", "lora_te_")) for name in load_file(kohya))
+    assert (
+        main(["convert", str(kohya), str(back), "--layout=diffusers", "--dtype=float16", *base])
+        == 0
+    )
+    bundle = Bundle.load(model)
+    first, second, third = (load_lora(path, bundle) for path in (lora, kohya, back))
+    assert metadata_of(back)["note"] == "hearts"
+    for part, pairs in first.parts():
+        for again, half in ((second, False), (third, True)):
+            found = dict(again.parts())[part]
+            assert found.keys() == pairs.keys()
+            for module, pair in pairs.items():
+                wanted = pair.up.half().float() if half else pair.up
+                assert torch.equal(found[module].up, wanted)
+                assert found[module].alpha == pair.alpha
+    for arguments, told in (
+        ([str(model), str(tmp_path / "x"), "--layout=kohya"], "are for a LoRA, which it is not"),
+        ([str(lora), str(tmp_path / "folder"), *base], "one .safetensors file"),
+        ([str(lora), str(tmp_path / "y.safetensors"), "--layout=koya", *base], "did you mean"),
+    ):
+        assert main(["convert", *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}

@@ -11,6 +11,7 @@ import yaml
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tiny import tiny_bundle
 
 from latentdiff.cli import main
@@ -18,7 +19,7 @@ from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.learning.card import Outcome, card, push, share
 from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig
-from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
+from latentdiff.learning.finetune_config import FinetuneConfig, LoraConfig, PicturesConfig
 from latentdiff.learning.methods import make_trainable
 from latentdiff.learning.results import save_outcome
 
@@ -91,6 +92,20 @@ def test_the_command_that_a_run_ends_with_can_be_typed(
     (command,) = (line for line in lines if line.startswith("latentdiff generate"))
     lora = ["--lora", f"{out}/pytorch_lora_weights.safetensors", "--model", "a model"]
     assert shlex.split(command)[3:] == (lora if method == "lora" else ["--model", f"{out}/model"])
+
+
+@pytest.mark.parametrize(("layout", "beginning"), [("diffusers", "unet."), ("kohya", "lora_unet_")])
+def test_a_fine_tune_writes_either_layout(
+    tmp_path: Path, layout: Literal["diffusers", "kohya"], beginning: str
+) -> None:
+    data = PicturesConfig(root=tmp_path / "pictures")
+    own = LoraConfig(layout=layout)
+    config = FinetuneConfig(
+        method="lora", model="a model", data=data, out=tmp_path / "out", lora=own
+    )
+    save_outcome(make_trainable(tiny_bundle(), config), config, [])
+    names = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith(beginning) for name in names)
 
 
 def test_a_base_model_of_the_hub_is_named_for_it(tmp_path: Path) -> None:
