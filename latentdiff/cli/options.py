@@ -143,7 +143,8 @@ class RunOptions:
             "--also",
             metavar="TEXT:WEIGHT",
             help="A further prompt and its weight, as 'a hat:0.7' (PROMPT has 1); below 0 steers "
-            "away. May be given again.",
+            "away. May be given again. Two things that the model never shows together blur: see "
+            "docs/guidance.md, and try --guidance apg.",
         ),
     ] = None
     weights: Annotated[

@@ -18,8 +18,10 @@ def composed(
 
     Classifier-free guidance of scale s makes of it negative + s (positive - negative) +
     sum_i s w_i (x_0i - negative): Liu et al. 2022 (Composable Diffusion), eq. 11, with weights of s
-    and s w_i. So it goes with every guidance, and without any. All rows go through the network as
-    one batch; the negative condition is asked here where the guidance does not ask it.
+    and s w_i. With noise the sum is the score of no distribution (Du et al. 2023, Reduce, Reuse,
+    Recycle), and what a model never shows together comes out blurred. It goes with every guidance,
+    and without any. All rows go through the network as one batch; the negative condition is asked
+    here where the guidance does not ask it.
 
     Args:
         denoise: to guide; the guidance goes around what is returned.
