@@ -100,8 +100,9 @@ def answering(call: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(call)
     def answered(*arguments: P.args, **named: P.kwargs) -> R:
-        for name in named.keys() - known & ANSWERS.keys():
-            raise UserError(f"{name}: {ANSWERS[name]}.")
+        for name in named:
+            if name not in known and name in ANSWERS:
+                raise UserError(f"{name}: {ANSWERS[name]}.")
         return call(*arguments, **named)
 
     return answered

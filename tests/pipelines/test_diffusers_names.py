@@ -155,7 +155,8 @@ def test_what_has_an_equal_is_one(tmp_path: Path) -> None:
     images, flagged = output
     assert flagged is None
     assert output[0] is output.images is images
-    assert torch.equal(again("a red heart", **settings()).images, images)
+    drawn = again("a red heart", **settings()).images
+    assert (drawn - images).abs().max() < 1e-4  # an engine may draw one of them
 
 
 def settings() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The card of a trained model, and the line of a push that fails."""
 
 import json
+import platform
 import re
 import shlex
 from pathlib import Path
@@ -14,13 +15,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import tiny_bundle
 
+from latentdiff.bundle import Bundle
 from latentdiff.cli import main
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
+from latentdiff.files import make_folder
 from latentdiff.learning.card import Outcome, card, push, share
 from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig
 from latentdiff.learning.finetune_config import FinetuneConfig, LoraConfig, PicturesConfig
 from latentdiff.learning.methods import make_trainable
+from latentdiff.learning.records import Records
 from latentdiff.learning.results import save_outcome
 
 
@@ -157,7 +161,6 @@ def test_every_call_of_a_card_draws(
     save_outcome(make_trainable(bundle, config), config, pictures)
     folder = out if kind == "lora" else out / "model"
     text = (folder / "README.md").read_text("utf-8")
-    assert str(tmp_path) not in text
     monkeypatch.chdir(folder.parent)
     if inpaints:
         Image.new("RGB", (16, 16), "red").save("picture.png")
@@ -172,6 +175,33 @@ def test_every_call_of_a_card_draws(
     assert command[1 + inpaints] == " ".join(caption.split())
     assert main(command) == 0
     assert len(list(Path("outputs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_pushed_tells_neither_place_nor_machine(
+    tmp_path: Path, method: Literal["lora", "full"]
+) -> None:
+    data, out = PicturesConfig(root=tmp_path / "pictures"), tmp_path / "cats"
+    base = str(tiny_bundle().save(tmp_path / "base"))
+    config = FinetuneConfig(method=method, model=base, data=data, out=out)
+    make_folder(out)
+    records = Records(out, 0)
+    records.scalars(1, {"loss": 1.0})
+    records.picture(1, "samples", Image.new("RGB", (8, 8)))
+    records.close()
+    bundle = Bundle.load(base)
+    save_outcome(make_trainable(bundle, config), config, [Example(tmp_path / "a.png", ("a",), {})])
+    folder, kind = (out, "lora") if method == "lora" else (out / "model", "model")
+    outcome = Outcome(folder, kind, base, [], data.root)
+    pushed = [path for path in outcome.folder.rglob("*") if path.is_file()]
+    if outcome.files is not None:
+        pushed = [path for path in pushed if path.name in outcome.files]
+    assert {"README.md", "samples.png"} <= {path.name for path in pushed}
+    told = {path.name: path.read_bytes() for path in pushed}
+    for name, content in told.items():
+        assert str(tmp_path).encode() not in content, name
+        assert platform.node() not in name
+    assert method == "lora" or len(told) > 8
 
 
 def test_a_card_promises_diffusers_only_what_it_draws(tmp_path: Path) -> None:
