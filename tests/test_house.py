@@ -148,13 +148,15 @@ def test_console_script_starts() -> None:
 
 
 def test_start_up_is_light(tmp_path: Path) -> None:
-    """Neither `import latentdiff` nor any `--help` waits for torch; and to draw with the
+    """Neither `import latentdiff` nor any `--help` nor a list waits for torch; and to draw with the
     bundled model, nothing waits for diffusers, transformers and what these bring along."""
     report = "import json, sys; print(json.dumps(sorted(sys.modules)))"
     code = "import latentdiff; from latentdiff.cli import main; main(['generate', '--help'])"
     done = python("-c", f"{code}; {report}")
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert not {"torch", "numpy", "PIL", "diffusers", "transformers"} & loaded
+    done = python("-c", f"from latentdiff.cli import main; main(['solvers']); {report}")
+    assert "torch" not in set(json.loads(done.stdout.splitlines()[-1]))
 
     draw = f"main(['generate', 'a red heart', '--steps', '1', '--out', {str(tmp_path)!r}])"
     done = python("-c", f"from latentdiff.cli import main; {draw}; {report}")

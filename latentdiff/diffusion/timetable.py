@@ -7,14 +7,17 @@ back, which the loop of `latentdiff.diffusion.sampling` makes with the forward k
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentdiff.diffusion.process import DiscreteVP, NoiseLevel, Process
 from latentdiff.errors import UserError
 from latentdiff.registry import check_name
 
-Timetable = Sequence[NoiseLevel]
+if TYPE_CHECKING:
+    from latentdiff.diffusion.process import NoiseLevel, Process
+
+Timetable = Sequence["NoiseLevel"]
 
 # Pure noise has no finite sigma / alpha to space steps from, and the 20,000 of the cosine schedule
 # would take half of the steps. The first level is then that end itself, and the rest are spaced
@@ -28,7 +31,7 @@ def names() -> list[str]:
     return list(_SPACINGS)
 
 
-def create(name: str, process: Process, steps: int, *, steps_offset: int = 0) -> Timetable:
+def create(name: str, process: "Process", steps: int, *, steps_offset: int = 0) -> Timetable:
     """The levels of a run of so many steps.
 
     On a discrete process "leading", "trailing" and "linspace" (Lin et al. 2024, table 2) visit
@@ -57,6 +60,8 @@ def create(name: str, process: Process, steps: int, *, steps_offset: int = 0) ->
     check_name("timetable", name, _SPACINGS)
     if steps < 1:
         raise UserError(f"a run needs at least 1 step, not {steps}.")
+    from latentdiff.diffusion.process import DiscreteVP  # not before: names need no torch
+
     if name in _EVEN_IN_T and isinstance(process, DiscreteVP):
         times = whole_times(name, process.num_train_timesteps, steps, steps_offset)
         levels = [process.level(float(t)) for t in times]
@@ -96,7 +101,7 @@ def ramp(name: str, high: float, low: float, steps: int) -> np.ndarray:
     return low + (high - low) * _beta_quantiles(1 - np.linspace(0, 1, steps))
 
 
-def of_times(process: Process, times: Sequence[float]) -> Timetable:
+def of_times(process: "Process", times: Sequence[float]) -> Timetable:
     """The levels at these falling times, and a step to clean data.
 
     Raises:
@@ -110,7 +115,7 @@ def of_times(process: Process, times: Sequence[float]) -> Timetable:
     return (*(process.level(t) for t in times), process.data_level())
 
 
-def of_sigmas(process: Process, sigmas: Sequence[float]) -> Timetable:
+def of_sigmas(process: "Process", sigmas: Sequence[float]) -> Timetable:
     """The levels at these falling sigma / alpha (Karras et al. 2022's "sigmas"), and clean data.
 
     A last 0 is the clean data itself.
@@ -133,7 +138,7 @@ def _check_falling(name: str, values: Sequence[float]) -> None:
         raise UserError(f"{name} must fall from noise to data.")
 
 
-def shift(process: Process, timetable: Timetable, factor: float) -> Timetable:
+def shift(process: "Process", timetable: Timetable, factor: float) -> Timetable:
     """The timetable with every sigma / alpha multiplied by a factor.
 
     Esser et al. 2024 (Stable Diffusion 3), eq. 23: on rectified flow t becomes
@@ -194,34 +199,34 @@ def _discrete_linspace(count: int, steps: int) -> np.ndarray:
     return np.round(np.linspace(count - 1, 0, steps)).astype(np.int64)
 
 
-def _leading(process: Process, steps: int) -> list[NoiseLevel]:
+def _leading(process: "Process", steps: int) -> "list[NoiseLevel]":
     stride = (process.t_max - process.t_min) / steps
     return [process.level(process.t_min + k * stride) for k in reversed(range(steps))]
 
 
-def _trailing(process: Process, steps: int) -> list[NoiseLevel]:
+def _trailing(process: "Process", steps: int) -> "list[NoiseLevel]":
     stride = (process.t_max - process.data_level().t) / steps
     return [process.level(process.t_max - k * stride) for k in range(steps)]
 
 
-def _linspace(process: Process, steps: int) -> list[NoiseLevel]:
+def _linspace(process: "Process", steps: int) -> "list[NoiseLevel]":
     return [process.level(float(t)) for t in np.linspace(process.t_max, process.t_min, steps)]
 
 
-def _karras(process: Process, steps: int) -> list[NoiseLevel]:
+def _karras(process: "Process", steps: int) -> "list[NoiseLevel]":
     return _ramp(process, steps, lambda ratio: ratio ** (1 / 7), lambda y: y**7)
 
 
-def _exponential(process: Process, steps: int) -> list[NoiseLevel]:
+def _exponential(process: "Process", steps: int) -> "list[NoiseLevel]":
     return _ramp(process, steps, math.log, math.exp)
 
 
 def _ramp(
-    process: Process,
+    process: "Process",
     steps: int,
     warp: Callable[[float], float],
     unwarp: Callable[[float], float],
-) -> list[NoiseLevel]:
+) -> "list[NoiseLevel]":
     """Levels even in warp(sigma / alpha), the ends exactly at t_max and t_min.
 
     From an end with hardly any signal the first step goes to where they begin to be even.
@@ -236,19 +241,19 @@ def _ramp(
 
 
 def _between(
-    process: Process,
-    start: NoiseLevel,
-    end: NoiseLevel,
+    process: "Process",
+    start: "NoiseLevel",
+    end: "NoiseLevel",
     count: int,
     warp: Callable[[float], float],
     unwarp: Callable[[float], float],
-) -> list[NoiseLevel]:
+) -> "list[NoiseLevel]":
     ramp = np.linspace(warp(start.ratio), warp(end.ratio), count)
     middle = [process.level_of_ratio(unwarp(float(y))) for y in ramp[1:-1]]
     return [start, *middle, end][:count]
 
 
-def _beta(process: Process, steps: int) -> list[NoiseLevel]:
+def _beta(process: "Process", steps: int) -> "list[NoiseLevel]":
     reach = process.t_max - process.t_min
     quantiles = _beta_quantiles(1 - np.arange(1, steps) / steps)
     inner = (process.level(process.t_min + float(share) * reach) for share in quantiles)
@@ -269,8 +274,8 @@ def _beta_quantiles(shares: np.ndarray, shape: float = 0.6) -> np.ndarray:
     return np.where(shares <= 0.5, lower, 1 - lower)
 
 
-def _ays(table: Sequence[float]) -> Callable[[Process, int], list[NoiseLevel]]:
-    def levels(process: Process, steps: int) -> list[NoiseLevel]:
+def _ays(table: Sequence[float]) -> "Callable[[Process, int], list[NoiseLevel]]":
+    def levels(process: "Process", steps: int) -> "list[NoiseLevel]":
         places = np.linspace(0, len(table) - 1, steps + 1)[:steps]
         logs = np.interp(places, np.arange(len(table)), np.log(table))
         noisiest = process.level(process.t_max)
@@ -294,7 +299,7 @@ _DISCRETE: dict[str, Callable[[int, int], np.ndarray]] = {
 
 _EVEN_IN_T = tuple(_DISCRETE)
 
-_SPACINGS: dict[str, Callable[[Process, int], list[NoiseLevel]]] = {
+_SPACINGS: "dict[str, Callable[[Process, int], list[NoiseLevel]]]" = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,

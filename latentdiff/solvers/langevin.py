@@ -79,6 +79,11 @@ def _norm(x: Tensor) -> Tensor:
     return norm.clamp(min=torch.finfo(x.dtype).tiny)
 
 
+def ancestral_corrector() -> PredictorCorrector:
+    """Ancestral steps, each corrected by Langevin's."""
+    return PredictorCorrector(DDIM(eta=1.0))
+
+
 @dataclass(frozen=True)
 class AnnealedLangevin:
     """Song & Ermon 2019 (Generative Modeling by Estimating Gradients), algorithm 1.
