@@ -36,6 +36,14 @@ def test_a_row_of_the_report(name: str) -> None:
     assert float(cells[5].rstrip(" |")) < 0.05
 
 
+def test_timetables_are_compared_beside_an_exact_flow() -> None:
+    """Twice the steps of a second-order solver quarter the error, or better; karras leads."""
+    nearness = runpy.run_path(str(SCRIPTS / "measure/timetables.py"))["gaussian_nearness"]
+    karras = [nearness("karras", "dpmpp-2m", steps) for steps in (10, 20, 40)]
+    assert karras[0] > nearness("trailing", "dpmpp-2m", 10) + 5
+    assert karras[2] > karras[1] + 9 > karras[0] + 18
+
+
 def test_solvers_are_compared_on_a_model() -> None:
     """A picture for each solver and number of steps; calls are counted; the plot is drawn."""
     module = runpy.run_path(str(SCRIPTS / "measure/compare_solvers.py"))
