@@ -174,6 +174,21 @@ def test_final_law_is_that_of_the_data(name: str, kind: str) -> None:
     assert_law(draws, MEAN, COVARIANCE)
 
 
+@pytest.mark.parametrize("name", ["dpmpp-3m-sde", "dpmpp-2m-sde", "sa-solver"])
+def test_karras_on_the_cosine_schedule_ends_with_the_law_of_the_data(name: str) -> None:
+    """It begins at sigma / alpha of 20,000; spaced from there on, the last steps are too long."""
+    where = process.create("vp-cosine")
+    levels = timetable.create("karras", where, 40)
+    spaced = timetable.ramp("karras", levels[0].ratio, levels[-2].ratio, 40).tolist()
+    uncapped = [*map(where.level_of_ratio, spaced), levels[-1]]
+    errors = [
+        (exact_law(solvers.create(name, where), each)[1] - COVARIANCE).abs().max().item()
+        for each in (levels, uncapped)
+    ]
+    assert errors[0] < 0.05
+    assert errors[1] > 5 * errors[0]
+
+
 @pytest.mark.parametrize("kind", ["vp-linear-zsnr", "ve", "flow"])
 @pytest.mark.parametrize("name", EXACT)
 def test_few_steps_are_exact_for_one_picture(name: str, kind: str) -> None:

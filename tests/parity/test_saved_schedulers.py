@@ -83,7 +83,7 @@ def check(cases: list[tuple[dict[str, object], int]], folder: Path) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_combination_of_a_class(name: str, tmp_path: Path) -> None:
-    check(today(list(product(name)), 96), tmp_path)
+    check(today(list(product(name)), 192), tmp_path)
 
 
 @pytest.mark.slow
@@ -418,7 +418,7 @@ def values(key: str) -> st.SearchStrategy[object]:
 
 
 @given(mutated())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_changed_key_is_followed_or_refused(
     tmp_path_factory: pytest.TempPathFactory, mutation: Mutation
 ) -> None:
