@@ -1,7 +1,7 @@
 """The network of a model: (x_t, t, condition) -> its prediction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -111,6 +111,8 @@ class DiffusersUNet:
         module: ours, or a network of diffusers.
         channels: C of the latents; the module may take C, 2C + 1 (inpainting: a mask and the masked
             picture's latents) or 2C (InstructPix2Pix), and give C or 2C.
+        compiled: what is called in place of the module, if that came out of `torch.compile`: then
+            the module is the one inside it, which is saved, takes a LoRA and is perturbed.
 
     Raises:
         UserError: other numbers of channels, or an input that no prompt tells.
@@ -127,8 +129,12 @@ class DiffusersUNet:
 
     module: "CrossAttentionUNet | UNet2DConditionModel"
     channels: int
+    compiled: nn.Module | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if (inside := getattr(self.module, "_orig_mod", None)) is not None:
+            object.__setattr__(self, "compiled", self.module)
+            object.__setattr__(self, "module", inside)
         config = self.module.config
         inside, outside = config["in_channels"], config["out_channels"]
         if inside not in self._kinds() or outside not in (self.channels, 2 * self.channels):
@@ -217,7 +223,7 @@ class DiffusersUNet:
             )
         states, mask = condition.states, condition.mask
         assert states is not None
-        module: Any = self.module
+        module: Any = self.module if self.compiled is None else self.compiled
         output = module(
             x.to(self.dtype),
             t,

@@ -27,6 +27,7 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import load_autoencoder
 from latentdiff.formats.weights import all_finite
+from latentdiff.lora import add_lora, lora_names
 from latentdiff.models.attention import set_attention
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -45,10 +46,10 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-def draw(bundle: Bundle) -> Tensor:
+def draw(bundle: Bundle, **given: Any) -> Tensor:
     pipe = LatentDiffusionPipeline(bundle)
     arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "progress": False}
-    return pipe(["a red heart", "a cat face"], seed=1, **arguments).images
+    return pipe(["a red heart", "a cat face"], seed=1, **arguments, **given).images
 
 
 def refusal(folder: Path) -> str:
@@ -431,6 +432,27 @@ def test_bad_options_come_before_any_reading() -> None:
         arguments: dict[str, Any] = wrong
         with pytest.raises(UserError, match="|".join(wrong.values())):
             Bundle.load("no/such/folder", **arguments)
+
+
+def test_a_network_compiled_by_hand_is_the_network(folder: Path) -> None:
+    """It is called; saved, perturbed and given a LoRA is what is inside it. (Nothing compiles here:
+    dynamo takes ten seconds.)"""
+    bundle = Bundle.load(folder)
+    unet: Any = torch.compile(unet_of(bundle))
+    compiled = replace(bundle, network=bundle.network.with_module(unet))
+    calls: list[int] = []
+    unet.register_forward_hook(lambda *_: calls.append(1))
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(draw(compiled), draw(bundle))
+        assert len(calls) == 2
+        perturbed = [draw(b, edits=["pag:3"]) for b in (compiled, bundle)]
+        assert torch.equal(*perturbed)
+        assert not torch.equal(perturbed[0], draw(bundle))
+        for name in ("again", "again.safetensors"):
+            again = Bundle.load(compiled.save(folder.parent / name))
+            assert torch.equal(draw(again), draw(bundle))
+        add_lora(compiled)
+        assert lora_names(compiled) == ["lora"]
 
 
 def test_parts_must_fit() -> None:
