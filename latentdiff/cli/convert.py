@@ -1,7 +1,8 @@
 """`latentdiff convert`: a model, or a LoRA, from one layout to the other."""
 
+import sys
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -10,6 +11,9 @@ from latentdiff.cli.models import DtypeName, ModelOptions
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
 from latentdiff.registry import check_name
+
+if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
 
 
 def convert(
@@ -65,6 +69,34 @@ def convert(
 
     bundle = pipe.fuse_loras() if lora else pipe.bundle
     print(bundle.save(out, dtype=getattr(torch, precision)))
+    if not out.is_dir() and (strange := _not_understood(bundle)):
+        print(f"ComfyUI and A1111 will draw it wrongly: {'; '.join(strange)}", file=sys.stderr)
+
+
+def _not_understood(bundle: "Bundle") -> list[str]:
+    """What of a model ComfyUI and A1111 do not find in a single file, and take for granted."""
+    from latentdiff.diffusion import process
+
+    text: Any = next(iter(bundle.conditioner.modules.values()))
+    strange: list[str] = []
+    if bundle.latent_channels != 4:
+        strange.append(f"its latents have {bundle.latent_channels} channels, not 4")
+    elif bundle.autoencoder.scaling_factor != 0.18215:
+        strange.append(
+            f"its latents are scaled by {bundle.autoencoder.scaling_factor}, not 0.18215"
+        )
+    if text.config.vocab_size != 49408:
+        strange.append(f"its vocabulary is of {text.config.vocab_size} tokens, not CLIP's")
+    if bundle.prediction == "v" and text.config.hidden_act == "quick_gelu":
+        strange.append(
+            "a model of version 1 that predicts v is taken for eps (A1111 reads a .yaml beside it, "
+            "ComfyUI has the node ModelSamplingDiscrete)"
+        )
+    elif bundle.prediction not in ("eps", "v"):
+        strange.append(f"it predicts {bundle.prediction}, not eps or v")
+    if not process.agree(bundle.process, process.create("vp-scaled-linear")):
+        strange.append("its noise schedule is not that of Stable Diffusion")
+    return strange
 
 
 def _convert_lora(

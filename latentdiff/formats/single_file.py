@@ -341,8 +341,11 @@ def save_single(
         save_tokenizer(text.tokenizer, scratch)
         found = [scratch / name for name in _TOKENIZER_FILES]
         words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
-    header = json.dumps({**configs, "tokenizer": words})
-    save_tensors(values, path, {_HEADER: header}, replace=replace)
+    header = {_HEADER: json.dumps({**configs, "tokenizer": words})}
+    declared = infer.MODEL_SPEC_PREDICTIONS.get(str(schedule.get("prediction_type")))
+    if declared is not None:  # the other predictions have no name in the standard
+        header |= {infer.MODEL_SPEC_PREDICTION: declared}
+    save_tensors(values, path, header, replace=replace)
     return path
 
 

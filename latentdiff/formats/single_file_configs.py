@@ -196,10 +196,15 @@ def scheduler_config(prediction: str, zero_snr: bool = False) -> Config:
     }
 
 
+MODEL_SPEC_PREDICTION = "modelspec.prediction_type"
+MODEL_SPEC_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""Predictions in diffusers' words and in those of the ModelSpec standard."""
+
+
 def declared_prediction(metadata: Mapping[str, str]) -> str | None:
     """Read the prediction type from a header that follows the ModelSpec standard, or None."""
-    kinds = {"epsilon": "epsilon", "v": "v_prediction"}
-    return kinds.get(metadata.get("modelspec.prediction_type", "").lower())
+    kinds = {theirs: ours for ours, theirs in MODEL_SPEC_PREDICTIONS.items()}
+    return kinds.get(metadata.get(MODEL_SPEC_PREDICTION, "").lower())
 
 
 def declared_size(metadata: Mapping[str, str]) -> int | None:

@@ -1,6 +1,7 @@
 """`--lora` and `latentdiff convert`, on a real tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_bundle, unet_of
+from tiny import sd_like, tiny_bundle, unet_of
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
@@ -132,6 +133,33 @@ def test_convert_goes_both_ways_and_fuses(
     assert main(["convert", str(model), str(folder)]) == 2
     assert main(["convert", str(tmp_path / "none"), str(tmp_path / "d")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("tiny", ["scaled by 0.7, not 0.18215", "not CLIP's", "predicts x0", "noise schedule"]),
+        ("sd1", ["scaled by 1.0, not 0.18215", "not CLIP's", "a model of version 1"]),
+        ("sd2", ["scaled by 1.0, not 0.18215", "tokens, not CLIP's"]),
+    ],
+)
+def test_convert_says_what_others_take_for_granted(
+    kind: str, told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "tiny":
+        model = tiny_bundle(process="vp-cosine", prediction="x0")
+    else:
+        model = replace(sd_like(int(kind[-1]), 2, 1), prediction="v")
+    folder, file = model.save(tmp_path / "model"), tmp_path / "a.safetensors"
+    assert main(["convert", str(folder), str(file)]) == 0
+    line = capsys.readouterr().err
+    assert line.startswith("ComfyUI and A1111 will draw it wrongly: ")
+    assert line.count("; ") == len(told) - 1
+    assert all(part in line for part in told)
+    spec = {"v": "v", "x0": None}[model.prediction]
+    assert metadata_of(file).get("modelspec.prediction_type") == spec
+    assert main(["convert", str(file), str(tmp_path / "again")]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_convert_writes_a_lora_in_another_layout(
