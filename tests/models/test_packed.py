@@ -19,6 +19,7 @@ from latentdiff.diffusion.condition import Condition
 from latentdiff.lora import add_lora, attach_lora, detach_lora, lora_of, scale_loras
 from latentdiff.models.attention import explicit, set_attention
 from latentdiff.models.engines import PackedAutoencoder, PackedNetwork, with_engine
+from latentdiff.models.engines.packed import PackedConv, PackedLinear, Pointwise
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,26 @@ def test_the_autoencoder_is_the_same() -> None:
         assert close(packed.moments(pictures), bundle.autoencoder.moments(pictures))
 
 
+def test_packed_layers_are_the_layers() -> None:
+    """Each alone, also those that only bfloat16 takes, for one row, few and many, in any layout."""
+    random = torch.Generator().manual_seed(0)
+    linear = nn.Linear(24, 40)
+    for shape in ((1, 24), (2, 5, 24), (3, 600, 24)):
+        x = torch.randn(shape, generator=random)
+        assert close(PackedLinear(linear)(x), linear(x))
+    columns = torch.randn(24, 7, generator=random).T
+    assert close(PackedLinear(linear)(columns), linear(columns))
+    for kernel, settings in ((3, {"padding": 1}), (3, {"stride": 2, "padding": 1}), (1, {})):
+        conv = nn.Conv2d(8, 12, kernel, **settings)
+        packed = PackedConv(conv)
+        for shape in ((1, 8, 5, 5), (2, 8, 16, 12), (1, 8, 5, 5), (2, 8, 7, 7), (5, 8, 3, 9)):
+            x = torch.randn(shape, generator=random)
+            assert close(packed(x), conv(x))
+            assert close(packed(x.contiguous(memory_format=torch.channels_last)), conv(x))
+            if kernel == 1:
+                assert close(Pointwise(conv)(x), conv(x))
+
+
 def test_it_follows_a_lora_in_and_out() -> None:
     """What it drew before comes back bit for bit."""
     bundle, other = (with_own_networks(tiny_bundle()) for _ in "12")
@@ -88,6 +109,12 @@ def test_it_follows_training() -> None:
         parameter.mul_(1.01)
     assert close(packed(*given), bundle.network(*given))
     assert not close(packed(*given), before)
+    weight = bundle.network.module.get_parameter("mid_block.resnets.0.conv1.weight")
+    random = torch.Generator().manual_seed(0)
+    for _ in range(4):  # of which the allocator may give one the memory of another
+        weight.data = torch.randn(weight.shape, generator=random)
+        weight.data = torch.randn(weight.shape, generator=random)
+        assert close(packed(*given), bundle.network(*given))
     with torch.enable_grad():  # and leaves gradients to the network itself
         x = given[0].requires_grad_(True)
         answer = packed(x, *given[1:])

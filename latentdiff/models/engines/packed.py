@@ -183,7 +183,7 @@ class Packing:
             if state != self._state:
                 self._twin = None  # before the next one takes memory
                 self._twin = _packed(self._module)
-                # Held, so that no other tensor gets the id of one of them.
+                # Held, so that no other tensor gets the id or the memory of one of them.
                 self._state, self._held = state, held
             return self._twin
 
@@ -248,7 +248,7 @@ def _state(module: nn.Module) -> tuple[list[object], list[Tensor]]:
             if tensor is not None:
                 version = 0 if tensor.is_inference() else tensor._version
                 state.append((id(tensor), version, tensor.data_ptr(), tensor.dtype))
-                held.append(tensor)
+                held += tensor, tensor.detach()  # the object, and its memory as it now is
         if isinstance(part, AttentionLayer):
             state.append(part.processor)
         if hasattr(part, "get_base_layer"):  # of peft
