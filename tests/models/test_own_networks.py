@@ -27,6 +27,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff.bundle import Bundle
+from latentdiff.cli import main
 from latentdiff.models.attention import set_attention
 from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
 from latentdiff.models.clip_tokenizer import ClipTokenizer
@@ -155,7 +156,9 @@ def test_what_is_not_known_is_left_to_diffusers(change: dict[str, Any]) -> None:
     assert not CrossAttentionUNet.understands(config | change)
 
 
-def test_a_folder_opens_as_ours_or_as_theirs(tmp_path: Path) -> None:
+def test_a_folder_opens_as_ours_or_as_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both are saved alike, and draw alike."""
     made = tiny_bundle()
     folder = made.save(tmp_path / "model")
@@ -171,6 +174,10 @@ def test_a_folder_opens_as_ours_or_as_theirs(tmp_path: Path) -> None:
     config |= {"timestep_post_act": None, "dropout": 0.1}
     (folder / "unet" / "config.json").write_text(json.dumps(config))
     assert isinstance(Bundle.load(folder).network.module, UNet2DConditionModel)
+    assert main(["info", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "UNet2DConditionModel of diffusers, " in told
+    assert "KLAutoencoder, " in told
 
 
 PROMPTS = (
