@@ -122,9 +122,9 @@ def save_text(text: TextTower, stage: Path, dtype: torch.dtype | None, suffix: s
         text.tokenizer.backend_tokenizer.model.save(str(stage / f"tokenizer{suffix}"))
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, stage: Path) -> None:
     """Write tokenizer.json and its config into a folder that is staged."""
-    in_transformers(tokenizer).save_pretrained(folder)
+    in_transformers(tokenizer).save_pretrained(stage)
 
 
 def transformers_name(part: Any) -> str:

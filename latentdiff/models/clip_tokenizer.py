@@ -8,7 +8,6 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 from tokenizers import (
@@ -147,14 +146,14 @@ class ClipTokenizer:
         """The same tokenizer as an object of transformers."""
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-        with TemporaryDirectory() as folder:
-            Path(folder, "tokenizer.json").write_text(self.backend_tokenizer.to_str(), "utf-8")
+        with scratch_folder() as scratch:
+            (scratch / "tokenizer.json").write_text(self.backend_tokenizer.to_str(), "utf-8")
             config: dict[str, Any] = {name: _told(token) for name, token in self._tokens.items()}
             if self.pad_token != self._tokens["pad_token"].content:
                 config["pad_token"] = self.pad_token
             config |= {"model_max_length": self.model_max_length}
-            Path(folder, "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            (scratch / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+            return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
 
 
 def in_transformers(tokenizer: "ClipTokenizer | TokenizersBackend") -> "TokenizersBackend":

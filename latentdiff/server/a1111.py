@@ -198,7 +198,7 @@ def routes(studio: Studio) -> APIRouter:
     @router.post("/img2img")
     async def img2img(asked: ImageToImage, http: HTTPRequest) -> dict[str, Any]:
         request = asked.request(studio)
-        image = await studio.open(data_of(asked.init_images[0], "init_images"), "init_images")
+        image = await studio.picture(data_of(asked.init_images[0], "init_images"), "init_images")
         hole = None
         if asked.mask:
             hole = await studio.white(data_of(asked.mask, "mask"), "mask", image.size)

@@ -133,7 +133,7 @@ def routes(studio: Studio) -> APIRouter:
         asked: Annotated[Edit, Form(media_type="multipart/form-data")], http: HTTPRequest
     ) -> dict[str, Any]:
         data = await asked.image.read()
-        picture = await studio.open(data, "image")
+        picture = await studio.picture(data, "image")
         hole = await studio.transparent(data, "image", picture.size)
         if asked.mask is not None:
             hole = await studio.transparent(await asked.mask.read(), "mask", picture.size)

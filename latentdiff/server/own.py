@@ -120,7 +120,7 @@ def routes(studio: Studio) -> APIRouter:
     async def begin(wanted: Wanted) -> dict[str, Any]:
         request, finish = wanted.request(studio), None
         if wanted.image is not None:
-            image = await studio.open(data_of(wanted.image, "image"), "image")
+            image = await studio.picture(data_of(wanted.image, "image"), "image")
             hole = None
             if wanted.mask is not None:
                 hole = await studio.white(data_of(wanted.mask, "mask"), "mask", image.size)

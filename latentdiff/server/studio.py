@@ -136,7 +136,7 @@ class Studio:
             await asyncio.sleep(0.2)
         self.queue.cancel(job)
 
-    async def open(self, data: bytes, param: str) -> Image:
+    async def picture(self, data: bytes, param: str) -> Image:
         """A client's picture.
 
         Raises:
