@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import bundle_of, tiny_bundle, tiny_clip, tower_of, unet_of, vae_of
+from tiny import bundle_of, tiny_bundle, tiny_clip, tiny_unet, tower_of, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
@@ -29,6 +29,7 @@ from latentdiff.formats.diffusers_folder import load_autoencoder
 from latentdiff.formats.weights import all_finite
 from latentdiff.lora import add_lora, lora_names
 from latentdiff.models.attention import set_attention
+from latentdiff.models.network import DiffusersUNet
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -156,6 +157,25 @@ def test_any_one_variant_opens_and_of_several_one_is_named(folder: Path) -> None
     for variant, told in (("fp32", "no part of it"), ("../x", "no name of one")):
         with pytest.raises(UserError, match=told):
             Bundle.load(folder, variant=variant)
+
+
+def test_what_lies_beside_and_before_is_said_or_corrected(folder: Path) -> None:
+    """An autoencoder with its training's rests; the size in the first configs, as diffusers has it;
+    keys that ask for more than is there."""
+    values = load_file(folder / VAE)
+    save_file(values | {"loss.logvar": torch.zeros(1)}, folder / VAE)
+    with pytest.warns(UserWarning, match=r"left out, for no picture needs it: loss\.logvar"):
+        assert Bundle.load(folder).size == (16, 16)
+    save_file(values, folder / VAE)
+    config = folder / "unet" / "config.json"
+    change(config, _diffusers_version="0.6.0")
+    assert Bundle.load(folder).network.native_size == (64, 64)
+    change(config, quantization_config={"bits": 4})
+    assert "quantization_config" in refusal(folder)
+    unet: Any = tiny_unet()
+    unet.register_to_config(time_cond_proj_dim=8)  # a latent consistency model is told the scale
+    with pytest.raises(UserError, match="time_cond_proj_dim is 8"):
+        DiffusersUNet(unet, 4)
 
 
 def test_what_older_libraries_wrote(folder: Path) -> None:
