@@ -21,6 +21,8 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 
+from latentdiff.files import scratch_folder
+
 if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
