@@ -149,6 +149,8 @@ def _network(
     check_types(config, DIFFUSERS_TYPES, name)
     check_above_zero(config, _SIZES, name)
     if kind == ours.diffusers_name and ours.understands(config):
+        if ours is CrossAttentionUNet:
+            _check_heads(config, name)
         return build(lambda: ours(config), name, files, _count_blocks(config))
     theirs = getattr(import_module(modules[kind]), kind)
     known = inspect.signature(theirs.__init__).parameters
@@ -158,6 +160,20 @@ def _network(
     if odd := sorted(k for k in arguments.keys() - _CUSTOMARY if not _is_default(config, known[k])):
         _try_out(network, name, odd)
     return network
+
+
+def _check_heads(config: Config, name: str) -> None:
+    """Check that attention heads divide the width of the levels that attend.
+
+    Raises:
+        UserError: they do not.
+    """
+    widths, blocks = config.get("block_out_channels", []), config.get("down_block_types", [])
+    heads = _each(config.get("attention_head_dim", 8), len(widths))
+    for level, (width, block, count) in enumerate(zip(widths, blocks, heads, strict=False)):
+        attends = "CrossAttn" in block or level == len(widths) - 1  # as the middle does
+        if attends and width % count:
+            raise UserError(f"{name}: attention_head_dim: {count} heads do not divide {width}.")
 
 
 def _is_default(config: Config, parameter: inspect.Parameter) -> bool:

@@ -291,6 +291,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "but not in this network",
     ),
     "nonsense": (lambda f: change(f / "unet/config.json", norm_num_groups=0), "above 0"),
+    "heads": (lambda f: change(f / "unet/config.json", attention_head_dim=3), "3 heads do not"),
     "wrong type": (lambda f: change(f / "vae/config.json", block_out_channels="x"), "must be"),
     "unknown activation": (lambda f: change(f / "unet/config.json", act_fn="rm"), "no network"),
     "unknown text activation": (
