@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-class TransformerBlock(nn.Module):
+class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each around a residual: [B, L, D].
 
     Attributes:
@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, heads, context) for _ in range(depth)
+            BasicTransformerBlock(width, heads, context) for _ in range(depth)
         )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         return (h if self.linear else self.proj_out(h)) + x
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock2D(nn.Module):
     """Two convolutions around a residual, told the time between them.
 
     Attributes:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from latentdiff.models.blocks import (
+    BasicTransformerBlock,
     Downsample,
-    ResnetBlock,
+    ResnetBlock2D,
     Transformer,
-    TransformerBlock,
     Upsample,
     run,
 )
@@ -157,7 +157,7 @@ class CrossAttentionUNet(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Compute blocks anew in the backward pass, so that their insides need no memory."""
         for block in self.modules():
-            if isinstance(block, ResnetBlock | TransformerBlock):
+            if isinstance(block, ResnetBlock2D | BasicTransformerBlock):
                 block.checkpointing = True
 
     def forward(
@@ -258,7 +258,7 @@ class _Block(nn.Module):
             )
         else:
             self.attentions = None
-        self.resnets = nn.ModuleList(ResnetBlock(i, width, groups, eps, time) for i in ins)
+        self.resnets = nn.ModuleList(ResnetBlock2D(i, width, groups, eps, time) for i in ins)
 
     def layer(self, number: int, x: Tensor, time: Tensor | None, *given: Any) -> Tensor:
         """One residual block and its transformer."""
@@ -304,7 +304,7 @@ class MidBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([Transformer(width, groups=groups, **attention)])
-        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups, eps, time) for _ in "12")
+        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, eps, time) for _ in "12")
 
     def forward(self, x: Tensor, time: Tensor, *given: Any) -> Tensor:
         x = run(self.resnets[0], x, time)

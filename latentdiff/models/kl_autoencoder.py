@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from latentdiff.models.blocks import Downsample, ResnetBlock, SpatialAttention, Upsample
+from latentdiff.models.blocks import Downsample, ResnetBlock2D, SpatialAttention, Upsample
 
 _EPS = 1e-6
 # What a config may choose, with diffusers' own defaults.
@@ -180,7 +180,8 @@ class _Level(nn.Module):
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(width if layer else inside, width, groups, _EPS) for layer in range(layers)
+            ResnetBlock2D(width if layer else inside, width, groups, _EPS)
+            for layer in range(layers)
         )
         for name, module in change.items():
             self.add_module(name, nn.ModuleList([module]))
@@ -199,7 +200,7 @@ class _Middle(nn.Module):
         super().__init__()
         # Without attention the list is not even empty in diffusers, but it has no tensors either.
         self.attentions = nn.ModuleList([SpatialAttention(width, groups)] if attends else [])
-        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups, _EPS) for _ in "12")
+        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, _EPS) for _ in "12")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)

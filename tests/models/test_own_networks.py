@@ -1,5 +1,6 @@
 """Our networks and tokenizer beside those of diffusers and transformers: the same, bit for bit."""
 
+import copy
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -233,7 +234,7 @@ def test_the_tokenizer_is_that_of_transformers(style: str, files: str, tmp_path:
 
 
 def test_a_tokenizer_with_more_words_is_left_to_transformers(tmp_path: Path) -> None:
-    saved = clip_tokenizer()
+    saved = copy.deepcopy(clip_tokenizer())  # every test shares the one
     saved.add_tokens(["<my-style>"])
     saved.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

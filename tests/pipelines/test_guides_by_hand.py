@@ -224,7 +224,10 @@ def test_guides_in_words_are_the_values(tmp_path: Path) -> None:
     folder = WEAK.save(tmp_path / "weak:er model")
     pairs: list[tuple[str, Edit]] = [
         ("threshold:0.8", DynamicThresholding(0.8)),
-        (f"autoguidance:2.5:{folder}", Autoguidance(Bundle.load(folder, device="cpu"), 2.5)),
+        (
+            f"autoguidance:2.5:{folder}",
+            Autoguidance(Bundle.load(folder, device="cpu", engine="auto"), 2.5),
+        ),
         ("pag:2", PAG(2.0)),
         ("seg:1.5", SEG(1.5)),
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.autoencoders.vae import Encoder as DiffusersEncoder
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from lab import Lab
 from lab import train as run_stage
@@ -26,7 +26,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints, find_fault, load_newest
 from latentdiff.learning.run import Run
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.kl_autoencoder import Encoder
 from latentdiff.pictures import open_picture
+
+UNETS = UNet2DConditionModel, CrossAttentionUNet  # that stage 2 trains, and that a model opens as
+ENCODERS = DiffusersEncoder, Encoder
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +173,7 @@ def test_a_step_with_nan_is_skipped_and_counted(lab: Lab, where: str) -> None:
 
     def spoil(module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
         nonlocal calls
-        if not isinstance(module, UNet2DConditionModel) or not torch.is_grad_enabled():
+        if not isinstance(module, UNETS) or not torch.is_grad_enabled():
             return
         calls += 1
         if calls == 3 and where == "data":
@@ -212,7 +217,7 @@ def test_pictures_are_drawn_fewer_at_once_where_memory_is_short(lab: Lab, stage:
     train(lab, stage, f"{stage}-room", *more)
 
     def refuse(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        drawn = isinstance(module, UNet2DConditionModel) and not torch.is_grad_enabled()
+        drawn = isinstance(module, UNETS) and not torch.is_grad_enabled()
         if drawn and len(inputs[0]) > 2:  # of guidance, so one picture
             raise torch.OutOfMemoryError("no room")
 
@@ -234,7 +239,7 @@ def test_what_memory_made_smaller_is_kept_and_what_was_set_so_is_not(lab: Lab) -
     room = 4
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if isinstance(module, UNet2DConditionModel) and torch.is_grad_enabled():
+        if isinstance(module, UNETS) and torch.is_grad_enabled():
             seen.append(len(inputs[0]))
             if len(inputs[0]) > room:
                 raise torch.OutOfMemoryError("no room")
@@ -255,8 +260,8 @@ def test_what_memory_made_smaller_is_kept_and_what_was_set_so_is_not(lab: Lab) -
 @pytest.mark.parametrize("where", ["drawing", "encoding", "optimizer"])
 def test_no_memory_where_nothing_can_shrink_is_one_line(lab: Lab, where: str) -> None:
     def refuse(module: object, *arguments: Any) -> None:
-        drawn = isinstance(module, UNet2DConditionModel) and not torch.is_grad_enabled()
-        encoded = isinstance(module, Encoder)
+        drawn = isinstance(module, UNETS) and not torch.is_grad_enabled()
+        encoded = isinstance(module, ENCODERS)
         if {"drawing": drawn, "encoding": encoded, "optimizer": True}[where]:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")
 

@@ -20,7 +20,7 @@ from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import warn
 from latentdiff.models.attention import AttentionLayer, sdpa
 from latentdiff.models.autoencoder import DiffusersAutoencoder
-from latentdiff.models.blocks import ResnetBlock
+from latentdiff.models.blocks import ResnetBlock2D
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
 from latentdiff.models.kl_autoencoder import KLAutoencoder
@@ -301,7 +301,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 def _join_time(unet: CrossAttentionUNet) -> None:
     """Make one layer of all that tell residual blocks the time."""
-    blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock)]
+    blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
     layers: list[Any] = [block.time_emb_proj for block in blocks]
     whole: Any = unet
     joined = nn.Linear(1, 1, device="meta")
