@@ -119,6 +119,8 @@ class Run:
                 # of the process, freed at its death; a child such as a loader has no part in it
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 sweep(self.out)
+                if (saves := self.out / "checkpoints").is_dir():
+                    sweep(saves)  # a run that was killed at the end of its last save saves no more
             except BlockingIOError:
                 raise UserError(
                     f"another run is writing to {self.out}: name another `out`"

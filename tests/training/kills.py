@@ -109,7 +109,8 @@ def compare(one: Path, other: Path, stage: str) -> None:
     for name, content in expected.items():
         assert content == got[name], f"{other.name}: {name} differs from {one.name}"
     assert len(expected["log"].splitlines()) >= STEPS
-    assert not [path for path in other.rglob(".*") if path.name != ".lock"]
+    left = [path for path in other.rglob(".*") if path.name != ".lock"]
+    assert not left, left
     assert samples_of(one) == samples_of(other)
     assert len(samples_of(one)) == STEPS
 
