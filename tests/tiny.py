@@ -56,6 +56,7 @@ WINDOW = 12
 GAINS = {
     "attn2.": 1.5,  # cross-attention averages over many states
     "time_embedding.": 1.5,
+    "cond_proj.": 1.5,
     "add_embedding.": 1.5,
     "SelfAttention.q.": 0.35,  # T5 does not divide its logits by the root of a head's width of 8
 }
@@ -82,14 +83,17 @@ def tiny_bundle(
     in_channels: int = 4,
     seed: int = 0,
     learned_variance: bool = False,
+    guidance_width: int | None = None,
 ) -> Bundle:
     """A model of 16 x 16 pictures in 8 x 8 latents of 4 channels, with a two-level U-Net.
 
-    With `in_channels` 9 it is an inpainting model, with 8 one of InstructPix2Pix. `statistics` is
-    a key of `STATISTICS`.
+    With `in_channels` 9 it is an inpainting model, with 8 one of InstructPix2Pix; with a
+    `guidance_width` it is told its guidance scale, as a latent consistency model is. `statistics`
+    is a key of `STATISTICS`.
     """
     autoencoder = tiny_vae(vae, statistics, seed)
-    unet = tiny_unet(in_channels, 8 if learned_variance else 4, seed=seed)
+    outside = 8 if learned_variance else 4
+    unet = tiny_unet(in_channels, outside, guidance_width=guidance_width, seed=seed)
     text = tiny_t5(seed) if tower == "t5" else tiny_clip(seed)
     for network in (autoencoder, unet, text.model):
         network.requires_grad_(False)
@@ -152,7 +156,12 @@ def tower_of(bundle: Bundle) -> TextTower:
 
 
 def tiny_unet(
-    in_channels: int = 4, out_channels: int = 4, *, sizes: bool = False, seed: int = 0
+    in_channels: int = 4,
+    out_channels: int = 4,
+    *,
+    sizes: bool = False,
+    guidance_width: int | None = None,
+    seed: int = 0,
 ) -> UNet2DConditionModel:
     """A U-Net of two levels whose first, last and middle blocks attend to states [B, L, WIDTH].
 
@@ -161,6 +170,7 @@ def tiny_unet(
         out_channels: of what it says.
         sizes: whether it is also told pooled text "text_embeds" [B, WIDTH] and six numbers
             "time_ids" [B, 6] in `added_cond_kwargs`, as that of Stable Diffusion XL.
+        guidance_width: G of the guidance scale [B, G] that it is told as "timestep_cond".
         seed: of its weights.
     """
     added = {
@@ -180,6 +190,7 @@ def tiny_unet(
             cross_attention_dim=WIDTH,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            time_cond_proj_dim=guidance_width,
             norm_num_groups=8,  # a group of one channel alone would erase the time
             **(added if sizes else {}),
         )

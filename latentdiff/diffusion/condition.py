@@ -19,6 +19,7 @@ class Condition:
         mask: bool [B, L], True where the network may look; None: it looks everywhere.
         pooled: one vector of a prompt [B, P].
         sizes: sizes of the picture, its crop and its target, in pixels [B, 6].
+        guidance_embedding: the guidance scale [B, G], of networks with their guidance in them.
         beside: further channels behind those of x [B, extra, h, w].
     """
 
@@ -26,6 +27,7 @@ class Condition:
     mask: Tensor | None = None
     pooled: Tensor | None = None
     sizes: Tensor | None = None
+    guidance_embedding: Tensor | None = None
     beside: Tensor | None = None
 
     def given(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ DIFFUSERS_TYPES: dict[str, Any] = {
     **dict.fromkeys(("flip_sin_to_cos", "use_linear_projection", "upcast_attention"), bool),
     **dict.fromkeys(("force_upcast", "use_quant_conv", "use_post_quant_conv"), bool),
     **dict.fromkeys(("latents_mean", "latents_std"), tuple[float, ...] | None),
+    "time_cond_proj_dim": int | None,
     "block_out_channels": tuple[int, ...],
     "transformer_layers_per_block": _Size | tuple[tuple[int, ...], ...],
     "mid_block_add_attention": bool,

@@ -183,11 +183,13 @@ def _is_default(config: Config, parameter: inspect.Parameter) -> bool:
 
 _SIZES = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
 _SIZES += ("layers_per_block", "cross_attention_dim", "attention_head_dim", "num_attention_heads")
+_SIZES += ("time_cond_proj_dim",)
 # Keys that sound models set, and whose values the shapes of the weights or the nouns confirm.
 _CUSTOMARY = {
     *("sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels"),
     *("down_block_types", "up_block_types", "layers_per_block", "norm_num_groups"),
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "use_linear_projection"),
+    "time_cond_proj_dim",
     *("upcast_attention", "scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     *("num_vq_embeddings", "vq_embed_dim", "use_quant_conv", "use_post_quant_conv", "force_upcast"),
 }

@@ -86,6 +86,7 @@ def unet_config(
     if not middle or {depth for depth in depths if depth} - {middle}:
         raise UserError("its U-Net is not that of Stable Diffusion 1.x or 2.x.")
     linear = len(part.known.get("middle_block.1.proj_in.weight", ())) == 2
+    distilled = "time_embed.cond_proj.weight" in part
     kind, count = told or (("width", 64) if linear else ("number", 8))
     return {
         "_class_name": "UNet2DConditionModel",
@@ -101,6 +102,7 @@ def unet_config(
             "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1
         ),
         "use_linear_projection": linear,
+        "time_cond_proj_dim": part.side("time_embed.cond_proj.weight", 1) if distilled else None,
         # Heads leave no trace in the shapes: 64 wide in version 2, eight of them in version 1.
         # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
         "attention_head_dim": [max(1, width // count) for width in widths]

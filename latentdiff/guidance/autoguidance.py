@@ -11,6 +11,7 @@ from latentdiff.diffusion.denoiser import Denoiser, Estimate, bind, conditioned_
 from latentdiff.diffusion.process import NoiseLevel, agree
 from latentdiff.editing.run_context import Finish, RunContext, unchanged
 from latentdiff.errors import UserError
+from latentdiff.models.guidance_embedding import told_scale
 
 
 def from_weaker(strong: Denoiser, weak: Denoiser, *, scale: float) -> Denoiser:
@@ -79,8 +80,9 @@ class Autoguidance:
         if "" in context.prompts:
             raise UserError("autoguidance needs the prompt in words, and not as prompt_embeds.")
         encoded = weak.conditioner.encode(context.prompts, context.padded)
+        condition = told_scale(encoded.condition, weak.network, 1.0)
         conditioned = conditioned_denoiser(weak.network, weak.process, weak.prediction)
-        return replace(self, denoise=bind(conditioned, encoded.condition)), unchanged
+        return replace(self, denoise=bind(conditioned, condition)), unchanged
 
     def denoiser(self, denoise: Denoiser) -> Denoiser:
         """See `EditsDenoiser`.

@@ -15,6 +15,7 @@ from latentdiff.diffusion.variance import gaussian_kl, gaussian_surprise, learne
 from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import Stream, generator
+from latentdiff.models.guidance_embedding import DISTILLED_SCALE, told_scale
 from latentdiff.models.text_encoders import TextStates, Tokens
 
 Times = Literal["uniform", "logit-normal"]
@@ -34,13 +35,14 @@ class Conditioned(nn.Module):
     ) -> Tensor:
         """Predict [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
-        Tokens go through the text encoders, for them to be trained; states, made before, do not.
+        Tokens go through the text encoders, for them to be trained; states, made before, do not. A
+        network that is told its guidance scale is trained at the one that it draws with by default.
         """
         (bundle,) = self._bundle
         text = bundle.conditioner.states(words) if isinstance(words, Tokens) else words
         size = x.shape[-2] * bundle.factor, x.shape[-1] * bundle.factor
         condition = replace(bundle.conditioner.condition(text, size), beside=beside)
-        return bundle.network(x, t, condition)
+        return bundle.network(x, t, told_scale(condition, bundle.network, DISTILLED_SCALE))
 
 
 def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tensor:

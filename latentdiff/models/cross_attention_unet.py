@@ -42,6 +42,7 @@ _CHOICES: dict[str, Any] = {
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
     "addition_embed_type_num_heads": 64,
+    "time_cond_proj_dim": None,
 }
 # What it must leave alone: other values are other networks.
 _FIXED: dict[str, Any] = {
@@ -66,7 +67,6 @@ _FIXED: dict[str, Any] = {
     "time_embedding_dim": None,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
@@ -107,7 +107,7 @@ class CrossAttentionUNet(nn.Module):
             return {"heads": heads, "depth": depth, "context": context, "linear": linear}
 
         self.conv_in = nn.Conv2d(self.config["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], time)
+        self.time_embedding = TimeEmbedding(widths[0], time, self.config["time_cond_proj_dim"])
         if self.config["addition_embed_type"] is not None:
             inside = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = TimeEmbedding(inside, time)
@@ -166,6 +166,7 @@ class CrossAttentionUNet(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Any,
         encoder_attention_mask: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
@@ -178,6 +179,7 @@ class CrossAttentionUNet(nn.Module):
             timestep: times [B] or a number.
             encoder_hidden_states: text states [B, S, D].
             encoder_attention_mask: bool [B, S], True where the network may look.
+            timestep_cond: the guidance scale [B, G] of a network that was distilled with it.
             cross_attention_kwargs: "spoilt": see `latentdiff.models.perturbation`.
             added_cond_kwargs: "text_embeds" [B, P] and "time_ids" [B, 6], as of SDXL.
             down_block_additional_residuals: added to the skips, in their order: of a ControlNet.
@@ -189,7 +191,7 @@ class CrossAttentionUNet(nn.Module):
         given = [encoder_hidden_states, None, (cross_attention_kwargs or {}).get("spoilt")]
         if encoder_attention_mask is not None:
             given[1] = (1 - encoder_attention_mask.to(sample.dtype))[:, None, None] * -10000.0
-        time = self.time_act(self._time(sample, timestep, added_cond_kwargs))
+        time = self.time_act(self._time(sample, timestep, timestep_cond, added_cond_kwargs))
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
@@ -204,11 +206,14 @@ class CrossAttentionUNet(nn.Module):
             x = block(x, time, skips, *given)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
-    def _time(self, sample: Tensor, t: Any, added: Mapping[str, Tensor] | None) -> Tensor:
-        """The embedding of time, and of pooled text and sizes where there are any: [B, time]."""
+    def _time(
+        self, sample: Tensor, t: Any, scale: Tensor | None, added: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """The embedding of time, and of guidance, pooled text and sizes where there are any:
+        [B, time]."""
         t = torch.as_tensor(t, device=sample.device).expand(len(sample))
         time = self.time_embedding(
-            self._waves(t, self.config["block_out_channels"][0]).to(sample.dtype)
+            self._waves(t, self.config["block_out_channels"][0]).to(sample.dtype), scale
         )
         if added is None or self.config["addition_embed_type"] is None:
             return time
@@ -228,14 +233,23 @@ class CrossAttentionUNet(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Two layers that numbers go through before the blocks are told them."""
+    """Two layers that numbers go through before the blocks are told them.
 
-    def __init__(self, inside: int, outside: int) -> None:
+    Args:
+        inside: D of the numbers.
+        outside: D of what the blocks are told.
+        beside: D of what is added to the numbers first; None for nothing.
+    """
+
+    def __init__(self, inside: int, outside: int, beside: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(inside, outside)
+        self.cond_proj = None if beside is None else nn.Linear(beside, inside, bias=False)
         self.linear_2 = nn.Linear(outside, outside)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        if beside is not None and self.cond_proj is not None:
+            x = x + self.cond_proj(beside)
         return self.linear_2(silu(self.linear_1(x)))
 
 

@@ -65,6 +65,11 @@ class Network(Protocol):
         ...
 
     @property
+    def guidance_width(self) -> int | None:
+        """G of `Condition.guidance_embedding` where its guidance is in it, by distillation."""
+        ...
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """Height and width, in latents, that it was trained on."""
         ...
@@ -118,13 +123,11 @@ class DiffusersUNet:
         UserError: other numbers of channels, or an input that no prompt tells.
     """
 
-    # Keys of a config that ask for an input that no prompt tells: sizes, classes, pictures, poses,
-    # the guidance scale.
+    # Keys of a config that ask for an input that nothing tells: sizes, classes, pictures, poses.
     refused: ClassVar[tuple[str, ...]] = (
         "addition_embed_type",
         "class_embed_type",
         "num_class_embeds",
-        "time_cond_proj_dim",
     )
 
     module: "CrossAttentionUNet | UNet2DConditionModel"
@@ -145,9 +148,8 @@ class DiffusersUNet:
         for key in self.refused:
             if config[key] is not None:
                 raise UserError(
-                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL, latent "
-                    "consistency models and others that are told more than a prompt; they do not "
-                    "work here."
+                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL "
+                    "and others that are told more than a prompt; they do not work here."
                 )
         if config["encoder_hid_dim_type"] not in (None, "text_proj"):
             kind = config["encoder_hid_dim_type"]
@@ -187,6 +189,10 @@ class DiffusersUNet:
         return widths[0]
 
     @property
+    def guidance_width(self) -> int | None:
+        return self.module.config["time_cond_proj_dim"]
+
+    @property
     def native_size(self) -> tuple[int, int]:
         sides = _each(self.module.config["sample_size"])
         return sides[0], sides[-1]
@@ -221,12 +227,18 @@ class DiffusersUNet:
                 f"the U-Net takes {self.in_channels} channels, not {x.shape[1]}: "
                 f"{_NEEDS[self.kind]}"
             )
-        states, mask = condition.states, condition.mask
+        states, mask, scale = condition.states, condition.mask, condition.guidance_embedding
         assert states is not None
+        if (scale is None) != (self.guidance_width is None):
+            raise UserError(
+                "the U-Net is told the guidance scale, by Condition.guidance_embedding, where its "
+                "time_cond_proj_dim says so, and only there."
+            )
         module: Any = self.module if self.compiled is None else self.compiled
         output = module(
             x.to(self.dtype),
             t,
+            timestep_cond=None if scale is None else scale.to(x.device, self.dtype),
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
             cross_attention_kwargs=spoilt,

@@ -29,6 +29,7 @@ from latentdiff.guidance.methods import Method
 from latentdiff.models.attention import Attention
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.engines import Engine
+from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.learned_words import with_words
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pictures import Picture, open_picture, to_tensor
@@ -427,6 +428,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         levels = bundle.timetable(timetable, steps)
         stepper = solver_of(solver, bundle)
         (condition,), _ = encode_prompts(bundle.conditioner, [prompts], 1, context.padded)
+        condition = told_scale(condition, bundle.network, 1.0)
         conditioned = conditioned_denoiser(bundle.network, bundle.process, bundle.prediction)
         denoise = bind(conditioned, condition)
         latents = context.latents(picture).to(bundle.device)

@@ -18,6 +18,7 @@ from latentdiff.editing import RunContext, bind, padded_size, picture_size
 from latentdiff.errors import UserError, warn
 from latentdiff.guidance import composed, methods
 from latentdiff.guidance.from_text import check_text, resolve
+from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.prompt_weights import without_weights
 from latentdiff.pipeline.arguments import (
     MAX_PIXELS,
@@ -184,11 +185,15 @@ def _guided(
 ) -> tuple[Denoiser, list[str]]:
     """The denoiser of a run, but for what edits do to its estimates; and the prompts' cut ends."""
     seen, image_scale = _beside(edits, x)
-    settings = {"scale": request.scale, "rescale": request.guidance_rescale}
-    settings |= {"image_scale": image_scale}
+    distilled = bundle.network.guidance_width is not None
+    if distilled:
+        _check_distilled(request, image_scale)
+    scale = 1.0 if distilled else request.scale
+    settings = {"scale": scale, "rescale": request.guidance_rescale, "image_scale": image_scale}
     methods.check(request.guidance, interval=request.guidance_interval, **settings)
-    guided = request.scale != 1 or image_scale != 1
+    guided = scale != 1 or image_scale != 1
     positive, negative, further, cut = _conditions(bundle, request, texts, guided, context)
+    positive = told_scale(positive, bundle.network, request.scale_for(bundle.network))
     blind = None
     if seen is not None:
         blind = None if negative is None else replace(negative, beside=torch.zeros_like(seen))
@@ -214,6 +219,29 @@ def _guided(
         **settings,
     )
     return guided_denoiser, cut
+
+
+def _check_distilled(request: Request, image_scale: float) -> None:
+    """Pass a request that a network with its guidance in it can obey, in one pass a step.
+
+    Raises:
+        UserError: it asks for guidance from outside.
+    """
+    negative = request.negative_prompt or ""
+    asked = {
+        "negative_prompt": any([negative] if isinstance(negative, str) else negative),
+        "negative_prompt_embeds": request.negative_prompt_embeds is not None,
+        "also": bool(request.also),
+        "guidance": request.guidance != "cfg",
+        "guidance_rescale": request.guidance_rescale != 0,
+        "guidance_interval": request.guidance_interval != methods.ALWAYS,
+        "image_guidance_scale": image_scale != 1,
+    }
+    if refused := [name for name, given in asked.items() if given]:
+        raise UserError(
+            f"{refused[0]}: this model was distilled with its guidance in it and makes one pass a "
+            "step, so nothing can be led away from: leave it out; guidance_scale alone is heard."
+        )
 
 
 def _conditions(

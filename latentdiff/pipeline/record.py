@@ -39,7 +39,7 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         "long_prompts": request.long_prompts,
         "num_inference_steps": request.num_inference_steps,
         "guidance": request.guidance,
-        "guidance_scale": request.scale,
+        "guidance_scale": request.scale_for(bundle.network),
         "guidance_rescale": request.guidance_rescale,
         "edits": [edit for edit in request.edits if isinstance(edit, str)],
         "solver": request.solver,

@@ -12,6 +12,8 @@ from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.guidance.methods import Method, default_scale
+from latentdiff.models.guidance_embedding import DISTILLED_SCALE
+from latentdiff.models.network import Network
 from latentdiff.pipeline.prompts import Also
 
 
@@ -47,3 +49,9 @@ class Request:
         """The guidance scale, or that of the method itself where none was given."""
         given = self.guidance_scale
         return default_scale(self.guidance) if given is None else given
+
+    def scale_for(self, network: Network) -> float:
+        """The guidance scale; where none was given, that of the method, or of a distilled network
+        as which it is told."""
+        distilled = self.guidance_scale is None and network.guidance_width is not None
+        return DISTILLED_SCALE if distilled else self.scale

@@ -17,6 +17,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
 from latentdiff.models.engines import PackedNetwork
 from latentdiff.models.engines.around import AroundNetwork
+from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation
 
@@ -54,6 +55,7 @@ MODELS: dict[str, Callable[[], Bundle]] = {
     "t5, masked": lambda: tiny_bundle(tower="t5"),
     "inpainting": lambda: tiny_bundle(in_channels=9),
     "learned variance": lambda: tiny_bundle(learned_variance=True),
+    "told its guidance scale": lambda: tiny_bundle(guidance_width=16),
     "sd1": lambda: sd_like(1),
     "sd2": lambda: sd_like(2),
 }
@@ -64,6 +66,7 @@ def check_engine(engine: Engine, bundle: Bundle, within: float = 1e-5) -> None:
     fast, random = engine(bundle.network), torch.Generator().manual_seed(0)
     for prompts, size in ((CAPTIONS[:1], 8), (CAPTIONS[:3], 12), (CAPTIONS, 9), (CAPTIONS[:2], 8)):
         condition = bundle.conditioner.encode(prompts, (2 * size, 2 * size)).condition
+        condition = told_scale(condition, bundle.network, 3.0)
         extra = bundle.network.in_channels - 4
         shape = len(prompts), 4, size, size
         x = torch.randn(shape, generator=random)

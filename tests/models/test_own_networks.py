@@ -38,6 +38,7 @@ from latentdiff.models.kl_autoencoder import KLAutoencoder
 UNETS = {
     "tiny": lambda: tiny_unet(),
     "inpainting, with variances": lambda: tiny_unet(9, 8),
+    "guidance scales": lambda: tiny_unet(guidance_width=24),
     "sizes and pooled text": lambda: tiny_unet(sizes=True),
     "sd1": lambda: sd_unet(1),
     "sd2, linear projections": lambda: sd_unet(2),
@@ -74,6 +75,8 @@ def test_the_unet_is_that_of_diffusers(kind: str, backend: Any) -> None:
         mask[:, 0] = True
         sizes = {"text_embeds": states[:, 0], "time_ids": 100 * torch.rand(count, 6)}
         given: dict[str, Any] = {"added_cond_kwargs": sizes if width == WIDTH else None}
+        if own.config["time_cond_proj_dim"] is not None:
+            given["timestep_cond"] = torch.randn(count, 24, generator=random)
         for seen in (None, mask):
             given["encoder_attention_mask"] = seen
             wanted = theirs(x, t, states, **given).sample
@@ -145,7 +148,6 @@ def test_the_text_encoder_is_that_of_transformers() -> None:
     [
         {"only_cross_attention": True},
         {"resnet_time_scale_shift": "scale_shift"},
-        {"time_cond_proj_dim": 8},
         {"transformer_layers_per_block": [[1], [1]]},
         {"something_new": 1},
         {"down_block_types": ["CrossAttnDownBlock2D", "AttnDownBlock2D"]},

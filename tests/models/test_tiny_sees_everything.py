@@ -23,6 +23,7 @@ from tiny import (
 )
 from torch import Tensor
 
+from latentdiff.models.guidance_embedding import embedded_scale
 from latentdiff.models.text_encoders import TextTower
 from latentdiff.models.unet import build_unet
 
@@ -130,6 +131,16 @@ def test_a_unet_of_sizes_and_pooled_text() -> None:
         another[:, number] += 256
         changes[f"size {number}"] = added(time_ids=another)
     sees(output_of(tiny_unet(sizes=True)), told | added(), changes)
+
+
+@torch.no_grad()
+def test_a_unet_of_guidance_scales() -> None:
+    """As that of a latent consistency model: 8, 8.5 and 1 are three things to it."""
+    told, changes = latents_and_text(tiny_clip().encode(PROMPTS).states, 4)
+    told["timestep_cond"] = embedded_scale([8.0, 8.0], 32)
+    for scale in (8.5, 1.0):
+        changes[f"scale {scale}"] = {"timestep_cond": embedded_scale([scale] * 2, 32)}
+    sees(output_of(tiny_unet(guidance_width=32)), told, changes)
 
 
 @torch.no_grad()

@@ -173,8 +173,8 @@ def test_what_lies_beside_and_before_is_said_or_corrected(folder: Path) -> None:
     change(config, quantization_config={"bits": 4})
     assert "quantization_config" in refusal(folder)
     unet: Any = tiny_unet()
-    unet.register_to_config(time_cond_proj_dim=8)  # a latent consistency model is told the scale
-    with pytest.raises(UserError, match="time_cond_proj_dim is 8"):
+    unet.register_to_config(class_embed_type="timestep")
+    with pytest.raises(UserError, match="class_embed_type is timestep"):
         DiffusersUNet(unet, 4)
 
 

@@ -44,6 +44,10 @@ class AroundNetwork:
         return self.inner.width
 
     @property
+    def guidance_width(self) -> int | None:
+        return self.inner.guidance_width
+
+    @property
     def native_size(self) -> tuple[int, int]:
         return self.inner.native_size
 
