@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from latentdiff.pipeline import LatentDiffusionPipeline, Request
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 # (eight pictures of the bundled model, within a tenth of its best speed) for one's patience.
 _DRAWN_AT_ONCE = 2**20
 _DRAWN_AT_ONCE_BY_CPU = 2**15
+
+
+def pixels_at_once(device: "torch.device") -> int:
+    """Pixels of the pictures that are drawn in one batch on a device."""
+    return _DRAWN_AT_ONCE_BY_CPU if device.type == "cpu" else _DRAWN_AT_ONCE
 
 
 def draw_in_parts(
@@ -34,8 +40,7 @@ def draw_in_parts(
     Yields:
         A prompt, its picture's index within the seed, and the picture.
     """
-    most = _DRAWN_AT_ONCE_BY_CPU if pipe.bundle.device.type == "cpu" else _DRAWN_AT_ONCE
-    at_once = max(1, most // pixels)
+    at_once = max(1, pixels_at_once(pipe.bundle.device) // pixels)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         part = replace(request, prompt=chunk, first=request.first + start)

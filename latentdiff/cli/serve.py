@@ -10,6 +10,7 @@ import typer
 
 from latentdiff.cli import options
 from latentdiff.cli.models import ModelOptions
+from latentdiff.cli.output import pixels_at_once
 from latentdiff.errors import UserError
 
 
@@ -60,8 +61,8 @@ def serve(
     listening = listen(host, port)
     pipe = ModelOptions(model, loras=lora).load(device, dtype)
     limits = Limits(max_side or 2 * max(pipe.bundle.size))
-    at_once = 2**15 if pipe.bundle.device.type == "cpu" else 2**20
-    app = create_app(Studio(pipe, limits, at_once), names, token)
+    studio = Studio(pipe, limits, pixels_at_once(pipe.bundle.device))
+    app = create_app(studio, names, token)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     server = uvicorn.Server(

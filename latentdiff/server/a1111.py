@@ -3,20 +3,31 @@
 import json
 import time
 from typing import Annotated, Any, Literal
+from weakref import WeakSet
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from PIL import ImageFilter, ImageOps
+from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
-from latentdiff.errors import UserError
 from latentdiff.pipeline import Request
-from latentdiff.server.studio import Finish, Refused, Studio, data_of, encoded, within
-from latentdiff.solvers.aliases import resolve, resolve_timetable
+from latentdiff.server.jobs import Job
+from latentdiff.server.studio import (
+    Editing,
+    Refused,
+    Studio,
+    data_of,
+    encoded,
+    open_image,
+    open_white,
+    within,
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_PREVIEWED = 5  # steps from one preview to the next
 
 # Arguments that clients send with every call, by the values that ask for nothing. Another value is
 # refused by the argument's name. Those of a second pass (hr_...) mean nothing without enable_hr.
@@ -94,15 +105,14 @@ class TextToImage(BaseModel):
                     422, f"{name}: {value!r:.80} is not to be had here: leave it out", name
                 )
         check_options(studio, self.override_settings or {})
-        solver, timetable = named(self.sampler_name or self.sampler_index, self.scheduler)
         bundle = studio.pipe.bundle
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt or None,
             num_inference_steps=self.steps,
             guidance_scale=self.cfg_scale,
-            solver=solver,
-            timetable=timetable,
+            solver=self.sampler_name or self.sampler_index or None,
+            timetable=self.scheduler or None,
             height=self.height or bundle.size[0],
             width=self.width or bundle.size[1],
         )
@@ -122,6 +132,29 @@ class ImageToImage(TextToImage):
     mask_blur: Annotated[float, Field(ge=0, le=64)] = 4
     inpainting_mask_invert: Literal[0, 1] = 0
     inpaint_full_res: bool = False
+
+    def editing(self, studio: Studio) -> Editing:
+        """What is to be done to its picture.
+
+        Raises:
+            Refused: it names one of width and height, or a size that is too large.
+        """
+        size = None
+        if self.width or self.height:
+            if not (self.width and self.height):
+                raise Refused(422, "width and height: give both, or neither", "width")
+            most = studio.limits.side
+            size = within(self.width, "width", 8, most), within(self.height, "height", 8, most)
+
+        def read() -> tuple[Image, Image | None]:
+            image = open_image(data_of(self.init_images[0], "init_images"), "init_images")
+            if not self.mask:
+                return image, None
+            hole = open_white(data_of(self.mask, "mask"), "mask", image.size)
+            hole = ImageOps.invert(hole) if self.inpainting_mask_invert else hole
+            return image, hole.filter(ImageFilter.GaussianBlur(self.mask_blur))
+
+        return Editing(read, self.denoising_strength, size, self.inpaint_full_res)
 
 
 class Options(BaseModel):
@@ -151,28 +184,23 @@ def options_of(studio: Studio) -> dict[str, Any]:
     }
 
 
-def named(sampler: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
-    """Our solver and timetable of their sampler and scheduler.
-
-    Raises:
-        Refused: there are none of these names.
-    """
-    try:
-        solver, timetable = resolve(sampler) if sampler else (None, None)
-        return solver, resolve_timetable(scheduler) if scheduler else timetable
-    except UserError as error:
-        raise Refused(404, f"{error}", "sampler_name") from None
-
-
 def routes(studio: Studio) -> APIRouter:
     """A1111's routes to a studio."""
     router = APIRouter(prefix="/sdapi/v1")
+    jobs: WeakSet[Job] = WeakSet()  # of these routes: nobody else's are watched or ended by them
+    _draw(router, studio, jobs)
+    _watch(router, studio, jobs)
+    _describe(router, studio)
+    return router
 
+
+def _draw(router: APIRouter, studio: Studio, jobs: WeakSet[Job]) -> None:
     async def answer(
-        asked: TextToImage, request: Request, http: HTTPRequest, finish: Finish | None = None
+        asked: TextToImage, http: HTTPRequest, editing: Editing | None = None
     ) -> dict[str, Any]:
         seed = None if asked.seed == -1 else asked.seed
-        job = studio.submit(request, asked.number, seed, preview_every=5, finish=finish)
+        job = await studio.submit(asked.request(studio), asked.number, seed, editing=editing)
+        jobs.add(job)
         pictures = await studio.finished(job, http)
         info = {
             "prompt": asked.prompt,
@@ -193,41 +221,27 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/txt2img")
     async def txt2img(asked: TextToImage, http: HTTPRequest) -> dict[str, Any]:
-        return await answer(asked, asked.request(studio), http)
+        return await answer(asked, http)
 
     @router.post("/img2img")
     async def img2img(asked: ImageToImage, http: HTTPRequest) -> dict[str, Any]:
-        request = asked.request(studio)
-        image = await studio.picture(data_of(asked.init_images[0], "init_images"), "init_images")
-        hole = None
-        if asked.mask:
-            hole = await studio.white(data_of(asked.mask, "mask"), "mask", image.size)
-            hole = ImageOps.invert(hole) if asked.inpainting_mask_invert else hole
-            hole = hole.filter(ImageFilter.GaussianBlur(asked.mask_blur))
-        size = None
-        if asked.width and asked.height:
-            most = studio.limits.side
-            size = (
-                within(asked.width, "width", 8, most),
-                within(asked.height, "height", 8, most),
-            )
-        edited, finish = await studio.edited(
-            request,
-            image,
-            hole,
-            asked.denoising_strength,
-            size=size,
-            only_masked=bool(asked.inpaint_full_res),
-        )
-        return await answer(asked, edited, http, finish)
+        return await answer(asked, http, asked.editing(studio))
+
+
+def _watch(router: APIRouter, studio: Studio, jobs: WeakSet[Job]) -> None:
+    def current() -> Job | None:
+        """The job that is drawn now, of those asked for by these routes."""
+        return next((job for job in jobs if job.state == "drawing"), None)
 
     @router.get("/progress")
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:
-        job = studio.queue.current
+        job = current()
         state = {"job": "", "job_count": 0, "sampling_step": 0, "sampling_steps": 0}
         if job is None:
             return {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None}
-        state |= {"job": job.id, "job_count": 1, "sampling_step": job.steps_done}
+        if not skip_current_image:
+            job.preview_every = _PREVIEWED  # from here on: nobody else looks at them
+        state |= {"job": "drawing", "job_count": 1, "sampling_step": job.steps_done}
         state |= {"sampling_steps": job.steps, "interrupted": False, "skipped": False}
         image = None if skip_current_image or job.preview is None else encoded(job.preview)
         since = time.time() - job.created
@@ -241,10 +255,12 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/interrupt")
     async def interrupt() -> dict[str, Any]:
-        if studio.queue.current is not None:
-            studio.queue.cancel(studio.queue.current)
+        if (job := current()) is not None:
+            studio.queue.cancel(job)
         return {}
 
+
+def _describe(router: APIRouter, studio: Studio) -> None:
     @router.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:
         return [{"name": name, "aliases": [], "options": {}} for name in solvers.names()]
@@ -266,5 +282,3 @@ def routes(studio: Studio) -> APIRouter:
     async def set_options(wanted: Options) -> dict[str, Any]:
         check_options(studio, wanted.model_extra or {})
         return {}
-
-    return router

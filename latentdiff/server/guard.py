@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FORMS = ("/v1/images/edits",)  # the paths that take multipart/form-data; the others take JSON
+_BODIES = 8  # as many of the largest may be in memory at a time
 SAFETY = {
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; "
@@ -44,7 +45,7 @@ class Guard:
         hosts: names by which the server may be called, without ports.
         token: what `Authorization: Bearer` (or the password of Basic) must be; None asks for none.
         open_paths: what needs no token: the page itself, which holds nothing of anyone's.
-        most_bytes: of a body.
+        most_bytes: of a body; the bodies of all requests together may have `_BODIES` times as many.
         patience: seconds until a body must have come.
     """
 
@@ -63,6 +64,7 @@ class Guard:
         self.open_paths = frozenset(open_paths)
         self.most_bytes = most_bytes
         self.patience = patience
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -83,22 +85,30 @@ class Guard:
             refused = JSONResponse(error_body(message), status, {"connection": "close"})
             await refused(scope, receive, sent)
             return
-        await self.app(scope, self._bounded(receive), sent)
+        body = _Body(self, receive)
+        try:
+            await self.app(scope, body.received, sent)
+        finally:
+            self.held -= body.size
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """The status and the words for a request that must not pass; None for one that may."""
         headers = Headers(scope=scope)
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or (urlsplit(f"//{hosts[0]}").hostname or "") not in self.hosts:
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        try:
+            host = urlsplit(f"//{hosts[0]}").hostname if len(hosts) == 1 else None
+            sites = [urlsplit(origin).netloc.lower() for origin in origins]
+        except ValueError:  # brackets that are no address
+            return 403, "its Host or Origin is none"
+        if host not in self.hosts:
             return 403, "this server does not go by that name; --allow-host adds one"
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+        if any(site != hosts[0].lower() for site in sites):
             return 403, "requests of other sites are not answered"
         closed = self.token is not None and scope["path"] not in self.open_paths
         if closed and not self._knows_token(headers.get("authorization", "")):
             return 401, "the server's token is needed: Authorization: Bearer TOKEN"
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.most_bytes:
+        if not length.isdecimal() or len(length) > 18 or int(length) > self.most_bytes:
             return 413, f"a body may have {self.most_bytes:,} bytes"
         has_body = length != "0" or "transfer-encoding" in headers
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -118,27 +128,43 @@ class Guard:
             return False
         return hmac.compare_digest(given.encode(), (self.token or "").encode())
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """The same messages, as long as the body is neither too long nor too slow."""
-        left, complete = self.most_bytes, False
-        deadline = asyncio.get_running_loop().time() + self.patience
 
-        async def received() -> Message:
-            nonlocal left, complete
-            if complete:  # what follows is the end of the connection, for which one may wait
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the body did not come in time") from None
-            left -= len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if left < 0:
-                raise HTTPException(413, f"a body may have {self.most_bytes:,} bytes")
-            return message
+class _Body:
+    """The messages of a request, as long as its body is neither too long nor too slow.
 
-        return received
+    Attributes:
+        size: bytes of it that have come.
+    """
+
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self.size = 0
+        self._guard, self._receive = guard, receive
+        self._complete = False
+        self._deadline = asyncio.get_running_loop().time() + guard.patience
+
+    async def received(self) -> Message:
+        """The next message.
+
+        Raises:
+            HTTPException: the body is too slow, too long, or too much beside those of others.
+        """
+        if self._complete:  # what follows is the end of the connection, for which one may wait
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, "the body did not come in time") from None
+        self._complete = not message.get("more_body", False)
+        count, most = len(message.get("body", b"")), self._guard.most_bytes
+        self.size += count
+        self._guard.held += count
+        if self.size > most:
+            raise HTTPException(413, f"a body may have {most:,} bytes")
+        if self._guard.held > _BODIES * most:
+            told = "too much is being sent: try again in a moment"
+            raise HTTPException(429, told, {"retry-after": "1"})
+        return message
 
 
 def error_body(message: str, param: str | None = None, kind: str = "invalid_request_error") -> dict:

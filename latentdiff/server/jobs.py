@@ -6,46 +6,53 @@ import threading
 import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from PIL.Image import Image
 
+from latentdiff.editing import Region
 from latentdiff.errors import UserError
 from latentdiff.pictures import encode_png
 from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.record import about_request, png_text
+from latentdiff.pipeline.run import Run
 
 State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
 
 class Busy(Exception):
-    """So many pictures are waiting that no more are taken."""
+    """So much is waiting that no more is taken."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Pictures of one request. Read by any thread; written by the queue alone.
+    """Pictures of one request. Read by any thread; written by the queue alone, but for
+    `preview_every`.
 
     Attributes:
         request: of each of its pictures: one prompt, no seed.
         seeds: seed of each picture.
+        pixels: of each of its pictures, as it is drawn.
         preview_every: number of steps between two previews; 0 is none.
-        finish: what is done to each picture before it is kept, as to put it into a larger one.
+        region: the part of a larger picture that is drawn, into which each result is put back.
+        held: pixels of the client's pictures that it holds, until it is over.
         id: what a client calls it.
         state: where it is.
         pictures: PNG files, None for each that is not drawn yet.
         error: why it failed, in one line.
-        told: warnings about its arguments, one line each.
+        told: warnings about its arguments, one line each, none twice.
         preview: PNG of the first picture as the network guesses it now.
         steps_done, steps: of all its pictures; `steps` is a guess before the first is begun.
     """
 
     request: Request
     seeds: Sequence[int]
+    pixels: int
     preview_every: int = 0
-    finish: Callable[[Image], Image] | None = None
+    region: Region | None = None
+    held: int = 0
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     state: State = "waiting"
     pictures: list[bytes | None] = field(default_factory=list)
@@ -70,6 +77,17 @@ class Job:
     def fraction(self) -> float:
         """The part of its steps that is made, in [0, 1]."""
         return 1.0 if self.state == "done" else min(self.steps_done / max(self.steps, 1), 1.0)
+
+    def warned(self, said: Sequence[warnings.WarningMessage]) -> None:
+        """Tell warnings that came of it alone."""
+        lines = dict.fromkeys([*self.told, *(f"{one.message}" for one in said)])
+        self.told = list(lines)
+
+    def end(self, state: State) -> None:
+        """Leave it in a last state, without the client's pictures, which may be large."""
+        own = [edit for edit in self.request.edits if isinstance(edit, str)]
+        self.request, self.region, self.held = replace(self.request, edits=own), None, 0
+        self.state = state
 
     def tell(self) -> None:
         """Wake everybody who follows it."""
@@ -118,6 +136,7 @@ class JobQueue:
         pipe: the model.
         at_once: pixels drawn in one batch.
         most_waiting: number of pictures that may wait.
+        most_held: pixels of clients' pictures that waiting jobs may hold.
         most_kept: finished jobs that can still be asked for.
         most_bytes: of their pictures.
     """
@@ -127,12 +146,14 @@ class JobQueue:
         pipe: LatentDiffusionPipeline,
         at_once: int,
         most_waiting: int = 256,
+        most_held: int = 2**27,
         most_kept: int = 100,
         most_bytes: int = 2**28,
     ) -> None:
         self.pipe = pipe
         self.at_once = at_once
         self.most_waiting = most_waiting
+        self.most_held = most_held
         self.most_kept = most_kept
         self.most_bytes = most_bytes
         self.jobs: OrderedDict[str, Job] = OrderedDict()
@@ -147,10 +168,11 @@ class JobQueue:
         """Put a job at the end of the queue.
 
         Raises:
-            Busy: too many pictures are waiting.
+            Busy: too many pictures are waiting, or the jobs that do hold too many pixels.
         """
         with self._changed:
-            if len(self._waiting) + len(job.seeds) > self.most_waiting:
+            held = sum(other.held for other in self.jobs.values()) + job.held
+            if len(self._waiting) + len(job.seeds) > self.most_waiting or held > self.most_held:
                 raise Busy
             self.jobs[job.id] = job
             self._waiting.extend((job, number) for number in range(len(job.seeds)))
@@ -162,15 +184,10 @@ class JobQueue:
         with self._changed:
             if job.over:
                 return
-            job.state = "cancelled"
+            job.end("cancelled")
             self._waiting = deque(place for place in self._waiting if place[0] is not job)
             self._forget()
         job.tell()
-
-    @property
-    def current(self) -> Job | None:
-        """The job that is being drawn, if any."""
-        return next((job for job in tuple(self.jobs.values()) if job.state == "drawing"), None)
 
     def close(self) -> None:
         """Cancel all jobs and end the thread."""
@@ -184,19 +201,7 @@ class JobQueue:
     def _work(self) -> None:
         while places := self._next():
             self.batches += 1
-            try:
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    self._draw(places)
-                for job in {job for job, _ in places}:
-                    job.told += [f"{one.message}" for one in said]
-            except UserError as error:
-                self._fail(places, f"{error}")
-            except (MemoryError, RuntimeError) as error:
-                short = "memory" in f"{error}".lower() or isinstance(error, MemoryError)
-                self._fail(places, "too little memory for this" if short else "drawing failed")
-            except Exception:  # the thread must outlive a fault of one request
-                self._fail(places, "drawing failed")
+            self._attempt(places)
 
     def _next(self) -> list[_Place]:
         """The next batch, as soon as there is one; nothing when the queue is closed."""
@@ -205,9 +210,7 @@ class JobQueue:
             if self._closed:
                 return []
             first = self._waiting[0][0]
-            height, width = first.request.height, first.request.width
-            own = self.pipe.bundle.size
-            most = max(1, self.at_once // ((height or own[0]) * (width or own[1])))
+            most = max(1, self.at_once // first.pixels)
             batch = [place for place in self._waiting if first.fits(place[0])][:most]
             taken = {(id(job), number) for job, number in batch}
             self._waiting = deque(p for p in self._waiting if (id(p[0]), p[1]) not in taken)
@@ -215,19 +218,34 @@ class JobQueue:
                 job.state = "drawing"
         return batch
 
-    def _draw(self, places: Sequence[_Place]) -> None:
-        first = places[0][0].request
-        request = replace(
-            first,
-            prompt=[f"{job.request.prompt}" for job, _ in places],
-            negative_prompt=[f"{job.request.negative_prompt or ''}" for job, _ in places],
-            seed=[job.seeds[number] for job, number in places],
-        )
-        run = self.pipe.prepare(request)
+    def _attempt(self, places: Sequence[_Place]) -> None:
+        """Draw a batch. If that of several jobs fails, each is drawn by itself: what is wrong with
+        one ends no other, and is told to no other."""
+        places = [place for place in places if not place[0].over]
         jobs = list(dict.fromkeys(job for job, _ in places))
-        for job in jobs:
-            count = sum(one is job for one, _ in places)
-            job.steps += count * (len(run) - request.num_inference_steps)
+        if not jobs:
+            return
+        counts = [(job, job.steps, job.steps_done) for job in jobs]
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                self._draw(jobs, places, said)
+        except Exception as error:  # the thread must outlive a fault of one request
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            for job, steps, done in counts:
+                job.steps, job.steps_done = steps, done
+                self._attempt([place for place in places if place[0] is job])
+
+    def _draw(
+        self,
+        jobs: Sequence[Job],
+        places: Sequence[_Place],
+        said: list[warnings.WarningMessage],
+    ) -> None:
+        """Draw a batch; `said` are the warnings of this thread, as they come."""
+        run = self._prepare(jobs, places, said)
         for move in run.steps():
             live = [job for job in jobs if not job.over]
             if not live:
@@ -241,11 +259,37 @@ class JobQueue:
                 job.tell()
         if run.cancelled:
             return
-        output = run.finish()
-        for (job, number), picture, cut in zip(places, output.images, output.cut, strict=True):
-            if not job.over:
-                job.told += [f"beyond the model's window, not used: {cut!r}"] if cut else []
-                self._keep(job, number, picture)
+        images = run.finish().images
+        if len(jobs) == 1:
+            jobs[0].warned(said)
+        for (job, number), picture in zip(places, images, strict=True):
+            self._keep(job, number, picture)
+
+    def _prepare(
+        self,
+        jobs: Sequence[Job],
+        places: Sequence[_Place],
+        said: list[warnings.WarningMessage],
+    ) -> Run:
+        """The run of a batch. Where jobs share it, each is prepared by itself before, so that what
+        is said of its words is told to it alone."""
+        for job in jobs if len(jobs) > 1 else ():
+            self.pipe.prepare(job.request)
+            job.warned(said)
+            said.clear()
+        request = replace(
+            jobs[0].request,
+            prompt=[f"{job.request.prompt}" for job, _ in places],
+            negative_prompt=[f"{job.request.negative_prompt or ''}" for job, _ in places],
+            seed=[job.seeds[number] for job, number in places],
+        )
+        run = self.pipe.prepare(request)
+        for job in jobs:
+            count = sum(one is job for one, _ in places)
+            job.steps += count * (len(run) - request.num_inference_steps)
+        if len(jobs) == 1:
+            jobs[0].warned(said)
+        return run
 
     @staticmethod
     def _show(jobs: Sequence[Job], places: Sequence[_Place], pictures: object) -> None:
@@ -255,24 +299,34 @@ class JobQueue:
             job.preview = encode_png(pictures[place])
 
     def _keep(self, job: Job, number: int, picture: Image) -> None:
-        record = about_request(self.pipe.bundle, job.request)
-        text = png_text(record, prompt=job.request.prompt, seed=job.seeds[number], index=0)
-        data = encode_png(picture if job.finish is None else job.finish(picture), text)
+        request, region = job.request, job.region
+        if job.over:
+            return
+        record = about_request(self.pipe.bundle, request)
+        text = png_text(record, prompt=request.prompt, seed=job.seeds[number], index=0)
+        data = encode_png(picture if region is None else region.paste(picture), text)
         with self._changed:
+            if job.over:
+                return
             job.pictures[number] = data
-            if None not in job.pictures and not job.over:
-                job.state = "done"
+            if None not in job.pictures:
+                job.end("done")
                 self._forget()
         job.tell()
 
-    def _fail(self, places: Sequence[_Place], message: str) -> None:
-        for job in {job for job, _ in places}:
-            with self._changed:
-                if not job.over:
-                    job.error, job.state = message, "failed"
-                self._waiting = deque(place for place in self._waiting if place[0] is not job)
-                self._forget()
-            job.tell()
+    def _fail(self, job: Job, error: Exception) -> None:
+        message = "drawing failed"
+        if isinstance(error, UserError):
+            message = f"{error}"
+        elif isinstance(error, MemoryError) or "memory" in f"{error}".lower():
+            message = "too little memory for this"
+        with self._changed:
+            if not job.over:
+                job.error = message
+                job.end("failed")
+            self._waiting = deque(place for place in self._waiting if place[0] is not job)
+            self._forget()
+        job.tell()
 
     def _forget(self) -> None:
         """Let go of the oldest jobs that are over, where there are too many."""

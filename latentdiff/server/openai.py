@@ -6,10 +6,18 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, UploadFile
 from fastapi import Request as HTTPRequest
+from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.pipeline import Request
-from latentdiff.server.studio import Finish, Refused, Studio, encoded
+from latentdiff.server.studio import (
+    Editing,
+    Refused,
+    Studio,
+    encoded,
+    open_image,
+    open_transparent,
+)
 
 Quality = Literal["auto", "standard", "low", "medium", "high", "hd"]
 STEPS: dict[str, int] = {"low": 10, "high": 40, "hd": 40}  # 20 for the others
@@ -102,9 +110,9 @@ def routes(studio: Studio) -> APIRouter:
     model = {"id": studio.name, "object": "model", "created": 0, "owned_by": "latentdiff"}
 
     async def answer(
-        asked: Generation, request: Request, http: HTTPRequest, finish: Finish | None = None
+        asked: Generation, request: Request, http: HTTPRequest, editing: Editing | None = None
     ) -> dict[str, Any]:
-        job = studio.submit(request, asked.n, asked.seed, finish=finish)
+        job = await studio.submit(request, asked.n, asked.seed, editing=editing)
         pictures = await studio.finished(job, http)
         base = f"{http.base_url}jobs/{job.id}/pictures"
         data = [
@@ -133,22 +141,22 @@ def routes(studio: Studio) -> APIRouter:
         asked: Annotated[Edit, Form(media_type="multipart/form-data")], http: HTTPRequest
     ) -> dict[str, Any]:
         data = await asked.image.read()
-        picture = await studio.picture(data, "image")
-        hole = await studio.transparent(data, "image", picture.size)
-        if asked.mask is not None:
-            hole = await studio.transparent(await asked.mask.read(), "mask", picture.size)
+        marked = None if asked.mask is None else await asked.mask.read()
+
+        def read() -> tuple[Image, Image | None]:
+            picture = open_image(data, "image")
+            own = "{}x{}".format(*picture.size)
+            if asked.size not in (None, "", "auto", own):
+                raise Refused(400, f"size: the picture is {own}; leave it out", "size")
+            if marked is None:
+                return picture, open_transparent(data, "image", picture.size)
+            hole = open_transparent(marked, "mask", picture.size)
             if hole is None:
                 raise Refused(400, "mask: no part of it is transparent, to be painted", "mask")
-        own = "{}x{}".format(*picture.size)
-        if asked.size not in (None, "", "auto", own):
-            raise Refused(400, f"size: the picture is {own}; leave it out", "size")
-        request, finish = await studio.edited(
-            asked.model_copy(update={"size": None}).request(studio),
-            picture,
-            hole,
-            asked.strength,
-            only_masked=max(picture.size) > max(studio.pipe.bundle.size),
-        )
-        return await answer(asked, request, http, finish)
+            return picture, hole
+
+        request = asked.model_copy(update={"size": None}).request(studio)
+        editing = Editing(read, asked.strength, only_masked=None)
+        return await answer(asked, request, http, editing)
 
     return router

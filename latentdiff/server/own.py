@@ -6,13 +6,22 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
+from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
 from latentdiff.pipeline import Request
 from latentdiff.server.jobs import Job
-from latentdiff.server.studio import Refused, Studio, data_of, encoded
+from latentdiff.server.studio import (
+    Editing,
+    Refused,
+    Studio,
+    data_of,
+    encoded,
+    open_image,
+    open_white,
+)
 from latentdiff.version import __version__
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -71,6 +80,29 @@ class Wanted(BaseModel):
             edits=self.edits,
         )
 
+    def editing(self) -> Editing | None:
+        """What is to be done to its picture, if it has one.
+
+        Raises:
+            Refused: it says how, and has none.
+        """
+        image, mask = self.image, self.mask
+        if image is None:
+            if mask is not None or self.strength is not None or self.only_masked:
+                told = "mask, strength and only_masked are for an image: give one"
+                raise Refused(400, told, "image")
+            return None
+        if self.only_masked and mask is None:
+            raise Refused(400, "only_masked is for a mask: give one", "mask")
+
+        def read() -> tuple[Image, Image | None]:
+            picture = open_image(data_of(image, "image"), "image")
+            if mask is None:
+                return picture, None
+            return picture, open_white(data_of(mask, "mask"), "mask", picture.size)
+
+        return Editing(read, self.strength, only_masked=self.only_masked)
+
 
 def about(job: Job) -> dict[str, Any]:
     """Describe a job as it is now."""
@@ -92,20 +124,26 @@ def about(job: Job) -> dict[str, Any]:
 def routes(studio: Studio) -> APIRouter:
     """Our routes to a studio."""
     router = APIRouter()
+    _begin_and_end(router, studio)
+    _follow(router, studio)
+    return router
 
-    def found(job_id: str) -> Job:
-        job = studio.queue.jobs.get(job_id)
-        if job is None:
-            raise Refused(404, "there is no such job, or it was too long ago")
-        return job
 
+def _found(studio: Studio, job_id: str) -> Job:
+    job = studio.queue.jobs.get(job_id)
+    if job is None:
+        raise Refused(404, "there is no such job, or it was too long ago")
+    return job
+
+
+def _begin_and_end(router: APIRouter, studio: Studio) -> None:
     @router.get("/model")
     async def model() -> dict[str, Any]:
         bundle, limits = studio.pipe.bundle, studio.limits
         height, width = bundle.size
         return {
             "name": studio.name,
-            "about": bundle.about,
+            "about": bundle.about.replace(bundle.name, studio.name, 1),
             "kind": bundle.kind,
             "height": height,
             "width": width,
@@ -118,50 +156,45 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/jobs", status_code=201)
     async def begin(wanted: Wanted) -> dict[str, Any]:
-        request, finish = wanted.request(studio), None
-        if wanted.image is not None:
-            image = await studio.picture(data_of(wanted.image, "image"), "image")
-            hole = None
-            if wanted.mask is not None:
-                hole = await studio.white(data_of(wanted.mask, "mask"), "mask", image.size)
-            request, finish = await studio.edited(
-                request, image, hole, wanted.strength, only_masked=wanted.only_masked
-            )
-        elif wanted.mask is not None or wanted.strength is not None:
-            raise Refused(400, "mask and strength are for an image: give one", "image")
+        request, editing = wanted.request(studio), wanted.editing()
         if wanted.replaces in studio.queue.jobs:
             studio.queue.cancel(studio.queue.jobs[wanted.replaces])
-        job = studio.submit(
+        job = await studio.submit(
             request,
             wanted.num_images,
             wanted.seed,
             preview_every=wanted.preview_every,
-            finish=finish,
+            editing=editing,
         )
         return about(job)
 
-    @router.get("/jobs/{job_id}")
-    async def look(job_id: str) -> dict[str, Any]:
-        return about(found(job_id))
-
     @router.delete("/jobs/{job_id}")
     async def cancel(job_id: str) -> dict[str, Any]:
-        job = found(job_id)
+        job = _found(studio, job_id)
         studio.queue.cancel(job)
         return about(job)
+
+
+def _follow(router: APIRouter, studio: Studio) -> None:
+    @router.get("/jobs/{job_id}")
+    async def look(job_id: str) -> dict[str, Any]:
+        return about(_found(studio, job_id))
 
     @router.get("/jobs/{job_id}/events")
     async def events(job_id: str) -> StreamingResponse:
         """Server-sent events: the job after each change; with a preview where it has a new one."""
-        job = found(job_id)
+        job = _found(studio, job_id)
 
         async def told() -> AsyncIterator[str]:
-            shown = None
+            last, shown = None, None
             async for _ in job.changes():
-                now = about(job)
-                if job.preview is not shown and job.preview is not None:
-                    shown = job.preview
-                    now["preview"] = f"data:image/png;base64,{encoded(shown)}"
+                now, preview = about(job), job.preview
+                if now == last and preview is shown:
+                    continue
+                last = dict(now)
+                if preview is not shown and preview is not None:
+                    now["preview"] = f"data:image/png;base64,{encoded(preview)}"
+                shown = preview
                 yield f"data: {json.dumps(now)}\n\n"
 
         return StreamingResponse(
@@ -170,9 +203,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.get("/jobs/{job_id}/pictures/{number}.png")
     async def picture(job_id: str, number: int) -> Response:
-        pictures = found(job_id).pictures
+        pictures = _found(studio, job_id).pictures
         if not 0 <= number < len(pictures) or pictures[number] is None:
             raise Refused(404, "there is no such picture, or not yet")
         return Response(pictures[number], media_type="image/png")
-
-    return router

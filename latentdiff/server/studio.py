@@ -3,9 +3,9 @@
 import asyncio
 import base64
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from fastapi import Request as HTTPRequest
 from PIL.Image import Image
@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from latentdiff import pictures
 from latentdiff.diffusion.edits import Edit
-from latentdiff.editing import Inpaint, Instruct, Region, RePaint, SDEdit
+from latentdiff.editing import Inpaint, Instruct, Region, RePaint, SDEdit, padded_size, picture_size
 from latentdiff.editing.masks import open_mask, resize_mask
 from latentdiff.errors import UserError
 from latentdiff.guidance import methods
@@ -23,9 +23,6 @@ from latentdiff.pipeline.arguments import MAX_SEED, latent_shape
 from latentdiff.pipeline.prompts import check_also, check_negatives, check_prompts
 from latentdiff.server.jobs import Busy, Job, JobQueue
 from latentdiff.solvers.aliases import resolve_both
-
-Finish = Callable[[Image], Image]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,27 @@ class Limits:
     waiting: int = 256
 
 
+@dataclass(frozen=True)
+class Editing:
+    """What is to be done to a client's picture.
+
+    With a mask, its hole is painted; else all of the picture is drawn again.
+
+    Attributes:
+        read: opens the picture and the mask of what is to be painted, if any; called once, in a
+            thread, when no other client's picture is being opened.
+        strength: the more is changed the larger it is, in [0, 1]; None is the default.
+        size: width and height to work at; by default the picture's, shrunk to the model's own.
+        only_masked: work on the part around the hole alone, and put it back into the picture, which
+            keeps its size; None does so where the picture is larger than the model's.
+    """
+
+    read: Callable[[], tuple[Image, Image | None]]
+    strength: float | None = None
+    size: tuple[int, int] | None = None
+    only_masked: bool | None = False
+
+
 class Refused(Exception):
     """A request that is not taken: its status, one line, and the name of what is wrong."""
 
@@ -54,6 +72,15 @@ class Refused(Exception):
         super().__init__(message)
         self.status = status
         self.param = param
+
+
+@contextmanager
+def refusing(param: str | None, prefix: str = "") -> Iterator[None]:
+    """Refuse the request, by the name of its argument, where a `UserError` is raised."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused(400, f"{prefix}{error}", param) from None
 
 
 class Studio:
@@ -69,21 +96,21 @@ class Studio:
         self.pipe = pipe
         self.limits = limits
         self.queue = JobQueue(pipe, at_once, limits.waiting)
-        self._decoding = asyncio.Semaphore(1)  # one large picture in memory at a time
+        self._opening = asyncio.Semaphore(1)  # one client's large picture in memory at a time
 
     @property
     def name(self) -> str:
         """What clients call the model."""
         return self.pipe.bundle.name.rstrip("/").rpartition("/")[2]
 
-    def submit(
+    async def submit(
         self,
         request: Request,
         number: int,
         seed: int | None,
         *,
         preview_every: int = 0,
-        finish: Finish | None = None,
+        editing: Editing | None = None,
     ) -> Job:
         """Check a request and put its pictures in the queue; picture i has the seed `seed + i`.
 
@@ -92,25 +119,42 @@ class Studio:
         Raises:
             Refused: it asks for what there is not, for too much, or comes when too much waits.
         """
-        limits, bundle = self.limits, self.pipe.bundle
-        within(number, "n", 1, limits.pictures)
-        within(request.num_inference_steps, "steps", 1, limits.steps)
-        for name, side in (("height", request.height), ("width", request.width)):
-            within(bundle.factor if side is None else side, name, bundle.factor, limits.side)
-        try:
-            check_prompts([f"{request.prompt}"])
-            check_negatives(request.negative_prompt, 1)
-            latent_shape(bundle, request.height, request.width, number)
-            check_names(request)
-        except UserError as error:
-            raise Refused(400, f"{error}", f"{error}".partition(":")[0].split()[-1]) from None
-        fresh = seed in (None, -1)
-        first = secrets.randbelow(2**32) if fresh else within(seed, "seed", 0, MAX_SEED)
+        within(number, "n", 1, self.limits.pictures)
+        within(request.num_inference_steps, "steps", 1, self.limits.steps)
+        check_words(request)
+        first = secrets.randbelow(2**32)
+        if seed is not None and seed != -1:
+            first = within(seed, "seed", 0, MAX_SEED)
         seeds = [(first + number) % (MAX_SEED + 1) for number in range(number)]
+        if editing is None:
+            return self._queued(Job(request, seeds, self._pixels(request, number), preview_every))
+        async with self._opening:
+            edited, region, held = await run_in_threadpool(self._edited, request, editing)
+            pixels = self._pixels(edited, number)
+            return self._queued(Job(edited, seeds, pixels, preview_every, region, held))
+
+    def _queued(self, job: Job) -> Job:
         try:
-            return self.queue.submit(Job(request, seeds, preview_every, finish))
+            return self.queue.submit(job)
         except Busy:
-            raise Refused(429, "too many pictures are waiting: try again in a moment") from None
+            raise Refused(429, "too much is waiting: try again in a moment") from None
+
+    def _pixels(self, request: Request, number: int) -> int:
+        """Pixels of each picture as it is drawn, those of an edit's own picture where it has one.
+
+        Raises:
+            Refused: they are too many, or not of a size that can be drawn.
+        """
+        bundle, most = self.pipe.bundle, self.limits.side
+        height, width = request.height or bundle.size[0], request.width or bundle.size[1]
+        pictured = picture_size(request.edits, request.height, request.width)
+        if pictured is not None:
+            height, width = padded_size(pictured, bundle.factor)
+        within(height, "height", bundle.factor, most)
+        within(width, "width", bundle.factor, most)
+        with refusing("size"):
+            latent_shape(bundle, height, width, number)
+        return height * width
 
     async def finished(self, job: Job, http: HTTPRequest) -> list[bytes]:
         """The PNG files of a job; it is cancelled when the client goes away.
@@ -136,85 +180,32 @@ class Studio:
             await asyncio.sleep(0.2)
         self.queue.cancel(job)
 
-    async def picture(self, data: bytes, param: str) -> Image:
-        """A client's picture.
+    def _edited(self, request: Request, editing: Editing) -> tuple[Request, Region | None, int]:
+        """The request with the edit of a picture, the region that each result goes back into, and
+        the pixels of the pictures that both hold.
 
         Raises:
-            Refused: it is none, damaged or too large.
+            Refused: a picture is none, damaged or too large, or nothing is to be painted.
         """
-        return await self._decoded(param, pictures.open_picture, data)
-
-    async def transparent(self, data: bytes, param: str, size: tuple[int, int]) -> Image | None:
-        """The mask of what is transparent in a picture of a size; None if nothing is.
-
-        Raises:
-            Refused: it is no picture, or of another size.
-        """
-        alpha = await self._decoded(param, pictures.open_alpha, data)
-        if alpha is None:
-            return None
-        return self._sized(alpha.point(lambda value: 255 - value), param, size)
-
-    async def white(self, data: bytes, param: str, size: tuple[int, int]) -> Image:
-        """The mask of what is white in a picture of a size.
-
-        Raises:
-            Refused: it is no picture, or of another size.
-        """
-        return self._sized(await self._decoded(param, open_mask, data), param, size)
-
-    @staticmethod
-    def _sized(mask: Image, param: str, size: tuple[int, int]) -> Image:
-        if mask.size != size:
-            told = "it is {} x {} pixels, but the picture {} x {}".format(*mask.size, *size)
-            raise Refused(400, f"{param}: {told}", param)
-        return mask
-
-    async def _decoded(self, param: str, decode: Callable[[bytes], _T], data: bytes) -> _T:
-        async with self._decoding:
-            try:
-                return await run_in_threadpool(decode, data)
-            except UserError as error:
-                raise Refused(400, f"{param}: {error}", param) from None
-
-    async def edited(
-        self,
-        request: Request,
-        image: Image,
-        hole: Image | None,
-        strength: float | None,
-        *,
-        size: tuple[int, int] | None = None,
-        only_masked: bool = False,
-    ) -> tuple[Request, Finish | None]:
-        """The request with an edit of a picture, and what is to be done to each result.
-
-        With a hole, that is painted; else all of the picture is drawn again, and the more of it
-        changes the larger `strength` is, in [0, 1].
-
-        Args:
-            size: width and height to work at; by default the picture's, shrunk to the model's own.
-            only_masked: work on the part around the hole alone, and put it back into the picture,
-                which keeps its size.
-
-        Raises:
-            Refused: nothing is to be painted.
-        """
+        image, hole = editing.read()
         own = self.pipe.bundle.size
-        try:
-            if only_masked and hole is not None:
-                region = await run_in_threadpool(Region.around, image, hole, own)
-                edits = self._edits(region.image, region.mask, strength)
-                finish = region.paste
+        size = editing.size
+        region = None
+        alone = editing.only_masked
+        alone = max(image.size) > max(own) if alone is None else alone
+        with refusing("mask"):
+            if alone and hole is not None:
+                region = Region.around(image, hole, own if size is None else (size[1], size[0]))
+                small, hole = region.image, region.mask
             else:
-                small = pictures.fit(image, max(own)) if size is None else image.resize(size)
+                most = min(max(own), self.limits.side)
+                small = pictures.fit(image, most) if size is None else image.resize(size)
                 if hole is not None and hole.size != small.size:
                     hole = resize_mask(hole, small.size)
-                edits, finish = self._edits(small, hole, strength), None
-        except UserError as error:
-            raise Refused(400, f"{error}", "mask") from None
+            edits = self._edits(small, hole, editing.strength)
+        held = sum(one.width * one.height for one in (small, *([region.picture] if region else [])))
         asked = replace(request, edits=[*edits, *request.edits], height=None, width=None)
-        return asked, finish
+        return asked, region, held
 
     def _edits(self, image: Image, hole: Image | None, strength: float | None) -> list[Edit]:
         kind = self.pipe.bundle.kind
@@ -226,26 +217,37 @@ class Studio:
         return [Inpaint(image, hole) if kind == "inpainting" else RePaint(image, hole)]
 
 
-def check_names(request: Request) -> None:
-    """Check the names and scales of a request, as the command line does before it loads a model.
+def check_words(request: Request) -> None:
+    """Check the prompts, names and scales of a request, before anything that they name is made.
 
     Raises:
-        UserError: a name is unknown, or a setting makes no sense.
+        Refused: a prompt is none, a name is unknown, a setting makes no sense, or a guide reads
+            files: which a client may not name.
     """
-    resolve_both(
-        request.solver if isinstance(request.solver, str) else None,
-        request.timetable if isinstance(request.timetable, str) else None,
-    )
-    methods.check(
-        request.guidance,
-        scale=request.scale,
-        rescale=request.guidance_rescale,
-        interval=request.guidance_interval,
-    )
-    check_also(request.also)
+    with refusing("prompt"):
+        check_prompts([f"{request.prompt}"])
+    with refusing("negative_prompt"):
+        check_negatives(request.negative_prompt, 1)
+    with refusing("solver"):
+        resolve_both(
+            request.solver if isinstance(request.solver, str) else None,
+            request.timetable if isinstance(request.timetable, str) else None,
+        )
+    with refusing("guidance"):
+        methods.check(
+            request.guidance,
+            scale=request.scale,
+            rescale=request.guidance_rescale,
+            interval=request.guidance_interval,
+        )
+    with refusing("also"):
+        check_also(request.also)
     for edit in request.edits:
-        if isinstance(edit, str):
-            check_text(edit)
+        with refusing("edits"):
+            name, _, words = check_text(f"{edit}")
+        if words:
+            told = f"edits: the guide {name!r} reads files of the server, which no client may name"
+            raise Refused(400, told, "edits")
 
 
 def within(value: int, name: str, low: int, high: int) -> int:
@@ -257,6 +259,45 @@ def within(value: int, name: str, low: int, high: int) -> int:
     if not low <= value <= high:
         raise Refused(400, f"{name} must be from {low} to {high}, not {value}", name)
     return value
+
+
+def open_image(data: bytes, param: str) -> Image:
+    """A client's picture.
+
+    Raises:
+        Refused: it is none, damaged or too large.
+    """
+    with refusing(param, f"{param}: "):
+        return pictures.open_picture(data)
+
+
+def open_transparent(data: bytes, param: str, size: tuple[int, int]) -> Image | None:
+    """The mask of what is transparent in a picture of a size; None if nothing is.
+
+    Raises:
+        Refused: it is no picture, or of another size.
+    """
+    with refusing(param, f"{param}: "):
+        alpha = pictures.open_alpha(data)
+    return alpha and _sized(alpha.point(lambda value: 255 - value), param, size)
+
+
+def open_white(data: bytes, param: str, size: tuple[int, int]) -> Image:
+    """The mask of what is white in a picture of a size.
+
+    Raises:
+        Refused: it is no picture, or of another size.
+    """
+    with refusing(param, f"{param}: "):
+        mask = open_mask(data)
+    return _sized(mask, param, size)
+
+
+def _sized(mask: Image, param: str, size: tuple[int, int]) -> Image:
+    if mask.size != size:
+        told = "it is {} x {} pixels, but the picture {} x {}".format(*mask.size, *size)
+        raise Refused(400, f"{param}: {told}", param)
+    return mask
 
 
 def data_of(text: str, param: str) -> bytes:

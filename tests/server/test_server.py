@@ -1,23 +1,28 @@
 """The server: the official OpenAI client, an A1111 client's calls, our own, and who is refused."""
 
+import asyncio
 import base64
 import io
+import itertools
 import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 from tiny import tiny_bundle
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.server.app import PAGE, create_app
-from latentdiff.server.guard import is_loopback
+from latentdiff.server.guard import Guard, is_loopback
 from latentdiff.server.studio import Limits, Studio
 
 AT = "http://localhost"
@@ -218,7 +223,130 @@ def test_a_job_that_another_replaces_or_a_client_leaves_is_cancelled(
     assert events(client, second)[-1]["state"] == "cancelled"
     quick = client.post("/jobs", json=long | {"num_inference_steps": 1}).json()["id"]
     assert events(client, quick)[-1]["state"] == "done"
-    assert studio.queue.current is None
+    assert not [job for job in studio.queue.jobs.values() if not job.over]
+
+
+LONG_AGO = "a very long tale of " + ", ".join(f"heart {number}" for number in range(40))
+GUIDES = ["autoguidance:2:{}", "clip:2:{}", "classifier:2:{}:heart"]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_no_client_names_a_file_of_the_server(
+    client: TestClient, studio: Studio, tmp_path: Path, guide: str
+) -> None:
+    model = tiny_bundle().save(tmp_path / "tiny")
+    body = {"prompt": "a", "edits": ["pag:2", guide.format(model)]}
+    refused = client.post("/jobs", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "edits")
+    assert "reads files of the server" in refused.json()["detail"]
+    assert not studio.queue.jobs
+    begun = client.post("/jobs", json=body | {"edits": ["pag:2"], "num_inference_steps": 1})
+    assert events(client, begun.json()["id"])[-1]["state"] == "done"
+    assert f"{tmp_path}" not in client.get("/model").text
+
+
+def test_what_is_wrong_with_a_job_is_told_to_it_alone_and_once(
+    client: TestClient, studio: Studio
+) -> None:
+    body = {"prompt": "a red heart", "num_inference_steps": 2, "prompt_weights": True}
+    holding = client.post("/jobs", json=body | {"num_inference_steps": 150}).json()["id"]
+    cut, sound, empty, last = (
+        client.post("/jobs", json=body | more).json()["id"]
+        for more in ({"prompt": LONG_AGO, "num_images": 2}, {}, {"prompt": "( :1.2)"}, {})
+    )
+    client.delete(f"/jobs/{holding}")
+    ends = {job: events(client, job)[-1] for job in (cut, sound, empty, last)}
+    assert studio.queue.batches == 3  # what fits is drawn together
+    assert [ends[job]["state"] for job in ends] == ["done", "done", "failed", "done"]
+    assert len([line for line in ends[cut]["told"] if "a very long tale" in line]) == 1
+    assert "holds weights but no words" in ends[empty]["error"]
+    for other in (sound, empty, last):
+        assert "tale" not in json.dumps(ends[other])
+    assert "( :1.2)" not in json.dumps([ends[cut], ends[sound], ends[last]])
+    alone = client.post("/jobs", json=body | {"prompt": LONG_AGO, "num_images": 6}).json()["id"]
+    told = events(client, alone)
+    assert all(one != other for one, other in itertools.pairwise(told))
+    assert told[-1]["told"] == ends[cut]["told"]
+
+
+def test_a_batch_and_what_waits_are_bounded_by_the_pixels_really_drawn(
+    client: TestClient, studio: Studio
+) -> None:
+    picture = base64.b64encode(png(Image.effect_noise((90, 60), 99).convert("RGB"))).decode()
+    edit = {
+        "init_images": [picture], "prompt": "a", "steps": 2, "batch_size": 3, "width": 32,
+        "height": 32, "denoising_strength": 1,
+    }  # fmt: skip
+    assert client.post("/sdapi/v1/img2img", json=edit).status_code == 200
+    assert studio.queue.batches == 3  # 4 of the model's own 16 x 16 pixels make one
+    (job,) = studio.queue.jobs.values()
+    assert (job.pixels, job.held, job.request.edits, job.region) == (32 * 32, 0, [], None)
+    assert client.post("/sdapi/v1/img2img", json=edit | {"height": None}).status_code == 422
+    huge = client.post("/sdapi/v1/img2img", json=edit | {"width": 65, "height": 65})
+    assert huge.json()["error"]["param"] == "width"
+    studio.queue.most_held = 90 * 60 + 16 * 16
+    hole = Image.new("L", (90, 60))
+    hole.paste(255, (50, 20, 70, 40))
+    mask = base64.b64encode(png(hole)).decode()
+    body = {"prompt": "a", "image": picture, "mask": mask, "only_masked": True, "num_images": 2}
+    held = client.post("/jobs", json=body | {"num_inference_steps": 150}).json()["id"]
+    assert client.post("/jobs", json=body).status_code == 429
+    client.delete(f"/jobs/{held}")
+    assert client.post("/jobs", json=body | {"num_inference_steps": 1}).status_code == 201
+
+
+def test_an_a1111_client_watches_and_interrupts_its_own_jobs_alone(
+    client: TestClient, studio: Studio
+) -> None:
+    long = {"prompt": "a red heart", "num_inference_steps": 150}
+    other = client.post("/jobs", json=long).json()["id"]
+    while client.get(f"/jobs/{other}").json()["state"] == "waiting":
+        time.sleep(0.01)
+    progress = client.get("/sdapi/v1/progress").json()
+    assert (progress["progress"], progress["current_image"]) == (0, None)
+    client.post("/sdapi/v1/interrupt")
+    assert client.get(f"/jobs/{other}").json()["state"] == "drawing"
+    client.delete(f"/jobs/{other}")
+    assert client.post("/sdapi/v1/txt2img", json={"prompt": "a", "steps": 12}).status_code == 200
+    assert [job.preview for job in studio.queue.jobs.values()] == [None, None]  # nobody looked
+    with ThreadPoolExecutor() as pool:
+        seen = pool.submit(client.post, "/sdapi/v1/txt2img", json={"prompt": "a", "steps": 150})
+        while not (image := client.get("/sdapi/v1/progress").json()["current_image"]):
+            time.sleep(0.01)
+        client.post("/sdapi/v1/interrupt")
+        assert seen.result().status_code == 409
+    assert opened(image).shape == (16, 16, 3)
+
+
+def test_bodies_that_wait_together_are_bounded() -> None:
+    async def ask(guard: Guard, done: asyncio.Event, answers: list[int]) -> None:
+        whole = {"type": "http.request", "body": b"a" * 2**10, "more_body": False}
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/jobs", "headers": [(b"host", b"localhost")]}
+        try:
+            await guard(scope, lambda: asyncio.sleep(0, whole), send)
+        except HTTPException as refused:
+            answers.append(refused.status_code)
+            if len(answers) == 4:
+                done.set()
+
+    async def all_at_once() -> list[int]:
+        done, answers = asyncio.Event(), list[int]()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await done.wait()
+
+        guard = Guard(app, ["localhost"], None, (), most_bytes=2**10)
+        await asyncio.gather(*(ask(guard, done, answers) for _ in range(12)))
+        assert guard.held == 0
+        return answers
+
+    assert asyncio.run(asyncio.wait_for(all_at_once(), 10)) == [429] * 4
 
 
 def test_many_at_once_are_all_answered_or_told_to_wait_and_share_batches(
@@ -262,6 +390,9 @@ def test_many_at_once_are_all_answered_or_told_to_wait_and_share_batches(
         ("/v1/images/edits", {}, 415),
         ("/sdapi/v1/txt2img", {"content-length": f"{2**20 + 1}"}, 413),
         ("/sdapi/v1/txt2img", {"content-length": "-1"}, 413),
+        ("/sdapi/v1/txt2img", {"content-length": "9" * 5000}, 413),
+        ("/jobs", {"host": "[localhost"}, 403),
+        ("/jobs", {"origin": "http://[localhost"}, 403),
     ],
 )
 def test_forbidden_requests_draw_nothing(
