@@ -5,6 +5,7 @@ looks at some of its inputs, and so no comparison of pictures can tell whether i
 `models/test_tiny_sees_everything.py` measures that here every input moves the output.
 """
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -30,13 +31,19 @@ from latentdiff.diffusion.process import Process
 from latentdiff.guidance import Classifier, Clip
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.classifier import LatentClassifier
+from latentdiff.models.clip_text import (
+    ClipTextConfig,
+    ClipTextEncoder,
+    ClipTextEncoderWithProjection,
+)
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.fresh_clip import build_clip
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
+from latentdiff.models.joined_conditioner import JoinedConditioner
 from latentdiff.models.kl_autoencoder import KLAutoencoder
-from latentdiff.models.network import DiffusersUNet
-from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
+from latentdiff.models.network import DiffusersUNet, SizedUNet
+from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
 from latentdiff.models.vae import build_vae
 
 CAPTIONS = (
@@ -52,6 +59,7 @@ CAPTIONS = (
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 WIDTH = 16
 WINDOW = 12
+POOLED = 24
 # Layers whose output has not the variance of their input, but more or less.
 GAINS = {
     "attn2.": 1.5,  # cross-attention averages over many states
@@ -105,6 +113,91 @@ def tiny_bundle(
         prediction=prediction,
         steps=steps or Steps(),
     )
+
+
+def tiny_xl(
+    *,
+    refiner: bool = False,
+    in_channels: int = 4,
+    prediction: Prediction = "eps",
+    process: str = "vp-scaled-linear",
+    steps: Steps | None = None,
+    zero_empty: bool = True,
+    seed: int = 0,
+) -> Bundle:
+    """A model of the Stable Diffusion XL family, of 16 x 16 pictures in 8 x 8 latents.
+
+    It attends to states of two encoders [B, L, 2 WIDTH], of the refiner of one, and is told a
+    pooled vector [B, POOLED] and six numbers, of the refiner five.
+    """
+    autoencoder = tiny_vae(seed=seed)
+    encoders = {"text_encoder_2": tiny_penultimate(2, seed + 1)}
+    if not refiner:
+        encoders = {"text_encoder": tiny_penultimate(1, seed), **encoders}
+    unet = tiny_xl_unet(in_channels, refiner=refiner, seed=seed)
+    for network in (autoencoder, unet, *(tower.model for tower in encoders.values())):
+        network.requires_grad_(False)
+    conditioner = JoinedConditioner(encoders, zero_empty, refiner)
+    return Bundle(
+        autoencoder=DiffusersAutoencoder(autoencoder),
+        conditioner=conditioner,
+        network=SizedUNet(unet, 4),
+        process=processes.create(process),
+        prediction=prediction,
+        steps=steps or Steps("leading", 1, False),
+        solver="euler",
+        family="stable-diffusion-xl",
+    )
+
+
+def tiny_penultimate(number: Literal[1, 2], seed: int = 0) -> PenultimateTower:
+    """The first text encoder of `tiny_xl`, or the second, whose tokenizer pads with another token
+    and which has a projection."""
+    tokenizer = copy.deepcopy(clip_tokenizer())
+    end = tokenizer.eos_token_id
+    config = ClipTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=POOLED,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=WINDOW,
+        hidden_act="quick_gelu" if number == 1 else "gelu",
+        eos_token_id=end,  # pyright: ignore[reportArgumentType]
+    )
+    if number == 2:
+        tokenizer.pad_token = "!"
+    kind = ClipTextEncoder if number == 1 else ClipTextEncoderWithProjection
+    with torch.random.fork_rng([]):
+        model = kind(config)
+    return PenultimateTower(draw_weights(model, seed), tokenizer)
+
+
+def tiny_xl_unet(
+    in_channels: int = 4, *, refiner: bool = False, seed: int = 0
+) -> UNet2DConditionModel:
+    """The U-Net of `tiny_xl`: no attention in its first level, two transformers in its second."""
+    told: dict[str, Any] = {"addition_time_embed_dim": 8}
+    told |= {"projection_class_embeddings_input_dim": POOLED + 8 * (5 if refiner else 6)}
+    with torch.random.fork_rng([]):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=in_channels,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            transformer_layers_per_block=[1, 2],  # pyright: ignore[reportArgumentType]
+            attention_head_dim=(2, 4),  # pyright: ignore[reportArgumentType]
+            use_linear_projection=True,
+            cross_attention_dim=WIDTH if refiner else 2 * WIDTH,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            addition_embed_type="text_time",
+            **told,
+        )
+    return draw_weights(unet, seed)
 
 
 def bundle_of(

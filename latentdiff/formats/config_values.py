@@ -13,6 +13,8 @@ _Size = int | tuple[int, ...]
 DIFFUSERS_TYPES: dict[str, Any] = {
     **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "freq_shift"), int),
     **dict.fromkeys(("norm_num_groups", "addition_embed_type_num_heads"), int | None),
+    "addition_time_embed_dim": int | None,
+    "projection_class_embeddings_input_dim": int | None,
     **dict.fromkeys(("down_block_types", "up_block_types"), tuple[str, ...]),
     **dict.fromkeys(("layers_per_block", "cross_attention_dim", "attention_head_dim"), _Size),
     **dict.fromkeys(("flip_sin_to_cos", "use_linear_projection", "upcast_attention"), bool),

@@ -6,6 +6,7 @@ is that of diffusers or transformers, which are not imported before.
 
 import inspect
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -34,10 +35,14 @@ from latentdiff.formats.weights import (
     weight_files,
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
-from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
+from latentdiff.models.clip_text import (
+    ClipTextConfig,
+    ClipTextEncoder,
+    ClipTextEncoderWithProjection,
+)
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
-from latentdiff.models.text_encoders import ClipTower, T5Tower, TextTower
+from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -61,7 +66,7 @@ def check_variant(folder: Path, variant: str) -> None:
     """
     if not re.fullmatch(r"\w[\w-]{0,63}", variant):
         raise UserError(f"variant: '{variant!s:.80}' is no name of one; bf16 is.")
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if any((folder / part).glob(f"*.{variant}.*")):
             return
     raise UserError(f"{folder}: no part of it has weights of the variant {variant}.")
@@ -213,11 +218,21 @@ def _try_out(network: Any, name: str, keys: list[str]) -> None:
             width = width[0] if isinstance(width, list | tuple) else width
             inputs += [torch.empty(1, device="meta"), torch.empty(1, 2, width, device="meta")]
     try:
-        network(*inputs)
+        network(*inputs, **_added(config))
     except Exception as error:  # anything at all
         raise UserError(
             f"{name}: with its {' and '.join(keys)} it cannot be called ({first_line(error)})."
         ) from error
+
+
+def _added(config: Mapping[str, Any]) -> Config:
+    """Further inputs of a U-Net that is told pooled text and numbers: one number, for a trial."""
+    if config.get("addition_embed_type") != "text_time":
+        return {}
+    pooled = config["projection_class_embeddings_input_dim"] - config["addition_time_embed_dim"]
+    shapes = {"text_embeds": max(0, pooled), "time_ids": 1}
+    added = {name: torch.empty(1, width, device="meta") for name, width in shapes.items()}
+    return {"added_cond_kwargs": added}
 
 
 def read_config(path: Path) -> Config:
@@ -260,9 +275,7 @@ def text(
         UserError: missing, damaged, or not what its config says.
     """
     path = folder / "config.json"
-    config = read_config(path)
-    if config.get("model_type") == "clip" and isinstance(inner := config.get("text_config"), dict):
-        config = {**inner, "model_type": "clip_text_model"}
+    config = _text_config(path)
     kind = str(config.get("model_type"))
     files = WeightFiles(weight_files(folder, "model", variant), _RENAMES.get(kind, str))
     if kind == "clip_text_model":
@@ -274,6 +287,52 @@ def text(
         with blaming(tokenizer):
             return T5Tower(t5, words), files
     raise UserError(f"{path}: '{kind:.40}' is neither a CLIP text model nor a T5 encoder.")
+
+
+def _text_config(path: Path) -> Config:
+    """The config of a text encoder, out of that of a whole CLIP too."""
+    config = read_config(path)
+    if config.get("model_type") == "clip" and isinstance(inner := config.get("text_config"), dict):
+        return {**inner, "model_type": "clip_text_model"}
+    return config
+
+
+def penultimate(
+    folder: Path, tokenizer: Path, variant: str | None = None, *, projection: bool
+) -> tuple[PenultimateTower, WeightFiles]:
+    """A text encoder of Stable Diffusion XL, without memory yet, with its tokenizer.
+
+    Args:
+        folder: of the encoder, a CLIP text model.
+        tokenizer: its folder.
+        variant: see `weight_files`.
+        projection: whether it also gives the pooled vector.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    path = folder / "config.json"
+    config = _text_config(path)
+    if config.get("model_type") != "clip_text_model":
+        raise UserError(f"{path}: '{config.get('model_type')!s:.40}' is no CLIP text model.")
+    rename = _projection_name if projection else _clip_name
+    files = WeightFiles(weight_files(folder, "model", variant), rename)
+    return penultimate_of(config, str(path), files, tokenizer, projection=projection), files
+
+
+def penultimate_of(
+    config: Config, name: str, files: WeightFiles, tokenizer: Path, *, projection: bool
+) -> PenultimateTower:
+    """A text encoder of Stable Diffusion XL of a config: see `penultimate`.
+
+    Raises:
+        UserError: the config, called `name`, describes none, or not that of the files.
+    """
+    kind = ClipTextEncoderWithProjection if projection else ClipTextEncoder
+    clip = _build_clip(config, name, files, kind)
+    words = load_tokenizer(tokenizer, "CLIPTokenizer")
+    with blaming(tokenizer):
+        return PenultimateTower(clip, words)
 
 
 def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> ClipTower:
@@ -288,7 +347,12 @@ def clip_of(config: Config, name: str, files: WeightFiles, tokenizer: Path) -> C
         return ClipTower(clip, words)
 
 
-def _build_clip(config: Config, name: str, files: WeightFiles) -> "ClipTextEncoder | CLIPTextModel":
+def _build_clip(
+    config: Config,
+    name: str,
+    files: WeightFiles,
+    kind: type[ClipTextEncoder] = ClipTextEncoder,
+) -> "ClipTextEncoder | CLIPTextModel":
     further = {"use_attention_mask": bool}  # which diffusers' pipelines read
     arguments = _text_arguments(config, ClipTextConfig, further, name)
     if not isinstance(config.get("eos_token_id", 0), int):
@@ -297,7 +361,9 @@ def _build_clip(config: Config, name: str, files: WeightFiles) -> "ClipTextEncod
     if not arguments.pop("use_attention_mask", False):
         told = ClipTextConfig(**arguments)
         if ClipTextEncoder.understands(told):
-            return build(lambda: ClipTextEncoder(told), name, files, layers)
+            return build(lambda: kind(told), name, files, layers)
+    if kind is not ClipTextEncoder:
+        raise UserError(f"{name}: of encoders with a projection only plain ones of CLIP work here.")
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
@@ -373,6 +439,10 @@ def _clip_name(stored: str) -> str | None:
     name = stored.removeprefix("text_model.")
     unused = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
     return None if name.startswith(unused) or name == "embeddings.position_ids" else name
+
+
+def _projection_name(stored: str) -> str | None:
+    return stored if stored == "text_projection.weight" else _clip_name(stored)
 
 
 def _t5_name(stored: str) -> str | None:

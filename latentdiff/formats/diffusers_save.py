@@ -113,7 +113,8 @@ def save_text(text: TextTower, stage: Path, dtype: torch.dtype | None, suffix: s
     config.save_pretrained(stage / f"text_encoder{suffix}")
     values = dict(text.model.state_dict())
     if isinstance(text, ClipTower):  # the name under which everything but transformers 5 looks
-        values = {f"text_model.{name}": value for name, value in values.items()}
+        alone = "text_projection."  # stands outside of it
+        values = {n if n.startswith(alone) else f"text_model.{n}": v for n, v in values.items()}
     else:
         values.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
     save_weights(values, stage / f"text_encoder{suffix}" / "model.safetensors", dtype)
@@ -135,6 +136,14 @@ def transformers_name(part: Any) -> str:
 def is_kl(vae: "VAE") -> bool:
     """True for a KL autoencoder, ours or that of diffusers."""
     return config_of(vae)["_class_name"] == KLAutoencoder.diffusers_name
+
+
+def drawn_by_diffusers(vae: "VAE", schedule: dict[str, Any]) -> bool:
+    """Whether a pipeline of diffusers draws with this autoencoder and schedule as here."""
+    known = is_kl(vae) and not bool(latent_affine(vae)[1].any())
+    known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
+    known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
+    return known and ("beta_schedule" in schedule or "trained_betas" in schedule)
 
 
 def without_offset(vae: "VAE") -> "VAE":

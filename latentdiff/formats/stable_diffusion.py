@@ -11,7 +11,7 @@ from latentdiff.formats import scheduler_config
 from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
 from latentdiff.formats.scheduler_config import Described
 from latentdiff.formats.weights import blaming, read_json
-from latentdiff.models.autoencoder import DiffusersAutoencoder, latent_affine
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.network import DiffusersUNet, Kind
 from latentdiff.models.text_encoders import ClipTower, TextTower
@@ -144,15 +144,11 @@ def _index(nouns: Nouns, schedule: Config) -> Config:
     """The folders' contents; it names a pipeline of diffusers only where that draws the same."""
     from importlib.metadata import version
 
-    from latentdiff.formats.diffusers_save import config_of, is_kl, transformers_name
+    from latentdiff.formats.diffusers_save import config_of, drawn_by_diffusers, transformers_name
 
     vae, text = _vae(nouns), _tower(nouns)
     kind = nouns.network.kind
-    known = isinstance(text, ClipTower) and is_kl(vae)
-    known &= not bool(latent_affine(_vae(nouns))[1].any())
-    known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
-    known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
-    known &= "beta_schedule" in schedule or "trained_betas" in schedule
+    known = isinstance(text, ClipTower) and drawn_by_diffusers(vae, schedule)
     known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
     return {
         "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",

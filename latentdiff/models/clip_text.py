@@ -1,4 +1,4 @@
-"""The text encoder of CLIP, with the tensor names of transformers' CLIPTextModel."""
+"""The text encoder of CLIP, with the tensor names of transformers' classes of it."""
 
 from dataclasses import dataclass
 
@@ -38,9 +38,16 @@ _ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 @dataclass(frozen=True, slots=True)
 class TextOutput:
-    """The states behind the last layer norm [B, L, D]."""
+    """What a text encoder says, by transformers' names.
+
+    Attributes:
+        last_hidden_state: the states behind the last layer norm [B, L, D].
+        hidden_states: the states in front of the first layer and behind each, before that norm,
+            where they are asked for.
+    """
 
     last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class ClipTextEncoder(nn.Module):
@@ -85,9 +92,29 @@ class ClipTextEncoder(nn.Module):
         """Put another table in its place."""
         self.embeddings.token_embedding = table
 
-    def forward(self, input_ids: Tensor) -> TextOutput:
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> TextOutput:
         """Ids [B, L] -> states [B, L, D]."""
-        return TextOutput(self.final_layer_norm(self.encoder(self.embeddings(input_ids))))
+        states = [self.embeddings(input_ids)]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        last = self.final_layer_norm(states[-1])
+        return TextOutput(last, tuple(states) if output_hidden_states else None)
+
+
+class ClipTextEncoderWithProjection(ClipTextEncoder):
+    """A text encoder with the map from its last state to the space that it shares with pictures.
+
+    Args:
+        config: one that `understands` accepts, with a `projection_dim`.
+    """
+
+    transformers_name = "CLIPTextModelWithProjection"
+
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__(config)
+        if config.projection_dim is None:
+            raise ValueError("no projection_dim")
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
 class Embeddings(nn.Module):
@@ -103,16 +130,11 @@ class Embeddings(nn.Module):
 
 
 class Layers(nn.Module):
-    """The layers, one after the other."""
+    """The layers, which follow one another."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class Layer(nn.Module):

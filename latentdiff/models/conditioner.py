@@ -1,12 +1,13 @@
 """The conditioner of a model: prompts to the condition of its network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
 from torch import nn
 
 from latentdiff.diffusion.condition import Condition
+from latentdiff.errors import UserError
 from latentdiff.models.long_prompts import long_states
 from latentdiff.models.prompt_weights import weighted_states
 from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
@@ -25,6 +26,31 @@ class Encoded:
     cut: list[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeConditions:
+    """What a network of the Stable Diffusion XL family is told of a picture beside its prompt:
+    Podell et al. 2023, sec. 2.2. None takes the usual value.
+
+    Attributes:
+        original_size: height and width in pixels that a picture of the training data had before it
+            was resized; by default those of the picture drawn. Small ones draw blurred pictures.
+        crop: top and left, in pixels, of what was cut out of it; by default (0, 0).
+        target_size: height and width in pixels of the picture; by default those of the one drawn.
+        aesthetic_score: of a refiner alone, about 1 .. 10; by default 6.
+        negative_aesthetic_score: the same of what guidance leads away from; by default 2.5.
+    """
+
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+
+    def given(self) -> list[str]:
+        """The names of those that are not None."""
+        return [each.name for each in fields(self) if getattr(self, each.name) is not None]
+
+
 class Conditioner(Protocol):
     """Prompts in, the condition of a network out; one or several text encoders.
 
@@ -38,8 +64,18 @@ class Conditioner(Protocol):
         ...
 
     @property
+    def towers(self) -> Mapping[str, TextTower]:
+        """The text encoders with their tokenizers, by the same names."""
+        ...
+
+    @property
     def width(self) -> int:
         """D of the states."""
+        ...
+
+    @property
+    def pooled_width(self) -> int | None:
+        """P of the pooled vector; None where the network is told none."""
         ...
 
     @property
@@ -62,6 +98,27 @@ class Conditioner(Protocol):
 
     def condition(self, text: TextStates, size: tuple[int, int]) -> Condition:
         """The condition of B prompts for pictures of this height and width."""
+        ...
+
+    def sized(
+        self,
+        condition: Condition,
+        size: tuple[int, int],
+        told: SizeConditions,
+        *,
+        negative: bool = False,
+    ) -> Condition:
+        """The condition with other numbers about the picture, where the network is told any.
+
+        Args:
+            condition: the condition of B pictures.
+            size: height and width of the pictures.
+            told: the numbers.
+            negative: whether the condition is one that guidance leads away from.
+
+        Raises:
+            UserError: the network is not told one of them.
+        """
         ...
 
     def encode(
@@ -89,6 +146,10 @@ class Conditioner(Protocol):
         """The same conditioner with other text encoders of the same kinds."""
         ...
 
+    def with_towers(self, towers: Mapping[str, TextTower]) -> Self:
+        """The same conditioner with other text encoders and tokenizers of the same kinds."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class TextConditioner:
@@ -105,8 +166,16 @@ class TextConditioner:
         return {"text_encoder": self.tower.model}
 
     @property
+    def towers(self) -> Mapping[str, TextTower]:
+        return {"text_encoder": self.tower}
+
+    @property
     def width(self) -> int:
         return self.tower.width
+
+    @property
+    def pooled_width(self) -> int | None:
+        return None
 
     @property
     def window(self) -> int:
@@ -125,6 +194,18 @@ class TextConditioner:
     def condition(self, text: TextStates, size: tuple[int, int]) -> Condition:
         return Condition(states=text.states, mask=text.mask)
 
+    def sized(
+        self,
+        condition: Condition,
+        size: tuple[int, int],
+        told: SizeConditions,
+        *,
+        negative: bool = False,
+    ) -> Condition:
+        for name in told.given():
+            raise UserError(f"{name}: this model is told its prompt alone; leave it out.")
+        return condition
+
     def encode(
         self,
         prompts: Sequence[str],
@@ -140,5 +221,13 @@ class TextConditioner:
         return Encoded(self.condition(text, size), text.cut)
 
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Self:
-        kind: Any = type(self.tower)
-        return type(self)(kind(modules["text_encoder"], self.tower.tokenizer))
+        return type(self)(with_model(self.tower, modules["text_encoder"]))
+
+    def with_towers(self, towers: Mapping[str, TextTower]) -> Self:
+        return type(self)(towers["text_encoder"])
+
+
+def with_model(tower: TextTower, model: nn.Module) -> TextTower:
+    """The same text encoder with other weights."""
+    kind: Any = type(tower)
+    return kind(model, tower.tokenizer)

@@ -32,7 +32,8 @@ Chunk = tuple[list[int], list[float]]  # ids, marks included, and their weights
 def long_states(tower: TextTower, prompts: Sequence[str], *, weights: bool = False) -> TextStates:
     """The states of prompts of any length [B, chunks * window, D]; nothing is cut.
 
-    All prompts get as many chunks as the longest has; what is added are chunks of no words.
+    All prompts get as many chunks as the longest has; what is added are chunks of no words. A
+    pooled vector is that of the first chunk, and has no weights.
 
     Args:
         tower: a CLIP text encoder.
@@ -51,12 +52,14 @@ def long_states(tower: TextTower, prompts: Sequence[str], *, weights: bool = Fal
     (empty,) = _chunks(tower, "", False)
     flat = [chunk for row in rows for chunk in [*row, *[empty] * (most - len(row))]]
     ids, kept = pad_tokens([ids for ids, _ in [*flat, empty]], tower.window, tower.tokenizer)
-    states = tower.states(Tokens(ids, kept, [""] * len(ids))).states
-    states, nothing = states[:-1], states[-1]
+    text = tower.states(Tokens(ids, kept, [""] * len(ids)))
+    states, nothing = text.states[:-1], text.states[-1]
     if any(weight != 1 for _, chunk in flat for weight in chunk):
         scale = padded_weights([chunk for _, chunk in flat], states)
         states = emphasise(states, nothing, scale)
-    return TextStates(states.unflatten(0, (len(rows), most)).flatten(1, 2), None, [""] * len(rows))
+    states = states.unflatten(0, (len(rows), most)).flatten(1, 2)
+    pooled = None if text.pooled is None else text.pooled[:-1:most]
+    return TextStates(states, None, [""] * len(rows), pooled)
 
 
 def _chunks(tower: ClipTower, prompt: str, weights: bool) -> list[Chunk]:

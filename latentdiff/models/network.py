@@ -148,8 +148,8 @@ class DiffusersUNet:
         for key in self.refused:
             if config[key] is not None:
                 raise UserError(
-                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL "
-                    "and others that are told more than a prompt; they do not work here."
+                    f"unet: its {key} is {config[key]!s:.40}, as in Stable Diffusion XL and others "
+                    "that are told more than a prompt: beside one text encoder nothing tells it."
                 )
         if config["encoder_hid_dim_type"] not in (None, "text_proj"):
             kind = config["encoder_hid_dim_type"]
@@ -251,6 +251,57 @@ class DiffusersUNet:
 
     def with_module(self, module: Any) -> Self:
         return type(self)(module, self.channels)
+
+
+@dataclass(frozen=True, eq=False)
+class SizedUNet(DiffusersUNet):
+    """A U-Net that is also told pooled text and numbers about the picture, as Stable Diffusion XL.
+
+    Raises:
+        UserError: it is told something else, or likewise.
+    """
+
+    refused: ClassVar[tuple[str, ...]] = ("class_embed_type", "num_class_embeds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (kind := self.module.config["addition_embed_type"]) != "text_time":
+            raise UserError(
+                f"unet: its addition_embed_type is {kind!s:.40}; text_time, as in Stable Diffusion "
+                "XL, works beside two text encoders."
+            )
+
+    @property
+    def told(self) -> tuple[int, int]:
+        """The count of values that it is told in all, and of those that each number becomes."""
+        config = self.module.config
+        inside = config["projection_class_embeddings_input_dim"]
+        return inside or 0, config["addition_time_embed_dim"] or 0
+
+    def check_told(self, pooled: int | None, numbers: int) -> None:
+        """Check that it is told a pooled vector of this width and so many numbers.
+
+        Raises:
+            UserError: it is told something else.
+        """
+        inside, each = self.told
+        if inside != (pooled or 0) + numbers * each:
+            raise UserError(
+                f"unet: its projection_class_embeddings_input_dim is {inside}, but a pooled text "
+                f"of {pooled} and {numbers} numbers in {each} waves each are "
+                f"{(pooled or 0) + numbers * each}."
+            )
+
+    def added(self, condition: Condition) -> dict[str, Tensor] | None:
+        pooled, sizes = condition.pooled, condition.sizes
+        inside, each = self.told
+        if pooled is None or sizes is None or pooled.shape[1] + sizes.shape[1] * each != inside:
+            raise UserError(
+                "the U-Net is also told a pooled text and the picture's sizes: a condition needs "
+                "both, of its widths."
+            )
+        device = next(self.module.parameters()).device
+        return {"text_embeds": pooled.to(device, self.dtype), "time_ids": sizes.to(device)}
 
 
 def _each(value: object) -> list[Any]:

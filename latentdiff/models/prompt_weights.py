@@ -143,7 +143,7 @@ def _joined(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def weighted_states(tower: TextTower, prompts: Sequence[str]) -> TextStates:
-    """The states of prompts with weights in them.
+    """The states of prompts with weights in them; a pooled vector has none.
 
     Raises:
         UserError: as `parse_weights`.
@@ -157,4 +157,5 @@ def weighted_states(tower: TextTower, prompts: Sequence[str]) -> TextStates:
     ]
     states, empty = encoded.states[:-1], encoded.states[-1]
     states = emphasise(states, empty, padded_weights(weights, states))
-    return TextStates(states, None if encoded.mask is None else encoded.mask[:-1], encoded.cut[:-1])
+    mask, pooled = (None if v is None else v[:-1] for v in (encoded.mask, encoded.pooled))
+    return TextStates(states, mask, encoded.cut[:-1], pooled)

@@ -7,7 +7,7 @@ after it is built, so threads may share one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import TYPE_CHECKING, Protocol, Self, Union
+from typing import TYPE_CHECKING, Any, Protocol, Self, Union
 
 import torch
 from torch import Tensor
@@ -58,11 +58,13 @@ class TextStates:
         states: [B, L, D] on the tower's device.
         mask: [B, L] bool, True where the denoiser may attend; None for everywhere.
         cut: for each prompt, the part beyond the token window; "" if all of it fits.
+        pooled: one vector of each prompt [B, P], where the denoiser is told any.
     """
 
     states: Tensor
     mask: Tensor | None
     cut: list[str]
+    pooled: Tensor | None = None
 
 
 class TextTower(Protocol):
@@ -128,6 +130,35 @@ class ClipTower:
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         return self.states(self.tokenize(prompts))
+
+
+class PenultimateTower(ClipTower):
+    """A CLIP text model as Stable Diffusion XL uses it: Podell et al. 2023, sec. 2.1.
+
+    The states are those in front of the last layer, without a norm. A model with a projection also
+    gives a pooled vector: the projection of the last layer's state, behind its norm, at the end of
+    the text.
+    """
+
+    @property
+    def pooled_width(self) -> int | None:
+        """P of the pooled vector; None of a model without a projection."""
+        projection: Any = getattr(self.model, "text_projection", None)
+        return None if projection is None else projection.out_features
+
+    def states(self, tokens: Tokens) -> TextStates:
+        ids = tokens.ids.to(self.model.device)
+        said = self.model(input_ids=ids, output_hidden_states=True)
+        assert said.hidden_states is not None
+        states, pooled = said.hidden_states[-2], None
+        if self.pooled_width is not None:
+            # The place of the end mark. transformers looks for the largest id, which is that of a
+            # learned word where there is one.
+            ends = tokens.mask.sum(1).to(ids.device) - 1
+            last = said.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
+            model: Any = self.model
+            pooled = model.text_projection(last)
+        return TextStates(states, None, tokens.cut, pooled)
 
 
 class T5Tower:

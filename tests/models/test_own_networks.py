@@ -12,19 +12,21 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tiny import (
     CAPTIONS,
-    WIDTH,
     clip_tokenizer,
     draw_weights,
     sd_like,
     sd_unet,
     tiny_bundle,
     tiny_clip,
+    tiny_penultimate,
     tiny_unet,
     tiny_vae,
+    tiny_xl_unet,
     tower_of,
     vae_of,
 )
 from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff.bundle import Bundle
@@ -40,6 +42,7 @@ UNETS = {
     "inpainting, with variances": lambda: tiny_unet(9, 8),
     "guidance scales": lambda: tiny_unet(guidance_width=24),
     "sizes and pooled text": lambda: tiny_unet(sizes=True),
+    "xl": lambda: tiny_xl_unet(),
     "sd1": lambda: sd_unet(1),
     "sd2, linear projections": lambda: sd_unet(2),
 }
@@ -73,8 +76,10 @@ def test_the_unet_is_that_of_diffusers(kind: str, backend: Any) -> None:
         states, t = torch.randn(count, 7, width, generator=random), torch.linspace(9, 950, count)
         mask = torch.rand(count, 7, generator=random) > 0.4
         mask[:, 0] = True
-        sizes = {"text_embeds": states[:, 0], "time_ids": 100 * torch.rand(count, 6)}
-        given: dict[str, Any] = {"added_cond_kwargs": sizes if width == WIDTH else None}
+        pooled = theirs.config["projection_class_embeddings_input_dim"] or 6 * 8
+        sizes = {"text_embeds": torch.rand(count, pooled - 6 * 8, generator=random)}
+        sizes |= {"time_ids": 100 * torch.rand(count, 6, generator=random)}
+        given: dict[str, Any] = {"added_cond_kwargs": sizes if pooled > 6 * 8 else None}
         if own.config["time_cond_proj_dim"] is not None:
             given["timestep_cond"] = torch.randn(count, 24, generator=random)
         for seen in (None, mask):
@@ -141,6 +146,30 @@ def test_the_text_encoder_is_that_of_transformers() -> None:
         ids = tower.tokenize(CAPTIONS).ids
         wanted: Any = tower.model(input_ids=ids)
         assert torch.equal(own(ids).last_hidden_state, wanted.last_hidden_state)
+
+
+@torch.no_grad()
+def test_penultimate_states_and_the_pooled_vector_are_those_of_transformers() -> None:
+    """Also where a prompt fills its window."""
+    kinds: tuple[Any, Any] = CLIPTextModel, CLIPTextModelWithProjection
+    number: Any
+    for number, kind in enumerate(kinds, 1):
+        tower = tiny_penultimate(number)
+        theirs = kind(CLIPTextConfig(**vars(tower.model.config))).eval()
+        named = tower.model.state_dict()
+        if number == 2:
+            alone = "text_projection.weight"
+            named = {n if n == alone else f"text_model.{n}": v for n, v in named.items()}
+        theirs.load_state_dict(named)
+        tokens = tower.tokenize([*CAPTIONS, ""])
+        got = tower.states(tokens)
+        said = theirs(tokens.ids, output_hidden_states=True)
+        assert torch.equal(got.states, said.hidden_states[-2])
+        if number == 2:
+            assert got.pooled is not None
+            assert torch.equal(got.pooled, said.text_embeds)
+        else:
+            assert got.pooled is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ channel a group, for one, knows no time: its norms subtract the time embedding a
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -17,9 +18,11 @@ from tiny import (
     tiny_classifier,
     tiny_clip,
     tiny_clip_of_pictures,
+    tiny_penultimate,
     tiny_t5,
     tiny_unet,
     tiny_vae,
+    tiny_xl,
 )
 from torch import Tensor
 
@@ -141,6 +144,57 @@ def test_a_unet_of_guidance_scales() -> None:
     for scale in (8.5, 1.0):
         changes[f"scale {scale}"] = {"timestep_cond": embedded_scale([scale] * 2, 32)}
     sees(output_of(tiny_unet(guidance_width=32)), told, changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("refiner", "in_channels"), [(False, 4), (False, 8), (False, 9), (True, 4)]
+)
+def test_a_unet_of_stable_diffusion_xl(refiner: bool, in_channels: int) -> None:
+    """Either encoder's states, each of their places, the pooled text and each number alone."""
+    bundle = tiny_xl(refiner=refiner, in_channels=in_channels)
+    condition = bundle.conditioner.encode([*PROMPTS, ""], (1024, 768)).condition
+    nothing, condition = condition.take([2]), condition.take([0, 1])
+    states, pooled, sizes = condition.states, condition.pooled, condition.sizes
+    assert states is not None
+    assert pooled is not None
+    assert sizes is not None
+    assert not any(bool(nothing.given()[name].any()) for name in ("states", "pooled"))
+    told, changes = latents_and_text(states, in_channels)
+    changes |= positions(states)
+    for number, tower in enumerate(bundle.conditioner.towers):
+        part = slice(WIDTH * number, WIDTH * (number + 1))
+        changes[tower] = {"states": other(states, slice(None), slice(None), part)}
+
+    def added(**changed: Tensor) -> dict[str, Any]:
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes, **changed}}
+
+    assert moved(pooled, pooled.flip(0)) > 1
+    changes["pooled"] = added(text_embeds=pooled.flip(0))
+    assert sizes.shape[1] == (5 if refiner else 6)
+    for number in range(sizes.shape[1]):
+        another = sizes.clone()
+        another[:, number] += 2 if refiner and number == 4 else 256
+        changes[f"size {number}"] = added(time_ids=another)
+    sees(output_of(bundle.network.module), told | added(), changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_text_encoder_of_stable_diffusion_xl(number: Literal[1, 2]) -> None:
+    """Each token moves the state of its place, the last one, and the pooled vector."""
+    text = tiny_penultimate(number)
+    tokens = text.tokenize(["a red heart with an arrow and the face of a sad dog"])
+    whole = text.states(tokens)
+    for place in range(WINDOW):
+        ids = tokens.ids.clone()
+        ids[:, place] = (ids[:, place] + 7) % 30
+        changed = text.states(replace(tokens, ids=ids))
+        for at in (place, WINDOW - 1):
+            assert moved(whole.states[:, at], changed.states[:, at]) > ENOUGH, (place, at)
+        if whole.pooled is not None and changed.pooled is not None:
+            assert moved(whole.pooled, changed.pooled) > ENOUGH, place
+    assert (whole.pooled is None) == (number == 1)
 
 
 @torch.no_grad()
