@@ -5,3 +5,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
 # Handing tiny tensors to a pool costs more than it saves, here and in what the tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no core waits for the other at the end."""
+    items.sort(
+        key=lambda item: (item.path.name != "test_kills.py", "training" not in item.path.parts)
+    )
