@@ -55,7 +55,7 @@ def decode(width: int, height: int, tiling: str, to: Path) -> None:
     middle = time.perf_counter()
     decoded = autoencoder.decode(latents)
     end = time.perf_counter()
-    write_bytes(to, save({"decoded": decoded, "latents": latents}))
+    write_bytes(to, save({"decoded": decoded, "latents": latents}), replace=False)
     seconds = f"encode {middle - start:.1f} s, decode {end - middle:.1f} s"
     print(f"tiling {tiling}: {seconds}, peak {peak():.2f} GB", flush=True)
 
