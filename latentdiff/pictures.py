@@ -231,19 +231,26 @@ def labelled(
     scale = 2 if width >= 192 else 1
     font = ImageFont.load_default(14 * scale)
     gap = 8 * scale
+    rows = [_fitting(label, font, inner.width) for label in rows]
+    columns = [_fitting(label, font, width - gap) for label in columns]
     left = round(max(font.getlength(label) for label in rows)) + (2 * gap if any(rows) else 0)
     top = 22 * scale
     image = Image.new("RGB", (left + inner.width, top + inner.height), "white")
     image.paste(inner, (left, top))
     draw = ImageDraw.Draw(image)
     for k, label in enumerate(columns):
-        fitting = label
-        while fitting and font.getlength(fitting) > width - gap:
-            fitting = fitting[:-1]
-        draw.text((left + (k + 0.5) * width, top / 2), fitting, "black", font, anchor="mm")
+        draw.text((left + (k + 0.5) * width, top / 2), label, "black", font, anchor="mm")
     for k, label in enumerate(rows):
         draw.text((left - gap, top + (k + 0.5) * height), label, "black", font, anchor="rm")
     return image
+
+
+def _fitting(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The longest beginning of a label, on one line, that is at most so wide."""
+    line = " ".join(label.split())
+    while line and font.getlength(line) > width:
+        line = line[: int(len(line) * min(0.9, width / font.getlength(line)))]
+    return line
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:

@@ -8,10 +8,14 @@ save it. Everything that goes wrong is an `OSError` or, in what a file holds, a
 
 import errno
 import io
+import json
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO, TextIO
+
+MOST_NESTED = 64
+"""Levels of lists and objects within each other that a JSON text may have."""
 
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -77,6 +81,28 @@ def decode(data: bytes) -> str:
         UnicodeDecodeError: it is not UTF-8, and not UTF-16 with a byte order mark.
     """
     return data.decode("utf-16" if data.startswith(_UTF_16) else "utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> object:
+    """The value in a JSON text that is nested at most `MOST_NESTED` deep.
+
+    Python's own parser goes down about a thousand levels, after which whatever looks into the value
+    fails.
+
+    Raises:
+        ValueError: it is not JSON, is nested deeper, or has a number of thousands of digits.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_NESTED):
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for each in parts for part in each if isinstance(part, dict | list)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deep")
 
 
 def reason(error: Exception) -> str:

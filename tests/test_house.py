@@ -97,6 +97,13 @@ def test_imports_run_one_way() -> None:
     assert not wrong, "\n".join(sorted(set(wrong)))
 
 
+@pytest.mark.parametrize("page", ["docs/design.md", "CONTRIBUTING.md"])
+def test_the_pages_tell_the_floors(page: str) -> None:
+    text = " ".join((ROOT / page).read_text("utf-8").replace("←", "<-").split())
+    told = text[text.index("errors, memory") :].partition("`")[0].split(" <- ")
+    assert [set(floor.strip().split(", ")) for floor in told] == FLOORS
+
+
 def test_the_package_never_imports_the_script_folders() -> None:
     for path in PACKAGE.rglob("*.py"):
         roots = {module.split(".")[0] for module in imported(path)}

@@ -24,6 +24,7 @@ from latentdiff.pictures import (
     centre_square,
     encode_png,
     grid,
+    labelled,
     open_picture,
     save_numbered_png,
     save_png,
@@ -440,6 +441,16 @@ def test_the_middle_square_is_taken() -> None:
     # antialiased: a fine checkerboard becomes grey, not one of its colours
     board = Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255).convert("RGB")
     assert np.abs(np.array(centre_square(board, 8)).astype(int) - 127).max() < 8
+
+
+def test_labels_are_cut_to_the_room_that_there_is() -> None:
+    """A prompt of a thousand words beside a row of small pictures, and above one."""
+    images = [Image.new("RGB", (40, 30)) for _ in range(2)]
+    long = "a cat\n" * 1000
+    plain, wide = labelled(images, ["a"], ["b", "c"]), labelled(images, [long], ["b", long])
+    assert plain.size[1] == wide.size[1]
+    assert plain.size[0] < wide.size[0] <= 80 + 80 + 16
+    assert labelled(images, [""], ["b", "c"]).size[0] == 80
 
 
 def test_a_grid_is_filled_row_by_row() -> None:

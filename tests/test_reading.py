@@ -1,5 +1,6 @@
 """Files that nobody vouches for: what may be read, what text is, what a terminal is shown."""
 
+import json
 import os
 import struct
 from pathlib import Path
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from latentdiff.errors import LONGEST, UserError, shown
 from latentdiff.formats.weights import WeightFiles, read_json
 from latentdiff.learning.finetune_config import resolve
-from latentdiff.reading import decode, half_character, open_regular, read_bytes, read_text
+from latentdiff.reading import (
+    MOST_NESTED,
+    decode,
+    half_character,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_text,
+)
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16"]
 
@@ -49,6 +58,15 @@ def test_half_a_character_is_found(text: str) -> None:
     found = half_character(text)
     assert found is not None
     assert found.startswith("U+D")
+
+
+def test_json_is_no_deeper_than_what_looks_into_it() -> None:
+    for text in ("1", "[]", '{"a": [1, {"b": null}]}', "[" * MOST_NESTED + "]" * MOST_NESTED):
+        assert parse_json(text) == json.loads(text)
+    for depth in (MOST_NESTED + 1, 500, 10**5):
+        for start, end in (("[", "]"), ('{"a": ', "}"), ('[1, {"a": 2, "b": ', "}]")):
+            with pytest.raises(ValueError, match="nested too deep"):
+                parse_json(start * depth + "1" + end * depth)
 
 
 def test_only_regular_files_are_read_and_no_more_than_agreed(tmp_path: Path) -> None:

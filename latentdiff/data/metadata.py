@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from latentdiff.data.examples import Row, parse_json
+from latentdiff.data.examples import Row
 from latentdiff.data.parquet import fields_of_parquet, rows_of_parquet
 from latentdiff.errors import UserError
-from latentdiff.reading import open_text, reason
+from latentdiff.reading import open_text, parse_json, reason
 
 _MAX_BYTES = 2**30
 _MAX_LINE = 2**24

@@ -17,11 +17,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from latentdiff.data.examples import Example, Row, filter_rows, make_example, parse_json
+from latentdiff.data.examples import Example, Row, filter_rows, make_example
 from latentdiff.data.listing import is_dropping, list_files
 from latentdiff.errors import UserError
 from latentdiff.picture_formats import NAMES, SUFFIXES
-from latentdiff.reading import decode, open_regular, reason
+from latentdiff.reading import decode, open_regular, parse_json, reason
 
 INDEX = "index.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

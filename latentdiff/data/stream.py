@@ -13,11 +13,11 @@ from typing import cast
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from latentdiff.data.examples import Example, parse_json
+from latentdiff.data.examples import Example
 from latentdiff.data.shards import INDEX, list_shards, shards_of
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, write_scratch
-from latentdiff.reading import decode, read_bytes, reason
+from latentdiff.reading import decode, parse_json, read_bytes, reason
 
 _TRIES = 3
 _MAX_INDEX = 64 * 2**20

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentdiff.errors import UserError
-from latentdiff.formats import single_file_configs as infer
 from latentdiff.formats import single_file_names as ldm
-from latentdiff.formats.single_file import PartFiles, vae_files
-from latentdiff.formats.weights import WeightFiles, blaming, pickle_refusal
+from latentdiff.formats.single_file import vae_config, vae_files
+from latentdiff.formats.weights import WeightFiles, blaming
 
 if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import VAE
@@ -18,8 +17,9 @@ def open_autoencoder(where: Path) -> "tuple[VAE, WeightFiles]":
 
     Args:
         where: a folder in the diffusers layout, of an autoencoder or of a whole model; or a
-            .safetensors file, of an autoencoder as A1111 and ComfyUI have them, whose latents are
-            scaled by 0.18215 as in Stable Diffusion 1 and 2, or of a whole model.
+            .safetensors file of either, as A1111 and ComfyUI have them. Latents are scaled as its
+            config, its header or the .yaml beside it says, else by the 0.18215 of Stable
+            Diffusion 1 and 2.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -29,10 +29,9 @@ def open_autoencoder(where: Path) -> "tuple[VAE, WeightFiles]":
     if where.is_dir():
         inside = where / "vae"
         return parts.vae(inside if (inside / "config.json").is_file() else where)
-    if where.suffix in (".pt", ".ckpt", ".bin", ".pth"):
-        raise UserError(pickle_refusal(where))
     with blaming(where):
-        shapes = WeightFiles([where]).shapes
+        stored = WeightFiles([where])
+        shapes = stored.shapes
         if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in shapes):
             if (where.parent / "config.json").is_file():
                 return parts.vae(where.parent)
@@ -42,6 +41,6 @@ def open_autoencoder(where: Path) -> "tuple[VAE, WeightFiles]":
         prefix = ldm.VAE if any(name.startswith(ldm.VAE) for name in shapes) else ""
         if f"{prefix}decoder.conv_in.weight" not in shapes:
             raise UserError("it holds no autoencoder.")
-        config = infer.vae_config(shapes, prefix)
-        files: PartFiles = vae_files(where, config, prefix)
+        config = vae_config(where, stored, prefix)
+        files = vae_files(where, config, prefix)
         return parts.vae_of(config, "vae", files), files

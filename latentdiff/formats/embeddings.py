@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.formats.weights import WeightFiles, blaming, pickle_refusal
+from latentdiff.formats.weights import WeightFiles, blaming
 
 BUNDLED = "bundle_emb."
 """Beginning of the names of words that are packed into a LoRA file."""
@@ -31,8 +31,6 @@ def read_words(file: Path, width: int) -> dict[str, Tensor]:
     Raises:
         UserError: damaged, no such file, or made for another model.
     """
-    if file.suffix in (".pt", ".bin", ".ckpt", ".pth"):
-        raise UserError(pickle_refusal(file))
     words: dict[str, Tensor] = {}
     with blaming(file):
         stored = WeightFiles([file])

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 from latentdiff.errors import UserError
-from latentdiff.formats.weights import first_line, pickle_refusal
+from latentdiff.formats.weights import PICKLES, first_line, pickle_refusal
 
 BUNDLED = "emoji64"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?://[^/?#]*|(?=[/~]))(?P<path>[^?#]*)")
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
 
 def find(where: str | Path | None) -> Path:
@@ -31,7 +32,7 @@ def find(where: str | Path | None) -> Path:
     try:
         if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
             return folder
-        if folder.exists() or folder.suffix in {*_PICKLES, ".safetensors"}:
+        if folder.exists() or folder.suffix.lower() in {*PICKLES, ".safetensors"}:
             raise UserError(_refusal(folder))
     except UserError:
         raise
@@ -44,11 +45,24 @@ def find(where: str | Path | None) -> Path:
 
 
 def public_name(where: str) -> str:
-    """A path for others to read: the last part of one that is absolute or leads upwards, and of an
-    address. Names of the Hub and paths below the working folder stay whole."""
-    if where.startswith(("/", "~", "..")) or "://" in where:
-        return Path(where).name or where
+    """A path as others may read it: without the folders and the secrets of the machine it is from.
+
+    Names of the Hub and paths below the working folder stay whole. Of a path that is absolute or
+    leads upwards the last part is left, of an address the last part of its path: neither who logs
+    in nor what is asked for (`?token=...`).
+    """
+    if address := _ADDRESS.match(where):
+        return _last(address["path"]) or "an address"
+    outside = where.startswith(("/", "~", "\\")) or _DRIVE.match(where)
+    if outside or ".." in re.split(r"[/\\]", where):
+        return _last(where) or where
     return where
+
+
+def _last(path: str) -> str:
+    """The last part of a path, in the spelling of any system, that names something."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
+    return parts[-1] if parts else ""
 
 
 def find_file(where: str | Path, kind: str) -> Path:
@@ -75,7 +89,7 @@ def find_file(where: str | Path, kind: str) -> Path:
 def _refusal(file: Path) -> str:
     if not file.exists():
         return f"{file}: no such model file."
-    if file.suffix in _PICKLES:
+    if file.suffix.lower() in PICKLES:
         return pickle_refusal(file)
     return f"{file}: a model is a folder in the diffusers layout or a .safetensors file."
 

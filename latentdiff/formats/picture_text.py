@@ -15,7 +15,7 @@ from typing import Any
 from latentdiff.errors import UserError
 from latentdiff.picture_formats import suffix_of
 from latentdiff.pictures import user_comment
-from latentdiff.reading import read_bytes, reason
+from latentdiff.reading import parse_json, read_bytes, reason
 
 OURS = "latentdiff"  # the keyword of our own text chunk
 THEIRS = "parameters"  # of A1111's
@@ -114,7 +114,7 @@ def recipe_of(texts: Mapping[str, str]) -> Recipe | None:
             continue
         try:
             recipe = read(texts[keyword])
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
         if recipe is not None and recipe.settings:
             return recipe
@@ -122,7 +122,7 @@ def recipe_of(texts: Mapping[str, str]) -> Recipe | None:
 
 
 def _ours(text: str) -> Recipe | None:
-    found = json.loads(text)
+    found = parse_json(text)
     return Recipe("latentdiff", found) if isinstance(found, dict) else None
 
 
@@ -200,7 +200,7 @@ _INVOKEAI = {
 
 
 def _invokeai(text: str) -> Recipe | None:
-    found = json.loads(text)
+    found = parse_json(text)
     if not isinstance(found, dict):
         return None
     settings = _named(found, _INVOKEAI)
@@ -214,7 +214,7 @@ def _invokeai(text: str) -> Recipe | None:
 
 
 def _old_invokeai(text: str) -> Recipe | None:
-    found = json.loads(text)
+    found = parse_json(text)
     image = found.get("image") if isinstance(found, dict) else None
     if not isinstance(image, dict):
         return None
@@ -239,7 +239,7 @@ _COMFYUI = {
 
 def _comfyui(text: str) -> Recipe | None:
     """The graph of nodes: the first sampler, and what leads to its inputs."""
-    graph = json.loads(text)
+    graph = parse_json(text)
     if not isinstance(graph, dict):
         return None
     nodes = {

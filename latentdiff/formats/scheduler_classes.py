@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from reprlib import repr as short
 from typing import Literal, NamedTuple
 
 from latentdiff.errors import UserError
@@ -564,6 +565,8 @@ def complete(name: str, config: Keys) -> dict[str, object]:
     kind = CLASSES[name]
     keys = (*kind.defaults, *(RANGE if kind.ranged else ()))
     given = {key: _plain(config.get(key, kind.defaults.get(key))) for key in keys}
+    for key in given.keys() & kind.defaults.keys() - kind.idle:
+        given[key] = _typed(key, given[key], kind.defaults[key])
     for key, aliases in kind.aliases.items():
         if isinstance(given[key], str):
             given[key] = aliases.get(given[key], given[key])
@@ -609,17 +612,44 @@ def classes_of(solver: str, settings: Keys) -> list[tuple[str, dict[str, object]
     return same + others
 
 
+def _typed(key: str, value: object, default: object) -> object:
+    """A value of the type of a key's default: a truth, a whole number, a number or a list of whole
+    ones; of other defaults any value.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(default, bool):  # diffusers takes null for False
+        if value not in (True, False, None):
+            raise UserError(f"{key} must be true or false, not {short(value)}.")
+        return bool(value)
+    if isinstance(default, int):
+        if number is None or not (isinstance(number, int) or number.is_integer()):
+            raise UserError(f"{key} must be a whole number, not {short(value)}.")
+        return int(number)
+    if isinstance(default, float) and number is None:
+        raise UserError(f"{key} must be a number, not {short(value)}.")
+    if isinstance(default, tuple) and not (
+        isinstance(value, tuple) and all(type(part) is int for part in value)
+    ):
+        raise UserError(f"{key} must be a list of whole numbers, not {short(value)}.")
+    return value
+
+
 def _value(setting: object, given: Keys) -> object:
     return given[setting.name] if isinstance(setting, Key) else setting
 
 
 def _plain(value: object) -> object:
-    """A list as a tuple, so that it can be compared and hashed."""
+    """A list as a tuple, so that it can be compared and hashed; of an object a text."""
+    if isinstance(value, dict):
+        return short(value)
     return tuple(_plain(part) for part in value) if isinstance(value, list) else value
 
 
 def _told(keys: Keys) -> str:
-    return " and ".join(f"{key}={value!r:.60}" for key, value in keys.items())
+    return " and ".join(f"{key}={short(value)}" for key, value in keys.items())
 
 
 def _hint(allowed: tuple[object, ...] | None) -> str:

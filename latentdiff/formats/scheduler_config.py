@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -128,15 +129,20 @@ def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") 
     Raises:
         UserError: a class, a value or a combination that does not work here; the message names it.
     """
-    used = config.get("_use_default_values")
-    left = set(used) if isinstance(used, list) else set()
-    config = {key: value for key, value in config.items() if key not in left}
+    used = config.get("_use_default_values") or []
+    if not isinstance(used, list) or not all(isinstance(key, str) for key in used):
+        raise UserError(f"{name}: _use_default_values must be a list of keys, not {short(used)}.")
+    if "" in config:
+        raise UserError(f"{name}: it has a key without a name, '': take it out.")
+    config = {key: value for key, value in config.items() if key not in used}
     for key, value in config.items():
         if value and key not in known_keys() and not key.startswith(("_", "latentdiff_")):
-            warn(f"{name}: no scheduler class here knows '{key:.60}'.")
+            warn(f"{name}: no scheduler class here knows {short(key)}.")
     try:
         process, prediction, steps, solver = _read({**config, **MENDED.get(pipeline, {})})
         steps.solver(solver, process)  # raises on a setting that it does not have
+    except RecursionError as error:
+        raise UserError(f"{name}: a value is nested too deep.") from error
     except (TypeError, ValueError, OverflowError) as error:  # UserError is a ValueError
         raise UserError(f"{name}: {error}") from error
     return process, prediction, steps, solver
@@ -186,6 +192,8 @@ def _read_prediction(kind: str, config: Keys, given: Keys) -> Prediction:
 
 def _read_process(given: Keys, *, flow: bool) -> Process:
     count = _number(given, "num_train_timesteps")
+    if count < 1:
+        raise UserError(f"num_train_timesteps must be at least 1, not {count}.")
     if flow:
         return Flow(t_max=count)
     trained = given["trained_betas"]
@@ -213,7 +221,7 @@ def _betas(given: Keys, count: int) -> NDArray[np.float64]:
 def _number(given: Keys, key: str) -> float:
     value = given[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e6:
-        raise UserError(f"{key} must be a sensible number, not {value!s:.40}.")
+        raise UserError(f"{key} must be a sensible number, not {short(value)}.")
     return value
 
 
@@ -226,24 +234,48 @@ def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Pr
     ramp: Ramp | None = next((ramp for ramp, key in _RAMPS.items() if given.get(key)), None)
     clean = _to_clean(name, given)
     cosine = kind.whole == "not cosine" and given["beta_schedule"] == "squaredcos_cap_v2"
-    lambda_min = given.get("lambda_min_clipped", -np.inf)
+    teacher = _teacher(given) if kind.teacher else None
     flowing = "shift" if "shift" in given else "flow_shift"
     return Steps(
         spacing=ramp or times,
-        steps_offset=int(_number(given, "steps_offset")) if "steps_offset" in given else 1,
+        steps_offset=_offset(given) if "steps_offset" in given else 1,
         to_clean=clean,
         family=kind.family,
-        teacher_steps=int(_number(given, "original_inference_steps")) if kind.teacher else None,
+        teacher_steps=teacher,
         within=times,
         **(_range(name, given, process, to_clean=clean) if ramp in kind.ranged else {}),
         whole=bool(kind.whole) and not cosine,
-        lambda_min=-np.inf if lambda_min == -np.inf else _number(given, "lambda_min_clipped"),
+        lambda_min=_lambda_min(given, process),
         shift=_number(given, flowing) if isinstance(process, Flow) else 1.0,
         from_noise=kind.from_noise,
         lowering=_lowering(name, given, to_clean=clean),
         paired=kind.paired and given["solver_order"] == 2,
         settings=_own_settings(solver, settings, process),
     )
+
+
+def _teacher(given: Keys) -> int:
+    """The steps of a distilled model's teacher, which are so many of its times."""
+    steps, times = (_number(given, k) for k in ("original_inference_steps", "num_train_timesteps"))
+    if not 1 <= steps <= times:
+        raise UserError(f"original_inference_steps must be 1 .. {times}, not {steps}.")
+    return int(steps)
+
+
+def _offset(given: Keys) -> int:
+    offset = _number(given, "steps_offset")
+    if offset < 0:
+        raise UserError(f"steps_offset must be at least 0, not {offset}.")
+    return int(offset)
+
+
+def _lambda_min(given: Keys, process: Process) -> float:
+    if given.get("lambda_min_clipped", -np.inf) == -np.inf:
+        return -np.inf
+    least = _number(given, "lambda_min_clipped")
+    if isinstance(process, DiscreteVP) and least > process.level(0).log_snr / 2:
+        raise UserError(f"lambda_min_clipped={least} leaves no time to begin at.")
+    return least
 
 
 def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, float]:
@@ -325,8 +357,10 @@ def write(
     Raises:
         UserError: a process with settings of its own that no config can hold.
     """
-    flow = isinstance(process, Flow)
-    if not isinstance(process, DiscreteVP) and not (flow and prediction == "flow"):
+    theirs = isinstance(process, DiscreteVP)
+    if isinstance(process, Flow):  # theirs count whole times
+        theirs = prediction == "flow" and float(process.t_max).is_integer()
+    if not isinstance(process, DiscreteVP | Flow) or not theirs:
         kinds = {ours: theirs for theirs, ours in PREDICTIONS.items()}
         told = {"prediction_type": kinds[prediction], **_write_own(process)}
         record = {_OUR_SOLVER: solver, _OUR_STEPS: steps.record()}

@@ -89,6 +89,8 @@ class Steps:
             raise UserError(
                 f"settings are pairs of an argument and its value, not {self.settings}."
             )
+        if self.teacher_steps is not None and self.teacher_steps < 1:
+            raise UserError(f"teacher_steps must be at least 1, not {self.teacher_steps}.")
         for name in ("shift", "sigma_min", "sigma_max"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number, not {value}.")
@@ -235,11 +237,11 @@ class Steps:
     def _times(self, spacing: Times, table: NDArray[np.float32], steps: int) -> Floats:
         """Falling times of the family, of a schedule of this table."""
         count = len(table)
-        if steps > count:
-            raise UserError(f"this model has {count} times, too few for {steps} steps.")
+        last = count - int(np.searchsorted(-np.log(table[::-1]), self.lambda_min))
+        if steps > (count if spacing == "trailing" and last else last):
+            raise UserError(f"this model has {last} times, too few for {steps} steps.")
         if self.family == "sigma" and spacing == "linspace" and steps > 1:
             return np.linspace(0, count - 1, steps)[::-1]
-        last = count - int(np.searchsorted(-np.log(table[::-1]), self.lambda_min))
         if self.family == "multistep" and spacing == "linspace":
             return np.linspace(0, last - 1, steps + 1).round()[:0:-1]
         if self.family == "multistep" and spacing == "leading" and steps < last:

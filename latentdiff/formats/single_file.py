@@ -35,6 +35,7 @@ from latentdiff.formats.weights import (
     warn_left_out,
 )
 from latentdiff.models.text_encoders import ClipTower, TextTower
+from latentdiff.reading import parse_json
 
 if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import VAE, UNet
@@ -138,11 +139,37 @@ def _read_configs(file: Path, own_vae: bool = True) -> tuple[dict[str, Config], 
     stored = WeightFiles([file])
     if _HEADER not in stored.metadata:
         return _inferred(stored, own_vae, read_beside(file)), {}
+    return _told(stored)
+
+
+def vae_config(file: Path, stored: WeightFiles, prefix: str) -> Config:
+    """The config of a file's autoencoder: of its header where it was written here, else by the
+    shapes of its tensors and the `.yaml` beside it.
+
+    Args:
+        file: a whole model, or an autoencoder alone.
+        stored: the file, opened.
+        prefix: of the autoencoder's tensors.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if _HEADER in stored.metadata:
+        return _told(stored)[0]["vae"]
+    return {**infer.vae_config(stored.shapes, prefix), **read_beside(file).vae}
+
+
+def _told(stored: WeightFiles) -> tuple[dict[str, Config], dict[str, str]]:
+    """The configs and the tokenizer's files in the header of a file that was written here.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        told = json.loads(stored.metadata[_HEADER])
+        told: Any = parse_json(stored.metadata[_HEADER])
         configs = {part: told[part] for part in _CONFIGS}
         tokenizer = {name: str(told["tokenizer"][name]) for name in told["tokenizer"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"its header is damaged ({first_line(error)}).") from error
     for part, config in configs.items():
         if not isinstance(config, dict):

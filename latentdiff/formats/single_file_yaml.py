@@ -1,21 +1,23 @@
 """`NAME.yaml` beside `NAME.safetensors`: CompVis' config of a checkpoint, as A1111 reads it.
 
-What the shapes of the tensors do not tell is obeyed or refused: prediction, schedule, scale of the
+Read or refused is what the shapes of the tensors cannot tell: prediction, schedule, scale of the
 latents, attention heads, layer of the text encoder.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import yaml
+from yaml.nodes import Node
 
 from latentdiff.errors import UserError
 from latentdiff.formats.weights import blaming, first_line
 from latentdiff.reading import read_text, reason
 
-_MOST_BYTES = 2**20
+_MOST_BYTES = 2**16  # CompVis' own have about 2,000
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 # latent-diffusion's "linear" is linear in the root of beta.
 _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
@@ -38,6 +40,15 @@ class Told:
     layer: str | None = None
 
 
+class _Loader(yaml.SafeLoader):
+    """Values without aliases: a few of those, nested, stand for more text than there is memory."""
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise UserError("an alias (*name) is not read here: write its value in its place.")
+        return super().compose_node(parent, index)
+
+
 def read_beside(file: Path) -> Told:
     """Read the YAML file beside a checkpoint, if there is one.
 
@@ -49,7 +60,9 @@ def read_beside(file: Path) -> Told:
         return Told({}, {})
     with blaming(path):
         try:
-            config = yaml.safe_load(read_text(path, _MOST_BYTES))
+            config = _Loader(read_text(path, _MOST_BYTES)).get_single_data()
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{reason(error)}.") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -89,7 +102,7 @@ def _schedule(params: Mapping[str, object]) -> dict[str, object]:
         if theirs in params:
             told[ours] = _number(params, theirs)
     if "timesteps" in params:
-        told["num_train_timesteps"] = int(_number(params, "timesteps"))
+        told["num_train_timesteps"] = _whole(params, "timesteps")
     return told
 
 
@@ -99,7 +112,7 @@ def _scale(params: Mapping[str, object]) -> dict[str, object]:
 
 def _heads(unet: Mapping[str, object]) -> tuple[str, int] | None:
     for key, kind in (("num_head_channels", "width"), ("num_heads", "number")):
-        if key in unet and (count := int(_number(unet, key))) > 0:
+        if key in unet and (count := _whole(unet, key)) > 0:
             return kind, count
     return None
 
@@ -111,9 +124,9 @@ def _layer(text: Mapping[str, object]) -> str | None:
 
 
 def _one_of(params: Mapping[str, object], key: str, known: Mapping[str, str]) -> str:
-    value = str(params[key])
-    if value not in known:
-        raise UserError(f"{key}: '{value:.40}' does not work here; {', '.join(known)} do.")
+    value = params[key]
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{key}: {short(value)} does not work here; {', '.join(known)} do.")
     return known[value]
 
 
@@ -124,5 +137,12 @@ def _number(params: Mapping[str, Any], key: str) -> float:
         if isinstance(params[key], bool) or not 0 < abs(number) <= 1e6:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{key}: {params[key]!r:.40} is no sensible number.") from None
+        raise UserError(f"{key}: {short(params[key])} is no sensible number.") from None
     return number
+
+
+def _whole(params: Mapping[str, Any], key: str) -> int:
+    number = _number(params, key)
+    if not number.is_integer():
+        raise UserError(f"{key}: {short(params[key])} is no whole number.")
+    return int(number)

@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.errors import UserError
 from latentdiff.formats.weights import first_line, read_json
 from latentdiff.models.clip_tokenizer import ClipTokenizer
+from latentdiff.reading import open_regular, reason
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 _MOST_PARTS = 32
+_MOST_BYTES = 64 * 2**20
 # A prompt of 10,000 characters then has some millions. T5's normalizers are bounded by about 66.
 _MOST_GROWTH = 256
 _PRE_TOKENIZERS = {"BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace"}
 _PRE_TOKENIZERS |= {"Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"}
 _POST_PROCESSORS = {"BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"}
 _MODELS = {"BPE", "Unigram", "WordLevel", "WordPiece"}
+_LONGEST_PATTERN = 200
+# Characters, each perhaps with "?"; at the end perhaps a repetition, greedy or not.
+_ALTERNATIVE = re.compile(
+    r"(?:[^][()\\*+?{}]\??)*(?:(?:[*+]|\{\d{1,2},?\d{0,2}\})[?+]?)?", re.DOTALL
+)
 # How many characters each makes of one, at most.
 _GROWTH = {"BertNormalizer": 3, "ByteLevel": 4, "Lowercase": 3, "NFC": 3, "NFD": 4, "NFKC": 18}
 _GROWTH |= {"NFKD": 18, "Nmt": 1, "Strip": 1, "StripAccents": 1}
@@ -43,6 +50,7 @@ def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersB
     Raises:
         UserError: missing, damaged, of a class that has no fast version, or able to run away.
     """
+    _check_files(folder)
     config = folder / "tokenizer_config.json"
     told = read_json(config) if config.is_file() else {}
     named = str(told.get("tokenizer_class") or "").removesuffix("Fast") or customary
@@ -62,6 +70,20 @@ def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersB
     for setting in {"dropout", "alpha", "nbest_size"} & set(dir(model)):
         setattr(model, setting, None)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """See that nothing in a folder is read without end, whatever reads it.
+
+    Raises:
+        UserError: a file is a pipe or a device, or is too large.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            if not path.is_dir():
+                open_regular(path, _MOST_BYTES).close()
+        except OSError as error:
+            raise UserError(f"{path}: {reason(error)}.") from error
 
 
 def _refusing(
@@ -149,8 +171,8 @@ def _growth(part: Mapping[str, Any]) -> int:
 
 
 def _check_pattern(part: Mapping[str, Any]) -> None:
-    """Pass patterns without groups and with at most one repetition in each alternative, which take
-    a time that is no more than quadratic.
+    """Pass patterns whose time is linear in the text: alternatives without groups, each with at
+    most one repetition, at its end, where nothing behind it can fail, and two "?" at most.
 
     Raises:
         UserError: another one.
@@ -163,8 +185,8 @@ def _check_pattern(part: Mapping[str, Any]) -> None:
         if not pattern.get("String"):
             raise UserError("a pattern of nothing")
         return
-    bare = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", regex, flags=re.DOTALL)
-    bare = re.sub(r"\[[^\[\]]*\]", "x", bare)
-    repeated = (len(re.findall(r"[*+{]", one)) for one in bare.split("|"))
-    if not bare or re.search(r"[()\[\]]", bare) or max(repeated) > 1:
+    bare = re.sub(r"\\[pP]\{[^{}]*\}|\\[^A-Za-z0-9]|\\[dDsSwWnrtfv]", "x", regex, flags=re.DOTALL)
+    bare = re.sub(r"\[[^\[\]\\]+\]", "x", bare)
+    sound = (_ALTERNATIVE.fullmatch(one) and one.count("?") <= 2 for one in bare.split("|"))
+    if not bare or len(regex) > _LONGEST_PATTERN or not all(sound):
         raise UserError(f"the pattern {regex!r:.60} might take ages")

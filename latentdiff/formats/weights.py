@@ -4,7 +4,6 @@ A network is first built without memory, so what a hostile config can ask for co
 what the files really hold is ever allocated.
 """
 
-import json
 import math
 import os
 import re
@@ -22,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from latentdiff.errors import UserError, shown, warn
 from latentdiff.files import make_folder, writing
-from latentdiff.reading import open_regular, read_text, reason
+from latentdiff.reading import open_regular, parse_json, read_text, reason
 
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_NUMBER = 1_000_000
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
+"""Ends of the names of weights that are pickles."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,12 +38,12 @@ def read_json(path: Path) -> dict[str, object]:
         UserError: no such file, not JSON, not an object, or a number no config would hold.
     """
     try:
-        value = json.loads(read_text(path, _MAX_JSON_BYTES))
+        value = parse_json(read_text(path, _MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; a model folder needs it.") from error
     except OSError as error:
         raise UserError(f"{path}: {reason(error)}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({first_line(error)}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is needed, not {type(value).__name__}.")
@@ -51,14 +51,17 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def check_numbers(value: object, name: str) -> None:
-    """Refuse the numbers that make builders allocate or loop without end.
+    """Refuse the numbers that make builders allocate or loop without end, and keys without a name.
 
     Raises:
-        UserError: a number is not finite or beyond a million, or a list beyond a million long.
+        UserError: a number is not finite or beyond a million, a list is beyond a million long, or
+            a key is empty.
     """
     if isinstance(value, dict):
+        if "" in value:
+            raise UserError(f"{name}: it has a key without a name, '': take it out.")
         for key, part in value.items():
-            check_numbers(part, f"{name}: {key}")
+            check_numbers(part, f"{name}: {key:.60}")
     elif isinstance(value, list):
         if len(value) > _MAX_NUMBER:
             raise UserError(f"{name}: a list of {len(value)} is too long.")
@@ -115,9 +118,9 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
             f"{folder}: it has weights of several variants, {', '.join(sorted(found))}: say which "
             "with variant=... (--variant on the command line)."
         )
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICKLES)
     if pickles:
-        raise UserError(pickle_refusal(folder / pickles[0]))
+        raise UserError(pickle_refusal(pickles[0]))
     raise UserError(f"{folder / stem}.safetensors: no such file; a model folder needs it.")
 
 
@@ -240,6 +243,8 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _open(path: Path):  # the handle's type is not exported
+    if path.suffix.lower() in PICKLES:
+        raise UserError(pickle_refusal(path))
     try:
         open_regular(path).close()  # a pipe would be waited for
     except FileNotFoundError as error:

@@ -220,11 +220,13 @@ def _licence(licence: str) -> str:
 
 
 def _public(word: str) -> str:
-    """A word of a command: KEY=VALUE, @FILE or [A, B], with each path as `public_name` has it."""
-    rest = re.sub(r"^(?:[\w.-]+=)?@?", "", word)
+    """A word of a command: KEY=VALUE, @FILE, [A, B] or {KEY: VALUE}, with each path as
+    `public_name` has it."""
+    rest = re.sub(r"^(?:[\w.-]+(?:=|: +))?@?", "", word)
     lead = word[: len(word) - len(rest)]
-    if rest.startswith("["):
-        return lead + re.sub(r"[^][,\"' ][^][,\"']*", lambda found: _public(found[0]), rest)
+    if rest.startswith("[") or (rest.startswith("{") and ":" in rest):
+        parts = r"[^][{},\"' ][^][{},\"']*"
+        return lead + re.sub(parts, lambda found: _public(found[0]), rest)
     return lead + public_name(rest)
 
 

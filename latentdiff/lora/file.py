@@ -5,7 +5,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +21,6 @@ from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
     may_replace,
-    pickle_refusal,
     read_json,
     save_tensors,
 )
@@ -35,6 +36,7 @@ from latentdiff.lora.factors import (
     norms,
 )
 from latentdiff.lora.layouts import SPELLINGS, Kind, parse
+from latentdiff.reading import parse_json
 from latentdiff.registry import check_name
 
 Layout = Literal["diffusers", "kohya"]
@@ -42,6 +44,8 @@ Layout = Literal["diffusers", "kohya"]
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 _LARGEST_ALPHA = 1e6
+_SYNTAX = re.compile(r"[][\\^$|*+?(){}]")
+_MOST_REGEXES, _MOST_REPEATS, _LONGEST_REGEX = 32, 2, 200
 _METADATA = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS, _DIFFUSERS_TEXT, _KOHYA, _SUMS = (
@@ -78,8 +82,7 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
     file = _find(Path(path).expanduser())
     with blaming(file):
         stored = WeightFiles([file])
-        if not stored.shapes:
-            raise UserError("it is empty.")
+        _check_layers(stored)
         known: Known = {part: _known_layers(network(bundle, part)) for part in PARTS}
         alphas = _declared_alphas(_settings(file, stored.metadata))
         factors: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
@@ -228,8 +231,6 @@ def _find(path: Path) -> Path:
             raise UserError(f"{path}: no such LoRA file.")
     except OSError as error:
         raise UserError(f"{path!s:.200}: {error.strerror or error}.") from error
-    if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-        raise UserError(pickle_refusal(path))
     return path
 
 
@@ -265,8 +266,8 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> Mapping[str, object]:
     config: object = {}
     if _METADATA in metadata:
         try:
-            config = json.loads(metadata[_METADATA])
-        except (ValueError, RecursionError) as error:
+            config = parse_json(metadata[_METADATA])
+        except ValueError as error:
             raise UserError(f"its {_METADATA} is not valid JSON.") from error
     elif file.name == FILE_NAMES[1] and (file.parent / _PEFT_CONFIG).is_file():
         own = read_json(file.parent / _PEFT_CONFIG)
@@ -287,25 +288,67 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> Mapping[str, object]:
 
 
 def _declared_alphas(config: Mapping[str, object]) -> Callable[[Part, str, int], float]:
-    """alpha of each module by peft's settings; without, alpha is the rank."""
+    """alpha of each module by peft's settings; without any it is the rank.
+
+    The rank itself is that of the tensors, whatever `r` and `rank_pattern` say.
+
+    Raises:
+        UserError: a pattern of `alpha_pattern` that might take ages to match.
+    """
+    patterns: dict[Part, list[tuple[Callable[[str], bool], object]]] = {}
+    for part in PARTS:
+        told = config.get(f"{part}.alpha_pattern") or {}
+        if not isinstance(told, dict):
+            raise UserError(f"its {part}.alpha_pattern is no JSON object.")
+        patterns[part] = [(_matcher(pattern), value) for pattern, value in told.items()]
+        if sum(isinstance(matches, _Regex) for matches, _ in patterns[part]) > _MOST_REGEXES:
+            raise UserError(f"its {part}.alpha_pattern has more than {_MOST_REGEXES} expressions.")
 
     def alpha(part: Part, module: str, rank: int) -> float:
-        patterns = config.get(f"{part}.alpha_pattern") or {}
         value = config.get(f"{part}.lora_alpha", rank)
-        for pattern, given in patterns.items() if isinstance(patterns, dict) else ():
-            # As peft matches them; but never as a regular expression, which a hostile file could
-            # make run for ages.
-            plain = str(pattern).lstrip("^").replace("\\", "").removeprefix("text_model.")
-            if module == plain or (pattern[:1] != "^" and module.endswith(f".{plain}")):
-                value = given
-                break
+        value = next((given for matches, given in patterns[part] if matches(module)), value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{module}: its alpha is {value!s:.40}, not a number.")
+            raise UserError(f"{module}: its alpha is {short(value)}, not a number.")
         if not abs(value) <= _LARGEST_ALPHA:
             raise UserError(f"{module}: its alpha is too large or not a number.")
         return float(value) * (math.sqrt(rank) if config.get(f"{part}.use_rslora") else 1.0)
 
     return alpha
+
+
+@dataclass(frozen=True, slots=True)
+class _Regex:
+    """A regular expression that cannot take long, matched as `peft.utils.get_pattern_key` does."""
+
+    compiled: re.Pattern[str]
+
+    def __call__(self, module: str) -> bool:
+        return self.compiled.match(module) is not None
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Tell whether peft takes a key of `alpha_pattern` for a module: the end of its name, between
+    dots, or all of it after "^"; or a regular expression.
+
+    Raises:
+        UserError: an expression that might take ages, or is none.
+    """
+    bare = pattern.removesuffix("$").replace("\\.", ".")
+    plain = bare.removeprefix("^").removeprefix("text_model.")
+    if not _SYNTAX.search(plain):
+        if bare.startswith("^"):
+            return plain.__eq__
+        return lambda module: f".{module}".endswith(f".{plain}")
+    slow = len(re.findall(r"[*+?]", pattern)) > _MOST_REPEATS or re.search(r"[(){}]", pattern)
+    if slow or len(pattern) > _LONGEST_REGEX:
+        raise UserError(
+            f"alpha_pattern: {short(pattern)} might take ages to match; write the names of the "
+            "modules in its place."
+        )
+    try:
+        return _Regex(re.compile(rf"(.*\.)?({pattern.replace('text_model.', '')})$"))
+    except re.error as error:
+        raise UserError(f"alpha_pattern: {short(pattern)} is no expression ({error}).") from error
 
 
 def save_lora(
@@ -352,12 +395,26 @@ def recognise(path: Path) -> None:
     Raises:
         UserError: the file is no LoRA.
     """
-    names = WeightFiles([path]).shapes
-    if not names:
-        raise UserError("it is empty.")
-    for name in names:
+    stored = WeightFiles([path])
+    _check_layers(stored)
+    for name in stored.shapes:
         if not name.startswith(BUNDLED):
             parse(name)
+
+
+def _check_layers(stored: WeightFiles) -> None:
+    """Check that a file holds something beside learned words.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not stored.shapes:
+        raise UserError("it is empty.")
+    if all(name.startswith(BUNDLED) for name in stored.shapes):
+        raise UserError(
+            "it holds learned words alone and no LoRA: load it with --embedding, or "
+            "`pipe.load_textual_inversion`."
+        )
 
 
 def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:

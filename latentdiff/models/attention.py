@@ -65,7 +65,13 @@ def xformers(
 
 
 def _projected(attn: Any, x: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, heads, L, D / heads]."""
+    """Project to query [B, heads, L, D / heads], and key and value [B, heads, S, D / heads].
+
+    Args:
+        attn: as in `sdpa`.
+        x: what attends [B, L, D].
+        states: what is attended to [B, S, E]; None is x itself.
+    """
     seen = x if states is None else states
     q, k, v = attn.to_q(x), attn.to_k(seen), attn.to_v(seen)
     q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))

@@ -150,7 +150,7 @@ class CrossAttentionUNet(nn.Module):
             and all(name in _CROSSING for name in types)
             and config.get("addition_embed_type") in (None, "text_time")
             and config.get("norm_num_groups", 32) is not None
-            and all(key in _CHOICES or key in _FIXED or key[0] == "_" for key in config)
+            and all(key in _CHOICES or key in _FIXED or key.startswith("_") for key in config)
             and all(_depths_are_numbers(config.get("transformer_layers_per_block", 1)))
         )
 

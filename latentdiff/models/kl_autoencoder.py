@@ -86,7 +86,7 @@ class KLAutoencoder(nn.Module):
             all(config.get(key, value) == value for key, value in _FIXED.items())
             and config.get("down_block_types") == ["DownEncoderBlock2D"] * levels
             and config.get("up_block_types") == ["UpDecoderBlock2D"] * levels
-            and all(key in _CHOICES or key in _FIXED or key[0] == "_" for key in config)
+            and all(key in _CHOICES or key in _FIXED or key.startswith("_") for key in config)
         )
 
     def register_to_config(self, **changes: object) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.errors import UserError
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 MID = ("mid_block",)
 
@@ -88,7 +88,7 @@ def blur_matrix(side: int, sigma: float) -> Tensor:
     return matrix
 
 
-def perturbable(unet: Network, perturbations: Sequence[Perturbation]) -> Network:
+def perturbable(unet: Module, perturbations: Sequence[Perturbation]) -> Module:
     """A U-Net of the same tensors whose self-attention can be spoilt; the given one stays as it is.
 
     Only the modules are copied (tens of milliseconds), and so threads may share the given one.

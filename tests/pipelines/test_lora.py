@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from tiny import sd_like, tiny_bundle, tower_of, unet_of
 from torch import Tensor
@@ -22,6 +23,7 @@ from latentdiff.lora import (
     attach_lora,
     detach_lora,
     fused,
+    is_lora,
     load_lora,
     lora_names,
     lora_of,
@@ -351,6 +353,27 @@ def test_a_file_of_peft_has_its_settings_beside_it(tmp_path: Path) -> None:
             load_lora(tmp_path, tiny_bundle())
 
 
+PATTERNS = ["to_q", "attn1.to_q", "^mid_block.resnets.0.conv1", r"attn1\.to_q", r"^down_blocks\.0"]
+PATTERNS += [r"down_blocks.*", r"mid_block.*to_[qk]", r".*\.\d\.attn1\.to_q|conv1", "to_q$"]
+PATTERNS += ["resnets.1.conv1", "o_q", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_alphas_of_peft_are_those_of_the_modules_that_it_takes(
+    pattern: str, tmp_path: Path
+) -> None:
+    lora = made("all")
+    header = {"unet.lora_alpha": 3, "unet.alpha_pattern": {pattern: 7, "conv2": 9}}
+    config = {"lora_adapter_metadata": json.dumps(header)}
+    save_lora(lora, tmp_path / "a.safetensors")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", config)
+    found = load_lora(tmp_path / "b.safetensors", tiny_bundle()).unet
+    for module, factors in found.items():
+        key = get_pattern_key([pattern, "conv2"], module)
+        assert factors.alpha == {pattern: 7, "conv2": 9}.get(key, 3), module
+    assert pattern in ("o_q", r"^down_blocks\.0") or 7 in {f.alpha for f in found.values()}
+
+
 def test_off_and_out_leave_the_model_as_it_was(model: Path, tmp_path: Path) -> None:
     bundle, clean = Bundle.load(model), Bundle.load(model)
     attach_lora(bundle, made(), "a")
@@ -562,6 +585,12 @@ def test_a_bad_file_is_one_line_and_changes_nothing(damage: Any, told: str, tmp_
         ('{"unet.lora_alpha": "four"}', "not a number"),
         ('{"unet.lora_alpha": NaN}', "too large"),
         ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "too large"),
+        ('{"unet.alpha_pattern": [1]}', "alpha_pattern is no JSON object"),
+        ('{"unet.alpha_pattern": {"(a+)+b": 1}}', "might take ages"),
+        ('{"unet.alpha_pattern": {"' + ".*" * 30 + 'b": 1}}', "might take ages"),
+        ('{"unet.alpha_pattern": {"a{9,99}b": 1}}', "might take ages"),
+        ('{"unet.alpha_pattern": {"[a": 1}}', "is no expression"),
+        (json.dumps({"unet.alpha_pattern": {f".*{n}": 1 for n in range(40)}}), "more than 32"),
     ],
 )
 def test_bad_metadata_is_one_line(config: str, told: str, tmp_path: Path) -> None:
@@ -575,9 +604,16 @@ def test_bad_metadata_is_one_line(config: str, told: str, tmp_path: Path) -> Non
 def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"PK")
     (tmp_path / "b.safetensors").write_bytes(b"no")
-    for name, told in (("a.bin", "pickle"), ("b.safetensors", "damaged"), ("c", "no such LoRA")):
+    save_file({"bundle_emb.cat.emb_params": torch.ones(2, 8)}, tmp_path / "d.safetensors")
+    for name, told in (
+        ("a.bin", "pickle"),
+        ("b.safetensors", "damaged"),
+        ("c", "no such LoRA"),
+        ("d.safetensors", "learned words alone"),
+    ):
         with pytest.raises(UserError, match=told):
             load_lora(tmp_path / name, tiny_bundle())
+        assert not is_lora(tmp_path / name)
 
 
 def test_refused_settings_leave_the_model_alone() -> None:

@@ -252,6 +252,14 @@ def test_a_key_of_no_class_is_warned_of() -> None:
     assert told[1:] == plain[1:]
 
 
+def _nested(depth: int) -> list[Any]:
+    """A list in a list in a list, as deep as JSON is read by Python."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -276,14 +284,60 @@ def test_a_key_of_no_class_is_warned_of() -> None:
         {"_class_name": "LatentDiffusionProcess", "latentdiff_process": "vp-liner"},
         {"latentdiff_solver": "dpm"},
         {"_class_name": "EDMEulerScheduler"},
+        {"num_train_timesteps": 1000.5},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10**400},
+        {"steps_offset": -1},
+        {"steps_offset": 1.5},
+        {"set_alpha_to_one": "no"},
+        {"trained_betas": _nested(900)},
+        {"prediction_type": _nested(900)},
+        {"clip_sample": _nested(900)},
+        {"": 1},
+        {"_use_default_values": "clip_sample"},
+        {"_use_default_values": [["clip_sample"], {}]},
+        {"_class_name": "LCMScheduler", "original_inference_steps": 5000},
+        {"_class_name": "LCMScheduler", "original_inference_steps": 0},
+        {"_class_name": "LCMScheduler", "original_inference_steps": 40.5},
+        {"_class_name": "LCMScheduler", "num_train_timesteps": 40},
+        {"latentdiff_steps": {"teacher_steps": 0}},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": -10},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 0},
+        {"_class_name": "FlowMatchHeunDiscreteScheduler", "num_train_timesteps": -3},
+        {"lambda_min_clipped": 5, "_class_name": "DPMSolverMultistepScheduler"},
+        {"lambda_min_clipped": True, "_class_name": "DPMSolverMultistepScheduler"},
+        {"use_karras_sigmas": "no", "_class_name": "DPMSolverMultistepScheduler"},
+        {"disable_corrector": [0.5], "_class_name": "UniPCMultistepScheduler"},
     ],
+    ids=lambda change: str(change)[:80],
 )
 def test_nonsense_is_one_clear_line(change: dict[str, Any]) -> None:
-    usual = BASE | {"_class_name": "DDIMScheduler"}
-    scheduler.read(usual, "scheduler_config.json")
+    usual = BASE | {"_class_name": "DDIMScheduler", "clip_sample": False}
+    scheduler.read(usual, "scheduler_config.json", pipeline="")
     with pytest.raises(UserError, match=r"^scheduler_config\.json: ") as caught:
-        scheduler.read(usual | change, "scheduler_config.json")
+        scheduler.read(usual | change, "scheduler_config.json", pipeline="")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_clipped_schedule_has_fewer_times() -> None:
+    """`lambda_min_clipped` of DPMSolverMultistepScheduler: none before that half log-SNR."""
+    usual = BASE | {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": 3.0}
+    for spacing in ("linspace", "leading", "trailing"):
+        process, _, steps, _ = scheduler.read(usual | {"timestep_spacing": spacing}, "s.json")
+        assert steps.timetable(process, 1)[0].t < 3
+        if spacing != "trailing":  # that keeps its stride, and so has fewer steps
+            with pytest.raises(UserError, match="2 times, too few for 20 steps"):
+                steps.timetable(process, 20)
+    assert len(steps.timetable(process, 20)) == 2
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    plain = BASE | {"_class_name": "LCMScheduler"}
+    floats = plain | {"num_train_timesteps": 1000.0, "original_inference_steps": 50.0}
+    one, other = (scheduler.read(config, "s.json")[2] for config in (plain, floats))
+    assert one == other
+    assert type(other.teacher_steps) is int
 
 
 @pytest.mark.parametrize("kind", processes.names())

@@ -182,6 +182,25 @@ def test_a_file_without_autoencoder_takes_another(saved: Saved, tmp_path: Path) 
             Bundle.load(tmp_path / "a.safetensors", vae=tmp_path / where)
 
 
+def test_an_autoencoder_brings_its_own_scale(saved: Saved, tmp_path: Path) -> None:
+    """Of a whole model as a folder, as a file of ours, and as one with a .yaml beside it."""
+    _, folder, file = saved
+    other = sd_like(1)
+    vae_of(other).register_to_config(scaling_factor=0.7)
+    whole = other.save(tmp_path / "folder"), other.save(tmp_path / "whole.safetensors")
+    foreign = foreign_file(whole[1], tmp_path / "foreign.safetensors")
+    prefix, values = "first_stage_model.", load_file(foreign)
+    alone = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+    save_file(alone, tmp_path / "alone.safetensors")
+    for name in ("foreign", "alone"):
+        where = tmp_path / f"{name}.safetensors"
+        assert Bundle.load(folder, vae=where).autoencoder.scaling_factor == 0.18215
+        where.with_suffix(".yaml").write_text("model: {params: {scale_factor: 0.7}}")
+    for where in (*whole, whole[0] / "vae", foreign, tmp_path / "alone.safetensors"):
+        for model in (folder, file):
+            assert Bundle.load(model, vae=where).autoencoder.scaling_factor == 0.7, where
+
+
 def test_a_file_without_text_encoder_is_one_line(saved: Saved, tmp_path: Path) -> None:
     values = {n: v for n, v in load_file(saved[2]).items() if not n.startswith("cond_stage")}
     save_file(values, tmp_path / "a.safetensors")
@@ -215,6 +234,14 @@ model:
 """
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 99))
+LAUGHS += "model:\n  params: {parameterization: *a98}\n"
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 99)
+)
+"""Each line is twice the one before: as a list, and as a mapping that is merged with itself."""
+
+
 def test_what_lies_beside_a_checkpoint_is_obeyed(saved: Saved, tmp_path: Path) -> None:
     """A1111's NAME.yaml; files of Stable Diffusion 1.x that predict v come with one."""
     bundle, folder, file = saved
@@ -242,7 +269,12 @@ def test_what_lies_beside_a_checkpoint_is_obeyed(saved: Saved, tmp_path: Path) -
         (text, "!!python/object/apply:os.system [echo]", "YAML"),
         (text, "- model", "mapping"),
         (text, "model: 3", "mapping"),
-        (text, " " * 2**21, "larger than 1 MiB"),
+        (text, " " * 2**21, "larger than 65,536 bytes"),
+        ("500", "500.5", "timesteps: '?500.5'? is no whole number"),
+        ("num_heads: 4", "num_heads: 4.5", "num_heads: '?4.5'? is no whole number"),
+        ("0.0120", f"{[0] * 5000}", r"linear_end: \[0, 0, 0, 0, 0, 0, \.\.\.\] is no"),
+        (text, LAUGHS, "an alias .* is not read"),
+        (text, MERGES, "an alias .* is not read"),
     ):
         (tmp_path / "a.yaml").write_text(text.replace(old, new))
         with pytest.raises(UserError, match=told) as caught:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ def written(folder: Path, kind: str, change: Callable[[Any], object]) -> Path:
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "FixedLength"),
         ({"pre_tokenizer": split("(a+)+$")}, "ages"),
         ({"pre_tokenizer": split(r"\s*\S*\s*$")}, "ages"),
+        ({"pre_tokenizer": split("a?" * 25 + "a" * 25)}, "ages"),
+        ({"pre_tokenizer": split("a+b")}, "ages"),
+        ({"pre_tokenizer": split("a{99999,}")}, "ages"),
+        ({"pre_tokenizer": split("a{9}{9}")}, "ages"),
+        ({"pre_tokenizer": split(r"a\g<0>?")}, "ages"),
+        ({"pre_tokenizer": split("a|" * 200 + "b")}, "ages"),
+        ({"pre_tokenizer": split("[a[b]]+c")}, "ages"),
         ({"pre_tokenizer": split("")}, "ages"),
         ({"pre_tokenizer": split("[")}, "ages"),
         ({"post_processor": TWICE}, "repeats the text"),
@@ -94,6 +102,7 @@ def test_a_tokenizer_that_can_run_away_is_one_line(
         ("pre_tokenizer", {"type": "BertPreTokenizer"}),
         ("normalizer", several("normalizers", [{"type": "NFKC"}, {"type": "Lowercase"}])),
         ("normalizer", {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}),
+        ("pre_tokenizer", split(r" ?\p{L}+| ?[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+?|\s+|it\?")),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
                            "split": True}),
         ("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
@@ -134,3 +143,28 @@ def test_a_seed_means_the_same_tokens_each_time(tmp_path: Path) -> None:
     )
     for _ in range(3):
         assert [token for token, _ in encode_tokens(tokenizer, " ".join(CAPTIONS))] == sound
+
+
+def test_nothing_in_the_folder_is_waited_for(tmp_path: Path) -> None:
+    """A pipe in place of any file that some tokenizer has; or a device, or an immense file."""
+    clip_tokenizer().save_pretrained(tmp_path)
+    clip_tokenizer().backend_tokenizer.model.save(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    load_tokenizer(tmp_path, "CLIPTokenizer")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        path, aside = tmp_path / name, tmp_path.parent / "aside"
+        there = path.exists()
+        if there:
+            path.rename(aside)
+        for make, told in (
+            (lambda path: os.mkfifo(path), "a pipe"),
+            (lambda path: path.symlink_to("/dev/zero"), "a device"),
+            (lambda path: (path.touch(), os.truncate(path, 2**30)), "larger than 64 MiB"),
+        ):
+            make(path)
+            with pytest.raises(UserError, match=told) as caught:
+                load_tokenizer(tmp_path, "CLIPTokenizer")
+            assert str(caught.value).startswith(str(path))
+            path.unlink()
+        if there:
+            aside.rename(path)

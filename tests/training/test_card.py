@@ -20,6 +20,7 @@ from latentdiff.cli import main
 from latentdiff.data.examples import Example
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder
+from latentdiff.formats.location import public_name
 from latentdiff.learning.card import Outcome, card, push, share
 from latentdiff.learning.config import CardConfig, OptimConfig, RunConfig
 from latentdiff.learning.finetune_config import FinetuneConfig, LoraConfig, PicturesConfig
@@ -83,6 +84,41 @@ def test_the_command_of_a_card_can_be_typed_and_tells_no_place(tmp_path: Path) -
     assert "someone" not in text
     assert "samples.png" not in text
     assert "Not declared" in text
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("owner/name", "owner/name"),
+        ("training/configs/a.yaml", "training/configs/a.yaml"),
+        ("data/{0..9}.tar", "data/{0..9}.tar"),
+        ("/home/someone/model", "model"),
+        ("/home/someone/model/", "model"),
+        ("~someone/model", "model"),
+        ("../someone/model", "model"),
+        ("here/../../someone/model", "model"),
+        ("C:\\Users\\someone\\model", "model"),
+        ("C:/Users/someone/model", "model"),
+        ("\\\\someone\\share\\model", "model"),
+        ("file:/home/someone/model", "model"),
+        ("file:///home/someone/model", "model"),
+        ("file:~/someone/model", "model"),
+        ("https://someone:key@host/someone/model?token=key#someone", "model"),
+        ("https://someone:key@host/{0..9}.tar", "{0..9}.tar"),
+        ("https://someone:key@host?token=key", "an address"),
+        ("http://[someone/model", "model"),
+    ],
+)
+def test_a_public_name_tells_no_place_and_no_secret(where: str, told: str) -> None:
+    assert public_name(where) == told
+
+
+def test_the_command_of_a_card_hides_paths_inside_mappings(tmp_path: Path) -> None:
+    outcome, config = a_run(tmp_path)
+    word = "data={root: /home/someone/a, more: ['https://someone@h/x.tar?k=1', ~someone/c]}"
+    text = card(outcome, config, False, ["finetune.py", word])
+    assert "'data={root: a, more: ['\"'\"'x.tar'\"'\"', c]}'" in text
+    assert "someone" not in text
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
