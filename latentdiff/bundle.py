@@ -31,10 +31,11 @@ from latentdiff.formats.location import find, find_file
 from latentdiff.formats.scheduler_config import DEFAULT_SOLVER, Steps
 from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
 from latentdiff.models.attention import Attention, set_attention
-from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.engines import Engine, with_engine
 from latentdiff.models.network import Kind, Network
+from latentdiff.models.tiling import Tiling
 from latentdiff.registry import check_name
 
 __all__ = ["Bundle", "Precision", "Steps"]
@@ -115,6 +116,7 @@ class Bundle:
         device: str | torch.device = "auto",
         attention: Attention = "auto",
         engine: Engine = "eager",
+        tiling: Tiling = "auto",
     ) -> Self:
         """Read a model, after checking all of it: files, configs, names, shapes, finite values.
 
@@ -133,12 +135,15 @@ class Bundle:
             device: "auto" is CUDA where there is one.
             attention: see `latentdiff.models.attention.set_attention`.
             engine: how the U-Net and the autoencoder are computed: see `latentdiff.models.engines`.
+            tiling: whether pictures go through the autoencoder in tiles, to take less memory: "on",
+                "off", or "auto", large ones; see `latentdiff.models.tiling`.
 
         Raises:
             UserError: anything is missing, damaged, hostile or unfit; the message says what.
         """
         check_name("attention backend", attention, get_args(Attention))
         check_name("engine", engine, get_args(Engine))
+        check_name("tiling", tiling, get_args(Tiling))
         if prediction is not None:
             check_name("prediction", prediction, get_args(Prediction))
         place = _device(device)
@@ -163,7 +168,10 @@ class Bundle:
             fill(part.module, part.files, _steady(precision) if part.steady else precision, place)
         set_attention(bundle.network.module, attention)
         set_attention(bundle.autoencoder.module, attention)
-        network, autoencoder = with_engine(bundle.network, bundle.autoencoder, engine)
+        autoencoder = bundle.autoencoder
+        if isinstance(autoencoder, DiffusersAutoencoder):
+            autoencoder = replace(autoencoder, tiling=tiling)
+        network, autoencoder = with_engine(bundle.network, autoencoder, engine)
         return replace(bundle, network=network, autoencoder=autoencoder)
 
     @property

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
+from latentdiff.models.kl_autoencoder import Posterior
+from latentdiff.models.tiling import Tiling, can_tile, decode_tiled, encode_tiled, is_large
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -83,17 +85,24 @@ class DiffusersAutoencoder:
 
     Attributes:
         module: an autoencoder of RGB pictures.
+        tiling: whether pictures are computed in tiles, with the same answer in less memory: "on",
+            "off", or "auto", those whose widest layer takes more than a GiB. With gradients, and of
+            other blocks than those of Stable Diffusion's autoencoder, all is computed at once.
 
     Raises:
-        UserError: it is not of RGB pictures, or its config's scale makes no sense.
+        UserError: it is not of RGB pictures, its config's scale makes no sense, or tiling is "on"
+            and its blocks are others.
     """
 
     module: "KLAutoencoder | AutoencoderKL | VQModel"
+    tiling: Tiling = "auto"
 
     def __post_init__(self) -> None:
         if (self.module.config["in_channels"], self.module.config["out_channels"]) != (3, 3):
             raise UserError("vae: it is not for RGB pictures of 3 channels.")
         latent_affine(self.module)
+        if self.tiling == "on" and not can_tile(self.module):
+            raise UserError("tiling: this autoencoder has blocks that cannot be computed in tiles.")
 
     @property
     def factor(self) -> int:
@@ -122,7 +131,10 @@ class DiffusersAutoencoder:
         pixels = z.shape[-2] * z.shape[-1] * self.factor**2
         chunks = z.split(max(1, _DECODED_AT_ONCE // pixels))
         module: Any = self.module
-        decoded = [module.decode(chunk) for chunk in chunks]
+        if self._tiles(pixels):
+            decoded = [decode_tiled(module, chunk) for chunk in chunks]
+        else:
+            decoded = [module.decode(chunk) for chunk in chunks]
         return torch.cat([getattr(each, "sample", each).float() for each in decoded])
 
     @torch.no_grad()
@@ -140,10 +152,30 @@ class DiffusersAutoencoder:
     def _posterior(self, pictures: Tensor) -> Any:
         """The distribution of latents; of a VQ model, which has no spread, the latents."""
         parameter = next(self.module.parameters())
-        encoded: Any = self.module.encode(pictures.to(parameter.device, parameter.dtype))
+        pictures = pictures.to(parameter.device, parameter.dtype)
+        if self._tiles(pictures.shape[-2] * pictures.shape[-1]):
+            told = encode_tiled(self.module, pictures)
+            if hasattr(self.module, "quantize"):
+                return told
+            mean, logvar = told.chunk(2, dim=1)
+            return Posterior(mean, logvar.clamp(-30.0, 20.0))
+        encoded: Any = self.module.encode(pictures)
         if hasattr(encoded, "latents"):
             return encoded.latents
         return getattr(encoded, "latent_dist", encoded)  # diffusers puts it into an object
+
+    def _tiles(self, pixels: int) -> bool:
+        """Tell whether a picture of so many pixels is computed in tiles, and say so if it is."""
+        if self.tiling == "off" or torch.is_grad_enabled() or not can_tile(self.module):
+            return False
+        if self.tiling == "auto" and not is_large(self.module, pixels):
+            return False
+        if self.tiling == "auto":
+            warn(
+                f"a picture of {pixels / 1e6:.1f} million pixels goes through the autoencoder in "
+                "tiles, which give what the whole would"
+            )
+        return True
 
     def _standardised(self, z: Tensor) -> Tensor:
         """The module's own numbers [B, C, h, w] as latents of about unit variance."""

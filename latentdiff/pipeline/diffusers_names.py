@@ -41,7 +41,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "enable_vae_slicing disable_vae_slicing enable_vae_tiling disable_vae_tiling",
-        "pictures are decoded a few at a time anyway, each as a whole",
+        "pictures are decoded a few at a time anyway, and large ones in tiles; "
+        "from_pretrained(..., tiling='on') takes tiles for all",
     ),
     (
         "enable_model_cpu_offload enable_sequential_cpu_offload maybe_free_model_hooks",

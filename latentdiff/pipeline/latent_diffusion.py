@@ -32,6 +32,7 @@ from latentdiff.models.engines import Engine
 from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.learned_words import with_words
 from latentdiff.models.text_encoders import ClipTower
+from latentdiff.models.tiling import Tiling
 from latentdiff.pictures import Picture, open_picture, to_tensor
 from latentdiff.pipeline.arguments import MAX_STEPS, latent_shape, solver_of, whole
 from latentdiff.pipeline.diffusers_names import (
@@ -78,6 +79,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         device: str | torch.device = "auto",
         attention: Attention = "auto",
         engine: Engine = "auto",
+        tiling: Tiling = "auto",
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
         """Load a model, to draw fast with: see `Bundle.load`. `torch_dtype` is diffusers' `dtype`.
@@ -98,6 +100,7 @@ class LatentDiffusionPipeline(DiffusersNames):
             device=device,
             attention=attention,
             engine=engine,
+            tiling=tiling,
         )
         return cls(bundle)
 

@@ -391,7 +391,7 @@ class PackedAutoencoder(AroundAutoencoder):
         slow = getattr(self.inner, what)
         if twin is None:
             return slow(x)
-        fast = getattr(DiffusersAutoencoder(twin), what)
+        fast = getattr(replace(self.inner, module=twin), what)
         part = x[:1, :, :side, :side]
         if self.packing.passes(what, lambda: fast(part), lambda: slow(part)):
             return fast(x).contiguous()
