@@ -144,7 +144,7 @@ def tiny_xl(
         network=SizedUNet(unet, 4),
         process=processes.create(process),
         prediction=prediction,
-        steps=steps or Steps("leading", 1, False),
+        steps=steps or Steps("leading", 1),
         solver="euler",
         family="stable-diffusion-xl",
     )

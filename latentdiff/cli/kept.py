@@ -19,6 +19,8 @@ _PLAIN = {  # of a record: its option
     "seed": "seed",
     "height": "height",
     "width": "width",
+    "aesthetic_score": "aesthetic_score",
+    "negative_aesthetic_score": "negative_aesthetic_score",
     "prediction": "prediction",
     "variant": "variant",
 }
@@ -67,6 +69,9 @@ def options_of(settings: dict[str, Any], program: str) -> dict[str, Any]:
         options["first"] = index
     if interval := settings.get("guidance_interval"):
         options["interval"] = ",".join(f"{number}" for number in interval)
+    for name in ("original_size", "crop", "target_size"):
+        if pair := settings.get(name):
+            options[name] = ",".join(f"{number}" for number in pair)
     if also := settings.get("also"):
         options["also"] = [one if isinstance(one, str) else f"{one[0]}:{one[1]}" for one in also]
     options |= _named(settings, ours)

@@ -95,6 +95,21 @@ def seed_or_fresh(seed: int | None) -> int:
     return secrets.randbelow(2**32) if seed in (None, -1) else seed
 
 
+def two_numbers(given: str | None, option: str, form: str) -> tuple[int, int] | None:
+    """The two whole numbers of an option; None where it was not given.
+
+    Raises:
+        UserError: it does not hold two.
+    """
+    if given is None:
+        return None
+    try:
+        first, second = map(int, given.split(","))
+    except ValueError:
+        raise UserError(f"{option} reads {form}, as 768,512, not '{given!s:.40}'.") from None
+    return first, second
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """The options of every command that draws from a prompt; `with_run_options` expands them."""
@@ -163,6 +178,30 @@ class RunOptions:
             "one.",
         ),
     ] = False
+    original_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHT,WIDTH",
+            help="Stable Diffusion XL: the size that a picture of its training data had. Default: "
+            "that of the picture drawn.",
+        ),
+    ] = None
+    crop: Annotated[
+        str | None,
+        typer.Option(metavar="TOP,LEFT", help="Likewise: what was cut off. Default: 0,0."),
+    ] = None
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHT,WIDTH", help="Likewise: its size. Default: that of the picture drawn."
+        ),
+    ] = None
+    aesthetic_score: Annotated[
+        float | None, typer.Option(help="Of a refiner: the score to draw. Default: 6.")
+    ] = None
+    negative_aesthetic_score: Annotated[
+        float | None, typer.Option(help="Likewise: the score to steer away from. Default: 2.5.")
+    ] = None
     solver: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     timetable: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     model: Model = None
@@ -245,6 +284,11 @@ class RunOptions:
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.rescale,
             guidance_interval=self.guidance_interval,
+            original_size=two_numbers(self.original_size, "--original-size", "HEIGHT,WIDTH"),
+            crop=two_numbers(self.crop, "--crop", "TOP,LEFT"),
+            target_size=two_numbers(self.target_size, "--target-size", "HEIGHT,WIDTH"),
+            aesthetic_score=self.aesthetic_score,
+            negative_aesthetic_score=self.negative_aesthetic_score,
             solver=solver or bundle.solver,
             timetable=timetable or bundle.steps.spacing,
             edits=[*(edits or []), *(self.guide or [])],

@@ -15,11 +15,13 @@ from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
+from latentdiff.models.conditioner import SizeConditions
 from latentdiff.solvers import aliases
 
 MAX_STEPS = 1000
 MAX_SIDE = 4096  # pixels
 MAX_PIXELS = 2**28  # of all pictures of a call
+_LARGEST_SIDE = 2**16  # that a network is told of
 MAX_SEED = 2**64 - 1  # as elsewhere in this field
 
 
@@ -145,6 +147,24 @@ def latent_shape(
             f"{count} pictures of {sides[0]} x {sides[1]} are too many for one call; ask for fewer."
         )
     return count, bundle.latent_channels, sides[0] // bundle.factor, sides[1] // bundle.factor
+
+
+def check_sizes(told: SizeConditions) -> None:
+    """Check the numbers that a network is told of the pictures.
+
+    Raises:
+        UserError: one is no pair of whole numbers of pixels, or no finite number.
+    """
+    for name in told.given():
+        value = getattr(told, name)
+        if name.endswith("score"):
+            finite(value, name)
+            continue
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            what = "(top, left)" if name == "crop" else "(height, width)"
+            raise UserError(f"{name}: give {what} in pixels, not {value!r:.40}.")
+        for number in value:
+            whole(number, name, 0 if name == "crop" else 1, _LARGEST_SIDE)
 
 
 def seed_of(given: int | None) -> int:

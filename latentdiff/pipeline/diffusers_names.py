@@ -66,6 +66,15 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ),
     ("image_guidance_scale", "it is an edit's: edits=[Instruct(image, image_guidance_scale)]"),
     ("pag_scale pag_adaptive_scale", "perturbed attention is an edit: edits=['pag:3']"),
+    ("crops_coords_top_left", "crop=(top, left)"),
+    (
+        "negative_original_size negative_crops_coords_top_left negative_target_size",
+        "what is not wanted is told the sizes of what is: original_size=, crop=, target_size=",
+    ),
+    (
+        "pooled_prompt_embeds negative_pooled_prompt_embeds",
+        "prompt_embeds=Condition(states=..., pooled=...) and negative_prompt_embeds= have both",
+    ),
     ("eta", "it is the solver's: solver=latentdiff.solvers.DDIM(eta=1.0)"),
     (
         "timesteps sigmas num_timesteps",

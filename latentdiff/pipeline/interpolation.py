@@ -1,6 +1,7 @@
 """The way from one picture or prompt to another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def between_prompts(
     bundle = pipe.bundle
     with torch.no_grad():
         encoded = bundle.conditioner.encode([*check_prompts([a, b]), ""], bundle.size).condition
+    encoded = replace(encoded, sizes=None)  # the pipeline tells the network its own
     between = {
         name: torch.cat([slerp(value[:1], value[1:2], weight) for weight in weights])
         if value.is_floating_point()

@@ -256,6 +256,11 @@ class LatentDiffusionPipeline(DiffusersNames):
         long_prompts: bool = False,
         height: int | None = None,
         width: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         num_inference_steps: int = 20,
         guidance: str | Method = "cfg",
         guidance_scale: float | None = None,
@@ -290,6 +295,12 @@ class LatentDiffusionPipeline(DiffusersNames):
                 too: see `latentdiff.models.long_prompts`.
             height: in pixels, a multiple of the autoencoder's factor; by default the model's own.
             width: likewise.
+            original_size: what a network of Stable Diffusion XL is told of the pictures: see
+                `latentdiff.models.conditioner.SizeConditions`, for this and the next four.
+            crop: top and left of what was cut out.
+            target_size: height and width.
+            aesthetic_score: of a refiner.
+            negative_aesthetic_score: likewise, of what guidance leads away from.
             num_inference_steps: 1 .. 1000.
             guidance: "cfg", "apg" or "cfg++"; or a method of one's own, as
                 `partial(guidance.projected, momentum=-0.5)`: see `latentdiff.guidance.methods`.
@@ -334,6 +345,11 @@ class LatentDiffusionPipeline(DiffusersNames):
             long_prompts=long_prompts,
             height=height,
             width=width,
+            original_size=original_size,
+            crop=crop,
+            target_size=target_size,
+            aesthetic_score=aesthetic_score,
+            negative_aesthetic_score=negative_aesthetic_score,
             num_inference_steps=num_inference_steps,
             guidance=guidance,
             guidance_scale=guidance_scale,

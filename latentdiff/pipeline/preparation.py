@@ -23,6 +23,7 @@ from latentdiff.models.prompt_weights import without_weights
 from latentdiff.pipeline.arguments import (
     MAX_PIXELS,
     MAX_STEPS,
+    check_sizes,
     finite,
     first_noise,
     latent_shape,
@@ -55,6 +56,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     """
     edits = _edits(request, bundle)
     texts = _texts(request)
+    check_sizes(request.sizes)
     pictured = picture_size(edits, request.height, request.width)
     size = (request.height, request.width)
     if pictured is not None:
@@ -271,7 +273,32 @@ def _conditions(
     if away is not None:
         others.insert(0, _ready(away, texts, bundle, "negative_prompt_embeds"))
     negative = others.pop(0) if encodes_negative or away is not None else None
-    return positive, negative, others, cut
+    positive = _sized(bundle, request, positive, context)
+    if negative is not None:
+        negative = _sized(bundle, request, negative, context, negative=True)
+    return positive, negative, [_sized(bundle, request, each, context) for each in others], cut
+
+
+def _sized(
+    bundle: Bundle,
+    request: Request,
+    condition: Condition,
+    context: RunContext,
+    *,
+    negative: bool = False,
+) -> Condition:
+    """The condition with the sizes of the call, unless it was given with its own.
+
+    Raises:
+        UserError: the network is not told them, or both were given.
+    """
+    given = request.negative_prompt_embeds if negative else request.prompt_embeds
+    if isinstance(given, Condition) and given.sizes is not None:
+        for name in request.sizes.given():
+            raise UserError(f"{name}: the ready-made condition holds sizes; leave one of them out.")
+        return condition
+    size = context.padded
+    return bundle.conditioner.sized(condition, size, request.sizes, negative=negative)
 
 
 def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) -> Condition:
@@ -300,8 +327,29 @@ def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) 
         )
     if any(len(value) != rows for value in condition.given().values()):
         raise UserError(f"{name}: its fields must all have {rows} rows, as its states have.")
+    _check_pooled(condition.pooled, bundle.conditioner.pooled_width, name)
     places = range(wanted) if rows == wanted else [0] * wanted
     return condition.take([row for row in places for _ in range(texts.per_prompt)])
+
+
+def _check_pooled(pooled: Tensor | None, width: int | None, name: str) -> None:
+    """Check that a ready-made condition has a pooled vector where the network is told one.
+
+    Raises:
+        UserError: it has none, or one that nothing is told; or it is of another width, or not
+            finite.
+    """
+    if width is None and pooled is not None:
+        raise UserError(f"{name}: this model is told no pooled text; leave it out.")
+    if width is None:
+        return
+    if pooled is None or pooled.ndim != 2 or pooled.shape[1] != width:
+        raise UserError(
+            f"{name}: this model is also told a pooled text: give Condition(states=..., "
+            f"pooled=...), pooled [P, {width}]."
+        )
+    if not bool(torch.isfinite(pooled).all()):
+        raise UserError(f"{name}: they hold NaN or infinity.")
 
 
 def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:

@@ -47,6 +47,9 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         "height": request.height,
         "width": request.width,
     }
+    for name in request.sizes.given():
+        value = getattr(request.sizes, name)
+        record[name] = value if name.endswith("score") else list(value)
     if request.guidance_interval != (0.0, math.inf):
         record["guidance_interval"] = list(request.guidance_interval)
     return record

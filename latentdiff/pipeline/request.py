@@ -12,6 +12,7 @@ from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.guidance.methods import Method, default_scale
+from latentdiff.models.conditioner import SizeConditions
 from latentdiff.models.guidance_embedding import DISTILLED_SCALE
 from latentdiff.models.network import Network
 from latentdiff.pipeline.prompts import Also
@@ -30,6 +31,11 @@ class Request:
     long_prompts: bool = False
     height: int | None = None
     width: int | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     num_inference_steps: int = 20
     guidance: str | Method = "cfg"
     guidance_scale: float | None = None
@@ -43,6 +49,17 @@ class Request:
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     edits: Sequence[Edit | str] = ()
+
+    @property
+    def sizes(self) -> SizeConditions:
+        """What the network is told of the pictures, where it is told sizes."""
+        return SizeConditions(
+            original_size=self.original_size,
+            crop=self.crop,
+            target_size=self.target_size,
+            aesthetic_score=self.aesthetic_score,
+            negative_aesthetic_score=self.negative_aesthetic_score,
+        )
 
     @property
     def scale(self) -> float:

@@ -16,11 +16,15 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from tiny import tiny_xl
+from PIL import Image
+from tiny import tiny_bundle, tiny_xl
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
+from latentdiff.cli import main
+from latentdiff.diffusion.condition import Condition
+from latentdiff.errors import UserError
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]
 STEPS = 8  # divides 1000: otherwise diffusers' DDIM steps past the times it visits
@@ -110,3 +114,67 @@ def test_a_folder_keeps_every_bit(tmp_path: Path) -> None:
         dtypes = {name: next(m.parameters()).dtype for name, m in half.modules.items()}
         assert dtypes.pop("vae") == torch.float32
         assert set(dtypes.values()) == {torch.float16}
+
+
+SIZES: dict[str, Any] = {"original_size": (512, 384), "target_size": (640, 768)}
+
+
+def test_sizes_of_a_call_and_ready_made_states(tmp_path: Path) -> None:
+    folder = tiny_xl().save(tmp_path / "model")
+    theirs = theirs_of(StableDiffusionXLPipeline, folder, "euler")
+    text = TEXTS["negative"] | {"latents": noise()}
+    call = text | {"num_inference_steps": STEPS, "output_type": "np"}
+    wanted = theirs(PROMPTS, **SIZES, crops_coords_top_left=(64, 32), **call).images
+    bundle = Bundle.load(folder)
+    got = ours(bundle, prompt=PROMPTS, **SIZES, crop=(64, 32), **text)
+    assert difference(got, wanted) <= TOLERANCE
+    for left_out in ("original_size", "target_size", "crop"):
+        told: dict[str, Any] = SIZES | {"crop": (64, 32)}
+        told.pop(left_out)
+        assert difference(ours(bundle, prompt=PROMPTS, **told, **text), wanted) > 10 * TOLERANCE
+
+    states, away, pooled, away_pooled = theirs.encode_prompt(
+        PROMPTS, negative_prompt=text.pop("negative_prompt")
+    )
+    ready = {"prompt_embeds": Condition(states=states, pooled=pooled)}
+    ready["negative_prompt_embeds"] = Condition(states=away, pooled=away_pooled)
+    assert difference(ours(bundle, **ready, **SIZES, crop=(64, 32), **text), wanted) <= TOLERANCE
+    whole = torch.tensor([[512.0, 384, 64, 32, 640, 768]] * 2)
+    for condition in ready:
+        ready[condition] = replace(ready[condition], sizes=whole)
+    assert difference(ours(bundle, **ready, **text), wanted) <= TOLERANCE
+    for bad, line in (
+        ({**ready, "crop": (0, 0)}, "crop: the ready-made condition holds sizes"),
+        ({"prompt_embeds": states}, "also told a pooled text"),
+        ({"prompt_embeds": Condition(states=states, pooled=pooled[:, 1:])}, "P, 24"),
+        ({"prompt": PROMPTS, "original_size": 512}, "original_size: give .height, width."),
+        ({"prompt": PROMPTS, "crop": (0, -1)}, "crop: must be a whole number from 0"),
+        ({"prompt": PROMPTS, "aesthetic_score": 7}, "aesthetic_score: this model is no refiner"),
+    ):
+        with pytest.raises(UserError, match=line):
+            ours(bundle, **bad)
+    with pytest.raises(UserError, match="target_size: this model is told its prompt alone"):
+        ours(tiny_bundle(), prompt="a red heart", target_size=(8, 8))
+
+
+def test_the_command_line_tells_sizes_and_a_picture_remembers_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_xl().save(tmp_path / "model"))
+    about = ["--model", model, "--steps", "2", "--out", str(tmp_path)]
+    sizes = ["--original-size", "512,384", "--crop", "64,32", "--target-size", "640,768"]
+    assert main(["generate", "a red heart", "--seed", "3", *about, *sizes]) == 0
+    drawn = Path(capsys.readouterr().out.strip())
+    assert main(["generate", "--from", str(drawn), *about]) == 0
+    again = Path(capsys.readouterr().out.strip())
+    assert pixels_of(drawn) == pixels_of(again)
+    assert main(["generate", "a red heart", "--seed", "3", *about, *sizes[2:]]) == 0
+    other = Path(capsys.readouterr().out.strip())
+    assert pixels_of(drawn) != pixels_of(other)
+    assert main(["generate", "a red heart", *about, "--crop", "64"]) == 2
+    assert "--crop reads TOP,LEFT" in capsys.readouterr().err
+
+
+def pixels_of(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
