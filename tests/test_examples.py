@@ -37,6 +37,8 @@ ELSEWHERE = {
     "sudo": ".ci/run",
     "latentdiff data emoji": "tests/data/test_emoji.py",
     "latentdiff serve": "tests/server",
+    "latentdiff finetune": "tests/training/test_commands.py",
+    "latentdiff train": "tests/training/test_commands.py",
 }
 
 
@@ -165,6 +167,10 @@ def test_every_example_runs_with_the_bundled_model(
 
 def launched(words: list[str]) -> tuple[Path, list[str]] | None:
     """A script of this repository that a command starts, and its arguments."""
+    for command in (["latentdiff", "train"], ["latentdiff"]):
+        path = ROOT / f"training/{words[len(command)]}.py" if len(words) > len(command) else None
+        if words[: len(command)] == command and path is not None and path.is_file():
+            return path, words[len(command) + 1 :]
     if words[:2] == ["accelerate", "launch"]:
         words = words[2:]
     elif words[0] in ("python", "torchrun"):
@@ -199,5 +205,6 @@ def test_every_training_command_is_understood(page: Path) -> None:
                 changes.append("vae=vae")
             module.load_config(kind, config, changes)
         if path.stem == "finetune":
-            method = arguments[arguments.index("--method") + 1]
+            named = "--method" in arguments
+            method = arguments[arguments.index("--method") + 1] if named else "lora"
             resolve({"method": method, "data": {"root": "MY/PICTURES"}}, "a page")

@@ -41,6 +41,7 @@ FLOORS: list[set[str]] = [
     {"pipeline"},
     {"learning", "metrics", "server"},
     {"cli"},
+    {"__main__"},
 ]
 
 
@@ -220,6 +221,8 @@ def test_wheel_holds_the_package_and_the_bundled_model_only() -> None:
     assert all(name.startswith("latentdiff/") for name in inside)
     expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     expected |= {"latentdiff/py.typed", "latentdiff/assets/README.md"}
+    scripts = {f"latentdiff/training/{n}.py" for n in ("autoencoder", "diffusion", "finetune")}
+    assert {name for name in inside if name.startswith("latentdiff/training/")} == scripts
     expected |= {
         f"latentdiff/{p.relative_to(ROOT).as_posix()}"
         for p in (ROOT / "assets" / "emoji64").rglob("*.safetensors")

@@ -285,7 +285,8 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     if bundle.kind != "text-to-image":
         raise UserError(f"{bundle.name} draws no prior pictures: it is an {bundle.kind} model")
     source = f"{drawn_from(bundle)} {config.seed} {prior.steps} {prior.guidance_scale} {size}"
-    examples = prior_examples(config.out / "prior", prior.prompts, prior.count, source)
+    count = min(prior.count, 4) if run.dry else prior.count
+    examples = prior_examples(config.out / "prior", prior.prompts, count, source)
 
     draw = partial(
         pictures_of, run, bundle, steps=prior.steps, scale=prior.guidance_scale, size=size

@@ -25,6 +25,7 @@ from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.serve import serve
 from latentdiff.cli.show import show
 from latentdiff.cli.solvers import solvers
+from latentdiff.cli.train import AS_THEY_ARE, autoencoder, diffusion, finetune
 from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory, wait_passively
 from latentdiff.version import __version__
@@ -50,6 +51,11 @@ data = typer.Typer(help="Build folders of captioned pictures to train on.")
 data.command()(emoji)
 data.command()(shard)
 app.add_typer(data, name="data")
+app.command(context_settings=AS_THEY_ARE)(finetune)
+train = typer.Typer(help="Train a model of your own, in two stages.")
+train.command(context_settings=AS_THEY_ARE)(autoencoder)
+train.command(context_settings=AS_THEY_ARE)(diffusion)
+app.add_typer(train, name="train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

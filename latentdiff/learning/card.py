@@ -130,7 +130,7 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
         describe_pictures(outcome.pictures, outcome.root, outcome.count),
         "## Training",
         _metrics(config),
-        f"```sh\naccelerate launch {shlex.join([_public(word) for word in command])}\n```",
+        f"```sh\n{_typed(command)}\n```",
         "The whole configuration is in `config.yaml` of the run.",
         "## Use",
         _use(outcome),
@@ -217,6 +217,16 @@ def _licence(licence: str) -> str:
         "Not declared: before sharing it, look at the licences of the base model and of the "
         "pictures, and say `card.licence=...` when training."
     )
+
+
+def _typed(command: Sequence[str]) -> str:
+    """The words of a process as they are typed: a script under `accelerate launch`, or a command
+    of `latentdiff`, which `python -m latentdiff` is, too."""
+    program, *words = command
+    words = [_public(word) for word in words]
+    if Path(program).name in ("latentdiff", "__main__.py"):
+        return shlex.join(["latentdiff", *words])
+    return f"accelerate launch {shlex.join([_public(program), *words])}"
 
 
 def _public(word: str) -> str:

@@ -307,8 +307,8 @@ class Run:
             self.records.scalars(step, values)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """A PNG grid into the run's `pictures` folder and to TensorBoard."""
-        if self.records is not None:
+        """A PNG grid into the run's `pictures` folder and to TensorBoard; a dry run keeps none."""
+        if self.records is not None and not self.dry:
             self.records.picture(step, name, image)
 
     @property

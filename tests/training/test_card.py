@@ -84,6 +84,9 @@ def test_the_command_of_a_card_can_be_typed_and_tells_no_place(tmp_path: Path) -
     assert "someone" not in text
     assert "samples.png" not in text
     assert "Not declared" in text
+    for program in ("/home/someone/bin/latentdiff", "/home/someone/latentdiff/__main__.py"):
+        text = card(outcome, config, False, [program, "finetune", "--data=/home/someone/cats"])
+        assert "```sh\nlatentdiff finetune --data=cats\n```" in text
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_a_base_model_of_the_hub_is_named_for_it(tmp_path: Path) -> None:
     outcome, config = a_run(tmp_path)
     folder = tiny_bundle().save(tmp_path / "model")
     model = Outcome(folder, "model", "owner/base", outcome.pictures, outcome.root)
-    told = yaml.safe_load(card(model, config, True, []).split("---\n")[1])
+    told = yaml.safe_load(card(model, config, True, ["latentdiff"]).split("---\n")[1])
     assert told["base_model"] == "owner/base"
     assert "base_model" not in yaml.safe_load(card(outcome, config, True, []).split("---\n")[1])
 
@@ -245,7 +248,7 @@ def test_a_card_promises_diffusers_only_what_it_draws(tmp_path: Path) -> None:
     for number, bundle in enumerate((tiny_bundle(process="edm"), tiny_bundle(vae="vq"))):
         folder = bundle.save(tmp_path / f"model{number}")
         model = Outcome(folder, "model", "", outcome.pictures, outcome.root)
-        text = card(model, config, False, [])
+        text = card(model, config, False, ["latentdiff"])
         assert "latentdiff generate" in text
         assert "No pipeline of diffusers draws" in text
         assert "from_pretrained" not in text
