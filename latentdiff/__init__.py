@@ -14,7 +14,16 @@ from latentdiff.version import __version__
 
 if TYPE_CHECKING:
     from latentdiff.bundle import Bundle
-    from latentdiff.editing import ILVR, Blend, Inpaint, Instruct, RePaint, SDEdit
+    from latentdiff.editing import (
+        ILVR,
+        Blend,
+        Hires,
+        Inpaint,
+        Instruct,
+        RePaint,
+        SDEdit,
+        TiledDiffusion,
+    )
     from latentdiff.guidance import (
         PAG,
         SEG,
@@ -39,6 +48,7 @@ __all__ = [
     "Clip",
     "ClipGuide",
     "DynamicThresholding",
+    "Hires",
     "Inpaint",
     "Instruct",
     "LatentDiffusionPipeline",
@@ -47,6 +57,7 @@ __all__ = [
     "Request",
     "Run",
     "SDEdit",
+    "TiledDiffusion",
     "UserError",
     "__version__",
 ]
@@ -54,7 +65,16 @@ __all__ = [
 # Imported when first asked for: `latentdiff --help` shall not wait for torch.
 _ROOMS = {
     "latentdiff.bundle": ("Bundle",),
-    "latentdiff.editing": ("SDEdit", "RePaint", "Blend", "ILVR", "Inpaint", "Instruct"),
+    "latentdiff.editing": (
+        "SDEdit",
+        "RePaint",
+        "Blend",
+        "ILVR",
+        "Inpaint",
+        "Instruct",
+        "Hires",
+        "TiledDiffusion",
+    ),
     "latentdiff.guidance": (
         "PAG",
         "SEG",

@@ -305,7 +305,8 @@ def _draw(
     height, width = picture_size(edits, None, None) or pipe.bundle.size
     paths: list[Path] = []
     images: list[Image] = []
-    for _, index, image in draw_in_parts(pipe, [prompt] * number, request, height * width):
+    size = round(height * width * run.enlargement)
+    for _, index, image in draw_in_parts(pipe, [prompt] * number, request, size):
         text = png_text(record, seed=seed, index=index)
         whole = image if finish is None else finish(image)
         paths.append(save_numbered_png(whole, run.out, seed, text))

@@ -85,7 +85,7 @@ def generate(
         record |= {} if engine == "eager" else {"engine": engine}
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     request = replace(request, seed=seed, first=run.first)
-    drawn = draw_in_parts(pipe, wanted, request, height * width)
+    drawn = draw_in_parts(pipe, wanted, request, round(height * width * run.enlargement))
     _write(drawn, seed, run.out, record, columns if grid else None)
 
 

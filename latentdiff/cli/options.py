@@ -148,7 +148,16 @@ class RunOptions:
         typer.Option(
             metavar="NAME:SCALE",
             help="Beside --guidance: pag:3, seg:3, threshold:0.995, autoguidance:SCALE:MODEL, "
-            "clip:SCALE:FOLDER, classifier:SCALE:FOLDER:LABEL; may be repeated.",
+            "clip:SCALE:FOLDER, classifier:SCALE:FOLDER:LABEL; tiled:OVERLAP draws pictures larger "
+            "than the model's in windows; may be repeated.",
+        ),
+    ] = None
+    hires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTOR[:STRENGTH]",
+            help="Draw, enlarge so many times, and draw the last steps again, as 2 or 2:0.5; of "
+            "the strength, 0.5 where none is given.",
         ),
     ] = None
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt.")] = None
@@ -236,7 +245,7 @@ class RunOptions:
             rescale=self.rescale,
             interval=interval,
         )
-        for text in self.guide or ():
+        for text in self.guides:
             name, _, words = check_text(text)
             if name in ("clip", "classifier"):
                 find_file(words[0], f"folder of a {name}")
@@ -250,6 +259,20 @@ class RunOptions:
         return ModelOptions(
             self.model, self.vae, self.prediction, self.variant, self.lora, self.embedding
         )
+
+    @property
+    def guides(self) -> list[str]:
+        """--guide and --hires, in the words of `guidance.from_text`."""
+        if self.hires is None:
+            return self.guide or []
+        strength = "" if ":" in self.hires else ":0.5"
+        return [*(self.guide or []), f"hires:{self.hires}{strength}"]
+
+    @property
+    def enlargement(self) -> float:
+        """How many times more pixels a picture has in the end."""
+        factors = [float(text.split(":")[1]) for text in self.guides if text.startswith("hires:")]
+        return math.prod(factors) ** 2
 
     @property
     def guidance_interval(self) -> tuple[float, float]:
@@ -291,7 +314,7 @@ class RunOptions:
             negative_aesthetic_score=self.negative_aesthetic_score,
             solver=solver or bundle.solver,
             timetable=timetable or bundle.steps.spacing,
-            edits=[*(edits or []), *(self.guide or [])],
+            edits=[*(edits or []), *self.guides],
         )
 
 

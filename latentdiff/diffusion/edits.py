@@ -60,6 +60,15 @@ class EditsBranches(Protocol):
 
 
 @runtime_checkable
+class EditsConditioned(Protocol):
+    """An edit that changes how the network is asked under all conditions (`TiledDiffusion`)."""
+
+    def conditioned(self, denoise: ConditionedDenoiser) -> ConditionedDenoiser:
+        """Another way to ask; the pipeline puts it next to the network, within every guidance."""
+        ...
+
+
+@runtime_checkable
 class EditsInput(Protocol):
     """An edit that shows the network more than x [B, C, H, W] (`Inpaint`, `Instruct`).
 
@@ -77,5 +86,13 @@ class EditsInput(Protocol):
         ...
 
 
-Edit = EditsTimetable | EditsBegin | EditsAfter | EditsDenoiser | EditsBranches | EditsInput
+Edit = (
+    EditsTimetable
+    | EditsBegin
+    | EditsAfter
+    | EditsDenoiser
+    | EditsConditioned
+    | EditsBranches
+    | EditsInput
+)
 """Any object with at least one of the touch points."""

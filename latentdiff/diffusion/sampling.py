@@ -49,7 +49,7 @@ def check_edits(edits: Sequence[object]) -> None:
         if not isinstance(edit, Edit):
             raise UserError(
                 f"{edit!r:.60} is no edit: it has none of `timetable`, `begin`, `denoiser`, "
-                "`after`, `branches`, `beside`."
+                "`after`, `conditioned`, `branches`, `beside`."
             )
 
 

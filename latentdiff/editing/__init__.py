@@ -1,5 +1,6 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
+from latentdiff.editing.hires import Hires
 from latentdiff.editing.ilvr import ILVR
 from latentdiff.editing.image_conditioning import Inpaint, Instruct
 from latentdiff.editing.masks import box_mask
@@ -15,12 +16,14 @@ from latentdiff.editing.run_context import (
     picture_size,
 )
 from latentdiff.editing.sdedit import SDEdit
+from latentdiff.editing.tiled_diffusion import TiledDiffusion
 
 __all__ = [
     "ILVR",
     "Binds",
     "Blend",
     "Finish",
+    "Hires",
     "HoldsPicture",
     "Inpaint",
     "Instruct",
@@ -28,6 +31,7 @@ __all__ = [
     "Region",
     "RunContext",
     "SDEdit",
+    "TiledDiffusion",
     "bind",
     "box_mask",
     "extended",

@@ -27,6 +27,7 @@ class RunContext:
         autoencoder: takes pictures in and out.
         prompts: the prompt of each of the B pictures; "" where ready-made states were given.
         process: the model's process; None outside a pipeline.
+        native_size: height and width of the latents that the network was trained on; likewise.
     """
 
     height: int
@@ -34,6 +35,7 @@ class RunContext:
     autoencoder: Autoencoder
     prompts: Sequence[str] = ()
     process: Process | None = None
+    native_size: tuple[int, int] | None = None
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -47,8 +49,10 @@ class RunContext:
         return pad(picture, extra, mode="replicate")
 
     def crop(self, pictures: Tensor) -> Tensor:
-        """[B, C, *padded] -> [B, C, height, width]."""
-        return pictures[..., : self.height, : self.width]
+        """[B, C, *padded] -> [B, C, height, width]; enlarged ones in the same proportion."""
+        height = round(self.height * pictures.shape[-2] / self.padded[0])
+        width = round(self.width * pictures.shape[-1] / self.padded[1])
+        return pictures[..., :height, :width]
 
     def latents(self, picture: Tensor) -> Tensor:
         """[B, 3, height, width] in [-1, 1] -> latents of the padded picture."""

@@ -1,4 +1,4 @@
-"""Guides in the words of a command line: "pag:3", "threshold:0.995", "clip:2:FOLDER"."""
+"""Edits in the words of a command line: "pag:3", "threshold:0.995", "hires:2:0.5"."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.edits import Edit
+from latentdiff.editing import Hires, TiledDiffusion
 from latentdiff.errors import UserError
 from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier import Classifier
@@ -17,10 +18,10 @@ from latentdiff.guidance.perturbed_attention import PAG, SEG
 from latentdiff.guidance.thresholding import DynamicThresholding
 from latentdiff.registry import check_name
 
-_KINDS = ("pag", "seg", "threshold", "autoguidance", "clip", "classifier")
+_KINDS = ("pag", "seg", "threshold", "autoguidance", "clip", "classifier", "hires", "tiled")
 FORM = (
-    "pag:SCALE, seg:SCALE, threshold:QUANTILE, autoguidance:SCALE:MODEL, clip:SCALE:FOLDER or "
-    "classifier:SCALE:FOLDER:LABEL"
+    "pag:SCALE, seg:SCALE, threshold:QUANTILE, autoguidance:SCALE:MODEL, clip:SCALE:FOLDER, "
+    "classifier:SCALE:FOLDER:LABEL, hires:FACTOR:STRENGTH or tiled:OVERLAP"
 )
 
 
@@ -37,10 +38,14 @@ def check_text(text: str) -> tuple[str, float, list[str]]:
     if name == "classifier" and rest:
         folder, _, label = rest[0].rpartition(":")
         words = [folder, label]
-    wanted = {"autoguidance": 1, "clip": 1, "classifier": 2}.get(name, 0)
+    wanted = {"autoguidance": 1, "clip": 1, "classifier": 2, "hires": 1}.get(name, 0)
     value = _number(number)
     if value is None or len(words) != wanted or not all(words):
         raise UserError(f"a guide reads {FORM}, not {text!r:.80}.")
+    if name == "hires":
+        Hires(value, _strength(words[0], text))
+    if name == "tiled":
+        TiledDiffusion(value)
     return name, value, words
 
 
@@ -65,11 +70,22 @@ def _create(text: str, device: torch.device) -> Edit:
         return SEG(value)
     if name == "threshold":
         return DynamicThresholding(value)
+    if name == "hires":
+        return Hires(value, _strength(words[0], text))
+    if name == "tiled":
+        return TiledDiffusion(value)
     if name == "autoguidance":
         return Autoguidance(Bundle.load(words[0], device=device, engine="auto"), value)
     if name == "clip":
         return ClipGuide(Clip.load(words[0], device), value)
     return ClassifierGuide(Classifier.load(words[0], device), words[1], value)
+
+
+def _strength(word: str, text: str) -> float:
+    value = _number(word)
+    if value is None:
+        raise UserError(f"a guide reads {FORM}, not {text!r:.80}.")
+    return value
 
 
 def _number(text: str) -> float | None:

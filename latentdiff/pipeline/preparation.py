@@ -9,12 +9,21 @@ from torch import Tensor
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import Denoiser, conditioned_denoiser
-from latentdiff.diffusion.edits import Edit, EditsBranches, EditsInput
+from latentdiff.diffusion.edits import Edit, EditsBranches, EditsConditioned, EditsInput
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.sampling import check_edits, visited
 from latentdiff.diffusion.solver import ChoosesSteps, Solver
 from latentdiff.diffusion.timetable import Timetable
-from latentdiff.editing import RunContext, bind, padded_size, picture_size
+from latentdiff.editing import (
+    Hires,
+    HoldsPicture,
+    RunContext,
+    SDEdit,
+    TiledDiffusion,
+    bind,
+    padded_size,
+    picture_size,
+)
 from latentdiff.errors import UserError, warn
 from latentdiff.guidance import composed, methods
 from latentdiff.guidance.from_text import check_text, resolve
@@ -68,11 +77,17 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     x = first_noise(request.latents, noise, shape, bundle.device)
 
     height, width = pictured or (shape[2] * bundle.factor, shape[3] * bundle.factor)
-    warn_of_size(bundle, height, width)
+    if not any(isinstance(edit, TiledDiffusion) for edit in edits):
+        warn_of_size(bundle, height, width)
     said = [without_weights(t) if request.prompt_weights else t for t in texts.prompts]
     prompts = [text for text in said for _ in range(texts.per_prompt)]
-    context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
+    context = RunContext(
+        height, width, bundle.autoencoder, prompts, bundle.process, bundle.network.native_size
+    )
     edits, ending = bind(edits, context)
+    for edit in edits:
+        if isinstance(edit, Hires):
+            latent_shape(bundle, *edit.size, texts.pictures)
     levels = visited(timetable, edits)
     if isinstance(stepper, ChoosesSteps) and len(levels) > len(timetable):
         warn(
@@ -147,7 +162,27 @@ def _edits(request: Request, bundle: Bundle) -> list[Edit]:
         if isinstance(edit, str):
             check_text(edit)
     check_edits([edit for edit in request.edits if not isinstance(edit, str)])
-    return resolve(request.edits, bundle.device)
+    edits = resolve(request.edits, bundle.device)
+    if any(isinstance(edit, Hires) for edit in edits):
+        _check_enlargeable(edits)
+    return edits
+
+
+def _check_enlargeable(edits: Sequence[Edit]) -> None:
+    """Pass edits that a run with `Hires` can go on with at another size.
+
+    Raises:
+        UserError: one holds a picture of the first size, or there are two of `Hires`.
+    """
+    if sum(isinstance(edit, Hires) for edit in edits) > 1:
+        raise UserError("edits: one Hires is all that a run takes.")
+    for edit in edits:
+        early = isinstance(edit, SDEdit) and edit.mask is None
+        if isinstance(edit, HoldsPicture | EditsInput) and not early:
+            raise UserError(
+                f"edits: {type(edit).__name__} holds a picture of the run's first size, so Hires "
+                "does not go with it; enlarge what comes out in a second call, with SDEdit."
+            )
 
 
 def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
@@ -206,6 +241,9 @@ def _guided(
     if spoiling:
         network.network = bundle.network.perturbable([edit.perturbation for edit in spoiling])
     denoise = conditioned_denoiser(network, bundle.process, bundle.prediction)
+    for edit in edits:
+        if isinstance(edit, EditsConditioned):
+            denoise = edit.conditioned(denoise)
     for number, edit in enumerate(spoiling, 1):
         denoise = edit.branches(denoise, number)
     if further and negative is not None:

@@ -245,6 +245,8 @@ def check_words(request: Request) -> None:
     for edit in request.edits:
         with refusing("edits"):
             name, _, words = check_text(f"{edit}")
+        if name == "hires":
+            raise Refused(400, "edits: hires is not for clients: ask for a larger size", "edits")
         if words:
             told = f"edits: the guide {name!r} reads files of the server, which no client may name"
             raise Refused(400, told, "edits")

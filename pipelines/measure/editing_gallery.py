@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from latentdiff import ILVR, Blend, LatentDiffusionPipeline, RePaint, SDEdit
+from latentdiff import (
+    ILVR,
+    Blend,
+    Hires,
+    LatentDiffusionPipeline,
+    RePaint,
+    SDEdit,
+    TiledDiffusion,
+)
 from latentdiff.diffusion.sampling import Edit
 from latentdiff.editing.masks import fill, mask_tensor
 from latentdiff.errors import UserError
@@ -173,7 +181,25 @@ def border_step(picture: Image.Image, mask: Image.Image) -> float:
     return round(float(np.mean(found)), 1)
 
 
+def larger(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """Two prompts at 128 pixels: the model's own size enlarged, plainly, in windows, two passes."""
+    cells: list[Image.Image] = []
+    for prompt in ("a red heart", "a cat face"):
+        small = pipe(prompt, seed=0, progress=False).images[0]
+        cells.append(small.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC))
+        for size, edits in (
+            (2 * SIDE, []),
+            (2 * SIDE, [TiledDiffusion()]),
+            (SIDE, [Hires(2, 0.3)]),
+            (SIDE, [Hires(2, 0.5)]),
+        ):
+            drawn = pipe(prompt, seed=0, height=size, width=size, edits=edits, progress=False)
+            cells += drawn.images
+    return grid(cells, 5)
+
+
 PICTURES = {
+    "larger": larger,
     "scribbles": scribbles,
     "strengths": strengths,
     "holes": holes,

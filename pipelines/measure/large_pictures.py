@@ -82,7 +82,7 @@ def at_seams(levels: Tensor) -> float:
         for seam in range(SEAM, levels.shape[axis], SEAM)
         for part in [levels.narrow(axis, seam - 1, 2)]
     ]
-    return max(float(part.max()) for part in beside)
+    return max((float(part.max()) for part in beside), default=0.0)
 
 
 def region(width: int, height: int, resamples: int) -> None:
