@@ -107,12 +107,20 @@ def to_object(described: Described, *, learned_variance: bool = False) -> Any:
     Raises:
         UserError: diffusers has not this process.
     """
-    config = write(*described, learned_variance=learned_variance)
+    source = described[2].source
+    if source is not None and not _ours(source) and _means(source, described, ""):
+        config = dict(source)  # `from_config` of another class looks at what it leaves out
+    else:
+        config = write(*described, learned_variance=learned_variance)
     if config["_class_name"] == _OUR_CLASS:
         raise UserError("scheduler: diffusers has no scheduler for the process of this model.")
     kind = getattr(importlib.import_module("diffusers"), str(config["_class_name"]))
     told = {key: value for key, value in config.items() if not key.startswith("latentdiff_")}
     return kind.from_config(told)
+
+
+def _ours(config: Keys) -> bool:
+    return any(key.startswith("latentdiff_") for key in config)
 
 
 def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") -> Described:
@@ -138,14 +146,15 @@ def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") 
     for key, value in config.items():
         if value and key not in known_keys() and not key.startswith(("_", "latentdiff_")):
             warn(f"{name}: no scheduler class here knows {short(key)}.")
+    config = {**config, **MENDED.get(pipeline, {})}
     try:
-        process, prediction, steps, solver = _read({**config, **MENDED.get(pipeline, {})})
+        process, prediction, steps, solver = _read(config)
         steps.solver(solver, process)  # raises on a setting that it does not have
     except RecursionError as error:
         raise UserError(f"{name}: a value is nested too deep.") from error
     except (TypeError, ValueError, OverflowError) as error:  # UserError is a ValueError
         raise UserError(f"{name}: {error}") from error
-    return process, prediction, steps, solver
+    return process, prediction, dataclasses.replace(steps, source=config), solver
 
 
 def _read(config: Keys) -> Described:
@@ -468,10 +477,10 @@ def _read_or_none(config: Keys) -> Described | None:
         return None
 
 
-def _means(config: Keys, described: Described) -> bool:
-    """Whether a config that can be read says just this."""
+def _means(config: Keys, described: Described, pipeline: str = "StableDiffusionPipeline") -> bool:
+    """Whether a config that can be read says just this, in a folder of a pipeline of diffusers."""
     process, prediction, steps, solver = described
-    again, kind, steps_again, solver_again = read(config, "")
+    again, kind, steps_again, solver_again = read(config, "", pipeline=pipeline)
     same = type(again) is type(process) and kind == prediction and solver_again == solver
     if isinstance(process, DiscreteVP) and isinstance(again, DiscreteVP):
         same &= process.num_train_timesteps == again.num_train_timesteps

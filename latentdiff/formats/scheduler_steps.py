@@ -13,7 +13,7 @@ A class of diffusers makes its times in one of four ways:
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
@@ -66,6 +66,7 @@ class Steps:
         paired: whether every other level is the middle of a step of the model's own solver; with
             `lowering`, the last two of an even number are single steps.
         settings: of the model's own solver, beside its name: pairs of argument and value.
+        source: the scheduler's config that says all this, where there is one; no run looks at it.
     """
 
     spacing: Spacing = "trailing"
@@ -83,6 +84,7 @@ class Steps:
     lowering: Lowering = "never"
     paired: bool = False
     settings: tuple[tuple[str, object], ...] = ()
+    source: Mapping[str, object] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not all(isinstance(each, tuple) and len(each) == 2 for each in self.settings):

@@ -332,6 +332,12 @@ holds the statements of this table to what happens.
 The **end** is where a run of the model's own solver ends: at clean data, or at the noise of the
 first time. With any other `--solver`, or at other times, it ends at clean data.
 
+**Another solver** (`--solver X`, `solver="x"`) changes the method alone: its levels stay those of
+the folder, as its own class and keys space them, but for that end. `--timetable` names others.
+diffusers' `pipe.scheduler = X.from_config(pipe.scheduler.config)`, which does the same here,
+changes the class: keys that the file has stay, those that it leaves out get the defaults of X (of
+EulerDiscreteScheduler "linspace", where PNDMScheduler has "leading"), and X spaces the times.
+
 """
 
 MENDING = """### Pipelines

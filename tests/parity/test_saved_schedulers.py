@@ -33,6 +33,7 @@ from parity.saved_schedulers import (
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import UserError
 from latentdiff.formats.scheduler_classes import CLASSES, RANGE, known_keys
+from latentdiff.pipeline.arguments import run_of
 
 # DPMSolverSDE needs another package; its noise is not that of a generator.
 NAMES = [name for name in CLASSES if name != "DPMSolverSDEScheduler" and "Parallel" not in name]
@@ -225,6 +226,34 @@ def test_the_own_end_is_that_of_the_own_solver(tmp_path: Path) -> None:
     ancestral = carried(("EulerAncestralDiscrete",), tmp_path / "a", timestep_spacing="leading")
     other = theirs(ancestral, 8)
     assert np.abs(draw(model, 8, solver="euler-a") - other).max() <= 1e-4
+
+
+def test_another_solver_takes_the_levels_of_the_folder(tmp_path: Path) -> None:
+    """Whatever spacing diffusers' class of it would have; `from_config` is what asks for that."""
+    for number, config in enumerate((SD_1_5, SD_1_5 | {"timestep_spacing": "trailing"})):
+        model = read(save(config, tmp_path / f"{number}"))
+        levels = (*model.plan(8)[1][:-1], model.process.data_level())
+        for name in ("euler", "heun", "dpmpp-2m", "unipc", "lcm", "ddpm"):
+            assert run_of(name, None, model, 8)[1] == levels, name
+        assert run_of("euler", "karras", model, 8)[1] != levels
+
+
+@pytest.mark.parametrize("spacing", [{}, {"timestep_spacing": "leading"}], ids=str)
+@pytest.mark.parametrize("short", ["EulerDiscrete", "DPMSolverMultistep", "DDIM", "UniPCMultistep"])
+def test_the_line_that_exchanges_a_scheduler_does_what_it_does_in_diffusers(
+    short: str, spacing: dict[str, Any], tmp_path: Path
+) -> None:
+    """Keys that the folder leaves out get the new class's default, those that it has stay."""
+    folder, kind = save(SD_1_5 | spacing, tmp_path), getattr(THEIRS, f"{short}Scheduler")
+    pipe = LatentDiffusionPipeline(read(folder))
+    with quiet():
+        old = THEIRS.PNDMScheduler.from_pretrained(folder, subfolder="scheduler")
+        new = kind.from_config(old.config)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    for key in CLASSES[kind.__name__].defaults.keys() & new.config.keys():
+        assert pipe.scheduler.config[key] == new.config[key], key
+    new.set_timesteps(5)
+    assert [level.t for level in pipe.bundle.plan(5)[1][:5]] == new.timesteps.tolist()[:5]
 
 
 def test_two_classes_in_one_folder_are_warned_of(tmp_path: Path) -> None:
