@@ -287,7 +287,7 @@ def _lambda_min(given: Keys, process: Process) -> float:
     return least
 
 
-def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, float]:
+def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, Any]:
     """The ends of a ramp that are given."""
     ends = {key: _number(given, key) for key in RANGE if given.get(key) is not None}
     for key, value in ends.items():
