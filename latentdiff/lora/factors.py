@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 
-Part = Literal["unet", "text_encoder"]
+Part = Literal["unet", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 MAX_RANK = 4096
@@ -44,6 +44,9 @@ class Lora:
         metadata: the metadata in the file's header.
         sums: changes of norms and biases, W + scale * change, by part and name of the parameter.
         words: learned words that are packed into the file, and are no part of the LoRA.
+        text_encoder_2: factors by module of the second text encoder.
+        ldm: latent-diffusion's names of the U-Net's layers, where kohya's layout has them: of
+            Stable Diffusion XL.
     """
 
     unet: Mapping[str, Factors] = field(default_factory=dict)
@@ -51,12 +54,19 @@ class Lora:
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Sequence[str] = ()
     sums: Mapping[Part, Mapping[str, Tensor]] = field(default_factory=dict)
+    text_encoder_2: Mapping[str, Factors] = field(default_factory=dict)
+    ldm: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[Part, Mapping[str, Factors]]]:
         """The parts of the model that it changes."""
         for part in PARTS:
             if factors := getattr(self, part):
                 yield part, factors
+
+
+def parts_of(bundle: Bundle) -> list[Part]:
+    """The parts of a model that a LoRA can change."""
+    return [part for part in PARTS if part in bundle.modules]
 
 
 def network(bundle: Bundle, part: Part) -> nn.Module:

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Literal, get_args
@@ -34,8 +34,9 @@ from latentdiff.lora.factors import (
     layers,
     network,
     norms,
+    parts_of,
 )
-from latentdiff.lora.layouts import SPELLINGS, Kind, parse
+from latentdiff.lora.layouts import SECOND, SPELLINGS, Kind, Spelling, parse
 from latentdiff.reading import parse_json
 from latentdiff.registry import check_name
 
@@ -83,7 +84,7 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
     with blaming(file):
         stored = WeightFiles([file])
         _check_layers(stored)
-        known: Known = {part: _known_layers(network(bundle, part)) for part in PARTS}
+        known: Known = {part: _known_layers(network(bundle, part)) for part in parts_of(bundle)}
         alphas = _declared_alphas(_settings(file, stored.metadata))
         factors: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
         sums: dict[Part, dict[str, Tensor]] = {part: {} for part in PARTS}
@@ -100,7 +101,8 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
                     value = _read(stored, names[kind])
                     sums[part][f"{module}.{end}"] = fitting_sum(names[kind], value, layer, end)
         words = packed_words(list(stored.shapes))
-        return Lora(factors["unet"], factors["text_encoder"], stored.metadata, words, sums)
+        names = kohya_names(bundle)
+        return Lora(**factors, metadata=stored.metadata, words=words, sums=sums, ldm=names)
 
 
 def _grouped(stored: WeightFiles, known: Known) -> dict[tuple[Part, str], Kinds]:
@@ -110,12 +112,15 @@ def _grouped(stored: WeightFiles, known: Known) -> dict[tuple[Part, str], Kinds]
         UserError: a tensor is of no layer of the model, or is there twice.
     """
     groups: dict[tuple[Part, str], Kinds] = {}
+    second = next((name for name in stored.shapes if name.startswith(SECOND)), None)
+    if second is not None and "text_encoder_2" not in known:
+        raise UserError(f"{second} is of Stable Diffusion XL, and this model is not.")
     for name in stored.shapes:
         if name.startswith(BUNDLED):
             continue
         parsed = parse(name)
         places: list[tuple[Part, str]]
-        places = [place for place in parsed.places() if place[1] in known[place[0]]]
+        places = [place for place in parsed.places() if place[1] in known.get(place[0], ())]
         if not places:
             raise UserError(f"{name}: no such layer; the LoRA was made for another model.")
         part, module = places[0]
@@ -241,6 +246,12 @@ def _known_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return found | {
         other.replace(".", "_"): (name, known[name]) for name, other in ldm_names(model).items()
     }
+
+
+def kohya_names(bundle: Bundle) -> dict[str, str]:
+    """Latent-diffusion's names of the U-Net's layers, where kohya's layout has them: see `Lora`."""
+    xl = "text_encoder_2" in bundle.modules
+    return ldm_names(network(bundle, "unet")) if xl else {}
 
 
 def ldm_names(model: nn.Module) -> dict[str, str]:
@@ -377,7 +388,7 @@ def save_lora(
             that is no LoRA is there.
     """
     check_name("LoRA layout", layout, get_args(Layout))
-    if not lora.unet and not lora.text_encoder and not any(lora.sums.values()):
+    if not list(lora.parts()) and not any(lora.sums.values()):
         raise UserError("the LoRA changes nothing, so there is nothing to save.")
     path = Path(path).expanduser()
     replace = may_replace(path, "a LoRA that opens here", recognise)
@@ -459,13 +470,15 @@ def _kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     for part, factors in lora.parts():
         pairs += factors.values()
         for module, pair in factors.items():
-            values[_KOHYA.spelled(part, module, "down")] = pair.down
-            values[_KOHYA.spelled(part, module, "up")] = pair.up
-            values[_KOHYA.spelled(part, module, "alpha")] = torch.tensor(pair.alpha)
+            spelling, module = _kohya_spelling(lora, _KOHYA), _kohya_module(lora, part, module)
+            values[spelling.spelled(part, module, "down")] = pair.down
+            values[spelling.spelled(part, module, "up")] = pair.up
+            values[spelling.spelled(part, module, "alpha")] = torch.tensor(pair.alpha)
     for part, sums in lora.sums.items():
         for name, value in sums.items():
             module, _, end = name.rpartition(".")
-            values[_SUMS.spelled(part, module, "diff" if end == "weight" else "diff_b")] = value
+            spelling, module = _kohya_spelling(lora, _SUMS), _kohya_module(lora, part, module)
+            values[spelling.spelled(part, module, "diff" if end == "weight" else "diff_b")] = value
     if not pairs:
         return values, {}
     return values, {
@@ -473,3 +486,13 @@ def _kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
         "ss_network_dim": f"{_commonest([pair.rank for pair in pairs]):g}",
         "ss_network_alpha": f"{_commonest([pair.alpha for pair in pairs]):g}",
     }
+
+
+def _kohya_module(lora: Lora, part: Part, module: str) -> str:
+    return lora.ldm.get(module, module) if part == "unet" else module
+
+
+def _kohya_spelling(lora: Lora, spelling: Spelling) -> Spelling:
+    """The spelling, in which the first of two encoders has a number, too."""
+    two = lora.ldm or lora.text_encoder_2
+    return replace(spelling, text="lora_te1_text_model_") if two else spelling

@@ -25,8 +25,9 @@ from latentdiff.lora.factors import (
     layers,
     network,
     norms,
+    parts_of,
 )
-from latentdiff.lora.file import peft_settings
+from latentdiff.lora.file import kohya_names, peft_settings
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -70,7 +71,7 @@ def add_lora(
         rank: rank of every factor.
         alpha: its strength is alpha / rank; None: the rank.
         targets: a name of `TARGETS`, or ends of the names of the U-Net's layers.
-        text_encoder: whether attention in the text encoder, a CLIP model, gets one as well.
+        text_encoder: whether attention in the text encoders, CLIP models, gets one as well.
         dropout: dropout of its inputs, while the networks are in training mode; drawn from
             torch's global random state, as all of torch's dropout is.
         seed: seed of the initial values.
@@ -87,8 +88,8 @@ def add_lora(
         raise UserError(f"the model has a LoRA already ('{others[0]}'): remove or fuse it first.")
     named = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else targets
     chosen: dict[Part, Sequence[str]] = {"unet": named}
-    if text_encoder:
-        chosen["text_encoder"] = _TEXT_TARGETS
+    for part in parts_of(bundle) if text_encoder else ():
+        chosen.setdefault(part, _TEXT_TARGETS)
     random = torch.Generator().manual_seed(seed)
     found: dict[Part, dict[str, Factors]] = {}
     for part, ends in chosen.items():
@@ -97,18 +98,18 @@ def add_lora(
             for module, layer in layers(network(bundle, part)).items()
             if any(f".{module}".endswith(f".{end}") for end in ends)
         }
-        if not matching and part == "text_encoder":
+        if not matching and part != "unet":
             raise UserError("only a CLIP text encoder can have a LoRA; leave text_encoder off.")
         if not matching:
             raise UserError(f"targets: no layer of the {part} has a name that ends in {named}.")
         strength = float(rank if alpha is None else alpha)
         found[part] = {m: _fresh(layer, rank, strength, random) for m, layer in matching.items()}
-    lora = Lora(found["unet"], found.get("text_encoder", {}))
+    lora = Lora(**found)
     _inject(bundle, lora, name, torch.float32, dropout)
     for part in found:
         network(bundle, part).requires_grad_(False)
     trained: list[nn.Parameter] = []
-    for part in PARTS:
+    for part in parts_of(bundle):
         for _, layer in _lora_layers(network(bundle, part), name):
             for half in (layer.lora_A[name], layer.lora_B[name]):
                 trained.append(half.weight.requires_grad_(True))
@@ -165,7 +166,10 @@ def _inject(
     fitted: dict[Part, dict[str, Factors]]
     fitted = {part: _fitted(network(bundle, part), pairs) for part, pairs in lora.parts()}
     added: dict[Part, dict[str, Tensor]]
-    added = {part: _fitted_sums(network(bundle, part), lora.sums.get(part, {})) for part in PARTS}
+    added = {
+        part: _fitted_sums(network(bundle, part), lora.sums.get(part, {}))
+        for part in parts_of(bundle)
+    }
     from peft import LoraConfig, inject_adapter_in_model
 
     for part, pairs in fitted.items():
@@ -219,7 +223,7 @@ def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[st
 
 def lora_names(bundle: Bundle) -> list[str]:
     """The LoRAs that are in a model."""
-    networks = [network(bundle, part) for part in PARTS]
+    networks = [network(bundle, part) for part in parts_of(bundle)]
     names = [getattr(model, "peft_config", {}) for model in networks]
     names += [sums.sums_of(model).added for model in networks]
     return list(dict.fromkeys(name for known in names for name in known))
@@ -234,7 +238,7 @@ def scale_loras(bundle: Bundle, scales: Mapping[str, float]) -> None:
     for name, scale in scales.items():
         _check_known(bundle, name)
         _check_scale(name, scale)
-    for part in PARTS:
+    for part in parts_of(bundle):
         for _, layer in _lora_layers(network(bundle, part)):
             for name in scales.keys() & layer.lora_A.keys():
                 layer.set_scale(name, scales[name])
@@ -261,7 +265,7 @@ def detach_lora(bundle: Bundle, name: str) -> None:
         UserError: there is no such LoRA.
     """
     scale_loras(bundle, {name: 0.0})
-    for part in PARTS:
+    for part in parts_of(bundle):
         model = network(bundle, part)
         sums.remove(model, name)
         known = getattr(model, "peft_config", {})
@@ -290,7 +294,7 @@ def lora_of(bundle: Bundle, name: str = "lora") -> Lora:
     """
     _check_known(bundle, name)
     found: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
-    for part in PARTS:
+    for part in parts_of(bundle):
         for module, layer in _lora_layers(network(bundle, part), name):
             down, up = (
                 half[name].weight.detach().to("cpu", copy=True)
@@ -298,8 +302,10 @@ def lora_of(bundle: Bundle, name: str = "lora") -> Lora:
             )
             found[part][module] = Factors(down, up, float(layer.lora_alpha[name]))
     added: dict[Part, Mapping[str, Tensor]]
-    added = {part: sums.sums_of(network(bundle, part)).added.get(name, {}) for part in PARTS}
-    return Lora(found["unet"], found["text_encoder"], sums=added)
+    added = {
+        part: sums.sums_of(network(bundle, part)).added.get(name, {}) for part in parts_of(bundle)
+    }
+    return Lora(**found, sums=added, ldm=kohya_names(bundle))
 
 
 def fused(bundle: Bundle) -> Bundle:

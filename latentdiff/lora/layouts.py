@@ -44,7 +44,11 @@ class Spelling:
         Args:
             module: the layer's name, in the names of blocks of this spelling.
         """
-        prefix = self.unet if part == "unet" else self.text
+        prefix = self.unet if part == "unet" else self.text or ""
+        if part == "text_encoder_2":
+            prefix = prefix.replace(*_SECOND_OF[self.joint], 1)
+            if module == "text_projection":  # which stands outside of the text model
+                prefix = prefix.removesuffix(f"text_model{self.joint}")
         end = self.ends[kind]
         if end.startswith("_lora"):
             parent, _, last = module.removesuffix(".0").rpartition(".")
@@ -107,9 +111,17 @@ SPELLINGS: tuple[Spelling, ...] = (
         "diffusers",
         _KOHYA,
         "_",
-        note="A1111, Forge, ComfyUI; `lora_te1_` too; written",
+        note="A1111, Forge, ComfyUI; `lora_te1_` and `lora_te2_` too; written",
     ),
-    Spelling("kohya on LDM blocks", "lora_unet_", "lora_te_text_model_", "ldm", _KOHYA, "_"),
+    Spelling(
+        "kohya on LDM blocks",
+        "lora_unet_",
+        "lora_te_text_model_",
+        "ldm",
+        _KOHYA,
+        "_",
+        note="written for Stable Diffusion XL",
+    ),
     Spelling(
         "ComfyUI",
         "diffusion_model.",
@@ -153,14 +165,22 @@ _PREFIXES: list[tuple[str, tuple[Part, ...]]] = sorted(
         ("model_diffusion_model_", ("unet",)),
         ("lora_te_", ("text_encoder",)),
         ("lora_te1_", ("text_encoder",)),
+        ("lora_te2_", ("text_encoder_2",)),
         ("text_encoder_", ("text_encoder",)),
+        ("text_encoder_2_", ("text_encoder_2",)),
         ("text_encoders_clip_l_transformer_", ("text_encoder",)),
+        ("text_encoders_clip_g_transformer_", ("text_encoder_2",)),
         ("base_model_model_", _EITHER),
         ("", _EITHER),
     },
     key=lambda pair: -len(pair[0]),
 )
-_LATER = ("lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoder_3.", "transformer.")
+SECOND = ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.")
+"""Beginnings of names of the second text encoder's layers."""
+
+_LATER = ("lora_te3_", "text_encoder_3.", "transformer.")
+# Of prefixes with dots and with underscores: what names the first text encoder, and the second.
+_SECOND_OF = {".": ("text_encoder.", "text_encoder_2."), "_": ("lora_te1_", "lora_te2_")}
 _TEXT_OF_2023 = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -184,7 +204,7 @@ class Name:
                 continue
             for part in parts:
                 rest = flat.removeprefix(prefix)
-                if part == "text_encoder":
+                if part != "unet":
                     rest = rest.removeprefix("text_model_")
                     head, _, last = rest.rpartition("_to_")
                     rest = (
@@ -201,7 +221,7 @@ def parse(stored: str) -> Name:
         UserError: it is none of a LoRA that loads here.
     """
     if stored.startswith(_LATER):
-        raise UserError(f"{stored} is of Stable Diffusion XL or newer, which does not load here.")
+        raise UserError(f"{stored} is newer than Stable Diffusion XL, which does not load here.")
     name = stored.replace(".processor.", ".")
     for end in sorted(_ENDS, key=len, reverse=True):
         if name.endswith(end) and len(name) > len(end):
