@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         ClipGuide,
         DynamicThresholding,
     )
-    from latentdiff.pipeline import LatentDiffusionPipeline, PipelineOutput, Request, Run
+    from latentdiff.pipeline import Control, LatentDiffusionPipeline, PipelineOutput, Request, Run
 
 __all__ = [
     "ILVR",
@@ -47,6 +47,7 @@ __all__ = [
     "ClassifierGuide",
     "Clip",
     "ClipGuide",
+    "Control",
     "DynamicThresholding",
     "Hires",
     "Inpaint",
@@ -85,7 +86,13 @@ _ROOMS = {
         "ClipGuide",
         "DynamicThresholding",
     ),
-    "latentdiff.pipeline": ("LatentDiffusionPipeline", "PipelineOutput", "Request", "Run"),
+    "latentdiff.pipeline": (
+        "Control",
+        "LatentDiffusionPipeline",
+        "PipelineOutput",
+        "Request",
+        "Run",
+    ),
 }
 _ON_DEMAND = {name: room for room, names in _ROOMS.items() for name in names}
 

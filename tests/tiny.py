@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -65,6 +66,7 @@ GAINS = {
     "attn2.": 1.5,  # cross-attention averages over many states
     "time_embedding.": 1.5,
     "cond_proj.": 1.5,
+    "controlnet_cond_embedding.": 2.0,  # after SiLU, of values in [0, 1]
     "add_embedding.": 1.5,
     "SelfAttention.q.": 0.35,  # T5 does not divide its logits by the root of a head's width of 8
 }
@@ -288,6 +290,29 @@ def tiny_unet(
             **(added if sizes else {}),
         )
     return draw_weights(unet, seed)
+
+
+def tiny_control(*, sizes: bool = False, seed: int = 10, **config: Any) -> ControlNetModel:
+    """A ControlNet beside `tiny_unet`, of control pictures of twice the side of the latents."""
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    }
+    given: dict[str, Any] = {
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": (4, 4),
+        "cross_attention_dim": WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "norm_num_groups": 8,
+        "conditioning_embedding_out_channels": (8, 8),
+        **(added if sizes else {}),
+        **config,
+    }
+    with torch.random.fork_rng([]):
+        control = ControlNetModel(**given)
+    return draw_weights(control, seed)
 
 
 def tiny_vae(

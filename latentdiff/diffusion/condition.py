@@ -1,13 +1,55 @@
 """The condition of a network: all that it is told besides x_t and t."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+
+Residuals = tuple[list[Tensor], Tensor]
+"""What is added to the skips of a U-Net [B, C, h, w], in their order, and behind its middle."""
+
+
+class ControlsNetwork(Protocol):
+    """A network beside another, whose skips it adds to: see `latentdiff.models.control`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        states: Tensor,
+        mask: Tensor | None,
+        added: Mapping[str, Tensor] | None,
+        hint: "Hint",
+    ) -> Residuals: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hint:
+    """A control of B pictures, as the network is told it.
+
+    Attributes:
+        network: reads it.
+        embedded: the control pictures, as that network has embedded them [B, W, h, w].
+        scale: strength for each picture [B]; 0 is off.
+        window: it is told at times low < t <= high.
+        guess: it is told in guess mode: see `latentdiff.models.control.ControlNetwork`.
+    """
+
+    network: ControlsNetwork
+    embedded: Tensor
+    scale: Tensor
+    window: tuple[float, float] = (-math.inf, math.inf)
+    guess: bool = False
+
+    def take(self, rows: Sequence[int] | Tensor) -> Self:
+        """The hint of these pictures, in this order."""
+        rows = rows if isinstance(rows, Tensor) else torch.tensor(list(rows))
+        return replace(self, embedded=self.embedded[rows], scale=self.scale[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +63,7 @@ class Condition:
         sizes: sizes of the picture, its crop and its target, in pixels [B, 6].
         guidance_embedding: the guidance scale [B, G], of networks with their guidance in them.
         beside: further channels behind those of x [B, extra, h, w].
+        control: controls of other networks, as ControlNets, which add up.
     """
 
     states: Tensor | None = None
@@ -29,15 +72,17 @@ class Condition:
     sizes: Tensor | None = None
     guidance_embedding: Tensor | None = None
     beside: Tensor | None = None
+    control: tuple[Hint, ...] = ()
 
     def given(self) -> dict[str, Tensor]:
-        """The fields that are not None, by name."""
+        """The tensors that are not None, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def take(self, rows: Sequence[int]) -> Self:
         """The condition of these rows, in this order; a row may be named twice."""
-        return type(self)(**{name: value[list(rows)] for name, value in self.given().items()})
+        taken = {name: value[list(rows)] for name, value in self.given().items()}
+        return replace(self, **taken, control=tuple(hint.take(rows) for hint in self.control))
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:
@@ -58,7 +103,22 @@ def joined(conditions: Sequence[Condition]) -> Condition:
         raise UserError(
             f"conditions of one call must have the same fields and shapes, not {shapes}."
         )
-    return Condition(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Condition(**values, control=_joined_hints([each.control for each in conditions]))
+
+
+def _joined_hints(told: Sequence[tuple[Hint, ...]]) -> tuple[Hint, ...]:
+    kinds = [[(hint.network, hint.window, hint.guess) for hint in hints] for hints in told]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError("conditions of one call must have the same controls.")
+    return tuple(
+        replace(
+            same[0],
+            embedded=torch.cat([hint.embedded for hint in same]),
+            scale=torch.cat([hint.scale for hint in same]),
+        )
+        for same in zip(*told, strict=True)
+    )
 
 
 def _of_one_length(conditions: Sequence[Condition]) -> Sequence[Condition]:
@@ -76,5 +136,5 @@ def _of_one_length(conditions: Sequence[Condition]) -> Sequence[Condition]:
             missing = longest - states.shape[1]
             given["states"] = torch.nn.functional.pad(states, (0, 0, 0, missing))
             given["mask"] = torch.nn.functional.pad(given.get("mask", seen), (0, missing))
-        padded.append(Condition(**given))
+        padded.append(replace(condition, **given))
     return padded

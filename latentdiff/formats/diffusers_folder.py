@@ -40,6 +40,7 @@ from latentdiff.models.clip_text import (
     ClipTextEncoder,
     ClipTextEncoderWithProjection,
 )
+from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
@@ -94,6 +95,36 @@ def unet_of(config: Config, name: str, files: WeightFiles) -> UNet:
     """
     modules = {"UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition"}
     return _network(config, name, files, CrossAttentionUNet, modules)
+
+
+def controlnet(folder: Path, variant: str | None = None) -> tuple[ControlNet, WeightFiles]:
+    """The ControlNet of a folder of its own, without memory yet, and its weights.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    path = folder / "config.json"
+    config, files = read_config(path), WeightFiles(weight_files(folder, _STEM, variant))
+    return controlnet_of(config, str(path), files), files
+
+
+def controlnet_of(config: Config, name: str, files: WeightFiles) -> ControlNet:
+    """The ControlNet of a config, without memory yet.
+
+    Raises:
+        UserError: the config, called `name`, describes none that works here, or not that of the
+            files.
+    """
+    if config.get("_class_name") != ControlNet.diffusers_name:
+        raise UserError(
+            f"{name}: it describes {config.get('_class_name')!s:.60}, and no ControlNetModel."
+        )
+    check_types(config, DIFFUSERS_TYPES, name)
+    check_above_zero(config, _SIZES, name)
+    if not ControlNet.understands(config):
+        raise UserError(f"{name}: {ControlNet.odd(config)} is for another kind of ControlNet.")
+    _check_heads(config, name)
+    return build(lambda: ControlNet(config), name, files, _count_blocks(config))
 
 
 def vae(folder: Path, variant: str | None = None) -> tuple[VAE, WeightFiles]:
@@ -188,7 +219,7 @@ def _is_default(config: Config, parameter: inspect.Parameter) -> bool:
 
 _SIZES = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
 _SIZES += ("layers_per_block", "cross_attention_dim", "attention_head_dim", "num_attention_heads")
-_SIZES += ("time_cond_proj_dim",)
+_SIZES += ("time_cond_proj_dim", "conditioning_channels", "conditioning_embedding_out_channels")
 # Keys that sound models set, and whose values the shapes of the weights or the nouns confirm.
 _CUSTOMARY = {
     *("sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels"),

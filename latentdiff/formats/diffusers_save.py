@@ -16,7 +16,7 @@ from latentdiff.formats.weights import may_replace, read_json, save_weights
 from latentdiff.models.autoencoder import latent_affine, latent_channels
 from latentdiff.models.clip_text import ClipTextEncoder
 from latentdiff.models.clip_tokenizer import in_transformers
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.cross_attention_unet import Encoder
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
@@ -68,9 +68,9 @@ def writing_model(folder: Path, config: str) -> Iterator[Path]:
         yield stage
 
 
-def config_of(network: "VAE | UNet") -> dict[str, Any]:
-    """The config of a U-Net or autoencoder as diffusers writes it, ours or theirs."""
-    if isinstance(network, CrossAttentionUNet | KLAutoencoder):
+def config_of(network: "VAE | UNet | Encoder") -> dict[str, Any]:
+    """The config of a U-Net, ControlNet or autoencoder as diffusers writes it, ours or theirs."""
+    if isinstance(network, Encoder | KLAutoencoder):
         names = {"_class_name": network.diffusers_name, "_diffusers_version": version("diffusers")}
         return dict(sorted({**network.config, **names}.items()))
     return json.loads(network.to_json_string())
@@ -85,7 +85,7 @@ def text_config_of(network: Any) -> "PreTrainedConfig":
     return CLIPTextConfig(**vars(network.config))
 
 
-def save_diffusers(network: "VAE | UNet", stage: Path, dtype: torch.dtype | None) -> None:
+def save_diffusers(network: "VAE | UNet | Encoder", stage: Path, dtype: torch.dtype | None) -> None:
     """Write a U-Net or autoencoder, config and weights, into a folder that is staged.
 
     Raises:

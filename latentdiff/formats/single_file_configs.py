@@ -111,6 +111,23 @@ def unet_config(
     }
 
 
+def control_config(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Config:
+    """Infer the config of `ControlNetModel`, whose way down has the shapes of a U-Net's."""
+    part = Shapes(shapes, prefix)
+    unet = {UNET + name: shape for name, shape in part.known.items()}
+    inside = part.side("input_blocks.0.0.weight", 1)
+    config = unet_config(unet | {f"{UNET}out.2.weight": (inside,)}, 64)
+    widths = [part.side("input_hint_block.0.weight", 0)]
+    while f"input_hint_block.{4 * len(widths) + 2}.weight" in part:  # behind them one more
+        widths.append(part.side(f"input_hint_block.{4 * len(widths)}.weight", 0))
+    leave = ("out_channels", "up_block_types", "sample_size", "time_cond_proj_dim")
+    return {key: value for key, value in config.items() if key not in leave} | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": part.side("input_hint_block.0.weight", 1),
+        "conditioning_embedding_out_channels": widths,
+    }
+
+
 def _resnet(number: int) -> str:
     return f"input_blocks.{number}.0.out_layers.3.weight"
 

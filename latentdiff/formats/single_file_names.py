@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+CONTROL = "control_model."
 CLIP = "cond_stage_model.transformer.text_model."
 OPEN_CLIP = "cond_stage_model.model."
 
@@ -82,6 +83,31 @@ def unet_table(layers: int, attention: Sequence[bool]) -> Table:
         table[f"up_blocks.{level}.upsamplers.0.conv"] = (
             f"output_blocks.{first + layers}.{place}.conv"
         )
+    return table
+
+
+def control_table(layers: int, attention: Sequence[bool], embedding: int) -> Table:
+    """Names of a ControlNet, as lllyasviel's: the U-Net's way down, and what it has of its own.
+
+    Args:
+        layers: of a level.
+        attention: see `unet_table`.
+        embedding: number of widths that a control picture goes through.
+    """
+    above = ("up_blocks.", "conv_norm_out", "conv_out")
+    table = {
+        ours: theirs
+        for ours, theirs in unet_table(layers, attention).items()
+        if not ours.startswith(above)
+    }
+    for number in range(len(attention) * (layers + 1)):
+        table[f"controlnet_down_blocks.{number}"] = f"zero_convs.{number}.0"
+    table["controlnet_mid_block"] = "middle_block_out.0"
+    table["controlnet_cond_embedding.conv_in"] = "input_hint_block.0"
+    count = 2 * (embedding - 1)
+    for number in range(count):
+        table[f"controlnet_cond_embedding.blocks.{number}"] = f"input_hint_block.{2 * number + 2}"
+    table["controlnet_cond_embedding.conv_out"] = f"input_hint_block.{2 * count + 2}"
     return table
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from latentdiff.models.blocks import (
 )
 
 _CROSSING = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+_MIDDLES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 _CROSSING |= {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
-# What a config may choose, with diffusers' own defaults.
 _CHOICES: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 4,
@@ -44,7 +44,6 @@ _CHOICES: dict[str, Any] = {
     "addition_embed_type_num_heads": 64,
     "time_cond_proj_dim": None,
 }
-# What it must leave alone: other values are other networks.
 _FIXED: dict[str, Any] = {
     "center_input_sample": False,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -76,7 +75,137 @@ _FIXED: dict[str, Any] = {
 }
 
 
-class CrossAttentionUNet(nn.Module):
+class Encoder(nn.Module):
+    """A U-Net's way down with its middle, which U-Nets and ControlNets have.
+
+    Attributes:
+        config: every key of the class of diffusers that has these tensors.
+
+    Args:
+        config: the keys of a file; others have the values in `choices` and `fixed`.
+    """
+
+    diffusers_name: ClassVar[str]
+    choices: ClassVar[Mapping[str, Any]]  # what a config may choose, with diffusers' own defaults
+    fixed: ClassVar[Mapping[str, Any]]  # what it must leave alone: other values are other networks
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        known = {**self.choices, **self.fixed}
+        self.config = {key: config.get(key, default) for key, default in known.items()}
+        widths, levels = self.config["block_out_channels"], len(self.config["block_out_channels"])
+        self._widths, self._time_width = widths, 4 * widths[0]
+        self._levels = {k: _each(self.config[k], levels) for k in _PER_LEVEL if k in self.config}
+        self.conv_in = nn.Conv2d(self.config["in_channels"], widths[0], 3, padding=1)
+        told = self.config.get("time_cond_proj_dim")
+        self.time_embedding = TimeEmbedding(widths[0], self._time_width, told)
+        if self.config["addition_embed_type"] is not None:
+            inside = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = TimeEmbedding(inside, self._time_width)
+        self.time_act = nn.SiLU()
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()  # of U-Nets alone; parameters keep their order so
+        inside = widths[0]
+        for level, width in enumerate(widths):
+            ins = [inside, *[width] * (self._levels["layers_per_block"][level] - 1)]
+            given = self._block(self._levels["down_block_types"][level], level)
+            self.down_blocks.append(DownBlock(ins, width, *given, last=level == levels - 1))
+            inside = width
+        groups, eps, time, _ = self._block("DownBlock2D", levels - 1)
+        middle = None  # of the smallest ControlNets of Stable Diffusion XL
+        if self.config["mid_block_type"] == "UNetMidBlock2DCrossAttn":
+            middle = self._attention(levels - 1)
+        self.mid_block = MidBlock(widths[-1], groups, eps, time, middle)
+
+    def _attention(self, level: int) -> dict[str, Any]:
+        """The settings of the transformers of a level."""
+        each = self._levels
+        return {
+            "heads": each["attention_head_dim"][level],
+            "depth": each["transformer_layers_per_block"][level],
+            "context": each["cross_attention_dim"][level],
+            "linear": self.config["use_linear_projection"],
+        }
+
+    def _block(self, kind: str, level: int) -> tuple[int, float, int, dict[str, Any] | None]:
+        """Groups, eps, width of the time and the attention of a block of this kind."""
+        attention = self._attention(level) if _CROSSING[kind] else None
+        groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
+        return groups, eps, self._time_width, attention
+
+    def _upcast(self) -> None:
+        for layer in self.modules():
+            if hasattr(layer, "upcast"):
+                layer.upcast = self.config["upcast_attention"]
+
+    @classmethod
+    def understands(cls, config: Mapping[str, Any]) -> bool:
+        """True for a config of a network that this class is, to the last key."""
+        types = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+        known = cls.choices.keys() | cls.fixed.keys()
+        return (
+            all(config.get(key, value) == value for key, value in cls.fixed.items())
+            and all(name in _CROSSING for name in types)
+            and config.get("mid_block_type", _MIDDLES[0]) in _MIDDLES
+            and config.get("addition_embed_type") in (None, "text_time")
+            and config.get("norm_num_groups", 32) is not None
+            and all(key in known or key.startswith("_") for key in config)
+            and all(_depths_are_numbers(config.get("transformer_layers_per_block", 1)))
+        )
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute blocks anew in the backward pass, so that their insides need no memory."""
+        for block in self.modules():
+            if isinstance(block, ResnetBlock2D | BasicTransformerBlock):
+                block.checkpointing = True
+
+    def _given(
+        self,
+        sample: Tensor,
+        states: Any,
+        mask: Tensor | None,
+        spoilt: Any,
+    ) -> tuple[Any, Tensor | None, Any]:
+        """What every block is told of states [B, S, D] and their mask, bool [B, S]."""
+        if mask is not None:
+            mask = (1 - mask.to(sample.dtype))[:, None, None] * -10000.0
+        return states, mask, spoilt
+
+    def _time(
+        self, sample: Tensor, t: Any, scale: Tensor | None, added: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """The embedding of time, and of guidance, pooled text and sizes where there are any:
+        [B, time]."""
+        t = torch.as_tensor(t, device=sample.device).expand(len(sample))
+        time = self.time_embedding(
+            self._waves(t, self.config["block_out_channels"][0]).to(sample.dtype), scale
+        )
+        if added is None or self.config["addition_embed_type"] is None:
+            return time
+        sizes = self._waves(
+            added["time_ids"].flatten(), self.config["addition_time_embed_dim"]
+        ).reshape(len(sample), -1)
+        return time + self.add_embedding(torch.cat([added["text_embeds"], sizes], -1).to(time))
+
+    def _waves(self, t: Tensor, width: int) -> Tensor:
+        """Sines and cosines of numbers [N]: Vaswani et al. 2017, sec. 3.5; [N, width]."""
+        half = width // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = torch.exp(exponent / (half - self.config["freq_shift"])) * t[:, None].float()
+        sine, cosine = torch.sin(angles), torch.cos(angles)
+        first, second = (cosine, sine) if self.config["flip_sin_to_cos"] else (sine, cosine)
+        return nn.functional.pad(torch.cat([first, second], -1), (0, width % 2))
+
+    def _down(self, x: Tensor, time: Tensor, given: Sequence[Any]) -> list[Tensor]:
+        """The skips of the way down, from x behind the first convolution: the last is the end."""
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, *given)
+            skips += more
+        return skips
+
+
+class CrossAttentionUNet(Encoder):
     """A U-Net whose levels attend to text states: Rombach et al. 2022, sec. 3.3.
 
     Attributes:
@@ -87,78 +216,28 @@ class CrossAttentionUNet(nn.Module):
     """
 
     diffusers_name = "UNet2DConditionModel"
+    choices = _CHOICES
+    fixed = _FIXED
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        known = _CHOICES | _FIXED
-        self.config = {key: config.get(key, default) for key, default in known.items()}
-        widths, eps = self.config["block_out_channels"], self.config["norm_eps"]
-        groups, levels = self.config["norm_num_groups"], len(widths)
-        time = 4 * widths[0]
-        each = {key: _each(self.config[key], levels) for key in _PER_LEVEL}
-        layers = each["layers_per_block"]
-
-        def attending(level: int) -> dict[str, Any]:
-            depth, heads = (
-                each[key][level] for key in ("transformer_layers_per_block", "attention_head_dim")
-            )
-            linear = self.config["use_linear_projection"]
-            context = each["cross_attention_dim"][level]
-            return {"heads": heads, "depth": depth, "context": context, "linear": linear}
-
-        self.conv_in = nn.Conv2d(self.config["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], time, self.config["time_cond_proj_dim"])
-        if self.config["addition_embed_type"] is not None:
-            inside = self.config["projection_class_embeddings_input_dim"]
-            self.add_embedding = TimeEmbedding(inside, time)
-        self.time_act = nn.SiLU()
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        inside = widths[0]
-        for level, width in enumerate(widths):
-            crossing = _CROSSING[each["down_block_types"][level]]
-            ins = [inside, *[width] * (layers[level] - 1)]
-            attention = attending(level) if crossing else None
-            last = level == levels - 1
-            self.down_blocks.append(DownBlock(ins, width, groups, eps, time, attention, last=last))
-            inside = width
-        self.mid_block = MidBlock(widths[-1], groups, eps, time, attending(levels - 1))
+        super().__init__(config)
+        widths, levels = self._widths, len(self._widths)
+        layers, kinds = (self._levels[key] for key in ("layers_per_block", "up_block_types"))
         skips = [widths[0]]
         for level, width in enumerate(widths):
             skips += [width] * (layers[level] + (level < levels - 1))
+        inside = widths[-1]
         for place, level in enumerate(reversed(range(levels))):
             width = widths[level]
-            crossing = _CROSSING[each["up_block_types"][place]]
             ins = [inside, *[width] * layers[level]]
             ins = [each_in + skips.pop() for each_in in ins]
-            attention = attending(level) if crossing else None
-            self.up_blocks.append(
-                UpBlock(ins, width, groups, eps, time, attention, last=level == 0)
-            )
+            given = self._block(kinds[place], level)
+            self.up_blocks.append(UpBlock(ins, width, *given, last=level == 0))
             inside = width
+        groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=eps)
         self.conv_out = nn.Conv2d(widths[0], self.config["out_channels"], 3, padding=1)
-        for layer in self.modules():
-            if hasattr(layer, "upcast"):
-                layer.upcast = self.config["upcast_attention"]
-
-    @staticmethod
-    def understands(config: Mapping[str, Any]) -> bool:
-        """True for a config of a U-Net that this class is, to the last key."""
-        types = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-        return (
-            all(config.get(key, value) == value for key, value in _FIXED.items())
-            and all(name in _CROSSING for name in types)
-            and config.get("addition_embed_type") in (None, "text_time")
-            and config.get("norm_num_groups", 32) is not None
-            and all(key in _CHOICES or key in _FIXED or key.startswith("_") for key in config)
-            and all(_depths_are_numbers(config.get("transformer_layers_per_block", 1)))
-        )
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Compute blocks anew in the backward pass, so that their insides need no memory."""
-        for block in self.modules():
-            if isinstance(block, ResnetBlock2D | BasicTransformerBlock):
-                block.checkpointing = True
+        self._upcast()
 
     def forward(
         self,
@@ -188,15 +267,11 @@ class CrossAttentionUNet(nn.Module):
         Returns:
             [B, out_channels, H, W].
         """
-        given = [encoder_hidden_states, None, (cross_attention_kwargs or {}).get("spoilt")]
-        if encoder_attention_mask is not None:
-            given[1] = (1 - encoder_attention_mask.to(sample.dtype))[:, None, None] * -10000.0
+        spoilt = (cross_attention_kwargs or {}).get("spoilt")
+        given = self._given(sample, encoder_hidden_states, encoder_attention_mask, spoilt)
         time = self.time_act(self._time(sample, timestep, timestep_cond, added_cond_kwargs))
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            x, more = block(x, time, *given)
-            skips += more
+        skips = self._down(self.conv_in(sample), time, given)
+        x = skips[-1]
         if down_block_additional_residuals is not None:
             skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
         x = self.mid_block(x, time, *given)
@@ -205,31 +280,6 @@ class CrossAttentionUNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, time, skips, *given)
         return self.conv_out(silu(self.conv_norm_out(x)))
-
-    def _time(
-        self, sample: Tensor, t: Any, scale: Tensor | None, added: Mapping[str, Tensor] | None
-    ) -> Tensor:
-        """The embedding of time, and of guidance, pooled text and sizes where there are any:
-        [B, time]."""
-        t = torch.as_tensor(t, device=sample.device).expand(len(sample))
-        time = self.time_embedding(
-            self._waves(t, self.config["block_out_channels"][0]).to(sample.dtype), scale
-        )
-        if added is None or self.config["addition_embed_type"] is None:
-            return time
-        sizes = self._waves(
-            added["time_ids"].flatten(), self.config["addition_time_embed_dim"]
-        ).reshape(len(sample), -1)
-        return time + self.add_embedding(torch.cat([added["text_embeds"], sizes], -1).to(time))
-
-    def _waves(self, t: Tensor, width: int) -> Tensor:
-        """Sines and cosines of numbers [N]: Vaswani et al. 2017, sec. 3.5; [N, width]."""
-        half = width // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = torch.exp(exponent / (half - self.config["freq_shift"])) * t[:, None].float()
-        sine, cosine = torch.sin(angles), torch.cos(angles)
-        first, second = (cosine, sine) if self.config["flip_sin_to_cos"] else (sine, cosine)
-        return nn.functional.pad(torch.cat([first, second], -1), (0, width % 2))
 
 
 class TimeEmbedding(nn.Module):
@@ -311,18 +361,23 @@ class DownBlock(_Block):
 
 
 class MidBlock(nn.Module):
-    """The smallest level: a residual block, a transformer, a residual block."""
+    """The smallest level: a residual block, a transformer, a residual block; or the first alone."""
 
     def __init__(
-        self, width: int, groups: int, eps: float, time: int, attention: Mapping[str, Any]
+        self, width: int, groups: int, eps: float, time: int, attention: Mapping[str, Any] | None
     ) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Transformer(width, groups=groups, **attention)])
-        self.resnets = nn.ModuleList(ResnetBlock2D(width, width, groups, eps, time) for _ in "12")
+        told = [] if attention is None else [attention]
+        self.attentions = nn.ModuleList(Transformer(width, groups=groups, **one) for one in told)
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(width, width, groups, eps, time) for _ in range(1 + len(told))
+        )
 
     def forward(self, x: Tensor, time: Tensor, *given: Any) -> Tensor:
         x = run(self.resnets[0], x, time)
-        return run(self.resnets[1], self.attentions[0](x, *given), time)
+        for attend, block in zip(self.attentions, self.resnets[1:], strict=True):
+            x = run(block, attend(x, *given), time)
+        return x
 
 
 class UpBlock(_Block):

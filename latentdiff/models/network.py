@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
+from latentdiff.models.control import residuals
 from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
 
 if TYPE_CHECKING:
@@ -220,6 +221,8 @@ class DiffusersUNet:
         if perturbed:
             rows = torch.tensor(perturbed).repeat_interleave(len(x) // len(perturbed))
             spoilt = {"spoilt": Spoilt(rows.to(x.device), (x.shape[-2], x.shape[-1]))}
+        added = self.added(condition)
+        told = residuals(condition, x.to(self.dtype), t, added)
         if condition.beside is not None:
             x = torch.cat([x, condition.beside.to(x)], dim=1)
         if x.shape[1] != self.in_channels:
@@ -242,7 +245,9 @@ class DiffusersUNet:
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
             cross_attention_kwargs=spoilt,
-            added_cond_kwargs=self.added(condition),
+            added_cond_kwargs=added,
+            down_block_additional_residuals=None if told is None else told[0],
+            mid_block_additional_residual=None if told is None else told[1],
         )
         return getattr(output, "sample", output)  # diffusers puts it into an object
 

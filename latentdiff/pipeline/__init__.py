@@ -1,8 +1,9 @@
 """One call: words in, pictures out."""
 
+from latentdiff.pipeline.controls import Control
 from latentdiff.pipeline.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.pipeline.output import PipelineOutput
 from latentdiff.pipeline.request import Request
 from latentdiff.pipeline.run import Run
 
-__all__ = ["LatentDiffusionPipeline", "PipelineOutput", "Request", "Run"]
+__all__ = ["Control", "LatentDiffusionPipeline", "PipelineOutput", "Request", "Run"]

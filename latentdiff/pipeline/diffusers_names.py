@@ -64,6 +64,11 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "mask_image masked_image_latents padding_mask_crop",
         "masks come in as edits: edits=[RePaint(image, mask)] or [Inpaint(image, mask)]",
     ),
+    (
+        "controlnet controlnet_conditioning_scale control_guidance_start control_guidance_end "
+        "control_image guess_mode",
+        "ControlNets come in as controls=[Control(folder, picture, scale, start, end, guess)]",
+    ),
     ("image_guidance_scale", "it is an edit's: edits=[Instruct(image, image_guidance_scale)]"),
     ("pag_scale pag_adaptive_scale", "perturbed attention is an edit: edits=['pag:3']"),
     ("crops_coords_top_left", "crop=(top, left)"),

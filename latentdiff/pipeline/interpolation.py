@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.inversion import slerp
 from latentdiff.diffusion.solver import Solver
 from latentdiff.errors import UserError
@@ -106,7 +105,7 @@ def between_prompts(
         for name, value in encoded.given().items()
     }
     output = pipe(
-        prompt_embeds=Condition(**between),
+        prompt_embeds=replace(encoded, **between),
         negative_prompt_embeds=encoded.take([2]),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,

@@ -35,6 +35,7 @@ from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.tiling import Tiling
 from latentdiff.pictures import Picture, open_picture, to_tensor
 from latentdiff.pipeline.arguments import MAX_STEPS, latent_shape, solver_of, whole
+from latentdiff.pipeline.controls import Control
 from latentdiff.pipeline.diffusers_names import (
     DiffusersNames,
     StepEnd,
@@ -274,6 +275,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         edits: Sequence[Edit | str] = (),
+        controls: Sequence[Control] = (),
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepEnd | None = None,
@@ -323,6 +325,8 @@ class LatentDiffusionPipeline(DiffusersNames):
                 (`PAG(3.0)`, or in words "pag:3"), or any that `sample` takes. The pictures they
                 hold give the size of the run: height and width are then left out, and sides that
                 are no multiple of the autoencoder's factor are padded and cropped.
+            controls: pictures that ControlNets hold the run to: `Control(folder, picture)`; they
+                add up, and go with every solver, guidance and edit.
             output_type: see `PipelineOutput.images`.
             return_dict: of diffusers; either way the output is also the pair (images, None).
             callback_on_step_end: called after every step as by diffusers, with the pipeline, the
@@ -363,6 +367,7 @@ class LatentDiffusionPipeline(DiffusersNames):
             generator=generator,
             latents=latents,
             edits=edits,
+            controls=controls,
         )
         del return_dict  # either way the output has both forms
         return self.draw(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.bundle import Bundle
-from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.condition import Condition, Hint
 from latentdiff.diffusion.denoiser import Denoiser, conditioned_denoiser
 from latentdiff.diffusion.edits import Edit, EditsBranches, EditsConditioned, EditsInput
 from latentdiff.diffusion.noise import NoiseStreams
@@ -41,6 +41,7 @@ from latentdiff.pipeline.arguments import (
     run_of,
     whole,
 )
+from latentdiff.pipeline.controls import check_controls, controls_size, hints_of, unguided
 from latentdiff.pipeline.prompts import (
     check_also,
     check_negatives,
@@ -64,10 +65,14 @@ def prepare(bundle: Bundle, request: Request) -> Run:
         UserError: an argument is out of range.
     """
     edits = _edits(request, bundle)
+    listed(request.controls, "controls", "Control(folder, picture)")
+    check_controls(request.controls)
     texts = _texts(request)
     check_sizes(request.sizes)
     pictured = picture_size(edits, request.height, request.width)
     size = (request.height, request.width)
+    if pictured is None and size == (None, None):
+        pictured = controls_size(request.controls)
     if pictured is not None:
         size = padded_size(pictured, bundle.factor)
     shape = latent_shape(bundle, *size, texts.pictures)
@@ -96,7 +101,10 @@ def prepare(bundle: Bundle, request: Request) -> Run:
             "network; one of fixed steps, as 'dpmpp-2m', makes one or two a move"
         )
     network = CountedNetwork(bundle.network)
-    denoise, cut = _guided(bundle, network, request, texts, edits, timetable, context, x)
+    hints = hints_of(
+        request.controls, bundle, context, levels, len(texts.prompts), texts.per_prompt
+    )
+    denoise, cut = _guided(bundle, network, request, texts, edits, hints, timetable, context, x)
     _warn_of_noise(request, stepper)
     x = x * bundle.process.prior_scale(timetable[0])
     return Run(
@@ -216,6 +224,7 @@ def _guided(
     request: Request,
     texts: _Texts,
     edits: Sequence[Edit],
+    hints: tuple[Hint, ...],
     timetable: Timetable,
     context: RunContext,
     x: Tensor,
@@ -237,6 +246,12 @@ def _guided(
         negative = None if negative is None else replace(negative, beside=seen)
         positive = replace(positive, beside=seen)
         further = [replace(each, beside=seen) for each in further]
+    if hints:
+        positive = replace(positive, control=hints)
+        further = [replace(each, control=hints) for each in further]
+        untold = unguided(hints)
+        negative = None if negative is None else replace(negative, control=untold)
+        blind = None if blind is None else replace(blind, control=untold)
     spoiling = [edit for edit in edits if isinstance(edit, EditsBranches)]
     if spoiling:
         network.network = bundle.network.perturbable([edit.perturbation for edit in spoiling])
@@ -358,6 +373,8 @@ def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) 
         )
     if not bool(torch.isfinite(condition.states).all()):
         raise UserError(f"{name}: they hold NaN or infinity.")
+    if condition.control:
+        raise UserError(f"{name}: its control is not heard: give controls=[Control(...)].")
     mask, shape = condition.mask, condition.states.shape[:2]
     if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
         raise UserError(

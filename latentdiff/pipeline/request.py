@@ -15,6 +15,7 @@ from latentdiff.guidance.methods import Method, default_scale
 from latentdiff.models.conditioner import SizeConditions
 from latentdiff.models.guidance_embedding import DISTILLED_SCALE
 from latentdiff.models.network import Network
+from latentdiff.pipeline.controls import Control
 from latentdiff.pipeline.prompts import Also
 
 
@@ -49,6 +50,7 @@ class Request:
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     edits: Sequence[Edit | str] = ()
+    controls: Sequence[Control] = ()
 
     @property
     def sizes(self) -> SizeConditions:

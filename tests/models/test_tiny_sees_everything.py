@@ -18,6 +18,7 @@ from tiny import (
     tiny_classifier,
     tiny_clip,
     tiny_clip_of_pictures,
+    tiny_control,
     tiny_penultimate,
     tiny_t5,
     tiny_unet,
@@ -134,6 +135,28 @@ def test_a_unet_of_sizes_and_pooled_text() -> None:
         another[:, number] += 256
         changes[f"size {number}"] = added(time_ids=another)
     sees(output_of(tiny_unet(sizes=True)), told | added(), changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guess", [False, True])
+def test_a_unet_beside_a_control_network(guess: bool) -> None:
+    """All that the control network is told moves the U-Net's output by way of it alone."""
+    told, changes = latents_and_text(tiny_clip().encode(PROMPTS).states, 4)
+    unet, control, steady = tiny_unet(), tiny_control(), dict(told)
+    told["picture"] = noise(2, 3, 16, 16).clamp(0, 1)
+    for colour in range(3):
+        changes[f"colour {colour}"] = {"picture": other(told["picture"], slice(None), colour)}
+    changes["scale"] = {"conditioning_scale": 0.5}
+
+    def network(
+        x: Tensor, t: Tensor, states: Tensor, picture: Tensor, **more: Any
+    ) -> tuple[Tensor, ...]:
+        skips, middle = control(x, t, states, picture, guess_mode=guess, return_dict=False, **more)
+        residuals = {"down_block_additional_residuals": skips}
+        residuals["mid_block_additional_residual"] = middle
+        return output_of(unet)(**steady, **residuals)
+
+    sees(network, told, changes)
 
 
 @torch.no_grad()

@@ -1,0 +1,164 @@
+"""ControlNets as nouns: what they add to the network that they stand beside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.condition import Condition, Hint, Residuals
+from latentdiff.errors import UserError
+from latentdiff.models.controlnet import ControlNet
+
+if TYPE_CHECKING:
+    from latentdiff.models.network import Network
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNetwork:
+    """A ControlNet that is loaded; threads may share it.
+
+    Attributes:
+        module: its weights.
+        name: for people.
+    """
+
+    module: ControlNet
+    name: str = "controlnet"
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a control picture per latent, along a side."""
+        return 2 ** (len(self.module.config["conditioning_embedding_out_channels"]) - 1)
+
+    @property
+    def pools(self) -> bool:
+        """True where the means of its maps alone are told (of whole pictures, as "shuffle" is)."""
+        return self.module.config["global_pool_conditions"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same network there; a copy where it is elsewhere now."""
+        if (self.device, self.dtype) == (device, dtype):
+            return self
+        module = ControlNet(self.module.config)
+        module.load_state_dict(self.module.state_dict())
+        return replace(self, module=module.to(device, dtype).eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Control pictures [B, 3, H, W] in [0, 1] -> [B, W, h, w], once a run."""
+        return self.module.embed(pictures.to(self.device, self.dtype))
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        states: Tensor,
+        mask: Tensor | None,
+        added: Mapping[str, Tensor] | None,
+        hint: Hint,
+    ) -> Residuals:
+        """What a hint adds to the network at x_t [B, C, h, w], times its scales.
+
+        In guess mode (Zhang et al. 2023, appendix; diffusers' rule) the skips have less to say the
+        larger their maps are: from 0.1 to 1, evenly in the logarithm.
+        """
+        skips, middle = self.module(x, t, states, hint.embedded.to(x), mask, added)
+        scale = hint.scale.to(x)[:, None, None, None]
+        told = [*skips, middle]
+        if hint.guess and not self.pools:
+            shares = torch.logspace(-1, 0, len(told), device=x.device)
+            told = [one * (share * scale) for one, share in zip(told, shares.to(x), strict=True)]
+        else:
+            told = [one * scale for one in told]
+        if self.pools:
+            told = [one.mean((2, 3), keepdim=True) for one in told]
+        return told[:-1], told[-1]
+
+
+def residuals(
+    condition: Condition, x: Tensor, t: Tensor, added: Mapping[str, Tensor] | None
+) -> Residuals | None:
+    """The sum of what the controls of a condition add; None where none says anything now.
+
+    Args:
+        condition: with its control and states.
+        x: x_t [B, C, h, w], without what the network sees beside it.
+        t: times [B].
+        added: pooled text and sizes, where the network is told them.
+    """
+    total: list[Tensor] | None = None
+    for hint in condition.control:
+        low, high = torch.tensor(hint.window, dtype=t.dtype)
+        rows = ((hint.scale.to(t) != 0) & (t > low) & (t <= high)).nonzero().flatten()
+        if not len(rows):
+            continue
+        found = _of_rows(condition, hint, x, t, added, rows)
+        told = [*found[0], found[1]]
+        total = told if total is None else [a + b for a, b in zip(total, told, strict=True)]
+    return None if total is None else (total[:-1], total[-1])
+
+
+def _of_rows(
+    condition: Condition,
+    hint: Hint,
+    x: Tensor,
+    t: Tensor,
+    added: Mapping[str, Tensor] | None,
+    rows: Tensor,
+) -> Residuals:
+    """What a hint adds, zeros in all but these rows."""
+    states, mask = condition.states, condition.mask
+    assert states is not None
+    states = states.to(x)
+    mask = None if mask is None else mask.to(x.device)
+    if len(rows) == len(x):
+        return hint.network(x, t, states, mask, added, hint)
+    mask = None if mask is None else mask[rows]
+    added = added and {name: value.to(x.device)[rows] for name, value in added.items()}
+    there = rows.to(hint.scale.device)
+    skips, middle = hint.network(x[rows], t[rows], states[rows], mask, added, hint.take(there))
+
+    def spread(told: Tensor) -> Tensor:
+        return told.new_zeros(len(x), *told.shape[1:]).index_copy(0, rows, told)
+
+    return [spread(skip) for skip in skips], spread(middle)
+
+
+def check_control(control: ControlNetwork, network: "Network", factor: int) -> None:
+    """Check that a ControlNet fits a model.
+
+    Args:
+        control: the ControlNet.
+        network: of the model.
+        factor: pixels per latent, along a side.
+
+    Raises:
+        UserError: it does not.
+    """
+    config = control.module.config
+    unet: Any = network.module
+    added = unet.config["addition_embed_type"]
+    context = config["cross_attention_dim"]
+    wide = {*context} if isinstance(context, list | tuple) else {context}
+    for what, own, wanted in (
+        ("latents of {} channels", config["in_channels"], network.channels),
+        ("text states of width {}", min(wide), network.width),
+        ("an addition_embed_type of {}", config["addition_embed_type"], added),
+        ("{} pixels a latent", control.factor, factor),
+        ("control pictures of {} channels", config["conditioning_channels"], 3),
+    ):
+        if own != wanted:
+            raise UserError(
+                f"control: {control.name} is for {what.format(own)}, the model has "
+                f"{what.format(wanted)}: it belongs to another model."
+            )
