@@ -28,6 +28,7 @@ from latentdiff.formats.families import (
     family_of_folder,
 )
 from latentdiff.formats.location import find, find_file
+from latentdiff.formats.model_captions import read_captions, write_captions
 from latentdiff.formats.scheduler_config import DEFAULT_SOLVER, Steps
 from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
 from latentdiff.models.attention import Attention, set_attention
@@ -57,6 +58,7 @@ class Bundle:
         solver: the name of the solver it was meant to be sampled with.
         name: for people.
         family: how its files are read and written: see `latentdiff.formats.families`.
+        captions: some of those that it was trained on, if its folder holds any.
 
     Raises:
         UserError: the nouns do not fit each other, or no solver has this name.
@@ -71,6 +73,7 @@ class Bundle:
     solver: str = DEFAULT_SOLVER
     name: str = "model"
     family: str = DEFAULT_FAMILY
+    captions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name("solver", self.solver, solvers.names())
@@ -161,6 +164,7 @@ class Bundle:
                 *opened.described,
                 name=str(where or path.name),
                 family=name,
+                captions=read_captions(path) if path.is_dir() else (),
             )
         if prediction is not None:
             bundle = replace(bundle, prediction=prediction)
@@ -266,7 +270,19 @@ class Bundle:
         with writing_model(path, "model_index.json") as stage:
             family(self.family).write_folder(stage, nouns, schedule, dtype)
             write_config(schedule, stage / "scheduler" / "scheduler_config.json")
+            write_captions(self.captions, stage)
         return path
+
+
+def open_nouns(where: str | Path | None) -> tuple[str, Nouns]:
+    """The name of a model's family and its nouns, around modules whose weights are not read.
+
+    Raises:
+        UserError: there is no such model, or anything is missing, hostile or unfit.
+    """
+    with _collector_resting():
+        name, opened = _open(find(where), Choices())
+    return name, opened.nouns
 
 
 def _open(path: Path, choices: Choices) -> tuple[str, Opened]:

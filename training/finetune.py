@@ -38,18 +38,19 @@ from latentdiff.learning.checkpoint import Tensors
 from latentdiff.learning.command import DryRun, told_in_one_line
 from latentdiff.learning.config import override, put, read_yaml
 from latentdiff.learning.denoising import Conditioned, bound, draw_times, noised_batch, offset_noise
-from latentdiff.learning.finetune_config import FinetuneConfig, Method, resolve
+from latentdiff.learning.finetune_config import FinetuneConfig, resolve
 from latentdiff.learning.inpainting_masks import Holes, middle
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import min_snr_gamma, weighted_mse
 from latentdiff.learning.methods import (
-    make_optimizer,
     make_trainable,
     with_objective,
     without_dropout,
     without_lora,
 )
+from latentdiff.learning.optimizers import make_optimizer
 from latentdiff.learning.order import Key, Stream, columns, generator, spread_uniform
+from latentdiff.learning.presets import Method, Preset, prior_captions
 from latentdiff.learning.prior_pictures import draw_missing, drawn_from, prior_examples
 from latentdiff.learning.results import save_outcome
 from latentdiff.learning.run import Run
@@ -66,6 +67,9 @@ def main(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id. Default: the bundled model.")
     ] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Rates and steps to begin with. Default: the model's.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: runs/DATA-METHOD.")
     ] = None,
@@ -74,7 +78,10 @@ def main(
     ] = None,
     prior_prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What the model must not unlearn; repeat it, or @FILE, one a line."),
+        typer.Option(
+            help="What the model must not unlearn; repeat it, or @FILE, one a line. Default: "
+            "captions of what it knows."
+        ),
     ] = None,
     token: Annotated[
         list[str] | None, typer.Option(help="Textual inversion: the new word, <my-style>.")
@@ -112,6 +119,7 @@ def main(
         options: dict[str, object] = {
             "method": method,
             "model": model,
+            "preset": preset,
             "out": None if out is None else str(out),
             "seed": seed,
             "inpaint": inpaint or None,
@@ -152,6 +160,9 @@ class Finetuning(Objective[Key]):
 
     def __init__(self, config: FinetuneConfig, run: Run) -> None:
         self.config, self.run = config, run
+        optim = config.optim
+        begins = f"learning rate {optim.lr:g}, {optim.steps} steps of {optim.batch_size} pictures"
+        run.say(f"preset {config.preset}: {begins}")
         loaded = Bundle.load(config.model, dtype="float32", device=run.device)
         bundle = with_objective(loaded, config.objective)
         gamma = config.objective.min_snr_gamma
@@ -181,8 +192,15 @@ class Finetuning(Objective[Key]):
         self.states = None if learns_text else CaptionStates(captions, bundle.conditioner, cache)
         module = Conditioned(bundle).train()
         self.shown = run.shown(bundle, module)
-        make = partial(make_optimizer, config=config)
-        self.model = Trained("model", module, config.optim, make)
+        make = partial(
+            make_optimizer,
+            name=config.optimizer,
+            optim=config.optim,
+            text=list(module.text.parameters()),
+            text_lr=config.text_lr,
+        )
+        averaged = config.optimizer != "schedule-free"
+        self.model = Trained("model", module, config.optim, make, averaged=averaged)
         self.trained = [self.model]
 
     def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
@@ -279,14 +297,12 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     buckets = assign_buckets(checked.sizes, size, unit, data.buckets)
     with run.accelerator.main_process_first():
         samples = encode_samples(bundle.autoencoder, checked, buckets, crops, cache, skip=skip)
-    prior = config.prior
-    if not prior.prompts:
+    prior, prompts = config.prior, prior_prompts(run, config, bundle)
+    if not prompts:
         return samples
-    if bundle.kind != "text-to-image":
-        raise UserError(f"{bundle.name} draws no prior pictures: it is an {bundle.kind} model")
     source = f"{drawn_from(bundle)} {config.seed} {prior.steps} {prior.guidance_scale} {size}"
     count = min(prior.count, 4) if run.dry else prior.count
-    examples = prior_examples(config.out / "prior", prior.prompts, count, source)
+    examples = prior_examples(config.out / "prior", prompts, count, source)
 
     draw = partial(
         pictures_of, run, bundle, steps=prior.steps, scale=prior.guidance_scale, size=size
@@ -299,6 +315,24 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     with run.accelerator.main_process_first():
         kept = encode_samples(bundle.autoencoder, checked, buckets, [Variant()], cache)
     return samples.joined(kept, prior.weight)
+
+
+def prior_prompts(run: Run, config: FinetuneConfig, bundle: Bundle) -> list[str]:
+    """What the model must not unlearn: as the person says, or what is known of the model."""
+    named = config.prior.prompts
+    if config.method == "textual-inversion" or named == []:
+        return []
+    if bundle.kind != "text-to-image":
+        if named:
+            raise UserError(f"{bundle.name} draws no prior pictures: it is an {bundle.kind} model")
+        return []
+    if named:
+        return named
+    prompts, origin = prior_captions(bundle, config.preset)
+    told = f"so that what {bundle.name} knows is kept: {len(prompts)} {origin} (prior.prompts)"
+    nothing = f"{bundle.name} has no captions.txt that says what it knows, so nothing keeps it"
+    run.say(told if prompts else f"{nothing} from unlearning that: --prior-prompt '...'")
+    return prompts
 
 
 def pictures_of(

@@ -123,9 +123,19 @@ def _manifest(names: dict[str, str]) -> str:
     return json.dumps({"sha256": names, "own": own}, indent=1)
 
 
+# What optimizers of `learning.optimizers` count and estimate for a whole group of parameters.
+_RUNNING = ("k", "d", "d_max", "d_numerator", "weight_sum", "lr_max")
+_GROUP = "group-"
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
-    """An optimizer's per-parameter state as flat tensors `index.key`."""
-    packed: Tensors = {}
+    """An optimizer's state as flat tensors: `index.key` of parameters, `group-number.key`."""
+    packed: Tensors = {
+        f"{_GROUP}{number}.{key}": torch.tensor(group[key], dtype=torch.float64)
+        for number, group in enumerate(optimizer.param_groups)
+        for key in _RUNNING
+        if key in group
+    }
     seen: set[int] = set()
     for index, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
@@ -146,6 +156,10 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Tensors) -> None:
     state: dict[int, dict[str, Tensor | int]] = {}
     for name, value in packed.items():
         index, _, key = name.partition(".")
+        if index.startswith(_GROUP):
+            group = whole["param_groups"][int(index.removeprefix(_GROUP))]
+            group[key] = type(group[key])(value.item())
+            continue
         entry = state.setdefault(int(index), {})
         if value.dtype == torch.int64 and value.ndim == 0:  # a count that was a plain number
             entry[key] = int(value)

@@ -9,10 +9,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
+from latentdiff.learning.optimizers import OptimizerName
+from latentdiff.learning.presets import OPTIM, Method, Preset, optim_of, preset_of, prior_of
 from latentdiff.lora.file import Layout
 from latentdiff.reading import decode
-
-Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
 
 
 class PicturesConfig(Strict):
@@ -50,11 +50,12 @@ class PriorConfig(Strict):
 
     With the target "prediction" LoRA learns from them what the model says without it, which tells
     all that the model knows and no noise, without words too: `caption_dropout` is the share of
-    that. With "picture" it learns the pictures. A prompt @FILE stands for the file's lines.
+    that. With "picture" it learns the pictures. A prompt @FILE stands for the file's lines; None
+    stands for captions of what the model knows (`presets.prior_captions`).
     """
 
     target: Literal["prediction", "picture"] = "picture"
-    prompts: list[str] = Field(default_factory=list)
+    prompts: list[str] | None = None
     count: PositiveInt = 400
     weight: PositiveFloat = 1.0
     steps: PositiveInt = 10
@@ -63,8 +64,10 @@ class PriorConfig(Strict):
 
     @field_validator("prompts")
     @classmethod
-    def _spell_out(cls, prompts: list[str]) -> list[str]:
+    def _spell_out(cls, prompts: list[str] | None) -> list[str] | None:
         spelled: list[str] = []
+        if prompts is None:
+            return None
         for prompt in prompts:
             if prompt.startswith("@"):
                 spelled += _lines(Path(prompt[1:]))
@@ -107,32 +110,19 @@ class FinetuneObjective(Strict):
 class FinetuneConfig(RunConfig):
     method: Method
     model: str | None = None
+    preset: Preset = "emoji"
     data: PicturesConfig
     lora: LoraConfig = LoraConfig()
     inversion: InversionConfig = InversionConfig()
     prior: PriorConfig = PriorConfig()
     objective: FinetuneObjective = FinetuneObjective()
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer: OptimizerName = "adamw"
+    text_lr: PositiveFloat | None = None
     train_text: bool = False
     inpaint: bool = False
     gradient_checkpointing: bool = False
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)
-
-
-# What each method needs to work on a few dozen pictures; larger models want smaller rates.
-_OPTIM: dict[Method, dict[str, object]] = {
-    "lora": {"lr": 2e-3, "steps": 700, "batch_size": 24, "ema_decay": 0.0},
-    "full": {"lr": 1e-4, "steps": 400, "batch_size": 32, "ema_decay": 0.99},
-    "dreambooth": {"lr": 5e-5, "steps": 400, "batch_size": 16, "ema_decay": 0.0},
-    "textual-inversion": {
-        "lr": 5e-3,
-        "steps": 400,
-        "batch_size": 16,
-        "ema_decay": 0.0,
-        "weight_decay": 0.0,
-    },
-}
 
 
 def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
@@ -145,12 +135,7 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
         UserError: an unknown key, an unfit value, or settings that do not go together.
     """
     values = {"method": "lora", **values}
-    method = values["method"]
-    chosen = _OPTIM.get(str(method), {}) | {"warmup": 20}  # pyright: ignore[reportCallIssue, reportArgumentType]
-    given = _section(values, "optim", source)
-    for key, value in chosen.items():
-        if key not in given:
-            values = put(values, f"optim.{key}", value)
+    method = str(values["method"])
     data = values.get("data")
     if data is None:
         raise UserError("no pictures to learn from: give a folder, --data DIR")
@@ -159,10 +144,13 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
         named = root.parent if "*" in root.name else root  # shards/*.tar
         name = named.name if named.name not in ("", "..") else named.resolve().name
         values.setdefault("out", f"runs/{name}-{method}")
+    values = _with_preset(values, method, source)
     if method == "lora":  # the empty caption would learn the new pictures, and guidance suffer
         given = {"caption_dropout": 0.0, **_section(values, "objective", source)}
         values = put(values, "objective", given)
-        given = {"target": "prediction", **_section(values, "prior", source)}
+        moves = any(given.get(key) for key in ("process", "prediction", "zero_terminal_snr"))
+        target = "picture" if moves else "prediction"
+        given = {"target": target, **_section(values, "prior", source)}
         if given["target"] == "prediction":
             given = {"weight": 3.0, **given}
         values = put(values, "prior", given)
@@ -170,6 +158,19 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
     config = validate(FinetuneConfig, values, source)
     _check_together(config)
     return config
+
+
+def _with_preset(values: dict[str, object], method: str, source: str) -> dict[str, object]:
+    """The values, and what the preset that they name, or else the model's own, begins with."""
+    model, named = values.get("model"), values.get("preset")
+    preset = preset_of(model if isinstance(model, str) else None) if named is None else str(named)
+    if preset not in OPTIM:  # told when all is checked
+        return values
+    values = {**values, "preset": preset}
+    optim = optim_of(preset, method, str(values.get("optimizer", "adamw")))
+    for name, own in (("optim", optim), ("prior", prior_of(preset))):
+        values = put(values, name, own | _section(values, name, source))
+    return values
 
 
 def _section(values: dict[str, object], name: str, source: str) -> dict[str, object]:
@@ -197,19 +198,33 @@ def _check_together(config: FinetuneConfig) -> None:
             raise UserError("textual inversion trains the new words only: leave train_text out")
     elif tokens:
         raise UserError(f"new words are for --method textual-inversion, not for {config.method}")
-    if config.method == "dreambooth":
-        if config.data.instance_prompt is None:
-            raise UserError(
-                "dreambooth needs --instance-prompt, a name for the subject: 'a sks dog'"
-            )
-        if not config.prior.prompts:
-            raise UserError("dreambooth needs --prior-prompt, the subject's kind: 'a dog'")
+    if config.method == "dreambooth" and config.data.instance_prompt is None:
+        raise UserError("dreambooth needs --instance-prompt, a name for the subject: 'a sks dog'")
     if config.method != "lora" and config.prior.target == "prediction":
         raise UserError("only LoRA can be switched off: prior.target=prediction is for it alone")
-    if config.prior.prompts and config.prior.target == "prediction" and config.objective.moves:
+    own = config.prior.target == "prediction" and config.prior.prompts != []
+    if own and config.objective.moves:
         raise UserError(
             "the model's own predictions are not those of another objective: with "
             "objective.process, prediction or zero_terminal_snr set prior.target=picture"
         )
+    _check_optimizer(config)
     if config.method == "lora" and config.train_text:
         raise UserError("with LoRA the text encoder is trained by lora.text_encoder=true")
+
+
+def _check_optimizer(config: FinetuneConfig) -> None:
+    name, optim = config.optimizer, config.optim
+    if name == "schedule-free" and (optim.schedule != "constant" or optim.ema_decay):
+        raise UserError(
+            "schedule-free averages the weights instead of a schedule: leave optim.schedule and "
+            "optim.ema_decay out"
+        )
+    if name == "muon" and config.method not in ("full", "dreambooth"):
+        raise UserError(f"muon is for whole matrices: --method full, not {config.method}")
+    if config.text_lr is None:
+        return
+    if name == "prodigy":
+        raise UserError("prodigy finds one rate for all parts: leave text_lr out")
+    if not (config.train_text or (config.method == "lora" and config.lora.text_encoder)):
+        raise UserError("text_lr is the text encoder's, which this run does not train")

@@ -107,7 +107,7 @@ def fit(run: Run, objective: Objective[Item]) -> None:
             done = step + 1
             if done % config.log_every == 0 or done == stop:
                 means = {name: value.item() for name, value in values.items()}
-                run.record(done, {**means, "lr": objective.trained[0].rate(step)})
+                run.record(done, {**means, "lr": objective.trained[0].told_rate(step)})
                 told = f"{means[objective.told]:.4f}"
                 bar.set_postfix({objective.told: told, "bad": run.bad_steps})
             stopping = run.stopping

@@ -1,24 +1,20 @@
-"""Fine-tuning methods: the parameters that each one trains, and its optimizer."""
+"""Fine-tuning methods: the parameters that each one trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.optim import Optimizer
 
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.process import DiscreteVP, zero_terminal_snr
 from latentdiff.errors import UserError
-from latentdiff.learning.config import OptimConfig
 from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjective
 from latentdiff.learning.inpainting_masks import with_mask_input
 from latentdiff.learning.textual_inversion import add_words
-from latentdiff.learning.trained import adamw
 from latentdiff.lora import add_lora
 
 
@@ -108,24 +104,3 @@ def without_dropout(bundle: Bundle) -> Iterator[None]:
     finally:
         for network, mode in zip(networks, modes, strict=True):
             network.train(mode)
-
-
-def make_optimizer(parameters: Iterator[nn.Parameter], config: FinetuneConfig) -> Optimizer:
-    """AdamW, fused, or in 8 bits by bitsandbytes.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
-    if config.optimizer == "adamw":
-        return adamw(parameters, config.optim)
-    return _adamw_8bit(parameters, config.optim)
-
-
-def _adamw_8bit(parameters: Iterator[nn.Parameter], optim: OptimConfig) -> Optimizer:
-    try:
-        module = import_module("bitsandbytes.optim")
-    except ModuleNotFoundError as error:
-        raise UserError("optimizer adamw-8bit needs: pip install 'latentdiff[8bit]'") from error
-    return module.AdamW8bit(
-        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-    )

@@ -289,7 +289,7 @@ class Run:
         )
         for one in networks:
             for group in one.optimizer.param_groups:
-                group["lr"] = one.rate(step)
+                group["lr"] = one.rate(step) * group.get("factor", 1.0)
             if good or self.accelerator.scaler is not None:  # which skips by itself, and adapts
                 one.optimizer.step()
         self.bad_steps += not good

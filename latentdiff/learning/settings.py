@@ -13,7 +13,7 @@ Settings = dict[str, object]
 # Say nothing of what is learned: they may change at any time.
 _FREE = {
     *("out", "card", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
-    *("max_bad_steps", "sample_prompts", "save_dtype", "gradient_checkpointing"),
+    *("max_bad_steps", "preset", "sample_prompts", "save_dtype", "gradient_checkpointing"),
     *("optim.steps", "optim.accumulation", "data.workers", "unet.backend"),
 }
 # Say what is trained: with other ones a checkpoint is another model's.

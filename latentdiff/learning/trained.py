@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -71,6 +73,29 @@ class Trained:
         """The learning rate of optimizer step `step` (counted from 0)."""
         return learning_rate(self.optim, step)
 
+    def told_rate(self, step: int) -> float:
+        """The same times what the optimizer has found by itself (Prodigy's d)."""
+        return self.rate(step) * self.optimizer.param_groups[0].get("d", 1.0)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside the context the weights are those to draw and save with, where the optimizer tells
+        them from those that it steps on (schedule-free); afterwards they are as they were, to the
+        bit, so that how often is drawn changes nothing."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not any(group.get("train_mode") for group in optimizer.param_groups):
+            yield
+            return
+        stepped = [p.detach().clone() for p in self.parameters]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, stepped, strict=True):
+                    parameter.copy_(value)
+
     def average(self) -> None:
         """Take the weights into their average, if there is one."""
         if self.ema is not None:
@@ -112,6 +137,7 @@ def averages(networks: Sequence[Trained]) -> Iterator[None]:
     """Inside the context the networks hold their averaged weights."""
     with ExitStack() as stack:
         for one in networks:
+            stack.enter_context(one.at_rest())
             if one.ema is not None:
                 stack.enter_context(one.ema.applied())
         yield

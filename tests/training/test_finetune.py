@@ -4,18 +4,20 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import typer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import picture_folder, script
-from tiny import WINDOW, tiny_bundle, tower_of
+from tiny import WINDOW, tiny_bundle, tiny_xl, tower_of
 from typer.testing import CliRunner
 
 from latentdiff.bundle import Bundle
@@ -31,6 +33,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.finetune_config import resolve
 from latentdiff.learning.inpainting_masks import WHOLE, Holes, draw_mask, with_mask_input
+from latentdiff.learning.presets import prior_captions
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples
 from latentdiff.pictures import open_picture, to_pil
@@ -122,6 +125,33 @@ def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
     assert first.keys() == again.keys()
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "schedule-free", "muon"])
+def test_a_run_goes_on_exactly_with_every_optimizer(
+    work: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """And however often it is drawn in between."""
+    method = "full" if optimizer == "muon" else "lora"
+    settings = {"optimizer": optimizer, "checkpoint_every": 1}
+    optim: dict[str, object] = {"steps": 3, "batch_size": 4, "warmup": 1}
+    if optimizer == "schedule-free":
+        optim |= {"schedule": "constant"}
+    whole = finetune(work, tmp_path / "whole", method, optim=optim, evaluate_every=1, **settings)
+    cut = finetune(work, tmp_path / "cut", method, optim=optim, **settings)
+    shutil.rmtree(checkpoints(cut / "checkpoints")[0])
+    finetune(work, cut, method, optim=optim, **settings)
+    names = "checkpoints/step-00000003/model", "checkpoints/step-00000003/optimizer"
+    for name in (*names, *(["pytorch_lora_weights"] if method == "lora" else [])):
+        first, again = (load_file(run / f"{name}.safetensors") for run in (whole, cut))
+        assert first.keys() == again.keys()
+        assert all(torch.equal(value, again[key]) for key, value in first.items()), name
+
+
+def test_the_text_encoder_may_have_a_rate_of_its_own(work: Path, tmp_path: Path) -> None:
+    out = finetune(work, tmp_path / "out", "full", train_text=True, text_lr=1e-30)
+    assert changed(work, out / "model", "unet")
+    assert not changed(work, out / "model", "text_encoder")
 
 
 def test_a_run_after_dry_ones_is_the_run_without_them(work: Path, tmp_path: Path) -> None:
@@ -443,6 +473,57 @@ def test_prior_prompts_may_stand_in_a_file_wherever_they_are_named(tmp_path: Pat
     assert config.prior.prompts == ["a disc", "a cat", "a heart"]
 
 
+def test_what_a_model_knows_is_its_prior_unless_other_prompts_or_none_are_named(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = replace(tiny_bundle(), captions=("a red heart", "a cat")).save(tmp_path / "model")
+    assert Bundle.load(model).captions == ("a red heart", "a cat")
+    optim, prior = {"steps": 1, "batch_size": 2}, {"count": 3}
+    own = finetune(work, tmp_path / "own", "full", model=str(model), optim=optim, prior=prior)
+    assert "so that what" in (said := capsys.readouterr().out)
+    assert f"{model} knows is kept: 2 captions of the model's own folder" in said
+    assert "3 prior pictures drawn" in said
+    assert (own / "model/captions.txt").read_text() == "a red heart\na cat\n"
+    none = {"prompts": []}
+    finetune(work, tmp_path / "none", "full", model=str(model), optim=optim, prior=none)
+    assert "prior" not in capsys.readouterr().out
+    finetune(work, tmp_path / "bare", "full", optim=optim)
+    assert "--prior-prompt" in capsys.readouterr().out
+    (model / "captions.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"captions.txt: not captions"):
+        Bundle.load(model)
+
+
+def test_the_preset_is_that_of_the_model_and_gives_way_to_all_that_is_named(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdxl = tiny_xl().save(tmp_path / "sdxl")
+    named: dict[str, str] = {str(work / "model"): "emoji", str(sdxl): "sdxl"}
+    for width, preset in ((768, "sd1"), (1024, "sd2")):
+        monkeypatch.setattr(tiny, "WIDTH", width)
+        named[str(tiny_bundle().save(tmp_path / preset))] = preset
+    for model, preset in named.items():
+        config = resolve({"model": model, "data": {"root": "x"}}, "test")
+        assert config.preset == preset
+        assert config.optim.lr == (2e-3 if preset == "emoji" else 1e-4)
+        assert config.prior.count == (400 if preset == "emoji" else 200)
+    values = {"preset": "sd1", "data": {"root": "x"}, "optim": {"steps": 7}, "prior": {"count": 9}}
+    config = resolve(values, "test")
+    assert (config.optim.steps, config.optim.lr, config.prior.count) == (7, 1e-4, 9)
+    assert config.optim.batch_size == 4
+
+
+def test_plain_captions_are_the_prior_of_stable_diffusion() -> None:
+    captions, origin = prior_captions(tiny_bundle(), "sd1")
+    assert len(set(captions)) == 200
+    assert all(caption == caption.strip() and len(caption) > 8 for caption in captions)
+    assert origin == "plain captions of all kinds"
+    assert prior_captions(tiny_bundle(), "emoji") == ([], "")
+    bundled = Bundle.load(None, device="cpu").captions
+    assert len(set(bundled)) > 390
+    assert {"a speedboat", "noto emoji of a stop sign"} <= {*bundled}
+
+
 def test_a_run_without_pictures_says_so() -> None:
     with pytest.raises(UserError, match="--data DIR"):
         resolve({}, "finetune")
@@ -464,11 +545,16 @@ MISTAKES = {
     "optim=3": "optim is a section",
     "--size 17": "multiple of 4",
     "--model nowhere/at/all": "nowhere",
+    "optimizer=schedule-free optim.schedule=cosine": "leave optim.schedule",
+    "optimizer=muon": "muon is for whole matrices",
+    "optimizer=prodigy text_lr=1e-4 lora.text_encoder=true": "leave text_lr out",
+    "text_lr=1e-4": "which this run does not train",
     "optimizer=adamw-8bit": "pip install 'latentdiff[8bit]'",
     "objective.zero_terminal_snr=true objective.prediction=eps": "objective.prediction=v",
     "objective.process=vp-linear-zsnr objective.prediction=score": "objective.prediction=v",
     "--inpaint": "--method full",
-    "objective.prediction=x0 --prior-prompt disc": "prior.target=picture",
+    "objective.prediction=x0 prior.target=prediction": "prior.target=picture",
+    "preset=sd3": "preset: Input should be 'emoji'",
     "objective.min_snr_gamma=5 objective.prediction=score": "set it to null",
 }
 

@@ -1,6 +1,7 @@
 """The pieces of training, each against what it must equal."""
 
 import math
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +33,8 @@ from latentdiff.learning.config import (
 )
 from latentdiff.learning.denoising import draw_times, noised_batch
 from latentdiff.learning.ema import EMA
-from latentdiff.learning.finetune_config import FinetuneConfig, PicturesConfig
 from latentdiff.learning.losses import adaptive_weight, min_snr_gamma, min_snr_weight, weighted_mse
-from latentdiff.learning.methods import make_optimizer
+from latentdiff.learning.optimizers import OptimizerName, make_optimizer
 from latentdiff.learning.order import (
     SampleOrder,
     Shares,
@@ -43,7 +43,7 @@ from latentdiff.learning.order import (
     sample_noise,
     spread_uniform,
 )
-from latentdiff.learning.trained import learning_rate
+from latentdiff.learning.trained import Trained, averages, learning_rate
 from latentdiff.metrics.perceptual import VGG_STAGES, VGG_WIDTHS, lpips, random_features
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.discriminator import PatchDiscriminator
@@ -224,17 +224,16 @@ def test_ema_is_the_average_it_claims_and_lends_its_weights_for_a_while() -> Non
     assert module.weight.item() == 2.0
 
 
-@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw-8bit", marks=NEEDS_BITSANDBYTES)])
-def test_an_optimizer_comes_back_exactly(
-    tmp_path: Path, kind: Literal["adamw", "adamw-8bit"]
-) -> None:
-    config = FinetuneConfig(
-        method="full",
-        data=PicturesConfig(root=tmp_path / "pictures"),
-        out=tmp_path,
-        optimizer=kind,
-        optim=OptimConfig(lr=0.1),
-    )
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("adamw", "prodigy", "schedule-free", "muon"),
+        pytest.param("adamw-8bit", marks=NEEDS_BITSANDBYTES),
+    ],
+)
+def test_an_optimizer_comes_back_exactly(tmp_path: Path, kind: OptimizerName) -> None:
+    def make(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(iter(weights), kind, OptimConfig(lr=0.1), weights[1:2])
 
     def steps(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], count: int):
         for _ in range(count):
@@ -245,10 +244,10 @@ def test_an_optimizer_comes_back_exactly(
     generator = torch.Generator().manual_seed(0)
     sizes = (2,), (64, 64), (4096, 2)  # 8 bits from 4,096 values on
     one = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
-    first = make_optimizer(iter(one), config)
+    first = make(one)
     steps(first, one, 3)
     two = [torch.nn.Parameter(weight.detach().clone()) for weight in one]
-    second = make_optimizer(iter(two), config)
+    second = make(two)
     save_checkpoint(tmp_path, 3, {"optimizer": pack_optimizer(first)}, {})
     found = load_newest(tmp_path)
     assert found is not None
@@ -257,6 +256,45 @@ def test_an_optimizer_comes_back_exactly(
     steps(second, two, 2)
     for mine, other in zip(one, two, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_schedule_free_weights_rest_at_their_average_and_come_back_to_the_bit() -> None:
+    """Defazio et al. 2024, eq. 1: gradients are taken at y = (1 - beta) z + beta x; x is drawn."""
+    module = torch.nn.Linear(40, 40)
+    optim = OptimConfig(lr=0.1, schedule="constant", ema_decay=0.0)
+    make = partial(make_optimizer, name="schedule-free", optim=optim)
+    trained = Trained("model", module, optim, make, averaged=False)
+    trained.parameters = list(module.parameters())
+    for _ in range(5):
+        module(torch.ones(1, 40)).square().sum().backward()
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+    y, z = module.weight.detach().clone(), trained.optimizer.state[module.weight]["z"]
+    with averages([trained]):
+        x = module.weight.detach().clone()
+    assert (y - (0.1 * z + 0.9 * x)).abs().max() < 1e-6
+    assert (y - x).abs().max() > 1e-3
+    assert torch.equal(module.weight, y)
+    trained.optimizer.step()  # it is in training again
+
+
+def test_muon_steps_matrices_orthogonally_and_all_else_as_adamw_does() -> None:
+    optim = OptimConfig(lr=0.1, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    matrix, vector, twin = (
+        torch.nn.Parameter(torch.randn(size, generator=generator)) for size in ((8, 32), 5, 5)
+    )
+    twin.data.copy_(vector.data)
+    before = matrix.detach().clone()
+    both = make_optimizer(iter([matrix, vector]), "muon", optim)
+    plain = make_optimizer(iter([twin]), "adamw", optim)
+    loss = (matrix * torch.randn(8, 32, generator=generator)).sum()
+    (loss + vector.square().sum() + twin.square().sum()).backward()
+    both.step()
+    plain.step()
+    assert torch.equal(vector, twin)
+    singular = torch.linalg.svdvals(before - matrix.detach())
+    assert singular.min() / singular.max() > 0.4  # 0.5 to 1.5 of one, by Newton-Schulz in bfloat16
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

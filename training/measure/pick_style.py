@@ -4,7 +4,8 @@
 
 Copies pictures of emoji that the bundled model knows in another style, captioned "a red heart,
 twemoji style" and the like, and writes `prior.txt`: captions of the style that the model knows,
-which `training/finetune.py --prior-prompt @prior.txt` keeps it from unlearning.
+which `latentdiff finetune --prior-prompt @prior.txt` keeps it from unlearning. The bundled model's
+own `captions.txt`, its prior where none is named, is the one that the defaults here write.
 """
 
 import json
