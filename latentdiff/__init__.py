@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from latentdiff.editing import (
         ILVR,
         Blend,
+        Differential,
         Hires,
         Inpaint,
         Instruct,
@@ -48,6 +49,7 @@ __all__ = [
     "Clip",
     "ClipGuide",
     "Control",
+    "Differential",
     "DynamicThresholding",
     "Hires",
     "Inpaint",
@@ -73,6 +75,7 @@ _ROOMS = {
         "ILVR",
         "Inpaint",
         "Instruct",
+        "Differential",
         "Hires",
         "TiledDiffusion",
     ),

@@ -60,6 +60,12 @@ def edit(
             metavar="MASK", help="Change only this part: FILE (white), box:x0,y0,x1,y1, alpha."
         ),
     ] = None,
+    soft_mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Change each place as much as it is light: black stays as it is."
+        ),
+    ] = None,
     number: Number = 1,
     grid: Grid = False,
     fit: Fit = True,
@@ -71,8 +77,11 @@ def edit(
     """
     run.check()
     check_writable(run.out)
-    from latentdiff.editing import Instruct, SDEdit
+    from latentdiff.editing import Differential, Instruct, SDEdit
 
+    if soft_mask is not None and (mask is not None or repeats > 1):
+        raise UserError("--soft-mask goes without --mask and --repeats.")
+    soft = None if soft_mask is None else _soft(soft_mask, picture)
     whole = None if mask is None else _mask(mask, picture)
     pipe, image = _begin(picture, run, fit)
     told = pipe.bundle.kind == "instruct-pix2pix"
@@ -84,13 +93,18 @@ def edit(
     given = [image] if hole is None else [image, hole]
     edits: list[Edit | str] = [SDEdit(image, strength, repeats, hole)]
     about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name, "fit": fit}
+    if soft is not None and soft_mask is not None:
+        soft = soft.resize(image.size)
+        given.append(soft)
+        edits = [Differential(image, soft, strength)]
+        about |= {"edit": "Differential", "mask": soft_mask.name}
     about |= {"strength": strength, "repeats": repeats}
     if mask is not None:
         about["mask"] = Path(mask).name
     if told:
         scale = 1.5 if image_guidance_scale is None else image_guidance_scale
         edits.append(Instruct(image, scale))
-        about |= {"edit": "SDEdit, Instruct", "image_guidance_scale": scale}
+        about |= {"edit": f"{about['edit']}, Instruct", "image_guidance_scale": scale}
     _draw(pipe, edits, prompt, number, run, given if grid else None, about)
     times = f", {repeats} times" if repeats > 1 else ""
     print(f"{int(run.steps * strength)} of {run.steps} steps{times}", file=sys.stderr)
@@ -270,6 +284,19 @@ def _mask(text: str, picture: Path) -> "Image":
     if mask.size != size:
         raise UserError(
             "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *size)
+        )
+    return mask
+
+
+def _soft(file: Path, picture: Path) -> "Image":
+    """A mask in greys, as large as the picture."""
+    from latentdiff.editing.masks import open_mask
+    from latentdiff.pictures import open_picture
+
+    mask, image = open_mask(file), open_picture(picture)
+    if mask.size != image.size:
+        raise UserError(
+            "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *image.size)
         )
     return mask
 

@@ -74,6 +74,8 @@ def options_of(settings: dict[str, Any], program: str) -> dict[str, Any]:
             options[name] = ",".join(f"{number}" for number in pair)
     if also := settings.get("also"):
         options["also"] = [one if isinstance(one, str) else f"{one[0]}:{one[1]}" for one in also]
+    if regions := settings.get("regions"):
+        options["region"] = regions
     options |= _named(settings, ours)
     if program in ("A1111", "ComfyUI"):
         options["weights"] = True

@@ -171,6 +171,15 @@ class RunOptions:
             "docs/guidance.md, and try --guidance apg.",
         ),
     ] = None
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region",
+            metavar="TEXT:WEIGHT@MASK",
+            help="A further prompt in a part of the picture, as 'a cat@mask.png' (white) or "
+            "'a cat:0.7@box:0,0,32,64'. May be given again.",
+        ),
+    ] = None
     weights: Annotated[
         bool,
         typer.Option(
@@ -234,7 +243,7 @@ class RunOptions:
         from latentdiff.formats.location import find_file
         from latentdiff.guidance import methods
         from latentdiff.guidance.from_text import check_text
-        from latentdiff.pipeline.prompts import check_also
+        from latentdiff.pipeline.prompts import check_also, read_region
         from latentdiff.solvers.aliases import resolve_both
 
         interval = self.guidance_interval
@@ -249,7 +258,7 @@ class RunOptions:
             name, _, words = check_text(text)
             if name in ("clip", "classifier"):
                 find_file(words[0], f"folder of a {name}")
-        check_also(self.also or [])
+        check_also([*(self.also or []), *map(read_region, self.region or [])])
         resolve_both(self.solver, self.timetable)
         self.models.check()
 
@@ -294,12 +303,13 @@ class RunOptions:
     def request(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
         """The request of these options, but for the prompt and what else one command alone has."""
         from latentdiff.pipeline import Request
+        from latentdiff.pipeline.prompts import read_region
         from latentdiff.solvers.aliases import resolve_both
 
         solver, timetable = resolve_both(self.solver, self.timetable)
         return Request(
             negative_prompt=self.negative,
-            also=self.also or [],
+            also=[*(self.also or []), *map(read_region, self.region or [])],
             prompt_weights=self.weights,
             long_prompts=self.long,
             num_inference_steps=self.steps,

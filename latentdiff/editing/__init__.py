@@ -1,5 +1,6 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
+from latentdiff.editing.differential import Differential
 from latentdiff.editing.hires import Hires
 from latentdiff.editing.ilvr import ILVR
 from latentdiff.editing.image_conditioning import Inpaint, Instruct
@@ -22,6 +23,7 @@ __all__ = [
     "ILVR",
     "Binds",
     "Blend",
+    "Differential",
     "Finish",
     "Hires",
     "HoldsPicture",

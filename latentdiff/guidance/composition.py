@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Estimate
@@ -11,7 +12,7 @@ from latentdiff.diffusion.process import NoiseLevel
 
 def composed(
     denoise: ConditionedDenoiser,
-    further: Sequence[tuple[Condition, float]],
+    further: Sequence[tuple[Condition, float | Tensor]],
     negative: Condition,
 ) -> ConditionedDenoiser:
     """Move the estimate under the positive condition to positive + sum_i w_i (x_0i - negative).
@@ -25,7 +26,8 @@ def composed(
 
     Args:
         denoise: to guide; the guidance goes around what is returned.
-        further: conditions for B pictures and their weights.
+        further: conditions for B pictures and their weights; a weight that is a function of place,
+            [1, 1, H, W] at any resolution, is averaged to that of x.
         negative: for B pictures, where the guidance has none.
     """
     if not further:
@@ -44,8 +46,15 @@ def composed(
         place = roles.index("positive")
         x0 = estimates[place].x0
         for (_, weight), estimate in zip(further, more, strict=True):
-            x0 = x0 + weight * (estimate.x0 - base)
+            x0 = x0 + _at(weight, x) * (estimate.x0 - base)
         estimates[place] = estimates[place].with_x0(x0)
         return tuple(estimates)
 
     return shifted
+
+
+def _at(weight: float | Tensor, x: Tensor) -> float | Tensor:
+    """A weight at the places of x [B, C, h, w]."""
+    if not isinstance(weight, Tensor):
+        return weight
+    return interpolate(weight.to(x), size=x.shape[-2:], mode="area")

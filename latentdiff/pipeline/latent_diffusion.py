@@ -291,7 +291,8 @@ class LatentDiffusionPipeline(DiffusersNames):
             prompt_embeds: in place of prompts, their states [P, L, D], or a whole `Condition`.
             negative_prompt_embeds: likewise, of one row or P.
             also: further prompts for every picture and their weights beside the prompt's 1, as
-                ("a hat", 0.7) or "a hat:0.7"; see `latentdiff.guidance.composition`.
+                ("a hat", 0.7) or "a hat:0.7"; or, in a part of the picture, ("a hat", mask) or
+                ("a hat", 0.7, mask); see `latentdiff.guidance.composition`.
             prompt_weights: read (x), (x:1.3) and [x] in all prompts as weights of their words.
             long_prompts: read prompts longer than the window in chunks, which the word BREAK ends,
                 too: see `latentdiff.models.long_prompts`.

@@ -43,11 +43,13 @@ from latentdiff.pipeline.arguments import (
 )
 from latentdiff.pipeline.controls import check_controls, controls_size, hints_of, unguided
 from latentdiff.pipeline.prompts import (
+    Further,
     check_also,
     check_negatives,
     check_prompts,
     check_words,
     encode_prompts,
+    place_weight,
 )
 from latentdiff.pipeline.request import Request
 from latentdiff.pipeline.run import CountedNetwork, Run
@@ -119,15 +121,13 @@ class _Texts:
     Attributes:
         prompts: P texts; "" for each where ready-made conditions were given.
         negatives: P texts.
-        also: texts of the composed prompts.
-        weights: the weight of each of `also`.
+        further: the composed prompts.
         per_prompt: number of pictures per prompt.
     """
 
     prompts: list[str]
     negatives: list[str]
-    also: list[str]
-    weights: list[float]
+    further: list[Further]
     per_prompt: int
 
     @property
@@ -147,11 +147,16 @@ def _texts(request: Request) -> _Texts:
         prompts = [""] * _rows(request.prompt_embeds, "prompt_embeds")
     per_prompt = whole(request.num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
     listed(request.also, "also", "('a hat', 0.7)")
-    also, weights = check_also(request.also)
+    further = check_also(request.also)
     if request.prompt_weights:
-        check_words([*(prompts if request.prompt is not None else ()), *also])
+        check_words(
+            [
+                *(prompts if request.prompt is not None else ()),
+                *(one.text for one in further),
+            ]
+        )
     negatives = check_negatives(request.negative_prompt, len(prompts))
-    return _Texts(prompts, negatives, also, weights, per_prompt)
+    return _Texts(prompts, negatives, further, per_prompt)
 
 
 def _rows(given: Tensor | Condition | None, name: str) -> int:
@@ -262,7 +267,8 @@ def _guided(
     for number, edit in enumerate(spoiling, 1):
         denoise = edit.branches(denoise, number)
     if further and negative is not None:
-        denoise = composed(denoise, list(zip(further, texts.weights, strict=True)), negative)
+        weights = [place_weight(one, context) for one in texts.further]
+        denoise = composed(denoise, list(zip(further, weights, strict=True)), negative)
     guided_denoiser = methods.create(
         request.guidance,
         denoise,
@@ -305,9 +311,9 @@ def _conditions(
     """Positive and negative condition, the further ones, and the prompts' cut ends."""
     ready = request.prompt_embeds is not None
     away = request.negative_prompt_embeds
-    encodes_negative = (guided or bool(texts.also)) and away is None
+    encodes_negative = (guided or bool(texts.further)) and away is None
     rows = ([] if ready else [texts.prompts]) + ([texts.negatives] if encodes_negative else [])
-    rows += [[text] * len(texts.prompts) for text in texts.also]
+    rows += [[one.text] * len(texts.prompts) for one in texts.further]
     conditions: list[Condition] = []
     cut = [""] * texts.pictures
     if rows:

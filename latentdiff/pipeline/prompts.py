@@ -3,16 +3,42 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
 
 from latentdiff.diffusion.condition import Condition
+from latentdiff.editing import RunContext, box_mask
+from latentdiff.editing.masks import mask_tensor, open_mask
 from latentdiff.errors import UserError, warn
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.prompt_weights import has_weights, without_weights
+from latentdiff.pictures import Picture
 
 MAX_PROMPT = 10_000  # characters
+_MASKS = (str, Path, bytes, Image.Image)
 
-Also = str | tuple[str, float]
-"""A further prompt and its weight: ("a hat", 0.7) or "a hat:0.7"; "a hat" alone weighs 1."""
+Also = str | tuple[str, float] | tuple[str, Picture] | tuple[str, float, Picture]
+"""A further prompt and its weight: ("a hat", 0.7) or "a hat:0.7"; "a hat" alone weighs 1. With a
+mask, ("a hat", mask) or ("a hat", 0.7, mask), it weighs that where the mask is white, and nothing
+where it is black: a picture of the shape of those drawn, or "box:x0,y0,x1,y1" in their pixels."""
+
+
+@dataclass(frozen=True)
+class Further:
+    """A further prompt, checked.
+
+    Attributes:
+        text: what it says.
+        weight: beside the prompt's 1.
+        place: where it weighs that: None everywhere; a mask in mode L; or "box:...".
+    """
+
+    text: str
+    weight: float = 1.0
+    place: Image.Image | str | None = None
 
 
 def check_prompts(given: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -52,33 +78,90 @@ def check_negatives(given: str | Sequence[str] | None, count: int) -> list[str]:
     return negatives if len(negatives) == count else negatives * count
 
 
-def check_also(also: Sequence[Also]) -> tuple[list[str], list[float]]:
-    """The further prompts, and the weight of each.
+def check_also(also: Sequence[Also]) -> list[Further]:
+    """The further prompts.
 
     Raises:
-        UserError: as `check_prompts`, or a weight is no finite number.
+        UserError: as `check_prompts`, a weight is no finite number, or a mask no picture.
     """
-    texts: list[str] = []
-    weights: list[float] = []
-    for one in also:
-        if isinstance(one, str):
-            check_prompts(one, "also")  # of a length that is quick to search
-            match = re.fullmatch(r"(.*?)(?::\s*([+-]?(?:\d++\.?+\d*+|\.\d++))\s*)?", one, re.DOTALL)
-            text, weight = match.groups(default="1") if match else (one, "1")
-            if re.search(r":\s*+(?:[+-]?+[\d.,]++|nan|[+-]?+inf)\s*+$", text):
-                raise UserError(f"also: {one!s:.40} ends in no number: 'a hat:0.7' is meant.")
-        elif isinstance(one, Sequence) and len(one) == 2:
-            text, weight = one
-        else:
-            raise UserError(f"also: give pairs of a prompt and its weight, not {one!s:.40}.")
-        try:
-            weights.append(float(weight))
-        except (TypeError, ValueError):
-            weights.append(math.nan)
-        if not math.isfinite(weights[-1]):
-            raise UserError(f"also: a weight must be a finite number, not {weight!s:.40}.")
-        texts += check_prompts(text, "also")
-    return texts, weights
+    return [_from_text(one) if isinstance(one, str) else _from_parts(one) for one in also]
+
+
+def _from_text(text: str) -> Further:
+    check_prompts(text, "also")  # of a length that is quick to search
+    match = re.fullmatch(r"(.*?)(?::\s*([+-]?(?:\d++\.?+\d*+|\.\d++))\s*)?", text, re.DOTALL)
+    words, weight = match.groups(default="1") if match else (text, "1")
+    if re.search(r":\s*+(?:[+-]?+[\d.,]++|nan|[+-]?+inf)\s*+$", words):
+        raise UserError(f"also: {text!s:.40} ends in no number: 'a hat:0.7' is meant.")
+    check_prompts(words, "also")
+    return Further(words, _weight(weight))
+
+
+def _from_parts(parts: Sequence[object]) -> Further:
+    if not isinstance(parts, Sequence) or len(parts) not in (2, 3):
+        raise UserError(f"also: give pairs of a prompt and its weight, not {parts!s:.40}.")
+    text, *rest = parts
+    (words,) = check_prompts(text, "also")  # pyright: ignore[reportArgumentType]  (checked there)
+    place = rest.pop() if len(rest) == 2 or _is_place(rest[0]) else None
+    weight = _weight(rest[0] if rest else 1.0)
+    if isinstance(place, str) and place.startswith("box:"):
+        return Further(words, weight, place)
+    if place is not None and not isinstance(place, _MASKS):
+        raise UserError(f"also: a place is a mask or 'box:x0,y0,x1,y1', not {place!s:.40}.")
+    return Further(words, weight, None if place is None else open_mask(place))
+
+
+def _is_place(given: object) -> bool:
+    if not isinstance(given, str):
+        return isinstance(given, _MASKS)
+    try:
+        float(given)
+    except ValueError:
+        return True
+    return False
+
+
+def _weight(given: object) -> float:
+    try:
+        weight = float(given)  # pyright: ignore[reportArgumentType]  (what is no number is refused)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"also: a weight must be a finite number, not {given!s:.40}.")
+    return weight
+
+
+def read_region(text: str) -> tuple[str, float, str]:
+    """Read "a cat@mask.png" or "a cat:0.7@box:0,0,32,64" for `also`.
+
+    Raises:
+        UserError: there is no place, or as `check_also`.
+    """
+    words, _, place = text.rpartition("@")
+    if not words or not place:
+        raise UserError(f"--region reads TEXT@MASK, as 'a cat@mask.png', not {text!r:.60}.")
+    further = _from_text(words)
+    return further.text, further.weight, place
+
+
+def place_weight(further: Further, context: RunContext) -> float | Tensor:
+    """The weight of a further prompt; where it has a place, [1, 1, *padded] of the run.
+
+    Raises:
+        UserError: the mask is of another shape, or the box holds no pixel.
+    """
+    place, (height, width) = further.place, (context.height, context.width)
+    if place is None:
+        return further.weight
+    if isinstance(place, str):
+        place = box_mask(place.removeprefix("box:"), (width, height))
+    if abs(place.height * width / place.width - height) > max(1, height / 50):
+        raise UserError(
+            f"also: a mask of {place.width} x {place.height} pixels has not the shape of the "
+            f"picture, {width} x {height}."
+        )
+    resized = place.resize((width, height), Image.Resampling.BOX)
+    return further.weight * context.pad(mask_tensor(resized))
 
 
 def encode_prompts(

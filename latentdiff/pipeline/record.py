@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 from latentdiff.bundle import Bundle
 from latentdiff.formats.location import public_name
@@ -34,7 +36,7 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
     """Record model and arguments for the text chunk of a picture, by the pipeline's own names."""
     record = about_model(bundle) | {
         "negative_prompt": request.negative_prompt,
-        "also": request.also,
+        "also": [one for one in request.also if isinstance(one, str) or not _has_place(one)],
         "prompt_weights": request.prompt_weights,
         "long_prompts": request.long_prompts,
         "num_inference_steps": request.num_inference_steps,
@@ -50,6 +52,21 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
     for name in request.sizes.given():
         value = getattr(request.sizes, name)
         record[name] = value if name.endswith("score") else list(value)
+    if regions := [one for one in request.also if not isinstance(one, str) and _has_place(one)]:
+        record["regions"] = [_region(one) for one in regions]
     if request.guidance_interval != (0.0, math.inf):
         record["guidance_interval"] = list(request.guidance_interval)
     return record
+
+
+def _has_place(also: Sequence[object]) -> bool:
+    """True of a further prompt that weighs something in a part of the picture only."""
+    return len(also) == 3 or not isinstance(also[1], int | float)
+
+
+def _region(also: Sequence[object]) -> str:
+    """A further prompt with a place, as `--region` reads it; a file by its name."""
+    weight = also[1] if len(also) == 3 else 1.0
+    place = also[-1] if isinstance(also[-1], str | Path) else "a picture"
+    name = f"{place}" if f"{place}".startswith("box:") else Path(place).name
+    return f"{also[0]}:{weight}@{name}"

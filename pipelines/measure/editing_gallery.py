@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from latentdiff import (
     ILVR,
     Blend,
+    Differential,
     Hires,
     LatentDiffusionPipeline,
     RePaint,
@@ -198,7 +199,30 @@ def larger(pipe: LatentDiffusionPipeline) -> Image.Image:
     return grid(cells, 5)
 
 
+def regions(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """A wide heart; a cat in its right half; the cat, and no heart there."""
+    right = "box:64,0,128,64"
+    cat, no_heart = ("a cat face", 1.0, right), ("a red heart", -1.0, right)
+    cells: list[Image.Image] = []
+    for also in ([], [cat], [cat, no_heart]):
+        drawn = pipe("a red heart", also=also, height=SIDE, width=2 * SIDE, seed=0, progress=False)
+        cells += drawn.images
+    return grid(cells, 3)
+
+
+def soft(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """The cat, a soft mask, and three prompts under it."""
+    cat = INPUTS["cat"](pipe)
+    ramp = Image.linear_gradient("L").rotate(90).resize((SIDE, SIDE))
+    cells = [cat, ramp.convert("RGB")]
+    for prompt in ("a tiger face", "a grinning face", "a green heart"):
+        cells += draw(pipe, prompt, Differential(cat, ramp))
+    return grid(cells, 5)
+
+
 PICTURES = {
+    "regions": regions,
+    "soft": soft,
     "larger": larger,
     "scribbles": scribbles,
     "strengths": strengths,
@@ -213,6 +237,7 @@ INPUTS: dict[str, Callable[[LatentDiffusionPipeline], Image.Image]] = {
     "sunset": lambda _: sunset(),
     "cat": lambda pipe: pipe("a cat face", seed=0, progress=False).images[0],
     "face": lambda pipe: pipe("a grinning face", seed=0, progress=False).images[0],
+    "ramp": lambda _: Image.linear_gradient("L").rotate(90).resize((SIDE, SIDE)),
     "eyes": lambda _: box(8, 18, 56, 39),
 }
 
