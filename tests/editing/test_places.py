@@ -1,5 +1,6 @@
 """What differs from place to place: prompts of a region, and a strength for each place."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ ORACLES = [
 ]
 
 
-def exact(x: Tensor, level: NoiseLevel, branches: list[Branch]) -> tuple[Estimate, ...]:
+def exact(x: Tensor, level: NoiseLevel, branches: Sequence[Branch]) -> tuple[Estimate, ...]:
     def oracle(branch: Branch) -> Estimate:
         assert branch.condition.pooled is not None
         return ORACLES[int(branch.condition.pooled[0])](x, level)
