@@ -87,6 +87,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
     for name in (
         *("bundled/emoji64", "path/to/stable-diffusion", "models/mine", "runs/mine/model"),
         *("runs/emoji64-diffusion/model", "runs/emoji128/model", "v1-5-pruned-emaonly.safetensors"),
+        "runs/emoji64-distill/model",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         bundle.save(folder / name)
@@ -197,7 +198,7 @@ def test_every_training_command_is_understood(page: Path) -> None:
             if word.startswith("training/configs/"):
                 assert (ROOT / word).is_file(), words
         changes = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
-        if path.stem in ("autoencoder", "diffusion"):
+        if path.stem in ("autoencoder", "diffusion", "distill"):
             module = script(path.stem)
             kind = getattr(module, f"{path.stem.capitalize()}Config")
             config = ROOT / arguments[arguments.index("--config") + 1]

@@ -1,6 +1,7 @@
 """The training loss of stage 2: times, noised latents, targets and their weights."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,18 +32,24 @@ class Conditioned(nn.Module):
         self._bundle = (bundle,)  # in a tuple, so that no module is registered twice
 
     def forward(
-        self, x: Tensor, t: Tensor, words: Tokens | TextStates, beside: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        words: Tokens | TextStates,
+        beside: Tensor | None = None,
+        scales: float | Sequence[float] = DISTILLED_SCALE,
     ) -> Tensor:
         """Predict [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
         Tokens go through the text encoders, for them to be trained; states, made before, do not. A
-        network that is told its guidance scale is trained at the one that it draws with by default.
+        network that is told its guidance scale is trained at `scales`, by default the one that it
+        draws with by default.
         """
         (bundle,) = self._bundle
         text = bundle.conditioner.states(words) if isinstance(words, Tokens) else words
         size = x.shape[-2] * bundle.factor, x.shape[-1] * bundle.factor
         condition = replace(bundle.conditioner.condition(text, size), beside=beside)
-        return bundle.network(x, t, told_scale(condition, bundle.network, DISTILLED_SCALE))
+        return bundle.network(x, t, told_scale(condition, bundle.network, scales))
 
 
 def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tensor:

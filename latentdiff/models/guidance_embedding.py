@@ -31,10 +31,12 @@ def embedded_scale(scales: Sequence[float], width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([waves.sin(), waves.cos()], 1), (0, width % 2))
 
 
-def told_scale(condition: Condition, network: Network, scale: float) -> Condition:
-    """The condition [B, ...] with the scale in it, where the network takes one; else as it is."""
+def told_scale(condition: Condition, network: Network, scale: float | Sequence[float]) -> Condition:
+    """The condition [B, ...] with the scale in it, one for all or of each, where the network takes
+    one; else as it is."""
     if network.guidance_width is None:
         return condition
     rows = len(next(iter(condition.given().values())))
-    embedded = embedded_scale([scale] * rows, network.guidance_width)
+    scales = scale if isinstance(scale, Sequence) else [scale] * rows
+    embedded = embedded_scale(scales, network.guidance_width)
     return replace(condition, guidance_embedding=embedded)
