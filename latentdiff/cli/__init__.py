@@ -25,7 +25,7 @@ from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.serve import serve
 from latentdiff.cli.show import show
 from latentdiff.cli.solvers import solvers
-from latentdiff.cli.train import AS_THEY_ARE, autoencoder, diffusion, finetune
+from latentdiff.cli.train import AS_THEY_ARE, autoencoder, diffusion, distill, finetune
 from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory, wait_passively
 from latentdiff.version import __version__
@@ -55,6 +55,7 @@ app.command(context_settings=AS_THEY_ARE)(finetune)
 train = typer.Typer(help="Train a model of your own, in two stages.")
 train.command(context_settings=AS_THEY_ARE)(autoencoder)
 train.command(context_settings=AS_THEY_ARE)(diffusion)
+train.command(context_settings=AS_THEY_ARE)(distill)
 app.add_typer(train, name="train")
 
 

@@ -41,6 +41,11 @@ def diffusion(words: Words = None) -> int:
     return run_script("diffusion", words or [], "train ")
 
 
+def distill(words: Words = None) -> int:
+    """Distil a model into one of few steps; `train distill --help` has the options."""
+    return run_script("distill", words or [], "train ")
+
+
 def run_script(name: str, words: list[str], group: str = "") -> int:
     """Run `training/NAME.py` with these words, in this process; returns its exit code.
 

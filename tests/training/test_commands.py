@@ -76,7 +76,8 @@ def test_the_commands_of_the_pages_start(
 
 
 @pytest.mark.parametrize(
-    "command", [["finetune"], ["train", "autoencoder"], ["train", "diffusion"]]
+    "command",
+    [["finetune"], ["train", "autoencoder"], ["train", "diffusion"], ["train", "distill"]],
 )
 def test_a_command_has_the_options_and_the_mistakes_of_its_script(
     command: list[str], capsys: pytest.CaptureFixture[str]
