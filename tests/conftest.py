@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
 # Handing tiny tensors to a pool costs more than it saves, here and in what the tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What `latentdiff compile` made for whoever runs the tests is none of theirs.
+os.environ["XDG_CACHE_HOME"] = "/nonexistent"
 
 import pytest
 

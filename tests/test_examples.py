@@ -39,6 +39,7 @@ ELSEWHERE = {
     "latentdiff serve": "tests/server",
     "latentdiff finetune": "tests/training/test_commands.py",
     "latentdiff train": "tests/training/test_commands.py",
+    "latentdiff compile": "tests/models/test_compiled.py",
 }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli.compile import compile_model
 from latentdiff.cli.convert import convert
 from latentdiff.cli.data import emoji, shard
 from latentdiff.cli.edit import edit, ilvr, inpaint
@@ -43,6 +44,7 @@ app.command()(ilvr)
 app.command()(interpolate)
 app.command()(grid)
 app.command()(convert)
+app.command("compile")(compile_model)
 app.command()(info)
 app.command()(show)
 app.command()(solvers)

@@ -74,6 +74,12 @@ def generate(
     few = run.engine == "auto" and len(prompts) * number * run.steps <= _PACKED_FROM
     engine = "eager" if few else run.engine
     pipe = run.models.load(run.device, run.dtype, engine, run.attention)
+    if few:
+        from latentdiff.models.engines import with_code
+
+        itself = pipe.bundle.network, pipe.bundle.autoencoder
+        network, autoencoder = with_code(itself, itself)
+        pipe.bundle = replace(pipe.bundle, network=network, autoencoder=autoencoder)
     own_height, own_width = pipe.bundle.size
     height, width = size or height or own_height, size or width or own_width
     request = replace(run.request(pipe.bundle), height=height, width=width)
@@ -82,7 +88,9 @@ def generate(
     record: dict[str, object] | None = None
     if not run.no_metadata:
         record = about_request(pipe.bundle, request) | run.models.about()
-        record |= {} if engine == "eager" else {"engine": engine}
+        # other machines lack the code, and draw the same without
+        recorded = "auto" if engine == "compiled" else engine
+        record |= {} if engine == "eager" else {"engine": recorded}
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     request = replace(request, seed=seed, first=run.first)
     drawn = draw_in_parts(pipe, wanted, request, round(height * width * run.enlargement))

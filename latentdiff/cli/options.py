@@ -74,8 +74,9 @@ Dtype = Annotated[DtypeName, typer.Option(help="Precision of the networks.")]
 Engine = Annotated[
     EngineName,
     typer.Option(
-        help="How networks are computed: packed is the fast one on a CPU; auto takes it where it "
-        "works, but not for a picture or two."
+        help="How networks are computed: compiled is the fastest on a CPU, by code that "
+        "`latentdiff compile` made; packed needs none; auto takes the first that works, packed not "
+        "for a picture or two."
     ),
 ]
 Attention = Annotated[

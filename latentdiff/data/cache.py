@@ -8,7 +8,7 @@ is noticed, and its entries are encoded again.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +25,6 @@ from latentdiff.models.text_encoders import TextStates, Tokens
 SHARD = 1024  # entries in a file, and what an interruption can cost
 
 _log = logging.getLogger(__name__)
-
-
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of a state dict: names, types, shapes and every bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

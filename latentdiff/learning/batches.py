@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.data.cache import LatentCache, weights_hash
+from latentdiff.data.cache import LatentCache
 from latentdiff.data.examples import Example, balanced_weights, load_picture
 from latentdiff.data.folder import read_folder, read_parts
 from latentdiff.errors import UserError
 from latentdiff.learning.config import DataConfig
 from latentdiff.learning.order import Key, SampleOrder, Shares, Stream, generator
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.identity import weights_hash
 
 MEMORY = 2**30  # bytes of decoded pictures that a process keeps
 

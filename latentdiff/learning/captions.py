@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from latentdiff.data.cache import TextCache, weights_hash
+from latentdiff.data.cache import TextCache
 from latentdiff.errors import UserError
 from latentdiff.learning.order import Stream, generator
 from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.identity import weights_hash
 from latentdiff.models.text_encoders import TextStates, Tokens
 from latentdiff.reading import half_character
 

@@ -12,11 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.bundle import Bundle
-from latentdiff.data.cache import weights_hash
 from latentdiff.data.examples import Example
 from latentdiff.files import make_folder
 from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.order import Stream, generator
+from latentdiff.models.identity import weights_hash
 from latentdiff.pictures import save_png
 
 _AT_ONCE = 20

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.cache import LatentCache, weights_hash
+from latentdiff.data.cache import LatentCache
 from latentdiff.data.check import Checked
 from latentdiff.data.examples import Example
 from latentdiff.data.variants import Size, Variant, bucket_sizes, nearest_bucket
@@ -18,6 +18,7 @@ from latentdiff.learning.batches import to_range
 from latentdiff.learning.buckets import BucketOrder
 from latentdiff.learning.order import Stream, generator, sample_noise
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.identity import weights_hash
 from latentdiff.pictures import to_uint8
 
 _ENCODED_AT_ONCE = 2**19  # pixels

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.data import cache
-from latentdiff.data.cache import LatentCache, TextCache, weights_hash
+from latentdiff.data.cache import LatentCache, TextCache
 from latentdiff.data.examples import Example, load_picture
 from latentdiff.errors import UserError
+from latentdiff.models.identity import weights_hash
 from latentdiff.models.text_encoders import TextStates, Tokens
 
 

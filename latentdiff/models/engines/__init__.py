@@ -6,31 +6,89 @@ it cannot do to the one inside.
 
 from typing import Literal, get_args
 
-from latentdiff.errors import UserError
+import torch
+
+from latentdiff.errors import UserError, warn
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
+from latentdiff.models.engines.compiled import (
+    CompiledAutoencoder,
+    CompiledNetwork,
+    can_compile,
+    cannot_compile,
+)
+from latentdiff.models.engines.packages import cache_folder, distrust
 from latentdiff.models.engines.packed import PackedAutoencoder, PackedNetwork, cannot_pack
 from latentdiff.models.network import Network
 from latentdiff.registry import check_name
 
-Engine = Literal["auto", "eager", "packed"]
-"""How networks are computed: as they are; or with weights in oneDNN's own layout, on a CPU. "auto"
-is packed wherever that works."""
+Engine = Literal["auto", "eager", "packed", "compiled"]
+"""How networks are computed: as they are; with weights in oneDNN's own layout, on a CPU; or by the
+code that `latentdiff compile` made. "auto" is the last that works."""
+
+Pair = tuple[Network, Autoencoder]
 
 
-def with_engine(
-    network: Network, autoencoder: Autoencoder, engine: Engine
-) -> tuple[Network, Autoencoder]:
+def with_engine(network: Network, autoencoder: Autoencoder, engine: Engine) -> Pair:
     """The network and the autoencoder, inside the engine.
 
     Raises:
         UserError: unknown name, or this engine cannot compute the network here.
     """
     check_name("engine", engine, get_args(Engine))
+    itself = network, autoencoder
     if engine == "eager":
-        return network, autoencoder
-    reason = cannot_pack(network.module)
-    if engine == "packed" and reason:
+        return itself
+    if engine == "packed" and (reason := cannot_pack(network.module)):
         raise UserError(f"engine 'packed': {reason}; leave it out, or take 'eager'.")
+    inner = _packed(itself)
+    if engine == "packed":
+        return inner
+    if engine == "compiled" and (reason := cannot_compile(network.module) or _distrusted()):
+        raise UserError(f"engine 'compiled': {reason}; leave it out, or take another.")
+    fast = with_code(itself, inner, tells=engine == "compiled")
+    if engine == "compiled" and fast is inner:
+        count = torch.get_num_threads()
+        raise UserError(
+            "engine 'compiled': there is no code of this model for this processor, this torch and "
+            f"{count} thread{'s' * (count > 1)}: make it with `latentdiff compile`, or leave the "
+            "engine out."
+        )
+    return fast
+
+
+def with_code(itself: Pair, inner: Pair, *, tells: bool = False) -> Pair:
+    """The engines of `inner`, inside compiled code where the user's cache has some of the model.
+
+    Args:
+        itself: the network and the autoencoder in no engine.
+        inner: what computes them where there is no code.
+        tells: whether the first such call warns.
+    """
+    network, autoencoder = itself
+    if cannot_compile(network.module):
+        return inner
+    fast = CompiledNetwork.of(network, inner[0], tells=tells)
+    if not fast.code.at_hand():
+        return inner
+    if reason := distrust(cache_folder()):
+        warn(f"compiled code is not used: {reason}")
+        return inner
+    if can_compile(autoencoder):
+        decoder = CompiledAutoencoder.of(autoencoder, inner[1])
+        if decoder.code.at_hand():
+            return fast, decoder
+    return fast, inner[1]
+
+
+def _distrusted() -> str | None:
+    """The reason why compiled code that is there must not run."""
+    folder = cache_folder()
+    return distrust(folder) if folder.exists() else None
+
+
+def _packed(itself: Pair) -> Pair:
+    """Each in the packed engine, where that can compute it."""
+    network, autoencoder = itself
     if isinstance(autoencoder, DiffusersAutoencoder) and not cannot_pack(autoencoder.module):
         autoencoder = PackedAutoencoder.of(autoencoder)
-    return network if reason else PackedNetwork.of(network), autoencoder
+    return network if cannot_pack(network.module) else PackedNetwork.of(network), autoencoder

@@ -5,7 +5,6 @@ network's projections of time at once.
 """
 
 import copy
-import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,18 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.diffusion.condition import Condition
-from latentdiff.errors import warn
 from latentdiff.models.attention import AttentionLayer, sdpa
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import ResnetBlock2D
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
+from latentdiff.models.engines.state import Checks, is_adapted, state_of, tensors_of
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
-# The largest difference to the network itself, relative to its output; more is a fault.
-_WITHIN = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _CHECKED = 8  # side in latents of what is compared of an autoencoder
 # Shapes that a convolution keeps packed weights for: of a run that is guided in part of its steps.
 _SHAPES = 2
@@ -161,8 +158,6 @@ class CrossAttention:
 class Packing:
     """The packed twin of a network: made when first asked for, and anew when weights change.
 
-    Changes are seen by the tensors' own count of them, which those through `.data` pass by.
-
     Args:
         module: the network; it stays as it is.
     """
@@ -173,45 +168,24 @@ class Packing:
         self._state: list[object] = []
         self._held: list[Tensor] = []
         self._twin: Any = None
-        self._passed: dict[str, bool] = {}
+        self._checks = Checks(module, "packed weights are not used")
 
     def twin(self) -> Any:
         """The packed network; None where there is none."""
-        if cannot_pack(self._module) or not all(self._passed.values()):
+        if cannot_pack(self._module) or self._checks.failed():
             return None
         with self._lock:
-            state, held = _state(self._module)
+            state = state_of(self._module)
             if state != self._state:
                 self._twin = None  # before the next one takes memory
                 self._twin = _packed(self._module)
                 # Held, so that no other tensor gets the id or the memory of one of them.
-                self._state, self._held = state, held
+                self._state, self._held = state, tensors_of(self._module)
             return self._twin
 
     def passes(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
-        """Tell whether the packed network gives what the network gives; computed once of each kind.
-
-        Args:
-            what: the kind.
-            fast: gives the answer of the packed network.
-            slow: gives that of the network.
-        """
-        if what not in self._passed:
-            wanted = slow()
-            try:
-                largest = wanted.abs().max().clamp(min=1e-12)
-                difference = float((fast() - wanted).abs().max() / largest)
-                fault = f"they compute something else, by {difference:.1g} of the largest value"
-            except RuntimeError as error:  # what oneDNN lacks for a processor, or memory
-                difference, fault = math.inf, str(error).partition("\n")[0]
-            self._passed[what] = difference <= _WITHIN[self._dtype]
-            if not self._passed[what]:
-                warn(f"packed weights are not used on this machine: {fault}")
-        return self._passed[what]
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self._module.parameters()).dtype
+        """See `Checks.passes`."""
+        return self._checks.passes(what, fast, slow)
 
 
 class Spoiling:
@@ -242,25 +216,6 @@ class Spoiling:
         return self._packing.passes(f"spoilt {what}", fast, slow)
 
 
-def _state(module: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """What a network's answers depend on, to be compared; and the tensors it speaks of."""
-    state: list[object] = []
-    held: list[Tensor] = []
-    for part in module.modules():
-        for tensor in part._parameters.values():
-            if tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
-                state.append((id(tensor), version, tensor.data_ptr(), tensor.dtype))
-                held += tensor, tensor.detach()  # the object, and its memory as it now is
-        if isinstance(part, AttentionLayer):
-            state.append(part.processor)
-        if hasattr(part, "get_base_layer"):  # of peft
-            adapters: Any = part
-            state.append((dict(adapters.scaling), list(adapters.active_adapters)))
-            state.append((adapters.disable_adapters, list(adapters.merged_adapters)))
-    return state, held
-
-
 def _packed(module: nn.Module) -> nn.Module:
     """The twin of a network with packed layers in place of its own."""
     twin = _twin(module)
@@ -282,7 +237,7 @@ def _packed(module: nn.Module) -> nn.Module:
 
 def _twin(module: nn.Module) -> nn.Module:
     """Modules of the same tensors, but for layers with adapters of peft, which are merged."""
-    if hasattr(module, "get_base_layer"):
+    if is_adapted(module):
         shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
         adapters: Any = copy.deepcopy(module, shared)
         base = adapters.get_base_layer()

@@ -1,0 +1,54 @@
+"""`latentdiff compile`: native code of a model's networks, for the engine `compiled`."""
+
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from latentdiff.cli import options
+from latentdiff.cli.models import DtypeName, ModelOptions
+
+
+def compile_model(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a file or a Hugging Face name. Default: the bundled emoji model.",
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width in pixels. Default: the model's own."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn at once.")] = 1,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Of the runs to be; 1, which is off, is another shape of calls.")
+    ] = 4.0,
+    dtype: Annotated[DtypeName, typer.Option(help="Precision of the networks.")] = "auto",
+    vae: options.Vae = None,
+    prediction: options.PredictionName = None,
+    variant: options.Variant = None,
+) -> None:
+    """Compile MODEL for pictures of one size, which are then drawn faster; takes minutes.
+
+    It needs a C++ compiler. The code is for this processor, this torch, this number of threads
+    and these weights, and lies in ~/.cache/latentdiff/compiled (or below XDG_CACHE_HOME), where
+    the engine `auto` finds it. Other sizes and batches are drawn as ever; run it again for each.
+    """
+    pipe = ModelOptions(model, vae, prediction, variant).load("cpu", dtype, "eager")
+    from latentdiff.models.engines.compiling import compiling
+
+    bundle = pipe.bundle
+    height, width = (size, size) if size else bundle.size
+    sizes = {"height": height, "width": width, "guidance_scale": guidance_scale}
+    with compiling(bundle.network, bundle.autoencoder, _say) as (network, autoencoder):
+        _say("this takes a minute or more for each network, much more for a large one")
+        pipe.bundle = replace(bundle, network=network, autoencoder=autoencoder)
+        pipe(["a picture"] * batch, num_inference_steps=1, seed=0, progress=False, **sizes)
+    _say("done: latentdiff generate draws with it by itself")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,130 @@
+"""The compiler behind `latentdiff compile`: AOTInductor of torch, weights frozen into the code."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+from latentdiff.files import scratch_folder
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.engines.compiled import (
+    Call,
+    CompiledAutoencoder,
+    CompiledNetwork,
+    Maker,
+    can_compile,
+    cannot_compile,
+)
+from latentdiff.models.engines.packages import keep
+from latentdiff.models.network import Network
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_NAMES = {"forward": "the U-Net", "decode": "the decoder"}
+
+
+@contextmanager
+def compiling(
+    network: Network, autoencoder: Autoencoder, say: Callable[[str], None]
+) -> Iterator[tuple[Network, Autoencoder]]:
+    """Both, which in the block compile whatever they are called for that the cache does not have.
+
+    Args:
+        network: itself, in no engine.
+        autoencoder: likewise; what cannot be compiled stays as it is.
+        say: is told of each step; a package takes a minute or more.
+
+    Raises:
+        UserError: the network cannot be compiled, or there is no compiler.
+    """
+    if reason := cannot_compile(network.module):
+        raise UserError(f"this model cannot be compiled: {reason}.")
+    with scratch_folder() as folder, _cache_in(folder):
+        _check_compiler()
+        make = _maker(say)
+        if can_compile(autoencoder):
+            autoencoder = CompiledAutoencoder.of(autoencoder, autoencoder, make)
+        yield CompiledNetwork.of(network, network, make), autoencoder
+
+
+def _check_compiler() -> None:
+    """Look for the C++ compiler that torch would call.
+
+    Raises:
+        UserError: there is none.
+    """
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        raise UserError(
+            "there is no C++ compiler here, which compiling needs: install g++ (Debian, Ubuntu: "
+            "apt install g++) or name one in the variable CXX. Drawing goes on without."
+        ) from error
+
+
+def _maker(say: Callable[[str], None]) -> Maker:
+    """What compiles packages and keeps them in the user's cache."""
+
+    def make(method: Callable[..., Tensor], call: Call, name: str) -> None:
+        say(f"compiling {_NAMES[method.__name__]} for {call}")
+        start = time.monotonic()
+        path = keep(_library(method, call), name)
+        say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {time.monotonic() - start:.0f} seconds")
+
+    return make
+
+
+class _Method(nn.Module):
+    """A method of a network as a network of tensors alone."""
+
+    def __init__(self, method: Callable[..., Tensor], call: Call) -> None:
+        super().__init__()
+        self.network = method.__self__  # pyright: ignore[reportFunctionMemberAccess]
+        self.name = method.__name__
+        self.call = call
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        args, kwargs = self.call.arguments(tensors)
+        return getattr(self.network, self.name)(*args, **kwargs)
+
+
+def _library(method: Callable[..., Tensor], call: Call) -> Path:
+    """Compile a method for the shapes of a call.
+
+    Raises:
+        UserError: the compiler failed.
+    """
+    import torch._inductor.config as settings
+    from torch._inductor import aot_compile
+
+    given = tuple(call.tensors)
+    try:
+        # Of `torch.compile` and `aot_compile` the option has no effect: it must stand globally.
+        with torch.no_grad(), settings.patch(freezing=True):
+            graph: Any = torch.export.export(_Method(method, call).eval(), given).module()
+            return Path(str(aot_compile(graph, given)))
+    except Exception as error:  # compilers raise anything
+        told = " ".join(str(error).split())
+        raise UserError(f"compiling failed: {told:.300}") from error
+
+
+@contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    """Have torch keep what it compiles by the way in a folder of our own: its own has a name that
+    others of this machine know, and it runs what it finds there."""
+    before = os.environ.get(_CACHE)
+    os.environ[_CACHE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_CACHE]
+        if before is not None:
+            os.environ[_CACHE] = before

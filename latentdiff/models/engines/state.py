@@ -1,0 +1,83 @@
+"""Whether a network is still what an engine was made of, and computes what the engine computes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import warn
+from latentdiff.models.attention import AttentionLayer
+
+# The largest difference to the network itself, relative to its output; more is a fault.
+_WITHIN = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def state_of(module: nn.Module) -> list[object]:
+    """What a network's answers depend on, to be compared with what it is later.
+
+    Changes are seen by the tensors' own count of them, which those through `.data` pass by. Ids
+    and addresses mean something only as long as `tensors_of` the network are held.
+    """
+    state: list[object] = []
+    for part in module.modules():
+        for tensor in part._parameters.values():
+            if tensor is not None:
+                version = 0 if tensor.is_inference() else tensor._version
+                state.append((id(tensor), version, tensor.data_ptr(), tensor.dtype))
+        if isinstance(part, AttentionLayer):
+            state.append(part.processor)
+        if is_adapted(part):
+            adapters: Any = part
+            state.append((dict(adapters.scaling), list(adapters.active_adapters)))
+            state.append((adapters.disable_adapters, list(adapters.merged_adapters)))
+    return state
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters of a network, and their memory as it now is: no other gets their ids."""
+    return [each for p in module.parameters() for each in (p, p.detach())]
+
+
+def is_adapted(part: nn.Module) -> bool:
+    """True for a layer with adapters of peft; to ask the object itself takes ten times longer."""
+    return hasattr(type(part), "get_base_layer")
+
+
+class Checks:
+    """Comparisons of an engine with the network itself, each made once.
+
+    Args:
+        module: the network.
+        told: what is not used where they differ, as "packed weights are not used".
+    """
+
+    def __init__(self, module: nn.Module, told: str) -> None:
+        self._module, self._told = module, told
+        self._passed: dict[str, bool] = {}
+
+    def failed(self) -> bool:
+        """True once something was found to differ."""
+        return not all(self._passed.values())
+
+    def passes(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
+        """Tell whether the engine gives what the network gives; computed once of each kind.
+
+        Args:
+            what: the kind.
+            fast: gives the answer of the engine.
+            slow: gives that of the network.
+        """
+        if what not in self._passed:
+            wanted = slow()
+            try:
+                largest = wanted.abs().max().clamp(min=1e-12)
+                difference = float((fast() - wanted).abs().max() / largest)
+                fault = f"they compute something else, by {difference:.1g} of the largest value"
+            except RuntimeError as error:  # what oneDNN lacks for a processor, or memory
+                difference, fault = math.inf, str(error).partition("\n")[0]
+            self._passed[what] = difference <= _WITHIN[next(self._module.parameters()).dtype]
+            if not self._passed[what]:
+                warn(f"{self._told} on this machine: {fault}")
+        return self._passed[what]
