@@ -127,8 +127,8 @@ class Bundle:
         never overwrite it.
 
         Args:
-            where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x or
-                2.x as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
+            where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x,
+                2.x or XL as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
                 bundled model.
             vae: a folder or a .safetensors file with an autoencoder in place of the model's own,
                 which many single files lack: see `formats.autoencoder_files.open_autoencoder`.

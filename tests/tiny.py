@@ -60,7 +60,7 @@ CAPTIONS = (
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 WIDTH = 16
 WINDOW = 12
-POOLED = 24
+WIDTH_2, POOLED = 24, 20  # of the second encoder of Stable Diffusion XL, whose width tells it
 # Layers whose output has not the variance of their input, but more or less.
 GAINS = {
     "attn2.": 1.5,  # cross-attention averages over many states
@@ -129,8 +129,8 @@ def tiny_xl(
 ) -> Bundle:
     """A model of the Stable Diffusion XL family, of 16 x 16 pictures in 8 x 8 latents.
 
-    It attends to states of two encoders [B, L, 2 WIDTH], of the refiner of one, and is told a
-    pooled vector [B, POOLED] and six numbers, of the refiner five.
+    It attends to states of two encoders [B, L, WIDTH + WIDTH_2], the refiner to those of the
+    second, and is told a pooled vector [B, POOLED] and six numbers, the refiner five.
     """
     autoencoder = tiny_vae(seed=seed)
     encoders = {"text_encoder_2": tiny_penultimate(2, seed + 1)}
@@ -152,6 +152,55 @@ def tiny_xl(
     )
 
 
+def xl_like() -> Bundle:
+    """The shapes of Stable Diffusion XL as small as its rules allow: 32 groups, heads of 64, 256
+    waves of each number. What its files do not tell is as published."""
+    tokenizer = clip_tokenizer()
+    encoders: dict[str, PenultimateTower] = {}
+    for number, name in enumerate(("text_encoder", "text_encoder_2"), 1):
+        text = ClipTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            max_position_embeddings=WINDOW,
+            hidden_act="quick_gelu" if number == 1 else "gelu",
+        )
+        words = copy.deepcopy(tokenizer)
+        words.pad_token = words.pad_token if number == 1 else "!"
+        with torch.random.fork_rng([]):
+            model = (ClipTextEncoder if number == 1 else ClipTextEncoderWithProjection)(text)
+        encoders[name] = PenultimateTower(draw_weights(model, number), words)
+    with torch.random.fork_rng([]):
+        vae = build_vae("kl", (32, 32), 1, 4, 32, 64)
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            transformer_layers_per_block=[1, 2],  # pyright: ignore[reportArgumentType]
+            attention_head_dim=(1, 1),  # pyright: ignore[reportArgumentType]
+            use_linear_projection=True,
+            cross_attention_dim=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=32 + 6 * 256,
+        )
+    vae.register_to_config(scaling_factor=0.13025)
+    networks = (draw_weights(vae, 0), draw_weights(unet, 0))
+    for network in (*networks, *(tower.model for tower in encoders.values())):
+        network.requires_grad_(False)
+    return replace(
+        tiny_xl(),
+        autoencoder=DiffusersAutoencoder(vae),
+        conditioner=JoinedConditioner(encoders, True, False),
+        network=SizedUNet(unet, 4),
+    )
+
+
 def tiny_penultimate(number: Literal[1, 2], seed: int = 0) -> PenultimateTower:
     """The first text encoder of `tiny_xl`, or the second, whose tokenizer pads with another token
     and which has a projection."""
@@ -159,7 +208,7 @@ def tiny_penultimate(number: Literal[1, 2], seed: int = 0) -> PenultimateTower:
     end = tokenizer.eos_token_id
     config = ClipTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
+        hidden_size=WIDTH if number == 1 else WIDTH_2,
         intermediate_size=4 * WIDTH,
         projection_dim=POOLED,
         num_hidden_layers=3,
@@ -192,7 +241,7 @@ def tiny_xl_unet(
             transformer_layers_per_block=[1, 2],  # pyright: ignore[reportArgumentType]
             attention_head_dim=(2, 4),  # pyright: ignore[reportArgumentType]
             use_linear_projection=True,
-            cross_attention_dim=WIDTH if refiner else 2 * WIDTH,
+            cross_attention_dim=WIDTH_2 if refiner else WIDTH + WIDTH_2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=4,

@@ -78,23 +78,26 @@ def _not_understood(bundle: "Bundle") -> list[str]:
     from latentdiff.diffusion import process
 
     text: Any = next(iter(bundle.conditioner.modules.values()))
+    xl = len(bundle.conditioner.modules) > 1 or bundle.conditioner.pooled_width is not None
+    scale = 0.13025 if xl else 0.18215
     strange: list[str] = []
     if bundle.latent_channels != 4:
         strange.append(f"its latents have {bundle.latent_channels} channels, not 4")
-    elif bundle.autoencoder.scaling_factor != 0.18215:
+    elif bundle.autoencoder.scaling_factor != scale:
         strange.append(
-            f"its latents are scaled by {bundle.autoencoder.scaling_factor}, not 0.18215"
+            f"its latents are scaled by {bundle.autoencoder.scaling_factor}, not {scale}"
         )
     if text.config.vocab_size != 49408:
         strange.append(f"its vocabulary is of {text.config.vocab_size} tokens, not CLIP's")
-    if bundle.prediction == "v" and text.config.hidden_act == "quick_gelu":
+    if bundle.prediction == "v" and text.config.hidden_act == "quick_gelu" and not xl:
         strange.append(
             "a model of version 1 that predicts v is taken for eps (A1111 reads a .yaml beside it, "
             "ComfyUI has the node ModelSamplingDiscrete)"
         )
     elif bundle.prediction not in ("eps", "v"):
         strange.append(f"it predicts {bundle.prediction}, not eps or v")
-    if not process.agree(bundle.process, process.create("vp-scaled-linear")):
+    usual = ["vp-scaled-linear"] + xl * ["vp-scaled-linear-zsnr"]  # of which XL's files tell
+    if not any(process.agree(bundle.process, process.create(name)) for name in usual):
         strange.append("its noise schedule is not that of Stable Diffusion")
     return strange
 

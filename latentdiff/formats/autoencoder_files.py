@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import VAE
 
 
-def open_autoencoder(where: Path) -> "tuple[VAE, WeightFiles]":
+def open_autoencoder(where: Path, scale: float = 0.18215) -> "tuple[VAE, WeightFiles]":
     """An autoencoder, without memory yet, and its weights.
 
     Args:
         where: a folder in the diffusers layout, of an autoencoder or of a whole model; or a
             .safetensors file of either, as A1111 and ComfyUI have them. Latents are scaled as its
-            config, its header or the .yaml beside it says, else by the 0.18215 of Stable
-            Diffusion 1 and 2.
+            config, its header or the .yaml beside it says, else by `scale`.
+        scale: by default that of Stable Diffusion 1 and 2.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -41,6 +41,6 @@ def open_autoencoder(where: Path) -> "tuple[VAE, WeightFiles]":
         prefix = ldm.VAE if any(name.startswith(ldm.VAE) for name in shapes) else ""
         if f"{prefix}decoder.conv_in.weight" not in shapes:
             raise UserError("it holds no autoencoder.")
-        config = vae_config(where, stored, prefix)
+        config = vae_config(where, stored, prefix, scale)
         files = vae_files(where, config, prefix)
         return parts.vae_of(config, "vae", files), files

@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 
-_HEADER = "latentdiff"
+HEADER = "latentdiff"
 _CONFIGS = ("unet", "vae", "text_encoder", "scheduler")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _CLIP_VOCABULARY = 49408
 _CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+_PROJECTION = "text_projection.weight"
 _UNUSED = ("text_projection", "logit_scale", "attn_mask")
 # What training leaves in nearly every whole file: its schedule, and averaged weights beside others.
 _SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights")
@@ -62,6 +63,7 @@ class PartFiles(WeightFiles):
         prefixes: prefixes of the part's names; other names are left alone.
         table: from the names of diffusers to those behind the prefix.
         unused: beginnings of names that no picture needs, which are left out with a warning.
+        projection: whether a text encoder's projection is needed.
 
     Raises:
         UserError: the file is damaged.
@@ -73,6 +75,8 @@ class PartFiles(WeightFiles):
         prefixes: Sequence[str],
         table: ldm.Table,
         unused: tuple[str, ...] = (),
+        *,
+        projection: bool = False,
     ) -> None:
         back = ldm.inverse(table)
         left_out: list[str] = []
@@ -85,7 +89,8 @@ class PartFiles(WeightFiles):
                         left_out.append(stored)
                         return None
                     # What the table does not know keeps its name, and is refused by it.
-                    return _kept(ldm.renamed(name, back) or name)
+                    known = ldm.renamed(name, back) or name
+                    return known if projection and known == _PROJECTION else _kept(known)
             return None
 
         super().__init__([file], rename)
@@ -96,6 +101,8 @@ class PartFiles(WeightFiles):
                 self.shapes[name] = shape[:2]  # in the file, a convolution of 1 x 1
             elif ".in_proj_" in name and shape and shape[0] % 3 == 0:
                 self._split(name, (shape[0] // 3, *shape[1:]))
+            elif name == _PROJECTION:
+                self.shapes[name] = shape[::-1]
 
     def _split(self, name: str, shape: tuple[int, ...]) -> None:
         """Query, key and value, which OpenCLIP keeps in one tensor."""
@@ -110,6 +117,8 @@ class PartFiles(WeightFiles):
         tensor = super().read(name, dtype, device)
         if name in self._third:
             tensor = tensor.chunk(3)[self._third[name]].clone()
+        elif name == _PROJECTION:
+            tensor = tensor.T.contiguous()  # OpenCLIP multiplies from the other side
         return tensor.reshape(self.shapes[name])
 
 
@@ -119,7 +128,7 @@ def vae_files(file: Path, config: Config, prefix: str = ldm.VAE) -> PartFiles:
     Raises:
         UserError: the file is damaged, or the config is not that of a single file.
     """
-    return PartFiles(file, [prefix], _table("vae", config), ldm.VAE_LEFTOVERS)
+    return PartFiles(file, [prefix], table_of("vae", config), ldm.VAE_LEFTOVERS)
 
 
 def _kept(name: str) -> str | None:
@@ -137,12 +146,13 @@ def _read_configs(file: Path, own_vae: bool = True) -> tuple[dict[str, Config], 
         UserError: the file is damaged or of another kind of model.
     """
     stored = WeightFiles([file])
-    if _HEADER not in stored.metadata:
+    if HEADER not in stored.metadata:
         return _inferred(stored, own_vae, read_beside(file)), {}
-    return _told(stored)
+    configs, words = told_configs(stored, _CONFIGS, ("tokenizer",))
+    return configs, words["tokenizer"]
 
 
-def vae_config(file: Path, stored: WeightFiles, prefix: str) -> Config:
+def vae_config(file: Path, stored: WeightFiles, prefix: str, scale: float = 0.18215) -> Config:
     """The config of a file's autoencoder: of its header where it was written here, else by the
     shapes of its tensors and the `.yaml` beside it.
 
@@ -150,32 +160,51 @@ def vae_config(file: Path, stored: WeightFiles, prefix: str) -> Config:
         file: a whole model, or an autoencoder alone.
         stored: the file, opened.
         prefix: of the autoencoder's tensors.
+        scale: of its latents, where nothing tells it: that of Stable Diffusion 1 and 2.
 
     Raises:
         UserError: it is damaged.
     """
-    if _HEADER in stored.metadata:
-        return _told(stored)[0]["vae"]
-    return {**infer.vae_config(stored.shapes, prefix), **read_beside(file).vae}
+    if HEADER in stored.metadata:
+        return told_configs(stored, ("vae",), ())[0]["vae"]
+    if any(name.startswith("conditioner.embedders.") for name in stored.shapes):
+        return infer.vae_config(stored.shapes, prefix, infer.XL_SCALE)
+    return {**infer.vae_config(stored.shapes, prefix, scale), **read_beside(file).vae}
 
 
-def _told(stored: WeightFiles) -> tuple[dict[str, Config], dict[str, str]]:
-    """The configs and the tokenizer's files in the header of a file that was written here.
+def told_configs(
+    stored: WeightFiles, parts: Sequence[str], tokenizers: Sequence[str]
+) -> tuple[dict[str, Config], dict[str, dict[str, str]]]:
+    """The configs of parts, and the files of tokenizers, in the header of a file that was written
+    here.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or does not have one.
     """
     try:
-        told: Any = parse_json(stored.metadata[_HEADER])
-        configs = {part: told[part] for part in _CONFIGS}
-        tokenizer = {name: str(told["tokenizer"][name]) for name in told["tokenizer"]}
+        told: Any = parse_json(stored.metadata[HEADER])
+        configs = {part: told[part] for part in parts}
+        words = {one: {name: str(told[one][name]) for name in told[one]} for one in tokenizers}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"its header is damaged ({first_line(error)}).") from error
     for part, config in configs.items():
         if not isinstance(config, dict):
             raise UserError(f"its header is damaged: {part} is no JSON object.")
         check_numbers(config, part)
-    return configs, tokenizer
+    return configs, words
+
+
+def check_vae(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a file holds an autoencoder.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not any(name.startswith(ldm.VAE) for name in shapes):
+        raise UserError(
+            f"it holds no autoencoder ({ldm.VAE}*): give one with vae=... (--vae on the command "
+            "line), a folder or a .safetensors file."
+        )
 
 
 def _inferred(stored: WeightFiles, own_vae: bool, told: Told) -> dict[str, Config]:
@@ -185,11 +214,8 @@ def _inferred(stored: WeightFiles, own_vae: bool, told: Told) -> dict[str, Confi
             f"it holds no {ldm.UNET}*, so it is no Stable Diffusion model; a LoRA goes to --lora."
         )
     infer.refuse_others(shapes)
-    if own_vae and not any(name.startswith(ldm.VAE) for name in shapes):
-        raise UserError(
-            f"it holds no autoencoder ({ldm.VAE}*): give one with vae=... (--vae on the command "
-            "line), a folder or a .safetensors file."
-        )
+    if own_vae:
+        check_vae(shapes)
     if not any(name.startswith(_TEXT) for name in shapes):
         raise UserError("it holds no text encoder (cond_stage_model.*), so no prompt can be read.")
     text = infer.text_config(shapes)
@@ -249,7 +275,7 @@ def open_single(
         vae = vae_files(file, configs["vae"]) if own_vae else None
         config = configs["text_encoder"]
         with scratch_folder() as scratch:
-            place = _tokenizer(file, words, config.get("vocab_size"), scratch)
+            place = tokenizer_of(file, words, config.get("vocab_size"), scratch)
             tower = parts.clip_of(config, "text_encoder", text, place)
         if not words and config["hidden_act"] == "gelu":
             tower.tokenizer.pad_token = "!"  # version 2 pads with it
@@ -263,28 +289,36 @@ def open_single(
 
 def _part_files(file: Path, configs: Mapping[str, Config]) -> tuple[PartFiles, PartFiles]:
     """Weights of the U-Net and the text encoder; of what is of no part, a warning."""
-    unet, text = (_table(part, configs[part]) for part in ("unet", "text_encoder"))
+    unet, text = (table_of(part, configs[part]) for part in ("unet", "text_encoder"))
     files = PartFiles(file, _TEXT, text)
     layers = configs["text_encoder"].get("num_hidden_layers")
     for name in list(files.shapes):  # what version 2 does not look at
         if name.startswith(f"transformer.resblocks.{layers}."):
             del files.shapes[name]
-    known = (ldm.UNET, ldm.VAE, *_TEXT, *_CUSTOMARY, ldm.V_PREDICTION, ldm.ZERO_SNR)
-    warn_left_out(file, [name for name in WeightFiles([file]).shapes if not name.startswith(known)])
+    warn_of_others(file, _TEXT)
     return PartFiles(file, [ldm.UNET], unet), files
 
 
-def _table(part: str, config: Config) -> ldm.Table:
-    """The names of a part.
+def warn_of_others(file: Path, texts: tuple[str, ...]) -> None:
+    """Say which tensors are of no part; `texts` are prefixes of text encoders."""
+    known = (ldm.UNET, ldm.VAE, *texts, *_CUSTOMARY, ldm.V_PREDICTION, ldm.ZERO_SNR)
+    warn_left_out(file, [name for name in WeightFiles([file]).shapes if not name.startswith(known)])
+
+
+def table_of(part: str, config: Config) -> ldm.Table:
+    """The names of a part: "unet", "vae", or a text encoder in the spelling "clip" or "open_clip";
+    "text_encoder" is the one of Stable Diffusion 1 and 2 that its config says.
 
     Raises:
         UserError: its layers have no names in a single file.
     """
     if part == "text_encoder":
-        layers = config.get("num_hidden_layers")
-        if config.get("hidden_act") == "gelu" and isinstance(layers, int):
-            return ldm.open_clip_table(layers)
+        part = "open_clip" if config.get("hidden_act") == "gelu" else "clip"
+    if part == "clip":
         return {name: name for name in ("embeddings", "encoder", "final_layer_norm")}
+    if part == "open_clip":
+        layers = config.get("num_hidden_layers")
+        return ldm.open_clip_table(layers if isinstance(layers, int) else 0)
     layers, blocks = config.get("layers_per_block"), config.get("down_block_types")
     if not isinstance(layers, int) or not isinstance(blocks, list | tuple):
         raise UserError(f"{part}: a single file has no names for layers that differ in number.")
@@ -293,18 +327,31 @@ def _table(part: str, config: Config) -> ldm.Table:
     return ldm.unet_table(layers, ["CrossAttn" in str(block) for block in blocks])
 
 
-def _tokenizer(file: Path, tokenizer: Mapping[str, str], vocabulary: object, scratch: Path) -> Path:
+def tokenizer_of(
+    file: Path,
+    tokenizer: Mapping[str, str],
+    vocabulary: object,
+    scratch: Path,
+    name: str = "tokenizer",
+) -> Path:
     """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's from the hub.
+
+    Args:
+        file: the checkpoint.
+        tokenizer: the tokenizer's files that its header holds.
+        vocabulary: the number of tokens that the text encoder knows.
+        scratch: an empty folder.
+        name: of the folder beside it.
 
     Raises:
         UserError: no tokenizer was found.
     """
     if tokenizer:
-        for name in _TOKENIZER_FILES:
-            if name in tokenizer:
-                (scratch / name).write_text(tokenizer[name], "utf-8")
+        for part in _TOKENIZER_FILES:
+            if part in tokenizer:
+                (scratch / part).write_text(tokenizer[part], "utf-8")
         return scratch
-    if (beside := file.parent / "tokenizer").is_dir():
+    if (beside := file.parent / name).is_dir():
         return beside
     if vocabulary != _CLIP_VOCABULARY:
         raise UserError(
@@ -338,7 +385,7 @@ def save_single(
     """
     if not isinstance(text, ClipTower) or not is_kl(vae):
         raise UserError("a single file can only hold a KL autoencoder and a CLIP text encoder.")
-    replace = may_replace(path, "a model file that opens here", _read_configs)
+    replace = may_replace(path, "a model file that opens here", recognise)
     vae = without_offset(vae)
     configs: dict[str, Config] = {
         "unet": config_of(unet),
@@ -353,27 +400,69 @@ def save_single(
         ("vae", vae, ldm.VAE),
         ("text_encoder", text.model, ldm.OPEN_CLIP if second else ldm.CLIP),
     ):
-        table = _table(part, configs[part])
-        for name, value in (
-            _joined(network.state_dict())
-            if second and part == "text_encoder"
-            else (network.state_dict().items())
-        ):
-            if (stored := ldm.renamed(name, table)) is None:
-                raise UserError(f"{part}: a single file has no name for the layer {name}.")
-            if ".mid_block.attentions.0.to_" in name and value.ndim == 2 and part == "vae":
-                value = value[..., None, None]
-            values[prefix + stored] = value.detach().to("cpu", dtype or value.dtype)
-    with scratch_folder() as scratch:
-        save_tokenizer(text.tokenizer, scratch)
-        found = [scratch / name for name in _TOKENIZER_FILES]
-        words = {file.name: file.read_text("utf-8") for file in found if file.is_file()}
-    header = {_HEADER: json.dumps({**configs, "tokenizer": words})}
+        values |= part_tensors(part, network.state_dict(), configs[part], prefix, dtype)
+    header = {HEADER: json.dumps({**configs, "tokenizer": tokenizer_files(text.tokenizer)})}
     declared = infer.MODEL_SPEC_PREDICTIONS.get(str(schedule.get("prediction_type")))
     if declared is not None:  # the other predictions have no name in the standard
         header |= {infer.MODEL_SPEC_PREDICTION: declared}
     save_tensors(values, path, header, replace=replace)
     return path
+
+
+def recognise(path: Path) -> None:
+    """Check that a file is a model that opens here, by its header or the names of its tensors.
+
+    Raises:
+        UserError: it is none.
+    """
+    stored = WeightFiles([path])
+    if HEADER in stored.metadata:
+        told_configs(stored, ("unet", "vae", "scheduler"), ())
+    elif not any(name.startswith("conditioner.embedders.") for name in stored.shapes):
+        _read_configs(path)
+    else:
+        infer.unet_config(stored.shapes, 128)
+
+
+def part_tensors(
+    part: str,
+    state: Mapping[str, Tensor],
+    config: Config,
+    prefix: str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The tensors of a part, by their names in a single file.
+
+    Args:
+        part: as in `table_of`.
+        state: the tensors by the names of diffusers.
+        config: of the part.
+        prefix: of the names.
+        dtype: see `Bundle.save`.
+
+    Raises:
+        UserError: such files have no name for one.
+    """
+    table = table_of(part, config)
+    open_clip = "token_embedding" in table.values()
+    values: dict[str, Tensor] = {}
+    for name, value in _joined(state) if open_clip else state.items():
+        if (stored := ldm.renamed(name, table)) is None:
+            raise UserError(f"{part}: a single file has no name for the layer {name}.")
+        if ".mid_block.attentions.0.to_" in name and value.ndim == 2 and part == "vae":
+            value = value[..., None, None]
+        elif name == _PROJECTION:
+            value = value.T
+        values[prefix + stored] = value.detach().to("cpu", dtype or value.dtype)
+    return values
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    """The files of a tokenizer, to be kept in a header."""
+    with scratch_folder() as scratch:
+        save_tokenizer(tokenizer, scratch)
+        found = [scratch / name for name in _TOKENIZER_FILES]
+        return {file.name: file.read_text("utf-8") for file in found if file.is_file()}
 
 
 def _joined(state: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:

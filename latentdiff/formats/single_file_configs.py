@@ -12,6 +12,11 @@ Config = dict[str, object]
 V_PREDICTION_TELLTALE = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_PREDICTION_STD = 0.09
 
+XL_WAVES = 256
+"""Sines and cosines of each number that a U-Net of Stable Diffusion XL is told."""
+XL_SCALE = 0.13025
+"""The scale of the latents of Stable Diffusion XL."""
+
 
 class Shapes:
     """Shapes of the tensors of one part, without its prefix.
@@ -55,13 +60,13 @@ def refuse_others(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
     later = ("label_emb.", "conditioner.", f"{UNET}label_emb.", f"{UNET}conditioner.")
     if any(name.startswith(later) for name in shapes):
-        raise UserError("it is of Stable Diffusion XL or unCLIP, which do not load here.")
+        raise UserError("it is of unCLIP or another model than those that load here.")
 
 
 def unet_config(
     shapes: Mapping[str, tuple[int, ...]], size: int, told: tuple[str, int] | None = None
 ) -> Config:
-    """Infer the config of `UNet2DConditionModel`, by the rules shared by Stable Diffusion 1 and 2.
+    """Infer the config of `UNet2DConditionModel`, by the rules of Stable Diffusion 1, 2 and XL.
 
     Args:
         shapes: the shapes of all tensors of the checkpoint.
@@ -83,8 +88,11 @@ def unet_config(
     widths = [level[0][0] for level in levels]
     depths = [level[0][1] for level in levels]
     middle = part.count("middle_block.1.transformer_blocks.{}.norm1.weight")
-    if not middle or {depth for depth in depths if depth} - {middle}:
+    sized = "label_emb.0.0.weight" in part
+    if not middle or (not sized and {depth for depth in depths if depth} - {middle}):
         raise UserError("its U-Net is not that of Stable Diffusion 1.x or 2.x.")
+    if sized and depths[-1] not in (0, middle):
+        raise UserError("the middle of its U-Net is not as deep as its last level.")
     linear = len(part.known.get("middle_block.1.proj_in.weight", ())) == 2
     distilled = "time_embed.cond_proj.weight" in part
     kind, count = told or (("width", 64) if linear else ("number", 8))
@@ -97,13 +105,20 @@ def unet_config(
         "layers_per_block": len(levels[0]),
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
         "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths[::-1]],
-        "transformer_layers_per_block": middle,
+        "transformer_layers_per_block": [*(depth or 1 for depth in depths[:-1]), middle]
+        if sized
+        else middle,
         "cross_attention_dim": part.side(
             "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1
         ),
         "use_linear_projection": linear,
+        "addition_embed_type": "text_time" if sized else None,
+        "addition_time_embed_dim": XL_WAVES if sized else None,
+        "projection_class_embeddings_input_dim": part.side("label_emb.0.0.weight", 1)
+        if sized
+        else None,
         "time_cond_proj_dim": part.side("time_embed.cond_proj.weight", 1) if distilled else None,
-        # Heads leave no trace in the shapes: 64 wide in version 2, eight of them in version 1.
+        # Heads leave no trace in the shapes: 64 wide in version 2 and XL, eight of them in 1.
         # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
         "attention_head_dim": [max(1, width // count) for width in widths]
         if kind == "width"
@@ -132,8 +147,11 @@ def _resnet(number: int) -> str:
     return f"input_blocks.{number}.0.out_layers.3.weight"
 
 
-def vae_config(shapes: Mapping[str, tuple[int, ...]], prefix: str = VAE) -> Config:
-    """Infer the config of `AutoencoderKL`, of the tensors with this prefix."""
+def vae_config(
+    shapes: Mapping[str, tuple[int, ...]], prefix: str = VAE, scale: float = 0.18215
+) -> Config:
+    """Infer the config of `AutoencoderKL`, of the tensors with this prefix, whose latents are
+    scaled as those of Stable Diffusion 1 and 2 unless `scale` is another's."""
     part = Shapes(shapes, prefix)
     levels = part.count("encoder.down.{}.block.0.conv1.weight")
     widths = [part.side(f"encoder.down.{n}.block.0.conv1.weight", 0) for n in range(levels)]
@@ -146,26 +164,38 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], prefix: str = VAE) -> Conf
         "layers_per_block": part.count("encoder.down.0.block.{}.conv1.weight"),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "scaling_factor": 0.18215,
+        "scaling_factor": scale,
     }
 
 
 def text_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
     """Infer the config of `CLIPTextModel`: OpenAI's CLIP in version 1, OpenCLIP in version 2."""
     if any(name.startswith(OPEN_CLIP) for name in shapes):
-        part = Shapes(shapes, OPEN_CLIP)
+        config = clip_config(shapes, OPEN_CLIP, open_clip=True)
+        if config["num_hidden_layers"] == 24:  # version 2 looks at the last layer but one
+            config["num_hidden_layers"] = 23
+        return config
+    prefix = CLIP if any(name.startswith(CLIP) for name in shapes) else CLIP_OLD
+    return clip_config(shapes, prefix, open_clip=False)
+
+
+def clip_config(shapes: Mapping[str, tuple[int, ...]], prefix: str, *, open_clip: bool) -> Config:
+    """Infer the config of `CLIPTextModel`, of the tensors with this prefix in either spelling."""
+    part = Shapes(shapes, prefix)
+    if open_clip:
         layers = part.count("transformer.resblocks.{}.ln_1.weight")
         names = ("token_embedding.weight", "positional_embedding")
         wide, kind = part.side("transformer.resblocks.0.mlp.c_fc.weight", 0), "gelu"
-        layers = 23 if layers == 24 else layers  # version 2 looks at the last layer but one
     else:
-        prefix = CLIP if any(name.startswith(CLIP) for name in shapes) else CLIP_OLD
-        part = Shapes(shapes, prefix)
         layers = part.count("encoder.layers.{}.layer_norm1.weight")
         names = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
         wide, kind = part.side("encoder.layers.0.mlp.fc1.weight", 0), "quick_gelu"
     width = part.side(names[0], 1)
+    projected = {}
+    if "text_projection" in part:
+        projected["projection_dim"] = part.side("text_projection", 1)
     return {
+        **projected,
         "model_type": "clip_text_model",
         "vocab_size": part.side(names[0], 0),
         "max_position_embeddings": part.side(names[1], 0),
@@ -213,6 +243,16 @@ def scheduler_config(prediction: str, zero_snr: bool = False) -> Config:
         "steps_offset": 1,
         "clip_sample": False,
     }
+
+
+def xl_scheduler_config(prediction: str, zero_snr: bool = False) -> Config:
+    """Give the scheduler config that Stable Diffusion XL was published with; see the one above."""
+    config = scheduler_config(prediction, zero_snr)
+    leave = ("set_alpha_to_one", "skip_prk_steps", "clip_sample")
+    if not zero_snr:
+        config = {key: value for key, value in config.items() if key not in leave}
+        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    return config
 
 
 MODEL_SPEC_PREDICTION = "modelspec.prediction_type"

@@ -12,6 +12,9 @@ VAE = "first_stage_model."
 CONTROL = "control_model."
 CLIP = "cond_stage_model.transformer.text_model."
 OPEN_CLIP = "cond_stage_model.model."
+XL_CLIP = "conditioner.embedders.0.transformer.text_model."
+XL_OPEN_CLIP = "conditioner.embedders.1.model."
+REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Tensors that say by their names what the network predicts, and that the schedule ends in noise
@@ -60,6 +63,8 @@ def unet_table(layers: int, attention: Sequence[bool]) -> Table:
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "time_embedding.cond_proj": "time_embed.cond_proj",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
         "mid_block.attentions.0": "middle_block.1",
@@ -149,6 +154,7 @@ def _vae_resnet(table: dict[str, str], ours: str, theirs: str) -> None:
 def open_clip_table(layers: int) -> Table:
     """Names of OpenCLIP's text encoder, but for the joined query, key and value."""
     table = {
+        "text_projection.weight": "text_projection",
         "embeddings.token_embedding": "token_embedding",
         "embeddings.position_embedding.weight": "positional_embedding",
         "final_layer_norm": "ln_final",

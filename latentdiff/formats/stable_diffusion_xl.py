@@ -11,6 +11,7 @@ from latentdiff.errors import UserError
 from latentdiff.formats import scheduler_config
 from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
 from latentdiff.formats.scheduler_config import Described
+from latentdiff.formats.single_file_configs import XL_SCALE
 from latentdiff.formats.weights import blaming, read_json
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.joined_conditioner import JoinedConditioner
@@ -39,8 +40,11 @@ def claims_folder(index: Mapping[str, object]) -> bool:
 
 
 def claims_file(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """See `Family.claims_file`."""
-    return False
+    """True where the file holds text encoders, or a U-Net, under their names in Stable Diffusion
+    XL."""
+    from latentdiff.formats.single_file_xl import claims
+
+    return claims(shapes)
 
 
 def open_folder(folder: Path, choices: Choices) -> Opened:
@@ -67,7 +71,7 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
     if choices.vae is None:
         vae = parts.vae(folder / "vae", variant)
     else:
-        vae = open_autoencoder(choices.vae)
+        vae = open_autoencoder(choices.vae, XL_SCALE)
     texts: dict[str, tuple[PenultimateTower, WeightFiles]] = {}
     if index.get("text_encoder") not in (None, [None, None]):
         texts["text_encoder"] = parts.penultimate(
@@ -90,7 +94,20 @@ def _switch(index: Mapping[str, object], path: Path, key: str, default: bool) ->
 
 def open_file(file: Path, choices: Choices) -> Opened:
     """See `Family.open_file`."""
-    raise UserError(f"{file}: single files of Stable Diffusion XL do not load here.")
+    from latentdiff.formats.autoencoder_files import open_autoencoder
+    from latentdiff.formats.single_file_xl import open_xl
+
+    if choices.variant is not None:
+        raise UserError(
+            f"{file}: a single file has no variants; only the weights of a folder have."
+        )
+    single = open_xl(file, choices.vae is None)
+    vae = single.vae if choices.vae is None else open_autoencoder(choices.vae, XL_SCALE)
+    assert vae is not None
+    described = scheduler_config.read(single.schedule, f"{file}: scheduler")
+    switches = {"zero_empty": single.zero_empty, "aesthetic": single.aesthetic}
+    with blaming(file):
+        return _opened(single.unet, vae, single.texts, described, **switches)
 
 
 def _opened(
@@ -137,7 +154,13 @@ def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype
 
 def write_file(path: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
     """See `Family.write_file`."""
-    raise UserError(f"{path}: single files of Stable Diffusion XL are not written here.")
+    from latentdiff.formats.single_file_xl import save_xl
+
+    conditioner = _conditioner(nouns)
+    vae: Any = nouns.autoencoder.module
+    unet: Any = nouns.network.module
+    switches = {"zero_empty": conditioner.zero_empty, "aesthetic": conditioner.aesthetic}
+    save_xl(path, vae, unet, conditioner.towers, schedule, dtype, **switches)
 
 
 def _conditioner(nouns: Nouns) -> JoinedConditioner:

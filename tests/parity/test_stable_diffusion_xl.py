@@ -146,7 +146,7 @@ def test_sizes_of_a_call_and_ready_made_states(tmp_path: Path) -> None:
     for bad, line in (
         ({**ready, "crop": (0, 0)}, "crop: the ready-made condition holds sizes"),
         ({"prompt_embeds": states}, "also told a pooled text"),
-        ({"prompt_embeds": Condition(states=states, pooled=pooled[:, 1:])}, "P, 24"),
+        ({"prompt_embeds": Condition(states=states, pooled=pooled[:, 1:])}, "P, 20"),
         ({"prompt": PROMPTS, "original_size": 512}, "original_size: give .height, width."),
         ({"prompt": PROMPTS, "crop": (0, -1)}, "crop: must be a whole number from 0"),
         ({"prompt": PROMPTS, "aesthetic_score": 7}, "aesthetic_score: this model is no refiner"),

@@ -326,7 +326,7 @@ def test_the_bundled_model_fits_in_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("model.diffusion_model.label_emb.0.0.weight", torch.ones(2), "Stable Diffusion XL"),
+        ("model.diffusion_model.label_emb.0.0.weight", torch.ones(2), "it is of unCLIP"),
         ("model.diffusion_model.extra.weight", torch.ones(2), "not in this network"),
         ("model.diffusion_model.out.2.weight", None, "no Stable Diffusion 1.x or 2.x"),
         ("model.diffusion_model.out.0.weight", None, "conv_norm_out.weight is not in the weights"),

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
     StableDiffusionXLPipeline,
 )
 from safetensors.torch import load_file
-from tiny import tiny_bundle, tiny_xl
+from tiny import POOLED, WIDTH, WIDTH_2, tiny_bundle, tiny_xl
 from torch import Tensor
 from xl import UNET
 
@@ -37,8 +37,8 @@ def made(*, refiner: bool = False) -> Lora:
 def answers(unet: Any, encoders: list[Any]) -> list[Tensor]:
     random = torch.Generator().manual_seed(7)
     x = torch.randn(2, 4, 8, 8, generator=random)
-    states = torch.randn(2, 12, 32, generator=random)
-    added = {"text_embeds": states[:, 0, :24], "time_ids": 100 * states[:, 0, :6]}
+    states = torch.randn(2, 12, WIDTH + WIDTH_2, generator=random)
+    added = {"text_embeds": states[:, 0, :POOLED], "time_ids": 100 * states[:, 0, :6]}
     ids = torch.randint(0, 500, (2, 12), generator=random)
     with torch.no_grad():
         noise = unet(x, 500, encoder_hidden_states=states, added_cond_kwargs=added)
