@@ -9,7 +9,8 @@ folder in the diffusers layout. Run the same command again to resume.
 
 Methods: lora (a small file beside the model: styles, subjects), dreambooth (one subject, with
 --instance-prompt "a sks dog" --prior-prompt "a dog"), textual-inversion (a new word, --token),
-full (every weight of the U-Net).
+full (every weight of the U-Net), controlnet (a network beside the model that holds it to
+pictures of edges and such, made out of the training pictures).
 
 Everything else is key=value: optim.accumulation=4, objective.offset_noise=0.1 and so on;
 docs/finetune.md has it all.
@@ -37,12 +38,14 @@ from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.checkpoint import Tensors
 from latentdiff.learning.command import DryRun, told_in_one_line
 from latentdiff.learning.config import override, put, read_yaml
+from latentdiff.learning.control_pictures import ControlPictures
 from latentdiff.learning.denoising import Conditioned, bound, draw_times, noised_batch, offset_noise
 from latentdiff.learning.finetune_config import FinetuneConfig, resolve
 from latentdiff.learning.inpainting_masks import Holes, middle
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import min_snr_gamma, weighted_mse
 from latentdiff.learning.methods import (
+    fresh_control,
     make_trainable,
     with_objective,
     without_dropout,
@@ -57,8 +60,9 @@ from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
 from latentdiff.learning.textual_inversion import check_words
 from latentdiff.learning.trained import Trained
+from latentdiff.models.control import ControlNetwork
 from latentdiff.pictures import centre_square, grid
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline import Control, LatentDiffusionPipeline
 
 
 def main(
@@ -150,8 +154,8 @@ main.__doc__ = __doc__
 
 def train(config: FinetuneConfig, dry: bool) -> None:
     """One run in the folder `config.out`."""
-    may_split = config.method != "textual-inversion" and config.optimizer == "adamw"
-    with Run(config, dry, may_split=may_split) as run:
+    whole = config.method in ("textual-inversion", "controlnet") or config.optimizer != "adamw"
+    with Run(config, dry, may_split=not whole) as run:
         fit(run, Finetuning(config, run))
 
 
@@ -178,6 +182,7 @@ class Finetuning(Objective[Key]):
             # samples are drawn into these; their files may be gone later
             some = samples.examples[: len(config.sample_prompts) or 8]
             self.masked = [centre_square(example.open(), min(bundle.size)) for example in some]
+        self.control, self.control_pictures = self._control()
         encoders = bundle.conditioner.modules.values()
         learns_text = any(p.requires_grad for m in encoders for p in m.parameters())
         priors = len(samples.examples) - samples.count
@@ -190,7 +195,7 @@ class Finetuning(Objective[Key]):
         run.say(*captions.warnings())
         cache = config.out / "cache"
         self.states = None if learns_text else CaptionStates(captions, bundle.conditioner, cache)
-        module = Conditioned(bundle).train()
+        module = Conditioned(bundle, self.control).train()
         self.shown = run.shown(bundle, module)
         make = partial(
             make_optimizer,
@@ -202,6 +207,17 @@ class Finetuning(Objective[Key]):
         averaged = config.optimizer != "schedule-free"
         self.model = Trained("model", module, config.optim, make, averaged=averaged)
         self.trained = [self.model]
+
+    def _control(self) -> tuple[ControlNetwork | None, ControlPictures | None]:
+        """The ControlNet that learns, and the pictures that it is shown."""
+        config, samples = self.config, self.samples
+        if config.method != "controlnet":
+            return None, None
+        crops = variants(config.data.crops, config.data.flip)
+        pictures = ControlPictures(
+            samples.examples, samples.buckets, crops, config.control, config.data.root
+        )
+        return fresh_control(self.bundle, config), pictures
 
     def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
         bundle, samples, objective = self.bundle, self.samples, self.config.objective
@@ -217,6 +233,8 @@ class Finetuning(Objective[Key]):
         batch = noised_batch(bundle.process, bundle.prediction, latents, noise, t, self.gamma)
         target = batch.target
         beside = None if self.holes is None else self.holes.beside(bundle, *at, chosen)
+        hints = None if self.control_pictures is None else self.control_pictures.of(chosen)
+        hints = None if hints is None else hints.to(device)
         words = (self.captions.tokens if self.states is None else self.states.of)(*at[1:], numbers)
         random = generator(self.config.seed, Stream.DROPOUT, step, places[0])
         torch.manual_seed(int(random.integers(2**63)))
@@ -226,7 +244,7 @@ class Finetuning(Objective[Key]):
             with torch.no_grad(), without_lora(module), self.run.accelerator.autocast():
                 before = module(batch.x, batch.t, words, beside)[:, : latents.shape[1]].float()
             target = torch.where(prior.view(-1, 1, 1, 1), before, target)
-        output = self.model.network(batch.x, batch.t, words, beside)
+        output = self.model.network(batch.x, batch.t, words, beside, pictures=hints)
         weights = batch.weights * samples.weights[numbers].to(device)
         loss = weighted_mse(output[:, : latents.shape[1]], target, weights)
         if not bundle.network.learns_variance:
@@ -264,15 +282,29 @@ class Finetuning(Objective[Key]):
                 for number, prompt in enumerate(prompts):
                     edit = Inpaint(self.masked[number % len(self.masked)], middle(bundle))
                     drawn += pictures_of(self.run, bundle, [prompt], [seed], edits=[edit])
+            elif self.control is not None:
+                drawn = self._controlled(bundle, self.control, prompts, seeds)
             else:
                 drawn = list(in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw))
             self.run.picture(step, "samples", grid(drawn, 8))
+
+    def _controlled(
+        self, bundle: Bundle, control: ControlNetwork, prompts: list[str], seeds: list[int]
+    ) -> list[Image.Image]:
+        """The control pictures of the first samples, each beside what is drawn of it."""
+        drawn: list[Image.Image] = []
+        assert self.control_pictures is not None
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            picture = self.control_pictures.shown(number % len(self.samples.examples))
+            told = [Control(control, picture)]
+            drawn += [picture, *pictures_of(self.run, bundle, [prompt], [seed], controls=told)]
+        return drawn
 
     def finish(self) -> None:
         own = self.samples.examples[: self.samples.count]  # without prior pictures
         with self.shown.whole() as bundle:
             if self.run.main:
-                self.run.say(*save_outcome(bundle, self.config, own))
+                self.run.say(*save_outcome(bundle, self.config, own, self.control))
 
 
 def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples:
@@ -320,7 +352,7 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
 def prior_prompts(run: Run, config: FinetuneConfig, bundle: Bundle) -> list[str]:
     """What the model must not unlearn: as the person says, or what is known of the model."""
     named = config.prior.prompts
-    if config.method == "textual-inversion" or named == []:
+    if config.method in ("textual-inversion", "controlnet") or named == []:
         return []
     if bundle.kind != "text-to-image":
         if named:
@@ -345,9 +377,10 @@ def pictures_of(
     scale: float = 4.0,
     size: Size | None = None,
     edits: Sequence[Edit] = (),
+    controls: Sequence[Control] = (),
 ) -> list[Image.Image]:
-    """Draw pictures with the model as it is now; with edits, in the size of their pictures."""
-    height, width = (None, None) if edits else size or bundle.size
+    """Draw with the model as it is now; with edits or controls, in the size of their pictures."""
+    height, width = (None, None) if edits or controls else size or bundle.size
     with run.accelerator.autocast(), without_dropout(bundle):
         return LatentDiffusionPipeline(bundle)(
             prompts,
@@ -357,6 +390,7 @@ def pictures_of(
             width=width,
             seed=seeds,
             edits=edits,
+            controls=controls,
             progress=False,
         ).images
 

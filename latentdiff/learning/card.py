@@ -23,6 +23,7 @@ from latentdiff.version import __version__
 
 SAMPLES = "samples.png"
 _SHOWN = 3  # captions
+_WHAT = {"lora": "A LoRA", "model": "A latent diffusion model", "controlnet": "A ControlNet"}
 _OWN_CLASS = "LatentDiffusionPipeline"  # in the index of what no pipeline of diffusers draws
 
 
@@ -32,21 +33,23 @@ class Outcome:
 
     Attributes:
         folder: the folder that holds it.
-        kind: a LoRA beside other files of the run, or a model that fills its folder.
+        kind: a LoRA beside other files of the run, or a model or ControlNet that fills its folder.
         base: the model the run started from; None for the bundled one, "" for none.
         pictures: the pictures it was trained on.
         root: the folder of the pictures.
         count: the number of all pictures, where `pictures` are only some of them.
         inpaints: whether the model fills holes of pictures.
+        control: of a ControlNet, the kind of its pictures: `editing.control_pictures` has names.
     """
 
     folder: Path
-    kind: Literal["lora", "model"]
+    kind: Literal["lora", "model", "controlnet"]
     base: str | None
     pictures: Sequence[Example]
     root: Path
     count: int | None = None
     inpaints: bool = False
+    control: str = "picture"
 
     @property
     def files(self) -> list[str] | None:
@@ -116,12 +119,12 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
         license=config.card.licence,
         library_name="diffusers" if _their_class(outcome) else "latentdiff",
         pipeline_tag="text-to-image",
-        tags=["latentdiff", "text-to-image", *(["lora"] if outcome.kind == "lora" else [])],
+        tags=["latentdiff", "text-to-image", *([] if outcome.kind == "model" else [outcome.kind])],
         base_model=outcome.base if on_hub else None,
     )
     base = "the bundled emoji64" if outcome.base is None else public_name(outcome.base)
     made = f"from {base}" if base else "from nothing"
-    what = "A LoRA" if outcome.kind == "lora" else "A latent diffusion model"
+    what = _WHAT[outcome.kind]
     parts = [
         f"# {title}",
         f"{what}, trained {made} with latentdiff {__version__}.",
@@ -190,6 +193,16 @@ def _use(outcome: Outcome) -> str:
             "and in diffusers, with the same base model as `pipe`:\n\n```python\n"
             f"{imported}pipe.load_lora_weights({json.dumps(here)})\n{drawn}"
         )
+    if outcome.kind == "controlnet":
+        base = "" if outcome.base is None else f" --model {shlex.quote(public_name(outcome.base))}"
+        made = "" if outcome.control == "picture" else f" --control-from {outcome.control}"
+        told = f"--control {shlex.quote(here)}:photo.png{made}{base}"
+        return (
+            f"```sh\nlatentdiff generate {words} {told}\n```\n\n"
+            "and in diffusers, for any ControlNet pipeline with the same base model:\n\n"
+            "```python\nfrom diffusers import ControlNetModel\n\n"
+            f"controlnet = ControlNetModel.from_pretrained({json.dumps(here)})\n```"
+        )
     ours = f"```sh\nlatentdiff {command} --model {shlex.quote(here)}\n```\n\n"
     theirs = _their_class(outcome)
     if theirs is None:
@@ -201,8 +214,8 @@ def _use(outcome: Outcome) -> str:
 
 
 def _their_class(outcome: Outcome) -> str | None:
-    """The pipeline of diffusers that the model's index names; a LoRA goes with any."""
-    if outcome.kind == "lora":
+    """The pipeline of diffusers that the index names; a LoRA or a ControlNet goes with any."""
+    if outcome.kind != "model":
         return "StableDiffusionPipeline"
     named = str(read_json(outcome.folder / "model_index.json")["_class_name"])
     return None if named == _OWN_CLASS else named

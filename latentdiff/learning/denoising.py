@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
+from latentdiff.diffusion.condition import Hint
 from latentdiff.diffusion.prediction import Prediction, target, to_x0
 from latentdiff.diffusion.process import DiscreteVP, Process
 from latentdiff.diffusion.variance import gaussian_kl, gaussian_surprise, learned_log_std
 from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import Stream, generator
+from latentdiff.models.control import ControlNetwork
 from latentdiff.models.guidance_embedding import DISTILLED_SCALE, told_scale
 from latentdiff.models.text_encoders import TextStates, Tokens
 
@@ -23,10 +25,13 @@ Times = Literal["uniform", "logit-normal"]
 
 
 class Conditioned(nn.Module):
-    """Network and conditioner as one module, so that Accelerate wraps, clips and averages both."""
+    """Network and conditioner as one module, so that Accelerate wraps, clips and averages both;
+    and a ControlNet beside them, where one learns."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, control: ControlNetwork | None = None) -> None:
         super().__init__()
+        self.control = None if control is None else control.module
+        self._network = (control,)
         self.unet = bundle.network.module
         self.text = nn.ModuleDict(bundle.conditioner.modules)
         self._bundle = (bundle,)  # in a tuple, so that no module is registered twice
@@ -38,17 +43,22 @@ class Conditioned(nn.Module):
         words: Tokens | TextStates,
         beside: Tensor | None = None,
         scales: float | Sequence[float] = DISTILLED_SCALE,
+        pictures: Tensor | None = None,
     ) -> Tensor:
         """Predict [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
         Tokens go through the text encoders, for them to be trained; states, made before, do not. A
         network that is told its guidance scale is trained at `scales`, by default the one that it
-        draws with by default.
+        draws with by default. Control pictures [B, 3, H, W] in [0, 1] are for the ControlNet.
         """
         (bundle,) = self._bundle
         text = bundle.conditioner.states(words) if isinstance(words, Tokens) else words
         size = x.shape[-2] * bundle.factor, x.shape[-1] * bundle.factor
         condition = replace(bundle.conditioner.condition(text, size), beside=beside)
+        (network,) = self._network
+        if network is not None and pictures is not None:
+            hint = Hint(network, network.module.embed(pictures), torch.ones(len(x)))
+            condition = replace(condition, control=(hint,))
         return bundle.network(x, t, told_scale(condition, bundle.network, scales))
 
 

@@ -45,6 +45,20 @@ class InversionConfig(Strict):
     start_from: str | None = None
 
 
+class ControlConfig(Strict):
+    """The control pictures of `--method controlnet`, and the network that learns from them.
+
+    They are made out of the training pictures (`kind`), or are files that a field of the metadata
+    names (`field`). `embedding` are the widths of the layers that they go through, each but the
+    first of which halves them; by default those of Stable Diffusion's, for the model's factor.
+    """
+
+    kind: Literal["canny", "scribble", "grey", "palette", "tile"] = "canny"
+    field: str | None = None
+    embedding: list[PositiveInt] | None = None
+    attention: bool = True
+
+
 class PriorConfig(Strict):
     """Pictures of the model's own that it must not unlearn (Ruiz et al. 2023, sec. 3.2).
 
@@ -114,6 +128,7 @@ class FinetuneConfig(RunConfig):
     data: PicturesConfig
     lora: LoraConfig = LoraConfig()
     inversion: InversionConfig = InversionConfig()
+    control: ControlConfig = ControlConfig()
     prior: PriorConfig = PriorConfig()
     objective: FinetuneObjective = FinetuneObjective()
     optimizer: OptimizerName = "adamw"
@@ -154,6 +169,9 @@ def resolve(values: dict[str, object], source: str) -> FinetuneConfig:
         if given["target"] == "prediction":
             given = {"weight": 3.0, **given}
         values = put(values, "prior", given)
+    if method == "controlnet":  # Zhang et al. 2023, section 3.3: half of the prompts are empty
+        given = {"caption_dropout": 0.5, **_section(values, "objective", source)}
+        values = put(values, "objective", given)
     values.setdefault("precision", "bf16" if _has_bf16() else "no")
     config = validate(FinetuneConfig, values, source)
     _check_together(config)
@@ -200,6 +218,10 @@ def _check_together(config: FinetuneConfig) -> None:
         raise UserError(f"new words are for --method textual-inversion, not for {config.method}")
     if config.method == "dreambooth" and config.data.instance_prompt is None:
         raise UserError("dreambooth needs --instance-prompt, a name for the subject: 'a sks dog'")
+    if config.method == "controlnet":
+        _check_control(config)
+    elif config.control != ControlConfig():
+        raise UserError(f"control is for --method controlnet, not for {config.method}")
     if config.method != "lora" and config.prior.target == "prediction":
         raise UserError("only LoRA can be switched off: prior.target=prediction is for it alone")
     own = config.prior.target == "prediction" and config.prior.prompts != []
@@ -228,3 +250,21 @@ def _check_optimizer(config: FinetuneConfig) -> None:
         raise UserError("prodigy finds one rate for all parts: leave text_lr out")
     if not (config.train_text or (config.method == "lora" and config.lora.text_encoder)):
         raise UserError("text_lr is the text encoder's, which this run does not train")
+
+
+def _check_control(config: FinetuneConfig) -> None:
+    """A ControlNet stands beside a model that stays as it is.
+
+    Raises:
+        UserError: a setting would change the model.
+    """
+    for name, given in {
+        "train_text": config.train_text,
+        "inpaint": config.inpaint,
+        "prior.prompts": bool(config.prior.prompts),
+        "objective.process, prediction and zero_terminal_snr": config.objective.moves,
+    }.items():
+        if given:
+            raise UserError(f"--method controlnet leaves the model as it is: leave out {name}")
+    if config.control.field is not None and config.control.kind != "canny":
+        raise UserError("control.field names pictures, and control.kind makes them: give one")

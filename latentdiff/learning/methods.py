@@ -1,5 +1,6 @@
 """Fine-tuning methods: the parameters that each one trains."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,11 @@ from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjectiv
 from latentdiff.learning.inpainting_masks import with_mask_input
 from latentdiff.learning.textual_inversion import add_words
 from latentdiff.lora import add_lora
+from latentdiff.models.control import ControlNetwork
+from latentdiff.models.controlnet import ControlNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+
+_EMBEDDING = (16, 32, 96, 256)  # widths of Stable Diffusion's ControlNets
 
 
 def with_objective(bundle: Bundle, objective: FinetuneObjective) -> Bundle:
@@ -58,6 +64,9 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
         network.requires_grad_(False)
     if config.method == "textual-inversion":
         bundle = add_words(bundle, config.inversion.tokens, config.inversion.start_from)
+    elif config.method == "controlnet":
+        if bundle.kind != "text-to-image":
+            raise UserError(f"no ControlNet is trained beside an {bundle.kind} model")
     elif config.method == "lora":
         lora = config.lora
         add_lora(
@@ -77,6 +86,31 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
         unet: Any = bundle.network.module
         unet.enable_gradient_checkpointing()
     return bundle
+
+
+def fresh_control(bundle: Bundle, config: FinetuneConfig) -> ControlNetwork:
+    """A ControlNet beside the model, to be trained; at first it changes nothing.
+
+    Raises:
+        UserError: the U-Net is of another kind, or the embedding does not fit its latents.
+    """
+    unet = bundle.network.module
+    if not isinstance(unet, CrossAttentionUNet):
+        raise UserError(f"{bundle.name}: a ControlNet is trained beside U-Nets of our own alone")
+    halvings = int(math.log2(bundle.factor))
+    widths = config.control.embedding or [*_EMBEDDING, *[_EMBEDDING[-1]] * halvings][: halvings + 1]
+    if 2 ** (len(widths) - 1) != bundle.factor:
+        raise UserError(
+            f"control.embedding: {len(widths)} widths halve a picture {len(widths) - 1} times, but "
+            f"a latent of {bundle.name} is {bundle.factor} pixels wide"
+        )
+    settings = config.control
+    module = ControlNet.beside(
+        unet, widths, bundle.latent_channels, attention=settings.attention, seed=config.seed
+    )
+    if config.gradient_checkpointing:
+        module.enable_gradient_checkpointing()
+    return ControlNetwork(module.requires_grad_(True))
 
 
 @contextmanager

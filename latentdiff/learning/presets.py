@@ -5,7 +5,7 @@ from typing import Literal
 
 from latentdiff.bundle import Bundle, open_nouns
 
-Method = Literal["lora", "full", "dreambooth", "textual-inversion"]
+Method = Literal["lora", "full", "dreambooth", "textual-inversion", "controlnet"]
 Preset = Literal["emoji", "sd1", "sd2", "sdxl"]
 Values = dict[str, object]
 
@@ -20,6 +20,7 @@ _EMOJI: dict[str, Values] = {
     "full": {"lr": 1e-4, "steps": 400, "batch_size": 32},
     "dreambooth": {"lr": 5e-5, "steps": 400, "batch_size": 16},
     "textual-inversion": {"lr": 5e-3, "steps": 400, "batch_size": 16},
+    "controlnet": {"lr": 1e-3, "steps": 2400, "batch_size": 32},
 }
 # The rates of diffusers' training guides, not measured here.
 _STABLE_DIFFUSION: dict[str, Values] = {
@@ -27,6 +28,7 @@ _STABLE_DIFFUSION: dict[str, Values] = {
     "full": {"lr": 1e-5, "steps": 1500, "batch_size": 8},
     "dreambooth": {"lr": 5e-6, "steps": 800, "batch_size": 4},
     "textual-inversion": {"lr": 5e-4, "steps": 3000, "batch_size": 4},
+    "controlnet": {"lr": 1e-5, "steps": 15000, "batch_size": 16},
 }
 _SDXL = _STABLE_DIFFUSION | {
     "full": {"lr": 1e-6, "steps": 1500, "batch_size": 8},
@@ -64,7 +66,7 @@ def optim_of(preset: str, method: str, optimizer: str) -> Values:
     """The values of `optim` that a method begins with; no rate for a method that there is not."""
     own = OPTIM[preset].get(method, {})
     inverts = {"weight_decay": 0.0} if method == "textual-inversion" else {}
-    ema = 0.99 if method == "full" else 0.0
+    ema = 0.99 if method in ("full", "controlnet") else 0.0
     return {"ema_decay": ema, "warmup": 20, **inverts, **own, **_OF_OPTIMIZER.get(optimizer, {})}
 
 

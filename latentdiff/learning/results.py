@@ -8,19 +8,29 @@ import torch
 
 from latentdiff.bundle import Bundle
 from latentdiff.data.examples import Example
+from latentdiff.formats.controlnet import save_controlnet
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.finetune_config import FinetuneConfig
 from latentdiff.learning.textual_inversion import save_words, with_learned_words
 from latentdiff.lora import fused, lora_of, save_lora
+from latentdiff.models.control import ControlNetwork
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Example]) -> list[str]:
+def save_outcome(
+    bundle: Bundle,
+    config: FinetuneConfig,
+    pictures: Sequence[Example],
+    control: ControlNetwork | None = None,
+) -> list[str]:
     """Write it into `config.out` with its card, and push it if that was asked for.
 
     Args:
+        bundle: the model.
+        config: of the run.
         pictures: the pictures it was trained on.
+        control: the ControlNet that learned beside the model, if one did.
 
     Returns:
         Lines that say what it is and how to use it.
@@ -28,18 +38,27 @@ def save_outcome(bundle: Bundle, config: FinetuneConfig, pictures: Sequence[Exam
     Raises:
         UserError: it cannot be written, or not be pushed.
     """
+    root = config.data.root
+    if control is not None:
+        folder = save_controlnet(control, config.out / "controlnet", _dtype(config))
+        made = "picture" if config.control.field else config.control.kind
+        outcome = Outcome(folder, "controlnet", config.model, pictures, root, control=made)
+        return [f"wrote {folder}", *share(outcome, config)]
     lines = _save(bundle, config)
     lora = config.method == "lora" and not config.objective.moves
     folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
     inpaints = bundle.kind == "inpainting"
-    root = config.data.root
     outcome = Outcome(folder, kind, config.model, pictures, root, inpaints=inpaints)
     return [*lines, *share(outcome, config)]
 
 
+def _dtype(config: FinetuneConfig) -> torch.dtype:
+    return getattr(torch, config.save_dtype)
+
+
 def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     out = config.out
-    dtype = getattr(torch, config.save_dtype)
+    dtype = _dtype(config)
     wrote: list[Path] = []
     base = "" if config.model is None else f" --model {quote(config.model)}"
     if config.method == "lora":

@@ -1,5 +1,6 @@
 """ControlNets as nouns: what they add to the network that they stand beside."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -49,9 +50,7 @@ class ControlNetwork:
         """The same network there; a copy where it is elsewhere now."""
         if (self.device, self.dtype) == (device, dtype):
             return self
-        module = ControlNet(self.module.config)
-        module.load_state_dict(self.module.state_dict())
-        return replace(self, module=module.to(device, dtype).eval().requires_grad_(False))
+        return replace(self, module=copy.deepcopy(self.module).to(device, dtype))
 
     @torch.no_grad()
     def embed(self, pictures: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -77,7 +78,13 @@ class ControlNet(Encoder):
 
     @classmethod
     def beside(
-        cls, unet: CrossAttentionUNet, embedding: Sequence[int], channels: int
+        cls,
+        unet: CrossAttentionUNet,
+        embedding: Sequence[int],
+        channels: int,
+        *,
+        attention: bool = True,
+        seed: int = 0,
     ) -> "ControlNet":
         """A ControlNet that says nothing yet: the U-Net's own way down, and zeros behind it.
 
@@ -88,18 +95,28 @@ class ControlNet(Encoder):
             embedding: widths of the layers that a control picture goes through; each after the
                 first halves it.
             channels: C of the latents: what the U-Net sees beside x is not shown to it.
+            attention: whether transformers are copied, too; without them it is smaller, as the
+                small ControlNets of Stable Diffusion XL are.
+            seed: of the weights of the layers that a control picture goes through (He et al. 2015).
         """
-        shared = {key: unet.config[key] for key in _SHARED} | {"in_channels": channels}
-        made = cls(shared | {"conditioning_embedding_out_channels": list(embedding)})
-        own = made.state_dict()
-        copied = {name: v for name, v in unet.state_dict().items() if name in own}
-        copied["conv_in.weight"] = copied["conv_in.weight"][:, :channels]
-        made.load_state_dict(copied, strict=False)
-        silent: list[Any] = [*made.controlnet_down_blocks, made.controlnet_mid_block]
-        silent.append(made.controlnet_cond_embedding.conv_out)
-        for layer in silent:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        config = {key: unet.config[key] for key in _SHARED} | {"in_channels": channels}
+        config["conditioning_embedding_out_channels"] = list(embedding)
+        if not attention:
+            config["down_block_types"] = ["DownBlock2D"] * len(unet.config["block_out_channels"])
+            config["mid_block_type"] = "UNetMidBlock2D"
+        with torch.device("meta"):
+            made = cls(config)
+        source, random = unet.state_dict(), torch.Generator().manual_seed(seed)
+        values: dict[str, Tensor] = {}
+        for name, value in made.state_dict().items():
+            if name in source:
+                values[name] = source[name].detach().clone()
+                continue
+            values[name] = torch.zeros(value.shape)
+            if ".conv_out." not in name and "cond_embedding." in name and value.ndim == 4:
+                nn.init.kaiming_normal_(values[name], nonlinearity="relu", generator=random)
+        values["conv_in.weight"] = values["conv_in.weight"][:, :channels].clone()
+        made.load_state_dict(values, assign=True)
         return made.to(next(unet.parameters()))
 
     def embed(self, picture: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import typer
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import picture_folder, script
@@ -23,21 +24,23 @@ from typer.testing import CliRunner
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import read_folder
 from latentdiff.data.packing import write_shards
-from latentdiff.data.variants import Variant
+from latentdiff.data.variants import Variant, variants
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.editing import Inpaint
+from latentdiff.editing.control_pictures import control_picture
 from latentdiff.editing.run_context import RunContext
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
-from latentdiff.learning.finetune_config import resolve
+from latentdiff.learning.control_pictures import ControlPictures
+from latentdiff.learning.finetune_config import ControlConfig, resolve
 from latentdiff.learning.inpainting_masks import WHOLE, Holes, draw_mask, with_mask_input
 from latentdiff.learning.presets import prior_captions
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples
-from latentdiff.pictures import open_picture, to_pil
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pictures import open_picture, to_pil, to_uint8
+from latentdiff.pipeline import Control, LatentDiffusionPipeline
 
 BASE = {
     "precision": "no",
@@ -532,6 +535,10 @@ def test_a_run_without_pictures_says_so() -> None:
 INVERSION = "--method textual-inversion --instance-prompt"
 MISTAKES = {
     "--method dreambooth": "needs --instance-prompt",
+    "--method controlnet --inpaint": "leaves the model as it is: leave out inpaint",
+    "--method controlnet objective.prediction=x0": "leave out objective.process",
+    "--method full control.kind=grey": "control is for --method controlnet",
+    "--method controlnet control.kind=gray": "control.kind",
     "--method textual-inversion": "--token",
     "--method textual-inversion --token <x>": "no caption holds <x>",
     f"{INVERSION} heart --token heart": "'heart' cannot be a new word: take one like <my-style>",
@@ -589,3 +596,68 @@ def test_a_users_mistake_is_one_line(work: Path, tmp_path: Path, arguments: str)
     assert line.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert MISTAKES[arguments] in line
+
+
+def test_a_control_network_learns_beside_a_model_that_stays(work: Path, tmp_path: Path) -> None:
+    """It begins in silence; its run resumes exactly; diffusers opens it."""
+    settings: dict[str, Any] = {
+        "data": {"flip": True, "crops": 2},
+        "control": {"embedding": [8, 8]},
+        "evaluate_every": 2,
+    }
+    out = finetune(work, tmp_path / "out", "controlnet", **settings)
+    folder = out / "controlnet"
+    first = load_file(folder / "diffusion_pytorch_model.safetensors")
+    theirs: Any = ControlNetModel.from_pretrained(folder)
+    assert all(torch.equal(value, first[name]) for name, value in theirs.state_dict().items())
+    base = weights(work / "model", "unet")
+    begun = {name for name, value in first.items() if name in base}
+    assert any(not torch.equal(first[name], base[name]) for name in begun)
+    assert all(first[name].any() for name in first if name.startswith("controlnet_"))
+    assert not (out / "model").exists()
+
+    pipe = LatentDiffusionPipeline.from_pretrained(work / "model")
+    edges = control_picture(open_picture(work / "pictures/0.png").resize((16, 16)), "canny")
+    call: dict[str, Any] = {"num_inference_steps": 20, "seed": 0, "progress": False}
+    plain = pipe("a red disc", output_type="pt", **call).images
+    told = pipe("a red disc", controls=[Control(folder, edges)], output_type="pt", **call).images
+    assert (plain - told).abs().max() > 1e-3
+    grids = [open_picture(out / f"pictures/samples-0000000{step}.png") for step in (0, 4)]
+    shown = [np.asarray(grid)[:, 16:32] for grid in grids]
+    assert np.array_equal(np.asarray(grids[0])[:, :16], np.asarray(grids[1])[:, :16])
+    silent = np.asarray(pipe("a red disc", **call).images[0])  # what the model draws by itself
+    assert np.abs(shown[0].astype(int) - silent.astype(int)).max() <= 1
+    assert np.abs(shown[0].astype(int) - shown[1].astype(int)).max() > 1
+    assert (
+        "--control controlnet:photo.png --control-from canny --model"
+        in (folder / "README.md").read_text()
+    )
+
+    shutil.rmtree(checkpoints(out / "checkpoints")[0])
+    shutil.rmtree(folder)
+    finetune(work, out, "controlnet", **settings)
+    again = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_control_pictures_of_a_field_are_cut_as_their_pictures_are(tmp_path: Path) -> None:
+    """In every crop and flip; none from outside the folder."""
+    folder = picture_folder(tmp_path / "pictures")
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8))
+    wide.save(folder / "0.png")
+    wide.convert("L").save(folder / "depth.png")
+    wide.save(tmp_path / "outside.png")
+    lines = ['{"file_name": "0.png", "text": "a cat", "depth": "depth.png"}']
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    examples, cuts = read_folder(folder)[:1], variants(2, True)
+    told = ControlConfig(field="depth")
+    pictures = ControlPictures(examples, [(16, 16)], cuts, told, folder)
+    for number, cut in enumerate(cuts):
+        wanted = to_uint8(cut.fill(wide.convert("L").convert("RGB"), (16, 16))).float() / 255
+        assert torch.equal(pictures.of([(0, number)])[0], wanted)
+    assert pictures.shown(0).size == (16, 16)
+    for name, said in (("../outside.png", "lies outside"), ("", "names no control picture")):
+        other = [replace(examples[0], fields={**examples[0].fields, "depth": name})]
+        with pytest.raises(UserError, match=said):
+            ControlPictures(other, [(16, 16)], cuts, told, folder)
