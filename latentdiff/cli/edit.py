@@ -75,6 +75,7 @@ def edit(
 
     With an InstructPix2Pix model PROMPT says what to change.
     """
+    run = run.naming([prompt])
     run.check()
     check_writable(run.out)
     from latentdiff.editing import Differential, Instruct, SDEdit
@@ -165,6 +166,7 @@ def inpaint(
     By RePaint; by the U-Net itself with an inpainting model, and by both if an option of RePaint is
     given.
     """
+    run = run.naming([prompt])
     run.check()
     check_writable(run.out)
     from latentdiff.editing import Inpaint, Region, RePaint, extended
@@ -228,6 +230,7 @@ def ilvr(
     run: RunOptions,
 ) -> None:
     """Draw what PROMPT says with the coarse shapes and colours of REFERENCE (ILVR)."""
+    run = run.naming([prompt])
     run.check()
     check_writable(run.out)
     from latentdiff.editing import ILVR

@@ -63,9 +63,10 @@ def generate(
     if size is not None and source is None and (height is not None or width is not None):
         raise UserError("--size is height and width: give it, or --height and --width.")
     check_writable(run.out)
+    prompts = [prompt for word in prompts for prompt in _prompts(word)]
+    run = run.naming(prompts)
     if source is not None:
         check_models(source, run.model, run.lora)
-    prompts = [prompt for word in prompts for prompt in _prompts(word)]
     from latentdiff.pipeline.prompts import check_prompts
     from latentdiff.pipeline.record import about_request
 

@@ -59,6 +59,8 @@ def grid(
         _varied(run, prompt, [(across[0], a), (down[0], b)]) for b in down[1] for a in across[1]
     ]
     check_writable(run.out)
+    run = run.naming([words for _, words in cells])
+    cells = [(replace(one, lora=run.lora), words) for one, words in cells]
     for one, _ in cells:
         one.check()
     from latentdiff.pictures import labelled, save_numbered_png

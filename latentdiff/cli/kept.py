@@ -11,6 +11,8 @@ _PLAIN = {  # of a record: its option
     "negative_prompt": "negative",
     "prompt_weights": "weights",
     "long_prompts": "long",
+    "prompt_syntax": "syntax",
+    "clip_skip": "clip_skip",
     "num_inference_steps": "steps",
     "guidance": "guidance",
     "guidance_scale": "guidance_scale",
@@ -54,8 +56,8 @@ def options_of(settings: dict[str, Any], program: str) -> dict[str, Any]:
 
     Args:
         settings: of a recipe, see `formats.picture_text`.
-        program: that wrote them down. Others' solvers have other names, and brackets in the
-            prompts of A1111 and ComfyUI are weights.
+        program: that wrote them down. Others' solvers have other names, and so has the syntax of
+            their prompts.
     """
     from latentdiff.formats.location import BUNDLED
 
@@ -77,8 +79,10 @@ def options_of(settings: dict[str, Any], program: str) -> dict[str, Any]:
     if regions := settings.get("regions"):
         options["region"] = regions
     options |= _named(settings, ours)
-    if program in ("A1111", "ComfyUI"):
+    if program == "ComfyUI":
         options["weights"] = True
+    if program == "A1111":
+        options["syntax"] = "a1111"
     if ours and settings.get("dtype") and settings.get("model") == BUNDLED:
         options["dtype"] = settings["dtype"]
     if ours:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -56,6 +56,7 @@ class ModelOptions:
     ) -> "LatentDiffusionPipeline":
         """The pipeline, with each LoRA of `--lora` and the words of `--embedding` in it."""
         wanted = [parse_lora(text) for text in self.loras or ()]
+        from latentdiff.lora import default_name, lora_names
         from latentdiff.pipeline import LatentDiffusionPipeline
 
         pipe = LatentDiffusionPipeline.from_pretrained(
@@ -73,8 +74,11 @@ class ModelOptions:
         with warnings.catch_warnings():
             if self.embeddings:
                 warnings.filterwarnings("ignore", ".*it also holds the learned words")
-            for number, (path, scale) in enumerate(wanted):
-                pipe.load_lora(path, scale, f"lora{number}")
+            for path, scale in wanted:
+                name = own = default_name(path)
+                while name in lora_names(pipe.bundle):  # another folder's file of that name
+                    name = f"{own[:56]}-{len(lora_names(pipe.bundle))}"
+                pipe.load_lora(path, scale, name)
         return pipe
 
     def about(self) -> dict[str, object]:
@@ -114,3 +118,30 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not path or not math.isfinite(number):
         raise UserError(f"--lora {text!s:.200}: a file and a finite scale are needed: FILE:0.8.")
     return Path(path), number
+
+
+def with_named(loras: Sequence[str], folder: Path | None, named: Mapping[str, float]) -> list[str]:
+    """The options --lora, with the LoRAs that prompts name at the scales that they say.
+
+    Args:
+        loras: FILE or FILE:SCALE each.
+        folder: whose .safetensors files, in folders in it too, are looked among as well.
+        named: names of files without their end, and scales.
+
+    Raises:
+        UserError: there is no such file, or there are two.
+    """
+    files: dict[Path, float] = dict(map(parse_lora, loras))
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--lora-dir {folder}: no such folder.")
+    beside = [] if folder is None or not named else sorted(folder.rglob("*.safetensors"))
+    for name, scale in named.items():
+        found = [file for file in files if name in (file.name, file.stem)]
+        found = found or [file for file in beside if file.stem == name]
+        if len(found) != 1:
+            count = f"there are {len(found)} such files" if found else "there is no such file"
+            raise UserError(
+                f"<lora:{name:.80}:{scale:g}>: {count} among those of --lora and in --lora-dir."
+            )
+        files[found[0]] = scale
+    return [f"{file}:{scale}" for file, scale in files.items()]

@@ -3,15 +3,21 @@
 import inspect
 import math
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_type_hints
 
 import typer
 
-from latentdiff.cli.models import AttentionName, DtypeName, EngineName, ModelOptions
+from latentdiff.cli.models import (
+    AttentionName,
+    DtypeName,
+    EngineName,
+    ModelOptions,
+    with_named,
+)
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -197,6 +203,23 @@ class RunOptions:
             "one.",
         ),
     ] = False
+    syntax: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How prompts are written: plain, or a1111: weights by A1111's rule (by ours with "
+            "--weights), long prompts, AND, [from:to:when], [a|b], <lora:NAME:SCALE>; see "
+            "docs/prompts.md.",
+        ),
+    ] = "plain"
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Leave out the last layers of the text encoder; 1 is 'Clip skip 2' of A1111.",
+        ),
+    ] = None
     original_size: Annotated[
         str | None,
         typer.Option(
@@ -228,6 +251,13 @@ class RunOptions:
     prediction: PredictionName = None
     variant: Variant = None
     lora: Loras = None
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the LoRAs lie that prompts name as <lora:NAME:SCALE> with --syntax a1111.",
+        ),
+    ] = None
     embedding: Embeddings = None
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -244,7 +274,9 @@ class RunOptions:
         from latentdiff.formats.location import find_file
         from latentdiff.guidance import methods
         from latentdiff.guidance.from_text import check_text
+        from latentdiff.pipeline.prompt_syntax import Syntax
         from latentdiff.pipeline.prompts import check_also, read_region
+        from latentdiff.registry import check_name
         from latentdiff.solvers.aliases import resolve_both
 
         interval = self.guidance_interval
@@ -260,8 +292,22 @@ class RunOptions:
             if name in ("clip", "classifier"):
                 find_file(words[0], f"folder of a {name}")
         check_also([*(self.also or []), *map(read_region, self.region or [])])
+        check_name("prompt syntax", self.syntax, get_args(Syntax))
         resolve_both(self.solver, self.timetable)
         self.models.check()
+
+    def naming(self, prompts: Sequence[str]) -> Self:
+        """The same options; what prompts say of LoRAs, in A1111's syntax, is said by --lora.
+
+        Raises:
+            UserError: no such LoRA, or one at two scales.
+        """
+        if self.syntax != "a1111":
+            return self
+        from latentdiff.pipeline.prompt_syntax import without_tags
+
+        _, named = without_tags("<>".join(prompts))
+        return replace(self, lora=with_named(self.lora or [], self.lora_dir, named))
 
     @property
     def models(self) -> ModelOptions:
@@ -313,6 +359,8 @@ class RunOptions:
             also=[*(self.also or []), *map(read_region, self.region or [])],
             prompt_weights=self.weights,
             long_prompts=self.long,
+            prompt_syntax=self.syntax,  # pyright: ignore[reportArgumentType]  (checked there)
+            clip_skip=self.clip_skip,
             num_inference_steps=self.steps,
             guidance=self.guidance,
             guidance_scale=self.guidance_scale,

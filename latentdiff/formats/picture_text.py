@@ -133,6 +133,7 @@ _SETTINGS = {  # of A1111: ours, and the pattern of a value
     "CFG scale": ("guidance_scale", float),
     "Seed": ("seed", int),
     "Model": ("model", str),
+    "Clip skip": ("clip_skip", int),
 }
 _PAIR = re.compile(r'\s*([\w /+.-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 
@@ -163,6 +164,8 @@ def _a1111(text: str) -> Recipe | None:
             settings[_SETTINGS[name][0]] = number
         elif name not in ("Version", "Model hash"):
             left.append(name)
+    if "clip_skip" in settings:
+        settings["clip_skip"] = max(0, settings["clip_skip"] - 1)  # A1111 counts the last layer
     return Recipe("A1111", settings, left)
 
 
@@ -313,7 +316,7 @@ def a1111_text(settings: Mapping[str, Any]) -> str:
     """Our settings as A1111 writes them, for programs that read nothing else."""
     prompt = f"{settings['prompt']}"
     negative = settings.get("negative_prompt") or ""
-    if not settings.get("prompt_weights"):
+    if not settings.get("prompt_weights") and settings.get("prompt_syntax") != "a1111":
         prompt, negative = (re.sub(r"([()\[\]\\])", r"\\\1", text) for text in (prompt, negative))
     pairs = {
         "Steps": settings.get("num_inference_steps"),
@@ -323,6 +326,7 @@ def a1111_text(settings: Mapping[str, Any]) -> str:
         "Seed": settings.get("seed"),
         "Size": "{width}x{height}".format(**settings) if settings.get("width") else None,
         "Model": settings.get("model"),
+        "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,
         "Index": settings.get("index") or None,
         "Version": f"latentdiff {settings.get('version')}",
     }

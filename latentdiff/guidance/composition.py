@@ -14,8 +14,11 @@ def composed(
     denoise: ConditionedDenoiser,
     further: Sequence[tuple[Condition, float | Tensor]],
     negative: Condition,
+    weight: float | Tensor = 1.0,
 ) -> ConditionedDenoiser:
     """Move the estimate under the positive condition to positive + sum_i w_i (x_0i - negative).
+
+    With a weight w of the positive condition itself, it is negative + w (positive - negative) + ...
 
     Classifier-free guidance of scale s makes of it negative + s (positive - negative) +
     sum_i s w_i (x_0i - negative): Liu et al. 2022 (Composable Diffusion), eq. 11, with weights of s
@@ -26,11 +29,13 @@ def composed(
 
     Args:
         denoise: to guide; the guidance goes around what is returned.
-        further: conditions for B pictures and their weights; a weight that is a function of place,
-            [1, 1, H, W] at any resolution, is averaged to that of x.
+        further: conditions for B pictures and their weights; a weight may be [B, 1, 1, 1], or a
+            function of place, [1, 1, H, W] at any resolution, which is averaged to that of x.
         negative: for B pictures, where the guidance has none.
+        weight: of the positive condition.
     """
-    if not further:
+    own = isinstance(weight, Tensor) or weight != 1
+    if not further and not own:
         return denoise
     others = [Branch("further", condition) for condition, _ in further]
     origin = Branch("negative", negative)
@@ -41,12 +46,13 @@ def composed(
             return denoise(x, level, branches)
         alone = [] if "negative" in roles else [origin]
         found = denoise(x, level, [*branches, *alone, *others])
-        estimates, more = list(found[: len(branches)]), found[-len(others) :]
+        estimates, more = list(found[: len(branches)]), found[len(found) - len(others) :]
         base = found[len(branches) if alone else roles.index("negative")].x0
         place = roles.index("positive")
         x0 = estimates[place].x0
-        for (_, weight), estimate in zip(further, more, strict=True):
-            x0 = x0 + _at(weight, x) * (estimate.x0 - base)
+        x0 = base + _at(weight, x) * (x0 - base) if own else x0
+        for (_, each), estimate in zip(further, more, strict=True):
+            x0 = x0 + _at(each, x) * (estimate.x0 - base)
         estimates[place] = estimates[place].with_x0(x0)
         return tuple(estimates)
 

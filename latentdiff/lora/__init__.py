@@ -10,6 +10,7 @@ from latentdiff.lora.file import (
     default_name,
     is_lora,
     load_lora,
+    name_of,
     save_lora,
 )
 from latentdiff.lora.layers import (
@@ -20,6 +21,7 @@ from latentdiff.lora.layers import (
     fused,
     lora_names,
     lora_of,
+    lora_scales,
     scale_loras,
 )
 
@@ -38,6 +40,8 @@ __all__ = [
     "load_lora",
     "lora_names",
     "lora_of",
+    "lora_scales",
+    "name_of",
     "save_lora",
     "scale_loras",
 ]

@@ -223,7 +223,12 @@ def convert_lora(
 def default_name(path: str | Path) -> str:
     """Derive the default name of a LoRA from its file or folder."""
     where = Path(path)
-    return re.sub(r"[^A-Za-z0-9_-]", "_", where.name if where.is_dir() else where.stem)[:64]
+    return name_of(where.name if where.is_dir() else where.stem)
+
+
+def name_of(words: str) -> str:
+    """The name of a LoRA in a model, out of any words."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", words)[:64]
 
 
 def _find(path: Path) -> Path:

@@ -107,6 +107,8 @@ def add_lora(
     lora = Lora(**found)
     _inject(bundle, lora, name, torch.float32, dropout)
     for part in found:
+        sums.scale(network(bundle, part), {name: 1.0})
+    for part in found:
         network(bundle, part).requires_grad_(False)
     trained: list[nn.Parameter] = []
     for part in parts_of(bundle):
@@ -189,7 +191,7 @@ def _inject(
                 getattr(layer, half)[name].weight = nn.Parameter(value, requires_grad=False)
         model.train(model.training)  # the new layers as the network is
     for part, changes in added.items():
-        if changes:
+        if changes or part in fitted:
             sums.add(network(bundle, part), name, changes)
 
 
@@ -223,10 +225,16 @@ def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[st
 
 def lora_names(bundle: Bundle) -> list[str]:
     """The LoRAs that are in a model."""
-    networks = [network(bundle, part) for part in parts_of(bundle)]
-    names = [getattr(model, "peft_config", {}) for model in networks]
-    names += [sums.sums_of(model).added for model in networks]
-    return list(dict.fromkeys(name for known in names for name in known))
+    return list(lora_scales(bundle))
+
+
+def lora_scales(bundle: Bundle) -> dict[str, float]:
+    """The LoRAs that are in a model, with their strengths."""
+    return {
+        name: scale
+        for part in parts_of(bundle)
+        for name, scale in sums.sums_of(network(bundle, part)).scales.items()
+    }
 
 
 def scale_loras(bundle: Bundle, scales: Mapping[str, float]) -> None:
@@ -325,11 +333,10 @@ def fused(bundle: Bundle) -> Bundle:
 
 
 def _merged(model: Network) -> Network:
-    if not getattr(model, "peft_config", {}) and not sums.sums_of(model).added:
+    if not sums.sums_of(model).added:
         return model
     model = copy.deepcopy(model)
-    if sums.sums_of(model).added:
-        delattr(model, sums.ATTRIBUTE)  # they stay in its parameters
+    delattr(model, sums.ATTRIBUTE)  # they stay in its parameters
     for module, layer in _lora_layers(model):
         try:
             layer.merge(safe_merge=True)

@@ -64,7 +64,7 @@ def remove(model: nn.Module, name: str) -> None:
     del sums.added[name], sums.scales[name]
     kept = {parameter for changes in sums.added.values() for parameter in changes}
     sums.plain = {parameter: sums.plain[parameter] for parameter in kept}
-    if not kept:
+    if not sums.added:
         delattr(model, ATTRIBUTE)
 
 

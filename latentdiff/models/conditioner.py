@@ -9,8 +9,8 @@ from torch import nn
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
 from latentdiff.models.long_prompts import long_states
-from latentdiff.models.prompt_weights import weighted_states
-from latentdiff.models.text_encoders import TextStates, TextTower, Tokens
+from latentdiff.models.prompt_weights import window_states
+from latentdiff.models.text_encoders import PLAIN, Reading, TextStates, TextTower, Tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,23 +122,17 @@ class Conditioner(Protocol):
         ...
 
     def encode(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int],
-        *,
-        weights: bool = False,
-        long: bool = False,
+        self, prompts: Sequence[str], size: tuple[int, int], reading: Reading = PLAIN
     ) -> Encoded:
         """Prompts to their condition.
 
         Args:
             prompts: B texts.
             size: height and width of the pictures.
-            weights: read weights in the texts: see `latentdiff.models.prompt_weights`.
-            long: read texts beyond the window, too: see `latentdiff.models.long_prompts`.
+            reading: how they are read: weights, long texts, layers left out.
 
         Raises:
-            UserError: a weight is out of range, or these encoders read no long texts.
+            UserError: a weight is out of range, or these encoders cannot read them so.
         """
         ...
 
@@ -207,17 +201,10 @@ class TextConditioner:
         return condition
 
     def encode(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int],
-        *,
-        weights: bool = False,
-        long: bool = False,
+        self, prompts: Sequence[str], size: tuple[int, int], reading: Reading = PLAIN
     ) -> Encoded:
-        if long:
-            text = long_states(self.tower, prompts, weights=weights)
-        else:
-            text = weighted_states(self.tower, prompts) if weights else self.tower.encode(prompts)
+        states = long_states if reading.long else window_states
+        text = states(self.tower, prompts, reading)
         return Encoded(self.condition(text, size), text.cut)
 
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Self:

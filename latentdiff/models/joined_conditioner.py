@@ -11,8 +11,14 @@ from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
 from latentdiff.models.conditioner import Encoded, SizeConditions, with_model
 from latentdiff.models.long_prompts import long_states
-from latentdiff.models.prompt_weights import weighted_states
-from latentdiff.models.text_encoders import PenultimateTower, TextStates, Tokens
+from latentdiff.models.prompt_weights import window_states
+from latentdiff.models.text_encoders import (
+    PLAIN,
+    PenultimateTower,
+    Reading,
+    TextStates,
+    Tokens,
+)
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
@@ -125,21 +131,10 @@ class JoinedConditioner:
         return replace(condition, sizes=sizes.to(condition.states.device))
 
     def encode(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int],
-        *,
-        weights: bool = False,
-        long: bool = False,
+        self, prompts: Sequence[str], size: tuple[int, int], reading: Reading = PLAIN
     ) -> Encoded:
-        each: list[TextStates] = []
-        for tower in self.towers.values():
-            if long:
-                each.append(long_states(tower, prompts, weights=weights))
-            elif weights:
-                each.append(weighted_states(tower, prompts))
-            else:
-                each.append(tower.encode(prompts))
+        states = long_states if reading.long else window_states
+        each = [states(tower, prompts, reading) for tower in self.towers.values()]
         each = _of_one_length(each)
         text = self._joined(each, replace(self.tokenize(prompts), cut=each[-1].cut))
         return Encoded(self.condition(text, size), text.cut)

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 
 from latentdiff.errors import UserError
 from latentdiff.models.prompt_weights import (
-    emphasise,
     padded_weights,
     parse_weights,
     token_weights,
+    weigh,
 )
 from latentdiff.models.text_encoders import (
+    PLAIN,
     ClipTower,
+    Reading,
     TextStates,
     TextTower,
     Tokens,
@@ -25,11 +27,11 @@ from latentdiff.models.text_encoders import (
 
 MOST_CHUNKS = 32
 
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 Chunk = tuple[list[int], list[float]]  # ids, marks included, and their weights
 
 
-def long_states(tower: TextTower, prompts: Sequence[str], *, weights: bool = False) -> TextStates:
+def long_states(tower: TextTower, prompts: Sequence[str], reading: Reading = PLAIN) -> TextStates:
     """The states of prompts of any length [B, chunks * window, D]; nothing is cut.
 
     All prompts get as many chunks as the longest has; what is added are chunks of no words. A
@@ -38,25 +40,25 @@ def long_states(tower: TextTower, prompts: Sequence[str], *, weights: bool = Fal
     Args:
         tower: a CLIP text encoder.
         prompts: B texts.
-        weights: read weights in them: see `latentdiff.models.prompt_weights`.
+        reading: whether weights in them are read, and the layers that are left out.
 
     Raises:
         UserError: another text encoder, a weight out of range, or more than 32 chunks.
     """
     if not isinstance(tower, ClipTower):
         raise UserError("long_prompts: only CLIP text encoders read prompts in chunks.")
-    rows = [_chunks(tower, prompt, weights) for prompt in prompts]
+    rows = [_chunks(tower, prompt, reading.weights is not None) for prompt in prompts]
     most = max(map(len, rows))
     if most > MOST_CHUNKS:
         raise UserError(f"a prompt has {most} chunks of {tower.window - 2} tokens: say it shorter.")
     (empty,) = _chunks(tower, "", False)
     flat = [chunk for row in rows for chunk in [*row, *[empty] * (most - len(row))]]
     ids, kept = pad_tokens([ids for ids, _ in [*flat, empty]], tower.window, tower.tokenizer)
-    text = tower.states(Tokens(ids, kept, [""] * len(ids)))
+    text = tower.states(Tokens(ids, kept, [""] * len(ids)), reading.clip_skip)
     states, nothing = text.states[:-1], text.states[-1]
-    if any(weight != 1 for _, chunk in flat for weight in chunk):
+    if reading.weights and any(weight != 1 for _, chunk in flat for weight in chunk):
         scale = padded_weights([chunk for _, chunk in flat], states)
-        states = emphasise(states, nothing, scale)
+        states = weigh(states, nothing, scale, reading.weights)
     states = states.unflatten(0, (len(rows), most)).flatten(1, 2)
     pooled = None if text.pooled is None else text.pooled[:-1:most]
     return TextStates(states, None, [""] * len(rows), pooled)
@@ -66,8 +68,7 @@ def _chunks(tower: ClipTower, prompt: str, weights: bool) -> list[Chunk]:
     """The chunks of a prompt; one without words for a prompt without any."""
     inside = tower.window - 2
     chunks: list[Chunk] = []
-    for part in _BREAK.split(prompt):
-        pieces = parse_weights(part) if weights else [(part, 1.0)]
+    for pieces in _parts(parse_weights(prompt) if weights else [(prompt, 1.0)]):
         encoded = encode_tokens(tower.tokenizer, "".join(text for text, _ in pieces))
         start, *words, end = encoded
         scales = token_weights(pieces, [span for _, span in words])
@@ -75,3 +76,13 @@ def _chunks(tower: ClipTower, prompt: str, weights: bool) -> list[Chunk]:
             ids = [start[0], *(token for token, _ in words[at : at + inside]), end[0]]
             chunks.append((ids, [1.0, *scales[at : at + inside], 1.0]))
     return chunks
+
+
+def _parts(pieces: Sequence[tuple[str, float]]) -> list[list[tuple[str, float]]]:
+    """Weighted pieces of text, parted where BREAK stands; brackets may reach across it."""
+    parts: list[list[tuple[str, float]]] = [[]]
+    for text, weight in pieces:
+        first, *others = _BREAK.split(text)
+        parts[-1].append((first, weight))
+        parts += [[(other, weight)] for other in others]
+    return parts

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.models.text_encoders import TextStates, TextTower, token_spans
+from latentdiff.models.text_encoders import (
+    Reading,
+    TextStates,
+    TextTower,
+    WeightRule,
+    token_spans,
+)
 
 LARGEST = 10.0
+MOST_NESTED = 100
 
 _TOKEN = re.compile(
     r"\\[()\[\]\\]"  # an escaped bracket or backslash
@@ -39,7 +46,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         (text, weight) pairs, neighbours of one weight joined; [("", 1.0)] for no text.
 
     Raises:
-        UserError: a weight beyond +-10.
+        UserError: a weight beyond +-10, or brackets in brackets, more than 100 deep.
     """
     pieces: list[tuple[str, float]] = []
     rounds: list[int] = []
@@ -50,6 +57,8 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
     for match in _TOKEN.finditer(prompt):
         token = match.group()
+        if token in ("(", "[") and len(rounds) + len(squares) >= MOST_NESTED:
+            raise UserError(f"prompt: its brackets are nested more than {MOST_NESTED} deep.")
         if token == "(":
             rounds.append(len(pieces))
         elif token == "[":
@@ -110,10 +119,8 @@ def token_weights(
 def emphasise(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """Text states as far from those of the empty prompt as the weights say.
 
-    empty + w (states - empty), place by place: 1 changes nothing, and 0 says nothing. (The web UI
-    of A1111 multiplies the states by w and all of them by the factor that restores their mean. That
-    needs a mean away from 0, as in OpenAI's CLIP. In the bundled model it is -0.0004 beside a
-    deviation of 0.76, and to double one word multiplies every state by 1.4.)
+    empty + w (states - empty), place by place: 1 changes nothing, and 0 says nothing. So ComfyUI
+    reads weights.
 
     Args:
         states: [P, L, D].
@@ -124,6 +131,36 @@ def emphasise(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
         [P, L, D].
     """
     return states + (weights[..., None] - 1) * (states - empty)
+
+
+def multiply(states: Tensor, weights: Tensor) -> Tensor:
+    """Text states times their weights, and all of a chunk by what restores its mean.
+
+    w states mean(states) / mean(w states), both means over all tokens and channels of a chunk:
+    so A1111 reads weights by default ("Original" in its `sd_emphasis.py`). It needs a mean away
+    from 0, as in OpenAI's CLIP. In the bundled model it is -0.0004 beside a deviation of 0.76, and
+    to double one word multiplies every state by 1.4.
+
+    Args:
+        states: [P, L, D] of P chunks, each within the window.
+        weights: [P, L].
+
+    Returns:
+        [P, L, D].
+
+    Raises:
+        UserError: the mean of a chunk's weighted states is 0.
+    """
+    weighted = states * weights[..., None]
+    factor = states.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True)
+    if not bool(factor.isfinite().all()):
+        raise UserError("these weights leave nothing whose mean A1111's rule can restore.")
+    return weighted * factor
+
+
+def weigh(states: Tensor, empty: Tensor, weights: Tensor, rule: WeightRule) -> Tensor:
+    """Text states [P, L, D] with weights [P, L], by a rule: `emphasise` or `multiply`."""
+    return emphasise(states, empty, weights) if rule == "comfyui" else multiply(states, weights)
 
 
 def padded_weights(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
@@ -142,20 +179,23 @@ def _joined(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
     return joined or [("", 1.0)]
 
 
-def weighted_states(tower: TextTower, prompts: Sequence[str]) -> TextStates:
-    """The states of prompts with weights in them; a pooled vector has none.
+def window_states(tower: TextTower, prompts: Sequence[str], reading: Reading) -> TextStates:
+    """The states of prompts within the window, with or without weights in them; a pooled vector
+    has none.
 
     Raises:
-        UserError: as `parse_weights`.
+        UserError: as `parse_weights` and `multiply`.
     """
+    if reading.weights is None:
+        return tower.encode(prompts, reading.clip_skip)
     pieces = [parse_weights(text) for text in prompts]
     plain = ["".join(part for part, _ in each) for each in pieces]
-    encoded = tower.encode([*plain, ""])
+    encoded = tower.encode([*plain, ""], reading.clip_skip)
     weights = [
         token_weights(each, token_spans(tower, words))
         for each, words in zip(pieces, plain, strict=True)
     ]
     states, empty = encoded.states[:-1], encoded.states[-1]
-    states = emphasise(states, empty, padded_weights(weights, states))
+    states = weigh(states, empty, padded_weights(weights, states), reading.weights)
     mask, pooled = (None if v is None else v[:-1] for v in (encoded.mask, encoded.pooled))
     return TextStates(states, mask, encoded.cut[:-1], pooled)

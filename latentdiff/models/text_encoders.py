@@ -7,7 +7,7 @@ after it is built, so threads may share one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import TYPE_CHECKING, Any, Protocol, Self, Union
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, Union
 
 import torch
 from torch import Tensor
@@ -27,6 +27,28 @@ Tokenizer = Union["ClipTokenizer", "TokenizersBackend"]
 _PROBE = "a photo of 2 cats, \u00fcber \u732b's!\n"
 # T5 has no longest text; this is what it was trained on, when its tokenizer does not say.
 _T5_WINDOW = 512
+
+
+WeightRule = Literal["comfyui", "a1111"]
+"""What a weight does to the states of a word: see `latentdiff.models.prompt_weights`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How prompts are read; by default as plain words, up to the window.
+
+    Attributes:
+        weights: the rule by which weights in them act; None: brackets are words.
+        long: read them beyond the window, too: see `latentdiff.models.long_prompts`.
+        clip_skip: how many of CLIP's last layers are left out, counted as diffusers does.
+    """
+
+    weights: WeightRule | None = None
+    long: bool = False
+    clip_skip: int = 0
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +114,19 @@ class TextTower(Protocol):
         """Prompts as ids, each shortened to the window; `Tokens.cut` says what that lost."""
         ...
 
-    def states(self, tokens: Tokens) -> TextStates:
-        """The network's answer; gradients flow unless the caller forbids it."""
+    def states(self, tokens: Tokens, clip_skip: int = 0) -> TextStates:
+        """The network's answer; gradients flow unless the caller forbids it.
+
+        Args:
+            tokens: of `tokenize`.
+            clip_skip: how many of CLIP's last layers are left out.
+
+        Raises:
+            UserError: the network has no more layers than that, or is no CLIP.
+        """
         ...
 
-    def encode(self, prompts: Sequence[str]) -> TextStates:
+    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
         """`tokenize`, then `states`."""
         ...
 
@@ -120,22 +150,28 @@ class ClipTower:
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         return _tokenize(self.tokenizer, prompts, self.window, self.window)
 
-    def states(self, tokens: Tokens) -> TextStates:
-        further: dict[str, Tensor] = {}
+    def states(self, tokens: Tokens, clip_skip: int = 0) -> TextStates:
+        _check_skip(clip_skip, self.model.config.num_hidden_layers)
+        further: dict[str, Any] = {}
         if getattr(self.model.config, "use_attention_mask", False):
             further["attention_mask"] = tokens.mask.to(self.model.device)
         ids = tokens.ids.to(self.model.device)
-        states = self.model(input_ids=ids, **further).last_hidden_state
+        if clip_skip:
+            hidden = self.model(input_ids=ids, output_hidden_states=True, **further).hidden_states
+            states = self.model.final_layer_norm(hidden[-1 - clip_skip])
+        else:
+            states = self.model(input_ids=ids, **further).last_hidden_state
         return TextStates(states, None, tokens.cut)
 
-    def encode(self, prompts: Sequence[str]) -> TextStates:
-        return self.states(self.tokenize(prompts))
+    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
+        return self.states(self.tokenize(prompts), clip_skip)
 
 
 class PenultimateTower(ClipTower):
     """A CLIP text model as Stable Diffusion XL uses it: Podell et al. 2023, sec. 2.1.
 
-    The states are those in front of the last layer, without a norm. A model with a projection also
+    The states are those in front of the last layer, without a norm; layers that are left out are
+    counted from there. A model with a projection also
     gives a pooled vector: the projection of the last layer's state, behind its norm, at the end of
     the text.
     """
@@ -146,11 +182,12 @@ class PenultimateTower(ClipTower):
         projection: Any = getattr(self.model, "text_projection", None)
         return None if projection is None else projection.out_features
 
-    def states(self, tokens: Tokens) -> TextStates:
+    def states(self, tokens: Tokens, clip_skip: int = 0) -> TextStates:
+        _check_skip(clip_skip, self.model.config.num_hidden_layers - 1)
         ids = tokens.ids.to(self.model.device)
         said = self.model(input_ids=ids, output_hidden_states=True)
         assert said.hidden_states is not None
-        states, pooled = said.hidden_states[-2], None
+        states, pooled = said.hidden_states[-2 - clip_skip], None
         if self.pooled_width is not None:
             # The place of the end mark. transformers looks for the largest id, which is that of a
             # learned word where there is one.
@@ -159,6 +196,16 @@ class PenultimateTower(ClipTower):
             model: Any = self.model
             pooled = model.text_projection(last)
         return TextStates(states, None, tokens.cut, pooled)
+
+
+def _check_skip(clip_skip: int, layers: int) -> None:
+    """Pass if an encoder has more layers than are to be left out.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not 0 <= clip_skip < layers:
+        raise UserError(f"clip_skip: must be from 0 to {layers - 1} here, not {clip_skip}.")
 
 
 class T5Tower:
@@ -178,13 +225,15 @@ class T5Tower:
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         return _tokenize(self.tokenizer, prompts, self.window, 1)
 
-    def states(self, tokens: Tokens) -> TextStates:
+    def states(self, tokens: Tokens, clip_skip: int = 0) -> TextStates:
+        if clip_skip:
+            raise UserError("clip_skip: only a CLIP text encoder has layers to skip, not a T5.")
         mask = tokens.mask.to(self.model.device)
         output = self.model(input_ids=tokens.ids.to(self.model.device), attention_mask=mask)
         return TextStates(output.last_hidden_state, mask, tokens.cut)
 
-    def encode(self, prompts: Sequence[str]) -> TextStates:
-        return self.states(self.tokenize(prompts))
+    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
+        return self.states(self.tokenize(prompts), clip_skip)
 
 
 def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:

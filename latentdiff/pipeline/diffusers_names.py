@@ -101,7 +101,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "custom_pipeline enable_freeu disable_freeu load_ip_adapter set_ip_adapter_scale "
-        "ip_adapter_image ip_adapter_image_embeds prompt_2 negative_prompt_2 clip_skip",
+        "ip_adapter_image ip_adapter_image_embeds prompt_2 negative_prompt_2",
         "this toolkit has nothing of the kind",
     ),
 )

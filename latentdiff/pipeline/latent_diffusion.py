@@ -45,6 +45,7 @@ from latentdiff.pipeline.diffusers_names import (
 )
 from latentdiff.pipeline.output import OutputType, PipelineOutput
 from latentdiff.pipeline.preparation import prepare, warn_of_size
+from latentdiff.pipeline.prompt_syntax import Syntax
 from latentdiff.pipeline.prompts import Also, check_prompts, encode_prompts
 from latentdiff.pipeline.request import Request
 from latentdiff.pipeline.run import Run
@@ -255,6 +256,8 @@ class LatentDiffusionPipeline(DiffusersNames):
         also: Sequence[Also] = (),
         prompt_weights: bool = False,
         long_prompts: bool = False,
+        prompt_syntax: Syntax = "plain",
+        clip_skip: int | None = None,
         height: int | None = None,
         width: int | None = None,
         original_size: tuple[int, int] | None = None,
@@ -296,6 +299,11 @@ class LatentDiffusionPipeline(DiffusersNames):
             prompt_weights: read (x), (x:1.3) and [x] in all prompts as weights of their words.
             long_prompts: read prompts longer than the window in chunks, which the word BREAK ends,
                 too: see `latentdiff.models.long_prompts`.
+            prompt_syntax: "a1111" reads prompts as A1111 does: weights (by its rule, or with
+                `prompt_weights` by ours), long prompts, AND, words that change from step to step,
+                `<lora:NAME:SCALE>`: see `docs/prompts.md`.
+            clip_skip: how many of the text encoder's last layers are left out, counted as diffusers
+                does: 1 is "Clip skip 2" elsewhere.
             height: in pixels, a multiple of the autoencoder's factor; by default the model's own.
             width: likewise.
             original_size: what a network of Stable Diffusion XL is told of the pictures: see
@@ -348,6 +356,8 @@ class LatentDiffusionPipeline(DiffusersNames):
             also=also,
             prompt_weights=prompt_weights,
             long_prompts=long_prompts,
+            prompt_syntax=prompt_syntax,
+            clip_skip=clip_skip,
             height=height,
             width=width,
             original_size=original_size,

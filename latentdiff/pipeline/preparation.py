@@ -1,13 +1,13 @@
 """Preparation of a run from the arguments of a call: all are checked and encoded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from latentdiff.bundle import Bundle
-from latentdiff.diffusion.condition import Condition, Hint
+from latentdiff.diffusion.condition import Hint
 from latentdiff.diffusion.denoiser import Denoiser, conditioned_denoiser
 from latentdiff.diffusion.edits import Edit, EditsBranches, EditsConditioned, EditsInput
 from latentdiff.diffusion.noise import NoiseStreams
@@ -27,10 +27,9 @@ from latentdiff.editing import (
 from latentdiff.errors import UserError, warn
 from latentdiff.guidance import composed, methods
 from latentdiff.guidance.from_text import check_text, resolve
+from latentdiff.guidance.prompt_schedule import StepCount, scheduled
 from latentdiff.models.guidance_embedding import told_scale
-from latentdiff.models.prompt_weights import without_weights
 from latentdiff.pipeline.arguments import (
-    MAX_PIXELS,
     MAX_STEPS,
     check_sizes,
     finite,
@@ -42,17 +41,9 @@ from latentdiff.pipeline.arguments import (
     whole,
 )
 from latentdiff.pipeline.controls import check_controls, controls_size, hints_of, unguided
-from latentdiff.pipeline.prompts import (
-    Further,
-    check_also,
-    check_negatives,
-    check_prompts,
-    check_words,
-    encode_prompts,
-    place_weight,
-)
 from latentdiff.pipeline.request import Request
 from latentdiff.pipeline.run import CountedNetwork, Run
+from latentdiff.pipeline.texts import Conditions, Texts, check_loras, encoded, texts_of
 
 _TOO_MUCH = (
     "'cfg++' with a solver that draws noise guides up to twice as much as its scale says; take "
@@ -69,8 +60,9 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     edits = _edits(request, bundle)
     listed(request.controls, "controls", "Control(folder, picture)")
     check_controls(request.controls)
-    texts = _texts(request)
+    texts = texts_of(request)
     check_sizes(request.sizes)
+    check_loras(texts, bundle)
     pictured = picture_size(edits, request.height, request.width)
     size = (request.height, request.width)
     if pictured is None and size == (None, None):
@@ -86,8 +78,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     height, width = pictured or (shape[2] * bundle.factor, shape[3] * bundle.factor)
     if not any(isinstance(edit, TiledDiffusion) for edit in edits):
         warn_of_size(bundle, height, width)
-    said = [without_weights(t) if request.prompt_weights else t for t in texts.prompts]
-    prompts = [text for text in said for _ in range(texts.per_prompt)]
+    prompts = texts.said(request)
     context = RunContext(
         height, width, bundle.autoencoder, prompts, bundle.process, bundle.network.native_size
     )
@@ -106,66 +97,26 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     hints = hints_of(
         request.controls, bundle, context, levels, len(texts.prompts), texts.per_prompt
     )
-    denoise, cut = _guided(bundle, network, request, texts, edits, hints, timetable, context, x)
+    told = _conditions(bundle, request, texts, context, edits, hints, len(levels) - 1, x)
+    count = StepCount()
+    denoise = _guided(bundle, network, request, told, edits, timetable, x, count)
     _warn_of_noise(request, stepper)
     x = x * bundle.process.prior_scale(timetable[0])
     return Run(
-        denoise, stepper, levels, x, noise, edits, context, ending, network, seeds, indices, cut
+        denoise,
+        stepper,
+        levels,
+        x,
+        noise,
+        edits,
+        context,
+        ending,
+        network,
+        seeds,
+        indices,
+        told.cut,
+        count,
     )
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """The texts of a request, before they are encoded.
-
-    Attributes:
-        prompts: P texts; "" for each where ready-made conditions were given.
-        negatives: P texts.
-        further: the composed prompts.
-        per_prompt: number of pictures per prompt.
-    """
-
-    prompts: list[str]
-    negatives: list[str]
-    further: list[Further]
-    per_prompt: int
-
-    @property
-    def pictures(self) -> int:
-        return len(self.prompts) * self.per_prompt
-
-
-def _texts(request: Request) -> _Texts:
-    """The prompts of a call, checked."""
-    if (request.prompt is None) == (request.prompt_embeds is None):
-        raise UserError("prompt: give a prompt, or prompt_embeds, and not both.")
-    if request.negative_prompt is not None and request.negative_prompt_embeds is not None:
-        raise UserError("negative_prompt: give it or negative_prompt_embeds, not both.")
-    if request.prompt is not None:
-        prompts = check_prompts(request.prompt)
-    else:
-        prompts = [""] * _rows(request.prompt_embeds, "prompt_embeds")
-    per_prompt = whole(request.num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)
-    listed(request.also, "also", "('a hat', 0.7)")
-    further = check_also(request.also)
-    if request.prompt_weights:
-        check_words(
-            [
-                *(prompts if request.prompt is not None else ()),
-                *(one.text for one in further),
-            ]
-        )
-    negatives = check_negatives(request.negative_prompt, len(prompts))
-    return _Texts(prompts, negatives, further, per_prompt)
-
-
-def _rows(given: Tensor | Condition | None, name: str) -> int:
-    """The number of rows of ready-made states [P, L, D], or of a condition with states."""
-    states = given.states if isinstance(given, Condition) else given
-    fits = isinstance(states, Tensor) and states.is_floating_point() and states.ndim == 3
-    if states is None or not fits or not states.numel():
-        raise UserError(f"{name}: give states [P, L, D], or a Condition that holds some.")
-    return len(states)
 
 
 def _edits(request: Request, bundle: Bundle) -> list[Edit]:
@@ -223,40 +174,48 @@ def _warn_of_noise(request: Request, solver: Solver) -> None:
         warn(_TOO_MUCH)
 
 
+def _conditions(
+    bundle: Bundle,
+    request: Request,
+    texts: Texts,
+    context: RunContext,
+    edits: Sequence[Edit],
+    hints: tuple[Hint, ...],
+    moves: int,
+    x: Tensor,
+) -> Conditions:
+    """What the network is told in each move: texts, and what it sees beside x."""
+    seen, image_scale = _beside(edits, x)
+    distilled = bundle.network.guidance_width is not None
+    if distilled:
+        _check_distilled(request, texts, image_scale)
+    settings = _settings(bundle, request, image_scale)
+    methods.check(request.guidance, interval=request.guidance_interval, **settings)
+    guided = settings["scale"] != 1 or image_scale != 1
+    told = encoded(bundle, request, texts, context, guided=guided, moves=moves)
+    own_scale = request.scale_for(bundle.network)
+    positive = [told_scale(each, bundle.network, own_scale) for each in told.positive]
+    told = replace(told, positive=positive)
+    if seen is not None:
+        told = told.with_fields({"beside": seen}, {"beside": seen})
+        blank = torch.zeros_like(seen)
+        told = replace(told, blind=[replace(each, beside=blank) for each in told.negative])
+    if hints:
+        told = told.with_fields({"control": hints}, {"control": unguided(hints)})
+    return told
+
+
 def _guided(
     bundle: Bundle,
     network: CountedNetwork,
     request: Request,
-    texts: _Texts,
+    told: Conditions,
     edits: Sequence[Edit],
-    hints: tuple[Hint, ...],
     timetable: Timetable,
-    context: RunContext,
     x: Tensor,
-) -> tuple[Denoiser, list[str]]:
-    """The denoiser of a run, but for what edits do to its estimates; and the prompts' cut ends."""
-    seen, image_scale = _beside(edits, x)
-    distilled = bundle.network.guidance_width is not None
-    if distilled:
-        _check_distilled(request, image_scale)
-    scale = 1.0 if distilled else request.scale
-    settings = {"scale": scale, "rescale": request.guidance_rescale, "image_scale": image_scale}
-    methods.check(request.guidance, interval=request.guidance_interval, **settings)
-    guided = scale != 1 or image_scale != 1
-    positive, negative, further, cut = _conditions(bundle, request, texts, guided, context)
-    positive = told_scale(positive, bundle.network, request.scale_for(bundle.network))
-    blind = None
-    if seen is not None:
-        blind = None if negative is None else replace(negative, beside=torch.zeros_like(seen))
-        negative = None if negative is None else replace(negative, beside=seen)
-        positive = replace(positive, beside=seen)
-        further = [replace(each, beside=seen) for each in further]
-    if hints:
-        positive = replace(positive, control=hints)
-        further = [replace(each, control=hints) for each in further]
-        untold = unguided(hints)
-        negative = None if negative is None else replace(negative, control=untold)
-        blind = None if blind is None else replace(blind, control=untold)
+    count: StepCount,
+) -> Denoiser:
+    """The denoiser of a run, but for what edits do to its estimates."""
     spoiling = [edit for edit in edits if isinstance(edit, EditsBranches)]
     if spoiling:
         network.network = bundle.network.perturbable([edit.perturbation for edit in spoiling])
@@ -264,25 +223,33 @@ def _guided(
     for edit in edits:
         if isinstance(edit, EditsConditioned):
             denoise = edit.conditioned(denoise)
+    denoise = scheduled(denoise, told.series(), told.stretches, count)
     for number, edit in enumerate(spoiling, 1):
         denoise = edit.branches(denoise, number)
-    if further and negative is not None:
-        weights = [place_weight(one, context) for one in texts.further]
-        denoise = composed(denoise, list(zip(further, weights, strict=True)), negative)
-    guided_denoiser = methods.create(
+    negative = told.negative[0] if told.negative else None
+    if told.composed and negative is not None:
+        own, *weights = told.weights
+        further = [(series[0], w) for series, w in zip(told.further, weights, strict=True)]
+        denoise = composed(denoise, further, negative, own)
+    return methods.create(
         request.guidance,
         denoise,
-        positive,
+        told.positive[0],
         negative,
         timetable,
         interval=request.guidance_interval,
-        blind=blind,
-        **settings,
+        blind=told.blind[0] if told.blind else None,
+        **_settings(bundle, request, _beside(edits, x)[1]),
     )
-    return guided_denoiser, cut
 
 
-def _check_distilled(request: Request, image_scale: float) -> None:
+def _settings(bundle: Bundle, request: Request, image_scale: float) -> dict[str, float]:
+    """The numbers of guidance; a network with its guidance in it has none from outside."""
+    scale = 1.0 if bundle.network.guidance_width is not None else request.scale
+    return {"scale": scale, "rescale": request.guidance_rescale, "image_scale": image_scale}
+
+
+def _check_distilled(request: Request, texts: Texts, image_scale: float) -> None:
     """Pass a request that a network with its guidance in it can obey, in one pass a step.
 
     Raises:
@@ -293,6 +260,7 @@ def _check_distilled(request: Request, image_scale: float) -> None:
         "negative_prompt": any([negative] if isinstance(negative, str) else negative),
         "negative_prompt_embeds": request.negative_prompt_embeds is not None,
         "also": bool(request.also),
+        "AND": any(len(prompt.parts) > 1 or prompt.parts[0][1] != 1 for prompt in texts.prompts),
         "guidance": request.guidance != "cfg",
         "guidance_rescale": request.guidance_rescale != 0,
         "guidance_interval": request.guidance_interval != methods.ALWAYS,
@@ -303,114 +271,6 @@ def _check_distilled(request: Request, image_scale: float) -> None:
             f"{refused[0]}: this model was distilled with its guidance in it and makes one pass a "
             "step, so nothing can be led away from: leave it out; guidance_scale alone is heard."
         )
-
-
-def _conditions(
-    bundle: Bundle, request: Request, texts: _Texts, guided: bool, context: RunContext
-) -> tuple[Condition, Condition | None, list[Condition], list[str]]:
-    """Positive and negative condition, the further ones, and the prompts' cut ends."""
-    ready = request.prompt_embeds is not None
-    away = request.negative_prompt_embeds
-    encodes_negative = (guided or bool(texts.further)) and away is None
-    rows = ([] if ready else [texts.prompts]) + ([texts.negatives] if encodes_negative else [])
-    rows += [[one.text] * len(texts.prompts) for one in texts.further]
-    conditions: list[Condition] = []
-    cut = [""] * texts.pictures
-    if rows:
-        conditions, ends = encode_prompts(
-            bundle.conditioner,
-            rows,
-            texts.per_prompt,
-            context.padded,
-            weights=request.prompt_weights,
-            long=request.long_prompts,
-        )
-        cut = cut if ready else ends
-    if request.prompt_embeds is not None:
-        conditions.insert(0, _ready(request.prompt_embeds, texts, bundle, "prompt_embeds"))
-    positive, *others = conditions
-    if away is not None:
-        others.insert(0, _ready(away, texts, bundle, "negative_prompt_embeds"))
-    negative = others.pop(0) if encodes_negative or away is not None else None
-    positive = _sized(bundle, request, positive, context)
-    if negative is not None:
-        negative = _sized(bundle, request, negative, context, negative=True)
-    return positive, negative, [_sized(bundle, request, each, context) for each in others], cut
-
-
-def _sized(
-    bundle: Bundle,
-    request: Request,
-    condition: Condition,
-    context: RunContext,
-    *,
-    negative: bool = False,
-) -> Condition:
-    """The condition with the sizes of the call, unless it was given with its own.
-
-    Raises:
-        UserError: the network is not told them, or both were given.
-    """
-    given = request.negative_prompt_embeds if negative else request.prompt_embeds
-    if isinstance(given, Condition) and given.sizes is not None:
-        for name in request.sizes.given():
-            raise UserError(f"{name}: the ready-made condition holds sizes; leave one of them out.")
-        return condition
-    size = context.padded
-    return bundle.conditioner.sized(condition, size, request.sizes, negative=negative)
-
-
-def _ready(given: Tensor | Condition, texts: _Texts, bundle: Bundle, name: str) -> Condition:
-    """A ready-made condition of P rows, or of one, for every picture.
-
-    Raises:
-        UserError: another number of rows, states of another width or not finite, or a mask that
-            does not fit them.
-    """
-    rows, wanted = _rows(given, name), len(texts.prompts)
-    condition = given if isinstance(given, Condition) else Condition(states=given)
-    if rows not in (1, wanted):
-        raise UserError(f"{name}: {rows} rows were given for {wanted} prompts.")
-    assert condition.states is not None
-    if condition.states.shape[2] != bundle.network.width:
-        raise UserError(
-            f"{name}: the model attends to states of width {bundle.network.width}, not "
-            f"{condition.states.shape[2]}."
-        )
-    if not bool(torch.isfinite(condition.states).all()):
-        raise UserError(f"{name}: they hold NaN or infinity.")
-    if condition.control:
-        raise UserError(f"{name}: its control is not heard: give controls=[Control(...)].")
-    mask, shape = condition.mask, condition.states.shape[:2]
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-        raise UserError(
-            f"{name}: its mask must be bool {list(shape)}, not {mask.dtype} {list(mask.shape)}."
-        )
-    if any(len(value) != rows for value in condition.given().values()):
-        raise UserError(f"{name}: its fields must all have {rows} rows, as its states have.")
-    _check_pooled(condition.pooled, bundle.conditioner.pooled_width, name)
-    places = range(wanted) if rows == wanted else [0] * wanted
-    return condition.take([row for row in places for _ in range(texts.per_prompt)])
-
-
-def _check_pooled(pooled: Tensor | None, width: int | None, name: str) -> None:
-    """Check that a ready-made condition has a pooled vector where the network is told one.
-
-    Raises:
-        UserError: it has none, or one that nothing is told; or it is of another width, or not
-            finite.
-    """
-    if width is None and pooled is not None:
-        raise UserError(f"{name}: this model is told no pooled text; leave it out.")
-    if width is None:
-        return
-    if pooled is None or pooled.ndim != 2 or pooled.shape[1] != width:
-        raise UserError(
-            f"{name}: this model is also told a pooled text: give Condition(states=..., "
-            f"pooled=...), pooled [P, {width}]."
-        )
-    if not bool(torch.isfinite(pooled).all()):
-        raise UserError(f"{name}: they hold NaN or infinity.")
 
 
 def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:

@@ -15,6 +15,7 @@ from latentdiff.editing.masks import mask_tensor, open_mask
 from latentdiff.errors import UserError, warn
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.prompt_weights import has_weights, without_weights
+from latentdiff.models.text_encoders import PLAIN, Reading
 from latentdiff.pictures import Picture
 
 MAX_PROMPT = 10_000  # characters
@@ -169,9 +170,7 @@ def encode_prompts(
     rows: Sequence[Sequence[str]],
     per_prompt: int,
     size: tuple[int, int],
-    *,
-    weights: bool = False,
-    long: bool = False,
+    reading: Reading = PLAIN,
 ) -> tuple[list[Condition], list[str]]:
     """Encode every different text once, all in one batch.
 
@@ -180,8 +179,7 @@ def encode_prompts(
         rows: lists of P texts: the prompts, perhaps their negatives, further ones.
         per_prompt: number of pictures of each prompt; they follow one another.
         size: height and width of the pictures.
-        weights: read weights in the texts, as `models.prompt_weights.parse_weights` does.
-        long: read texts beyond the window, too, as `models.long_prompts` does.
+        reading: how the texts are read.
 
     Returns:
         The condition of each row for P * per_prompt pictures; and of each picture's prompt, the
@@ -191,8 +189,8 @@ def encode_prompts(
         UserError: a weight out of range.
     """
     texts = list(dict.fromkeys(text for row in rows for text in row))
-    encoded = conditioner.encode(texts, size, weights=weights, long=long)
-    if not weights and any(map(has_weights, texts)):
+    encoded = conditioner.encode(texts, size, reading)
+    if not reading.weights and any(map(has_weights, texts)):
         warn(
             "a prompt holds (text:number), which is read as plain words; "
             "prompt_weights=True (--weights) reads it as a weight"

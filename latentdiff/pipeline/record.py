@@ -39,6 +39,8 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         "also": [one for one in request.also if isinstance(one, str) or not _has_place(one)],
         "prompt_weights": request.prompt_weights,
         "long_prompts": request.long_prompts,
+        "prompt_syntax": request.prompt_syntax,
+        "clip_skip": request.clip_skip,
         "num_inference_steps": request.num_inference_steps,
         "guidance": request.guidance,
         "guidance_scale": request.scale_for(bundle.network),

@@ -15,7 +15,9 @@ from latentdiff.guidance.methods import Method, default_scale
 from latentdiff.models.conditioner import SizeConditions
 from latentdiff.models.guidance_embedding import DISTILLED_SCALE
 from latentdiff.models.network import Network
+from latentdiff.models.text_encoders import Reading
 from latentdiff.pipeline.controls import Control
+from latentdiff.pipeline.prompt_syntax import Syntax
 from latentdiff.pipeline.prompts import Also
 
 
@@ -30,6 +32,8 @@ class Request:
     also: Sequence[Also] = ()
     prompt_weights: bool = False
     long_prompts: bool = False
+    prompt_syntax: Syntax = "plain"
+    clip_skip: int | None = None
     height: int | None = None
     width: int | None = None
     original_size: tuple[int, int] | None = None
@@ -74,3 +78,10 @@ class Request:
         as which it is told."""
         distilled = self.guidance_scale is None and network.guidance_width is not None
         return DISTILLED_SCALE if distilled else self.scale
+
+    @property
+    def reading(self) -> Reading:
+        """How its texts are read; A1111's syntax brings weights and long prompts along."""
+        theirs = self.prompt_syntax == "a1111"
+        weights = "comfyui" if self.prompt_weights else "a1111" if theirs else None
+        return Reading(weights, self.long_prompts or theirs, self.clip_skip or 0)

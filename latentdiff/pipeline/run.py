@@ -16,6 +16,7 @@ from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import Finish, RunContext
 from latentdiff.errors import UserError
+from latentdiff.guidance.prompt_schedule import StepCount
 from latentdiff.models.network import Network
 from latentdiff.pipeline.output import OutputType, PipelineOutput, converted
 
@@ -48,6 +49,7 @@ class Run:
         noise: the streams of B pictures.
         edits: bound to this run.
         seeds, indices, cut: see `PipelineOutput`.
+        count: the move that is made, for prompts that change on the way.
         x0: the last estimate of the data [B, C, h, w]; None before the first.
     """
 
@@ -63,6 +65,7 @@ class Run:
     seeds: list[int]
     indices: list[int]
     cut: list[str]
+    count: StepCount
     x0: Tensor | None = None
     cancelled: bool = False
     done: bool = False
@@ -101,7 +104,7 @@ class Run:
             except StopIteration as ended:
                 self.latents, self.done = ended.value, True
                 return
-            self.latents = move.x
+            self.latents, self.count.move = move.x, move.index + 1
             yield move
             replaced = None if self.latents is move.x else self.latents
 

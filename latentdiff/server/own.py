@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
 from latentdiff.pipeline import Request
+from latentdiff.pipeline.prompt_syntax import Syntax
 from latentdiff.server.jobs import Job
 from latentdiff.server.studio import (
     Editing,
@@ -42,6 +43,8 @@ class Wanted(BaseModel):
     also: Annotated[list[str], Field(max_length=8)] = []
     prompt_weights: bool = False
     long_prompts: bool = False
+    prompt_syntax: Syntax = "plain"
+    clip_skip: Annotated[int, Field(ge=0, le=100)] | None = None
     num_images: int = 1
     height: int | None = None
     width: int | None = None
@@ -69,6 +72,8 @@ class Wanted(BaseModel):
             also=self.also,
             prompt_weights=self.prompt_weights,
             long_prompts=self.long_prompts,
+            prompt_syntax=self.prompt_syntax,
+            clip_skip=self.clip_skip,
             height=self.height or height,
             width=self.width or width,
             num_inference_steps=self.num_inference_steps,

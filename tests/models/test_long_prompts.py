@@ -10,7 +10,7 @@ from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.cli import main
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.long_prompts import long_states
-from latentdiff.models.text_encoders import ClipTower, encode_tokens
+from latentdiff.models.text_encoders import ClipTower, Reading, WeightRule, encode_tokens
 
 LONG = "a red heart with a cat and a dog, a big hat, two small birds and one more red heart"
 
@@ -51,10 +51,11 @@ def test_states_are_those_of_the_chunks_one_after_another(tower: ClipTower) -> N
 def test_a_prompt_within_the_window_is_as_ever_and_break_ends_a_chunk(tower: ClipTower) -> None:
     short = ["a red heart", "a (cat)", ""]
     assert torch.equal(long_states(tower, short[:1]).states, tower.encode(short[:1]).states)
-    for weights in (False, True):
+    rules: tuple[WeightRule | None, ...] = (None, "comfyui", "a1111")
+    for rule in rules:
         conditioner = TextConditioner(tower)
-        plain = conditioner.encode(short, (16, 16), weights=weights).condition.states
-        long = conditioner.encode(short, (16, 16), weights=weights, long=True).condition.states
+        plain = conditioner.encode(short, (16, 16), Reading(rule)).condition.states
+        long = conditioner.encode(short, (16, 16), Reading(rule, long=True)).condition.states
         assert plain is not None
         assert long is not None
         assert (plain - long).abs().max() < 1e-6
@@ -67,7 +68,7 @@ def test_a_prompt_within_the_window_is_as_ever_and_break_ends_a_chunk(tower: Cli
 def test_weights_reach_their_words_in_any_chunk(tower: ClipTower) -> None:
     weighted = LONG.replace("two small birds", "(two small birds:1.4)")
     plain = long_states(tower, [LONG]).states[0]
-    heavy = long_states(tower, [weighted], weights=True).states[0]
+    heavy = long_states(tower, [weighted], Reading("comfyui")).states[0]
     spans = encode_tokens(tower.tokenizer, LONG)[1:-1]
     first, last = LONG.index("two small"), LONG.index("birds") + 5
     inside = tower.window - 2
