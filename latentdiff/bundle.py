@@ -27,7 +27,7 @@ from latentdiff.formats.families import (
     family_of_file,
     family_of_folder,
 )
-from latentdiff.formats.location import find, find_file
+from latentdiff.formats.location import find, find_autoencoder
 from latentdiff.formats.model_captions import read_captions, write_captions
 from latentdiff.formats.scheduler_config import DEFAULT_SOLVER, Steps
 from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
@@ -130,8 +130,9 @@ class Bundle:
             where: a folder in the diffusers layout, a .safetensors file of Stable Diffusion 1.x,
                 2.x or XL as ComfyUI and A1111 have them, a hub id as "owner/name", or None for the
                 bundled model.
-            vae: a folder or a .safetensors file with an autoencoder in place of the model's own,
-                which many single files lack: see `formats.autoencoder_files.open_autoencoder`.
+            vae: a folder, a .safetensors file or a hub id with an autoencoder in place of the
+                model's own, which many single files lack: see
+                `formats.autoencoder_files.open_autoencoder`.
             prediction: what the network predicts, where its files do not say so or are wrong.
             variant: the weights to take where a folder has several, as "bf16".
             dtype: precision of the networks. "auto" is bfloat16 (or float16) on CUDA, else float32.
@@ -152,7 +153,7 @@ class Bundle:
         place = _device(device)
         precision = _dtype(dtype, place)
         path = find(where)
-        other = None if vae is None else find_file(vae, "autoencoder")
+        other = None if vae is None else find_autoencoder(vae)
         with _collector_resting():
             name, opened = _open(path, Choices(other, variant))
         with blaming(path):

@@ -9,11 +9,13 @@ import typer
 from latentdiff.cli import options
 from latentdiff.cli.models import DtypeName, ModelOptions
 from latentdiff.cli.output import check_writable
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, shown
 from latentdiff.registry import check_name
 
 if TYPE_CHECKING:
     from latentdiff.bundle import Bundle
+
+_WORTH_A_LINE = 50_000_000  # bytes
 
 
 def convert(
@@ -68,6 +70,10 @@ def convert(
     import torch
 
     bundle = pipe.fuse_loras() if lora else pipe.bundle
+    size = sum(p.numel() for module in bundle.modules.values() for p in module.parameters())
+    size *= getattr(torch, precision).itemsize
+    if size >= _WORTH_A_LINE:
+        print(f"writing {size / 1e9:.1f} GB to {shown(out)}", file=sys.stderr)
     print(bundle.save(out, dtype=getattr(torch, precision)))
     if not out.is_dir() and (strange := _not_understood(bundle)):
         print(f"ComfyUI and A1111 will draw it wrongly: {'; '.join(strange)}", file=sys.stderr)

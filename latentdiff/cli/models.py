@@ -35,12 +35,12 @@ class ModelOptions:
             UserError: a file is not there, or an unknown prediction.
         """
         from latentdiff.diffusion.prediction import Prediction
-        from latentdiff.formats.location import find_file
+        from latentdiff.formats.location import find_file, is_hub_id
         from latentdiff.registry import check_name
 
         if self.prediction is not None:
             check_name("prediction", self.prediction, get_args(Prediction))
-        if self.vae is not None:
+        if self.vae is not None and not is_hub_id(self.vae):
             find_file(self.vae, "autoencoder")
         for text in self.loras or ():
             find_file(parse_lora(text)[0], "LoRA file")

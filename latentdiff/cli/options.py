@@ -50,7 +50,8 @@ Vae = Annotated[
     typer.Option(
         "--vae",
         metavar="FILE_OR_FOLDER",
-        help="An autoencoder in place of the model's own, which many single files lack.",
+        help="An autoencoder in place of the model's own, which many single files lack; or "
+        "owner/name on the Hugging Face Hub.",
     ),
 ]
 PredictionName = Annotated[

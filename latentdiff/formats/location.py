@@ -1,15 +1,24 @@
 """Locations of models: bundled, a folder, a single file, or on the Hugging Face Hub."""
 
+import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.formats.weights import PICKLES, first_line, pickle_refusal
+
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
 
 BUNDLED = "emoji64"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILES = {*PICKLES, ".safetensors"}
+_STEM = "diffusion_pytorch_model"
+_WORTH_A_LINE = 50_000_000  # bytes
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?://[^/?#]*|(?=[/~]))(?P<path>[^?#]*)")
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
@@ -32,7 +41,7 @@ def find(where: str | Path | None) -> Path:
     try:
         if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
             return folder
-        if folder.exists() or folder.suffix.lower() in {*PICKLES, ".safetensors"}:
+        if folder.exists() or folder.suffix.lower() in _FILES:
             raise UserError(_refusal(folder))
     except UserError:
         raise
@@ -67,6 +76,28 @@ def _last(path: str) -> str:
     return parts[-1] if parts else ""
 
 
+def find_autoencoder(where: str | Path) -> Path:
+    """The folder or file of an autoencoder.
+
+    Args:
+        where: its path; or a hub id as "owner/name", of an autoencoder or of a whole model.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if is_hub_id(where):
+        weights = (f"{_STEM}*.safetensors", f"{_STEM}*.safetensors.index*.json", "config.json")
+        return download(str(where), [*weights, *(f"vae/{pattern}" for pattern in weights)])
+    return find_file(where, "autoencoder")
+
+
+def is_hub_id(where: str | Path) -> bool:
+    """True for the name of a repository of the hub that is no path here."""
+    if not _HUB_ID.fullmatch(str(where)) or Path(where).suffix.lower() in _FILES:
+        return False
+    return not Path(where).exists()
+
+
 def find_file(where: str | Path, kind: str) -> Path:
     """The file or folder of a part that a model is given.
 
@@ -86,6 +117,14 @@ def find_file(where: str | Path, kind: str) -> Path:
     except (OSError, ValueError) as error:  # a name too long for a path, or with a NUL in it
         raise UserError(f"{where!s:.100}: no {kind} ({first_line(error)}).") from error
     return path
+
+
+def size_line(planned: "Sequence[DryRunFileInfo]") -> str | None:
+    """The size of a download in GB, with the number of files; None where it is not worth a line."""
+    missing = [file.file_size or 0 for file in planned if file.will_download]
+    if sum(missing) < _WORTH_A_LINE:
+        return None
+    return f"{sum(missing) / 1e9:.1f} GB in {len(missing)} files"
 
 
 def _refusal(file: Path) -> str:
@@ -119,8 +158,15 @@ def download(name: str, patterns: list[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    left_out = ["*non_ema*"]
+    with contextlib.suppress(Exception):  # what is wrong is told below
+        planned = snapshot_download(
+            name, allow_patterns=patterns, ignore_patterns=left_out, dry_run=True
+        )
+        if size := size_line(planned):
+            warn(f"{name}: {size} are downloaded from the Hugging Face Hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*non_ema*"]))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise UserError(
             f"{name}: no such folder, and not to be had from the Hugging Face Hub "

@@ -457,7 +457,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         height, width = picture.shape[-2:]
         context = RunContext(height, width, bundle.autoencoder, prompts, bundle.process)
         latent_shape(bundle, *context.padded, 1)
-        warn_of_size(bundle, height, width)
+        warn_of_size(bundle, 1, height, width)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         refinements = whole(refinements, "refinements", 0, MAX_STEPS)
         levels = bundle.timetable(timetable, steps)

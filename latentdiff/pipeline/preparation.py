@@ -29,6 +29,7 @@ from latentdiff.guidance import composed, methods
 from latentdiff.guidance.from_text import check_text, resolve
 from latentdiff.guidance.prompt_schedule import StepCount, scheduled
 from latentdiff.models.guidance_embedding import told_scale
+from latentdiff.models.working_memory import unet_bytes
 from latentdiff.pipeline.arguments import (
     MAX_STEPS,
     check_sizes,
@@ -77,7 +78,8 @@ def prepare(bundle: Bundle, request: Request) -> Run:
 
     height, width = pictured or (shape[2] * bundle.factor, shape[3] * bundle.factor)
     if not any(isinstance(edit, TiledDiffusion) for edit in edits):
-        warn_of_size(bundle, height, width)
+        branches = 1 + (request.scale != 1) + len(texts.further)
+        warn_of_size(bundle, shape[0] * branches, height, width)
     prompts = texts.said(request)
     context = RunContext(
         height, width, bundle.autoencoder, prompts, bundle.process, bundle.network.native_size
@@ -157,16 +159,24 @@ def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     return run_of(request.solver, request.timetable, bundle, steps)
 
 
-def warn_of_size(bundle: Bundle, height: int, width: int) -> None:
-    """Say what is to be expected of pictures larger than those that the model was trained on."""
+def warn_of_size(bundle: Bundle, rows: int, height: int, width: int) -> None:
+    """Say what is to be expected of pictures larger than those that the model was trained on.
+
+    Args:
+        rows: of a call of the network: pictures times branches.
+    """
     own_height, own_width = bundle.size
     times = height * width / (own_height * own_width)
-    if times > 1:
-        warn(
-            f"{width} x {height} pixels are {times:,.1f} times the model's own "
-            f"{own_width} x {own_height}: what it draws may fall apart, and takes about as many "
-            "times the time and working memory, or more; latentdiff.pictures.fit shrinks a picture"
-        )
+    if times <= 1:
+        return
+    sides = height // bundle.factor, width // bundle.factor
+    needed = unet_bytes(bundle.network.module, rows, *sides)
+    memory = "" if needed is None else f", in about {needed / 1e9:,.2f} GB of working memory"
+    warn(
+        f"{width} x {height} pixels are {times:,.1f} times the model's own "
+        f"{own_width} x {own_height}: what it draws may fall apart, and each call of the network "
+        f"takes as many times as long, or more{memory}; latentdiff.pictures.fit shrinks a picture"
+    )
 
 
 def _warn_of_noise(request: Request, solver: Solver) -> None:

@@ -1,6 +1,7 @@
 """`latentdiff edit | inpaint | ilvr | interpolate` on a real tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,7 @@ def test_a_large_picture_is_made_to_fit(
     assert Image.open(kept).size == (80, 60)
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("warning: 80 x 60 pixels are 18.8 times the model's own 16 x 16")
+    assert re.search(r"in about 0\.\d\d GB of working memory", said[0])
     assert fitted not in said
 
     large = [str(tmp_path / "large.png")] * 2

@@ -36,6 +36,7 @@ from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
 from latentdiff.models.clip_tokenizer import ClipTokenizer
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.working_memory import unet_bytes
 
 UNETS = {
     "tiny": lambda: tiny_unet(),
@@ -210,6 +211,21 @@ def test_a_folder_opens_as_ours_or_as_theirs(
     told = capsys.readouterr().out
     assert "UNet2DConditionModel of diffusers, " in told
     assert "KLAutoencoder, " in told
+
+
+def test_working_memory_grows_with_pictures_and_pixels() -> None:
+    """The skips alone are a lower bound; each level and each row of a batch adds its own."""
+    unet: Any = tiny_unet()
+    own, bare = CrossAttentionUNet(config_of(unet)), torch.nn.Linear(2, 2)
+    plain = unet_bytes(own, 1, 8, 8)
+    assert plain == unet_bytes(unet, 1, 8, 8)
+    widths, layers = own.config["block_out_channels"], own.config["layers_per_block"]
+    skips = sum(4 * (layers + 1) * w * 64 / 4**n for n, w in enumerate(widths))
+    assert plain is not None
+    assert plain > 2 * skips
+    assert unet_bytes(own, 6, 8, 8) == unet_bytes(own, 1, 16, 24) == 6 * plain
+    assert unet_bytes(own.to(torch.bfloat16), 1, 8, 8) == plain / 2
+    assert unet_bytes(bare, 1, 8, 8) is None
 
 
 PROMPTS = (

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from huggingface_hub import DryRunFileInfo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,8 +27,10 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 from latentdiff.errors import UserError
 from latentdiff.formats.diffusers_folder import load_autoencoder
-from latentdiff.formats.weights import all_finite
-from latentdiff.lora import add_lora, lora_names
+from latentdiff.formats.embeddings import read_words
+from latentdiff.formats.location import size_line
+from latentdiff.formats.weights import PICKLES, all_finite
+from latentdiff.lora import add_lora, load_lora, lora_names
 from latentdiff.models.attention import set_attention
 from latentdiff.models.network import DiffusersUNet
 
@@ -429,6 +432,59 @@ def test_pickles_are_refused_unopened(hostile: Path, folder: Path) -> None:
     (folder / UNET).unlink()
     shutil.copy(hostile, folder / "unet/diffusion_pytorch_model.bin")
     assert "refused; get the model's safetensors version" in refusal(folder)
+
+
+@pytest.mark.parametrize("where", ["nobody/nothing", Path("nobody/nothing")])
+def test_an_autoencoder_of_the_hub_is_looked_for_there(where: str | Path, folder: Path) -> None:
+    """Offline here, which is one line; what looks like a file is looked for on the disk."""
+    told = r"^nobody/nothing: no such folder, and not to be had from the Hugging Face Hub \("
+    with pytest.raises(UserError, match=told) as caught:
+        Bundle.load(folder, vae=where)
+    assert "\n" not in str(caught.value)
+    for other in ("nobody/nothing.safetensors", "no/such/folder", "/nobody/nothing"):
+        with pytest.raises(UserError, match="no such autoencoder"):
+            Bundle.load(folder, vae=other)
+
+
+def test_an_autoencoder_in_the_cache_of_the_hub_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As huggingface_hub lays it out: a folder of each revision."""
+    from huggingface_hub import constants
+
+    for name, place in (("alone", "."), ("whole", "vae")):
+        root = tmp_path / "hub" / f"models--owner--{name}"
+        shutil.copytree(folder / "vae", root / "snapshots" / "0123" / place, dirs_exist_ok=True)
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    plain = vae_of(Bundle.load(folder)).state_dict()
+    for name in ("alone", "whole"):
+        found = vae_of(Bundle.load(folder, vae=f"owner/{name}")).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in plain.items())
+
+
+def test_a_large_download_is_told_in_gigabytes() -> None:
+    files = [(4_000_000_000, True), (None, True), (500_000_000, True), (9_000_000_000, False)]
+    plan = [DryRunFileInfo("0", size, "a", "/a", not load, load) for size, load in files]
+    assert size_line(plan) == "4.5 GB in 3 files"
+    assert size_line(plan[1:2]) is None
+
+
+@pytest.mark.parametrize("suffix", sorted(PICKLES))
+def test_every_door_refuses_a_pickle_by_its_name(suffix: str, folder: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle()
+    for name in (f"a{suffix}", f"b{suffix.upper()}"):
+        (tmp_path / name).write_bytes(b"PK")
+        doors: list[Callable[[Path], object]] = [
+            Bundle.load,
+            lambda path: Bundle.load(folder, vae=path),
+            lambda path: load_lora(path, bundle),
+            lambda path: read_words(path, 16),
+        ]
+        for door in doors:
+            with pytest.raises(UserError, match=r"a pickle checkpoint can run any code"):
+                door(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`--lora` and `latentdiff convert`, on a real tiny model."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +108,11 @@ def test_a_lora_of_another_model_is_one_line(
 
 
 def test_convert_goes_both_ways_and_fuses(
-    model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    lora: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, folder, mixed = tmp_path / "a.safetensors", tmp_path / "b", tmp_path / "c.safetensors"
     assert main(["convert", str(model), str(file)]) == 0
@@ -120,14 +125,20 @@ def test_convert_goes_both_ways_and_fuses(
         weights = [load_file(place / f"{part}.safetensors") for place in (model, folder)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    said = capsys.readouterr()
+    assert "GB" not in said.err
+    assert said.out.split() == [str(file), str(folder)]
+    monkeypatch.setattr(sys.modules["latentdiff.cli.convert"], "_WORTH_A_LINE", 1)
     assert main(["convert", str(file), str(mixed), f"--lora={lora}:0.5", "--dtype=float16"]) == 0
+    said = capsys.readouterr()
+    assert f"writing 0.0 GB to {mixed}\n" in said.err
+    assert said.out.split() == [str(mixed)]
     assert {value.dtype for value in load_file(mixed).values()} == {torch.float16}
     pipe = LatentDiffusionPipeline.from_pretrained(model)
     pipe.load_lora(lora, 0.5)
     wanted = unet_of(pipe.fuse_loras()).state_dict()
     got = unet_of(Bundle.load(mixed)).state_dict()
     assert all(torch.equal(got[name], wanted[name].half().float()) for name in wanted)
-    assert capsys.readouterr().out.split() == [str(file), str(folder), str(mixed)]
 
     assert main(["info", str(mixed)]) == 0
     assert main(["convert", str(model), str(folder)]) == 2
