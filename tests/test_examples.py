@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from scripts import ROOT, script
 from shapes import shape_folder
-from tiny import tiny_bundle, tiny_clip_of_pictures
+from tiny import tiny_bundle, tiny_clip_of_pictures, tiny_xl
 
 from latentdiff import Bundle
 from latentdiff.cli import main
@@ -92,6 +92,8 @@ def bring(folder: Path, bundle: Bundle) -> None:
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         bundle.save(folder / name)
+    tiny_xl().save(folder / "path/to/sdxl")
+    tiny_xl(refiner=True).save(folder / "path/to/sdxl-refiner")
     tiny_bundle(in_channels=9).save(folder / "path/to/inpainting-model")
     tiny_bundle(in_channels=8).save(folder / "path/to/instruct-pix2pix-model")
     tiny_clip_of_pictures().save(folder / "path/to/clip")

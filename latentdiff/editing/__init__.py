@@ -1,6 +1,7 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
 from latentdiff.editing.differential import Differential
+from latentdiff.editing.handing_over import DenoisingEnd, DenoisingStart
 from latentdiff.editing.hires import Hires
 from latentdiff.editing.ilvr import ILVR
 from latentdiff.editing.image_conditioning import Inpaint, Instruct
@@ -23,6 +24,8 @@ __all__ = [
     "ILVR",
     "Binds",
     "Blend",
+    "DenoisingEnd",
+    "DenoisingStart",
     "Differential",
     "Finish",
     "Hires",

@@ -71,6 +71,10 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ),
     ("image_guidance_scale", "it is an edit's: edits=[Instruct(image, image_guidance_scale)]"),
     ("pag_scale pag_adaptive_scale", "perturbed attention is an edit: edits=['pag:3']"),
+    (
+        "denoising_end denoising_start",
+        "they are edits: edits=[DenoisingEnd(0.8)], then edits=[DenoisingStart(latents, 0.8)]",
+    ),
     ("crops_coords_top_left", "crop=(top, left)"),
     (
         "negative_original_size negative_crops_coords_top_left negative_target_size",
