@@ -39,6 +39,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         "method": "lora",
         "data": {"size": 16, "flip": True},
         "lora": {"rank": 2, "text_encoder": True},
+        "held_out": {"fraction": 0.2, "every": 2},
         "sample_prompts": ["a red disc"],
     },
 }

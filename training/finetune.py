@@ -17,6 +17,7 @@ docs/finetune.md has it all.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ from latentdiff.learning.config import override, put, read_yaml
 from latentdiff.learning.control_pictures import ControlPictures
 from latentdiff.learning.denoising import Conditioned, bound, draw_times, noised_batch, offset_noise
 from latentdiff.learning.finetune_config import FinetuneConfig, resolve
+from latentdiff.learning.held_out import HeldOut, put_aside
 from latentdiff.learning.inpainting_masks import Holes, middle
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import min_snr_gamma, weighted_mse
@@ -59,7 +61,7 @@ from latentdiff.learning.results import save_outcome
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
 from latentdiff.learning.textual_inversion import check_words
-from latentdiff.learning.trained import Trained
+from latentdiff.learning.trained import Trained, averages
 from latentdiff.models.control import ControlNetwork
 from latentdiff.pictures import centre_square, grid
 from latentdiff.pipeline import Control, LatentDiffusionPipeline
@@ -171,7 +173,9 @@ class Finetuning(Objective[Key]):
         bundle = with_objective(loaded, config.objective)
         gamma = config.objective.min_snr_gamma
         self.gamma = min_snr_gamma(gamma, bundle.prediction, bundle.process)
-        self.samples = samples = collect_samples(run, config, loaded)  # draws its own, as it is
+        # draws its own prior pictures, as it is
+        samples, held = collect_samples(run, config, loaded)
+        self.samples = samples
         self.order = samples.order(config.seed)
         self.bundle = bundle = make_trainable(bundle, config)
         self.masked: list[Image.Image] = []
@@ -182,7 +186,10 @@ class Finetuning(Objective[Key]):
             # samples are drawn into these; their files may be gone later
             some = samples.examples[: len(config.sample_prompts) or 8]
             self.masked = [centre_square(example.open(), min(bundle.size)) for example in some]
-        self.control, self.control_pictures = self._control()
+        self.control = fresh_control(bundle, config) if config.method == "controlnet" else None
+        crops = variants(config.data.crops, config.data.flip)
+        self.control_pictures = self.controls_of(samples, crops)
+        self.held = self.hold_out(held)
         encoders = bundle.conditioner.modules.values()
         learns_text = any(p.requires_grad for m in encoders for p in m.parameters())
         priors = len(samples.examples) - samples.count
@@ -208,16 +215,24 @@ class Finetuning(Objective[Key]):
         self.model = Trained("model", module, config.optim, make, averaged=averaged)
         self.trained = [self.model]
 
-    def _control(self) -> tuple[ControlNetwork | None, ControlPictures | None]:
-        """The ControlNet that learns, and the pictures that it is shown."""
-        config, samples = self.config, self.samples
-        if config.method != "controlnet":
-            return None, None
-        crops = variants(config.data.crops, config.data.flip)
-        pictures = ControlPictures(
-            samples.examples, samples.buckets, crops, config.control, config.data.root
-        )
-        return fresh_control(self.bundle, config), pictures
+    def controls_of(
+        self, samples: Samples, crops: Sequence[Variant]
+    ) -> ControlPictures | None:
+        """What a ControlNet is shown of the samples, where one is to learn."""
+        if self.control is None:
+            return None
+        config, examples = self.config, samples.examples
+        return ControlPictures(examples, samples.buckets, crops, config.control, config.data.root)
+
+    def hold_out(self, held: Samples) -> HeldOut | None:
+        """What is measured on the pictures that are put aside, if any are."""
+        config, bundle = self.config, self.bundle
+        if not held.examples:
+            return None
+        holes = self.holes and Holes(held.examples, held.buckets, [Variant()])
+        controls = self.controls_of(held, [Variant()])
+        times = config.objective.times
+        return HeldOut(config.held_out, held, bundle, times, self.gamma, holes, controls)
 
     def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
         bundle, samples, objective = self.bundle, self.samples, self.config.objective
@@ -254,39 +269,70 @@ class Finetuning(Objective[Key]):
         return {"loss": loss + objective.bound_weight * bits, "bound": bits.detach()}
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, object]]:
-        return {}, {"samples": self.samples.digest}
+        tensors, values = ({}, {}) if self.held is None else self.held.state()
+        return tensors, {**values, "samples": self.samples.digest}
 
     def load_state(self, tensors: dict[str, Tensors], values: dict[str, object]) -> None:
         if values["samples"] != self.samples.digest:
             told = "not the pictures and captions that this run began with"
             self.run.say(f"{told}: it goes on with these")
+        elif self.held is not None:
+            self.held.load_state(tensors, values)
 
     def begin(self) -> None:
         self.evaluate(0)  # the model as it is before it learns
+        self.measure(0)
+
+    def after_step(self, step: int, values: dict[str, Tensor]) -> None:
+        held, done = self.held, step + 1
+        if held is not None and held.due(done, self.config.optim.steps):
+            with averages(self.trained):
+                held.note(done, self.measure(done), self.model)
+
+    def measure(self, step: int) -> float:
+        """Record the loss of the held-out pictures, the same on every process; 0 without any."""
+        if self.held is None:
+            return 0.0
+        with self.run.accelerator.autocast(), without_dropout(self.bundle):
+            found = self.held.loss(self.model.module)
+        loss = float(self.run.accelerator.reduce(found, "mean"))
+        self.run.record(step, {"held_out": loss})
+        return loss
+
+    def stops(self) -> bool:
+        return self.held is not None and self.held.is_over
 
     def evaluate(self, step: int) -> None:
-        """A grid at fixed seeds; an inpainting model fills the middle of the pictures."""
-        seed, prompts = self.config.seed, self.config.sample_prompts
-        prompts = prompts or [example.captions[0] for example in self.samples.examples[:8]]
-        # Prompts that are alike, as with one caption for all pictures, show different draws.
-        seeds = [seed + prompts[:n].count(prompt) for n, prompt in enumerate(prompts)]
         with self.shown.whole() as bundle:
-            if not self.run.main:
-                return
+            if self.run.main:
+                self.draw(bundle, step)
 
-            def draw(part: Sequence[tuple[str, int]]) -> list[Image.Image]:
-                return pictures_of(self.run, bundle, [p for p, _ in part], [s for _, s in part])
+    def draw(self, bundle: Bundle, step: int, which: str = "") -> None:
+        """Grids at fixed seeds, of captions that are learned and of held-out ones; an inpainting
+        model fills the middle of the pictures."""
+        learned = self.config.sample_prompts
+        learned = learned or [example.captions[0] for example in self.samples.examples[:8]]
+        rows = {"samples": learned, "held-out": [] if self.held is None else self.held.captions[:8]}
 
-            if self.masked:
-                drawn: list[Image.Image] = []
-                for number, prompt in enumerate(prompts):
+        def draw(part: Sequence[tuple[str, int]]) -> list[Image.Image]:
+            return pictures_of(self.run, bundle, [p for p, _ in part], [s for _, s in part])
+
+        for name, prompts in rows.items():
+            # Prompts that are alike, as with one caption for all pictures, show different draws.
+            seeds = [self.config.seed + prompts[:n].count(one) for n, one in enumerate(prompts)]
+            drawn: list[Image.Image] = []
+            if not self.masked:
+                drawn = list(in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw))
+            elif name == "samples":
+                for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     edit = Inpaint(self.masked[number % len(self.masked)], middle(bundle))
                     drawn += pictures_of(self.run, bundle, [prompt], [seed], edits=[edit])
-            elif self.control is not None:
+            elif name == "samples" and self.control is not None:
                 drawn = self._controlled(bundle, self.control, prompts, seeds)
-            else:
+            elif self.control is None and not self.masked:
                 drawn = list(in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw))
-            self.run.picture(step, "samples", grid(drawn, 8))
+            if drawn:
+                self.run.picture(step, f"{name}{which}", grid(drawn, 8))
 
     def _controlled(
         self, bundle: Bundle, control: ControlNetwork, prompts: list[str], seeds: list[int]
@@ -302,13 +348,19 @@ class Finetuning(Objective[Key]):
 
     def finish(self) -> None:
         own = self.samples.examples[: self.samples.count]  # without prior pictures
-        with self.shown.whole() as bundle:
+        with ExitStack() as stack:
+            best = stack.enter_context(self.held.lent(self.model)) if self.held else None
+            bundle = stack.enter_context(self.shown.whole())
             if self.run.main:
+                told = "the weights of step {}, whose loss on the held-out pictures was the lowest"
+                self.run.say(*([] if best is None else [told.format(best)]))
+                if best is not None and best < self.config.optim.steps:
+                    self.draw(bundle, best, "-best")
                 self.run.say(*save_outcome(bundle, self.config, own, self.control))
 
 
-def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples:
-    """The folder's pictures, checked, and the model's own; all as latents."""
+def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> tuple[Samples, Samples]:
+    """The folder's pictures, checked, and the model's own; and those held out; all as latents."""
     data = config.data
     size = bundle.size if data.size is None else (data.size, data.size)
     unit = bundle.factor * bundle.network.multiple
@@ -323,15 +375,16 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
         raise UserError(f"{data.root}: no picture is left to learn from")
     captions = [caption for example in checked.examples for caption in example.captions]
     check_words(config.inversion.tokens, captions)
-    run.say(f"{len(checked.examples)} pictures to learn from")
-
     cache, skip, crops = config.out / "cache", data.bad == "skip", variants(data.crops, data.flip)
     buckets = assign_buckets(checked.sizes, size, unit, data.buckets)
     with run.accelerator.main_process_first():
         samples = encode_samples(bundle.autoencoder, checked, buckets, crops, cache, skip=skip)
+    samples, held = samples.parted(put_aside(samples.count, config.held_out.fraction))
+    aside = f", and {held.count} held out to measure on (held_out.fraction)" if held.count else ""
+    run.say(f"{samples.count} pictures to learn from{aside}")
     prior, prompts = config.prior, prior_prompts(run, config, bundle)
     if not prompts:
-        return samples
+        return samples, held
     source = f"{drawn_from(bundle)} {config.seed} {prior.steps} {prior.guidance_scale} {size}"
     count = min(prior.count, 4) if run.dry else prior.count
     examples = prior_examples(config.out / "prior", prompts, count, source)
@@ -346,7 +399,7 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> Samples
     checked, buckets = Checked(examples, [], []), [size] * len(examples)
     with run.accelerator.main_process_first():
         kept = encode_samples(bundle.autoencoder, checked, buckets, [Variant()], cache)
-    return samples.joined(kept, prior.weight)
+    return samples.joined(kept, prior.weight), held
 
 
 def prior_prompts(run: Run, config: FinetuneConfig, bundle: Bundle) -> list[str]:

@@ -167,6 +167,8 @@ def _metrics(config: RunConfig) -> str:
     ]
     log = config.out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = max((line["step"] for line in lines), default=optim.steps)
+    rows[0] = ("steps", f"{done}")  # a run may end before its last one
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     if losses:
         few = max(1, math.ceil(len(losses) / 10))

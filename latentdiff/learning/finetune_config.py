@@ -103,6 +103,19 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+class HeldOutConfig(Strict):
+    """Pictures that are not learned, to see when to stop.
+
+    `fraction` None is a tenth of 20 pictures or more, at most 32, and none of fewer. `patience` is
+    the number of measurements in a row that are no better after which a run stops; None: never.
+    """
+
+    fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
+    every: PositiveInt = 50
+    keep: Literal["best", "last"] = "best"
+    patience: PositiveInt | None = None
+
+
 class FinetuneObjective(Strict):
     """None and "auto" are the model's own."""
 
@@ -130,6 +143,7 @@ class FinetuneConfig(RunConfig):
     inversion: InversionConfig = InversionConfig()
     control: ControlConfig = ControlConfig()
     prior: PriorConfig = PriorConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     objective: FinetuneObjective = FinetuneObjective()
     optimizer: OptimizerName = "adamw"
     text_lr: PositiveFloat | None = None

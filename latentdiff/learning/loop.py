@@ -52,6 +52,11 @@ class Objective(Protocol[Item]):
     def after_step(self, step: int, values: dict[str, Tensor]) -> None:
         """Called after each step, with the means of the terms: here `state` may change."""
 
+    def stops(self) -> bool:
+        """Tell, after a step or a resume, whether the run ends here and not at its last step; all
+        processes must agree."""
+        return False
+
     def state(self) -> tuple[dict[str, Tensors], dict[str, object]]:
         """Collect the rest of a checkpoint: tensors by file name, and values for JSON.
 
@@ -88,6 +93,8 @@ def fit(run: Run, objective: Objective[Item]) -> None:
     """
     config, last = run.config, run.config.optim.steps
     start = _resume(run, objective)
+    if start and objective.stops():
+        last = start
     stop = min(start + 1, last) if run.dry else last
     if not start:
         objective.begin()
@@ -105,6 +112,8 @@ def fit(run: Run, objective: Objective[Item]) -> None:
             values = _step(run, objective, step, items)
             bar.update()
             done = step + 1
+            if not run.dry and objective.stops():
+                stop = done
             if done % config.log_every == 0 or done == stop:
                 means = {name: value.item() for name, value in values.items()}
                 run.record(done, {**means, "lr": objective.trained[0].told_rate(step)})
@@ -117,6 +126,8 @@ def fit(run: Run, objective: Objective[Item]) -> None:
                 raise SystemExit(128 + stopping)
             if done % config.evaluate_every == 0 or done == stop:
                 _evaluate(run, objective, done)
+            if done == stop:
+                break
     if run.dry:
         run.say("dry run: data, one step and one save are fine")
         return

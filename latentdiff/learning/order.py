@@ -41,6 +41,7 @@ class Stream(IntEnum):
     DROPOUT = 10  # step, the first place of a micro-batch: the seed of the layers' dropout
     MASK = 11  # step, place: holes to be painted in
     GUIDANCE = 16  # step, place: the guidance scale that a distilled network is told
+    MEASURE = 12  # number of a held-out picture, of its time: noise to measure with
     SHARDS = 20  # epoch, 0: the order of the shards
     WINDOW = 21  # epoch, window: the order of its samples
 

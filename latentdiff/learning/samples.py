@@ -84,6 +84,22 @@ class Samples:
         posterior, noise = sample_noise(seed, step, places, shape, 2)
         return autoencoder.draw(moments, posterior), noise
 
+    def parted(self, held: Sequence[int]) -> tuple["Samples", "Samples"]:
+        """The samples but for those of these numbers, and those."""
+        kept = [number for number in range(len(self.examples)) if number not in set(held)]
+        return self._only(kept), self._only(held)
+
+    def _only(self, numbers: Sequence[int]) -> "Samples":
+        return Samples(
+            [self.examples[n] for n in numbers],
+            [self.contents[n] for n in numbers],
+            [self.buckets[n] for n in numbers],
+            [self.moments[n] for n in numbers],
+            self.shares[list(numbers)],
+            self.weights[list(numbers)],
+            len(numbers),
+        )
+
     def joined(self, prior: "Samples", weight: float) -> "Samples":
         """These and prior ones, half of all draws each; `weight` is of the prior's loss."""
         return Samples(

@@ -1,5 +1,6 @@
 """Every method of fine-tuning on twelve pictures and a tiny model: what changes, what stays."""
 
+import json
 import shutil
 import sys
 import threading
@@ -35,6 +36,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.control_pictures import ControlPictures
 from latentdiff.learning.finetune_config import ControlConfig, resolve
+from latentdiff.learning.held_out import put_aside
 from latentdiff.learning.inpainting_masks import WHOLE, Holes, draw_mask, with_mask_input
 from latentdiff.learning.presets import prior_captions
 from latentdiff.learning.run import Run
@@ -149,6 +151,48 @@ def test_a_run_goes_on_exactly_with_every_optimizer(
         first, again = (load_file(run / f"{name}.safetensors") for run in (whole, cut))
         assert first.keys() == again.keys()
         assert all(torch.equal(value, again[key]) for key, value in first.items()), name
+
+
+def test_a_held_out_loss_tells_of_the_weights_alone_and_the_best_ones_are_left(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal at step 0 whatever the seed; rates that ruin the model end the run, but not its
+    result; and a resumed run is the uninterrupted one."""
+    held = {"fraction": 0.25, "every": 1, "patience": 2}
+    optim = {"steps": 9, "batch_size": 4, "lr": 5e-2, "warmup": 0, "schedule": "constant"}
+    settings = {"held_out": held, "optim": optim, "checkpoint_every": 1, "lora": {"rank": 2}}
+    lines: dict[str, list[dict[str, float]]] = {}
+    for name, seed in {"one": 0, "other": 7, "cut": 0}.items():
+        out = finetune(work, tmp_path / name, "lora", seed=seed, **settings)
+        if name == "cut":
+            shutil.rmtree(checkpoints(out / "checkpoints")[0])
+            finetune(work, out, "lora", seed=seed, **settings)
+        log = (out / "log.jsonl").read_text()
+        lines[name] = [row for row in map(json.loads, log.splitlines()) if "held_out" in row]
+    assert "3 held out to measure on" in (said := capsys.readouterr().out)
+    assert lines["one"] == lines["cut"] != lines["other"]
+    assert lines["one"][0] == lines["other"][0]
+    losses = {row["step"]: row["held_out"] for row in lines["one"][1:]}
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == best + 2 < 9  # it ended early
+    assert f"the weights of step {best}, " in said
+    first, again = (
+        load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "cut")
+    )
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    newest = load_file(checkpoints(tmp_path / "one/checkpoints")[0] / "best.safetensors")
+    kept = next(value for key, value in newest.items() if "lora_B" in key)
+    assert any(torch.equal(kept, value) for value in first.values())
+    drawn = {path.name for path in (tmp_path / "one/pictures").iterdir()}
+    assert {f"samples-best-{best:08}.png", "held-out-00000000.png"} <= drawn
+    assert f"| steps | {best + 2} |" in (tmp_path / "one/README.md").read_text()
+
+
+def test_a_tenth_of_twenty_pictures_or_more_is_put_aside() -> None:
+    assert [len(put_aside(n, None)) for n in (19, 20, 40, 1000)] == [0, 2, 4, 32]
+    assert [len(put_aside(n, 0.5)) for n in (1, 4)] == [0, 2]
+    assert put_aside(40, 0.0) == []
+    assert put_aside(40, None) == put_aside(40, None) != [0, 1, 2, 3]
 
 
 def test_the_text_encoder_may_have_a_rate_of_its_own(work: Path, tmp_path: Path) -> None:
