@@ -215,9 +215,7 @@ class Finetuning(Objective[Key]):
         self.model = Trained("model", module, config.optim, make, averaged=averaged)
         self.trained = [self.model]
 
-    def controls_of(
-        self, samples: Samples, crops: Sequence[Variant]
-    ) -> ControlPictures | None:
+    def controls_of(self, samples: Samples, crops: Sequence[Variant]) -> ControlPictures | None:
         """What a ControlNet is shown of the samples, where one is to learn."""
         if self.control is None:
             return None
@@ -295,7 +293,9 @@ class Finetuning(Objective[Key]):
             return 0.0
         with self.run.accelerator.autocast(), without_dropout(self.bundle):
             found = self.held.loss(self.model.module)
-        loss = float(self.run.accelerator.reduce(found, "mean"))
+        agreed = self.run.accelerator.reduce(found, "mean")
+        assert isinstance(agreed, Tensor)
+        loss = agreed.item()
         self.run.record(step, {"held_out": loss})
         return loss
 
@@ -321,9 +321,7 @@ class Finetuning(Objective[Key]):
             # Prompts that are alike, as with one caption for all pictures, show different draws.
             seeds = [self.config.seed + prompts[:n].count(one) for n, one in enumerate(prompts)]
             drawn: list[Image.Image] = []
-            if not self.masked:
-                drawn = list(in_parts(list(zip(prompts, seeds, strict=True)), len(prompts), draw))
-            elif name == "samples":
+            if name == "samples" and self.masked:
                 for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     edit = Inpaint(self.masked[number % len(self.masked)], middle(bundle))
                     drawn += pictures_of(self.run, bundle, [prompt], [seed], edits=[edit])

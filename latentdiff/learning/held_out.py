@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.learning.accumulate import in_parts
-from latentdiff.learning.denoising import Conditioned, Times, draw_times, noised_batch
+from latentdiff.learning.control_pictures import ControlPictures
+from latentdiff.learning.denoising import Times, draw_times, noised_batch
 from latentdiff.learning.ema import trained_parameters
 from latentdiff.learning.finetune_config import HeldOutConfig
 from latentdiff.learning.inpainting_masks import Holes
@@ -48,6 +49,7 @@ class HeldOut:
         samples: the pictures, as latents.
         gamma: of min-SNR weighting, as in training.
         holes: what an inpainting model is shown of them.
+        controls: what a ControlNet is shown of them.
 
     Attributes:
         best: the lowest loss so far, its step, and how many measurements came after it.
@@ -61,9 +63,11 @@ class HeldOut:
         times: Times,
         gamma: float | None,
         holes: Holes | None,
+        controls: ControlPictures | None = None,
     ) -> None:
         self.config, self.samples, self.bundle = config, samples, bundle
-        self.times, self.gamma, self.holes = times, gamma, holes
+        self.times: Times = times
+        self.gamma, self.holes, self.controls = gamma, holes, controls
         self.captions = [example.captions[0] for example in samples.examples]
         self.best: tuple[float, int, int] | None = None
         self.weights: dict[str, Tensor] = {}
@@ -73,8 +77,12 @@ class HeldOut:
         return step % self.config.every == 0 or step == last
 
     @torch.no_grad()
-    def loss(self, module: Conditioned) -> Tensor:
-        """The mean loss over all pictures and times, a scalar: a function of the weights."""
+    def loss(self, module: nn.Module) -> Tensor:
+        """The mean loss over all pictures and times, a scalar: a function of the weights.
+
+        Args:
+            module: the `Conditioned` that learns.
+        """
         losses: list[Tensor] = []
         for number in range(len(self.captions)):
             losses += in_parts(
@@ -82,7 +90,7 @@ class HeldOut:
             )
         return torch.stack(losses).mean()
 
-    def _losses(self, module: Conditioned, number: int, places: Sequence[int]) -> list[Tensor]:
+    def _losses(self, module: nn.Module, number: int, places: Sequence[int]) -> list[Tensor]:
         bundle, moments = self.bundle, self.samples.moments[number][:1]
         device = next(module.parameters()).device
         mean = bundle.autoencoder.draw(moments, torch.zeros_like(moments.chunk(2, 1)[0]))
@@ -93,11 +101,15 @@ class HeldOut:
         uniform = (torch.tensor(list(places), dtype=torch.float64, device=device) + 0.5) / _TIMES
         t = draw_times(bundle.process, uniform, self.times)
         batch = noised_batch(bundle.process, bundle.prediction, latents, noise, t, self.gamma)
-        beside = None
+        beside, hints, chosen = None, None, [(number, 0)] * len(places)
         if self.holes is not None:
-            beside = self.holes.beside(bundle, 0, 0, list(places), [(number, 0)] * len(places))
+            beside = self.holes.beside(bundle, 0, 0, list(places), chosen)
+        if self.controls is not None:
+            hints = self.controls.of(chosen).to(device)
         words = bundle.conditioner.tokenize([self.captions[number]]).take([0] * len(places))
-        output = module(batch.x, batch.t, words, beside)[:, : latents.shape[1]].float()
+        output = module(batch.x, batch.t, words, beside, pictures=hints)[
+            :, : latents.shape[1]
+        ].float()
         errors = (output - batch.target).square().flatten(1).mean(1)
         return list(batch.weights * errors)
 

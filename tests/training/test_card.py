@@ -157,7 +157,8 @@ def test_a_base_model_of_the_hub_is_named_for_it(tmp_path: Path) -> None:
     model = Outcome(folder, "model", "owner/base", outcome.pictures, outcome.root)
     told = yaml.safe_load(card(model, config, True, ["latentdiff"]).split("---\n")[1])
     assert told["base_model"] == "owner/base"
-    assert "base_model" not in yaml.safe_load(card(outcome, config, True, ["latentdiff"]).split("---\n")[1])
+    head = card(outcome, config, True, ["latentdiff"]).split("---\n")[1]
+    assert "base_model" not in yaml.safe_load(head)
 
 
 def test_a_push_that_fails_is_one_line_and_loses_nothing(
