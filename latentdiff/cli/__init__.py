@@ -1,4 +1,4 @@
-"""`latentdiff generate | edit | inpaint | ilvr | interpolate | ...`: the pipeline from a shell.
+"""`latentdiff generate | edit | inpaint | ilvr | swap | ...`: the pipeline from a shell.
 
 Nothing heavy is imported before a command needs it, so `--help` answers at once. A user's mistake
 is one line on stderr and exit code 2; Ctrl-C is exit code 130.
@@ -26,6 +26,7 @@ from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.serve import serve
 from latentdiff.cli.show import show
 from latentdiff.cli.solvers import solvers
+from latentdiff.cli.swap import swap
 from latentdiff.cli.train import AS_THEY_ARE, autoencoder, diffusion, distill, finetune
 from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory, wait_passively
@@ -41,6 +42,7 @@ app.command()(generate)
 app.command()(edit)
 app.command()(inpaint)
 app.command()(ilvr)
+app.command()(swap)
 app.command()(interpolate)
 app.command()(grid)
 app.command()(convert)

@@ -15,7 +15,7 @@ from latentdiff.cli.options import (
     seed_or_fresh,
     with_run_options,
 )
-from latentdiff.cli.output import check_writable, draw_in_parts
+from latentdiff.cli.output import check_writable, draw_in_parts, place_of
 from latentdiff.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ def edit(
     if soft_mask is not None and (mask is not None or repeats > 1):
         raise UserError("--soft-mask goes without --mask and --repeats.")
     soft = None if soft_mask is None else _soft(soft_mask, picture)
-    whole = None if mask is None else _mask(mask, picture)
+    whole = None if mask is None else mask_of(mask, picture)
     pipe, image = _begin(picture, run, fit)
     told = pipe.bundle.kind == "instruct-pix2pix"
     if image_guidance_scale is not None and not told:
         raise UserError("--image-guidance-scale is for InstructPix2Pix models; this is none.")
     if strength is None:
         strength = 1.0 if told else 0.6
-    hole = None if whole is None else _sized(whole, image)
+    hole = None if whole is None else sized(whole, image)
     given = [image] if hole is None else [image, hole]
     edits: list[Edit | str] = [SDEdit(image, strength, repeats, hole)]
     about: dict[str, object] = {"edit": "SDEdit", "picture": picture.name, "fit": fit}
@@ -174,7 +174,7 @@ def inpaint(
     from latentdiff.pictures import open_picture
 
     if extend is None:
-        whole, image = _mask(mask, picture), open_picture(picture)
+        whole, image = mask_of(mask, picture), open_picture(picture)
     else:
         if mask != "alpha":
             raise UserError("--mask and --extend: give one of them.")
@@ -185,7 +185,7 @@ def inpaint(
         image, hole = region.image, region.mask
     else:
         image = fitted(image, picture.name, pipe) if fit else image
-        hole = _sized(whole, image)
+        hole = sized(whole, image)
     edits: list[Edit | str] = []
     about: dict[str, object] = {"picture": picture.name, "fit": fit, "mask": Path(mask).name}
     about |= {"extend": extend} if extend else {}
@@ -272,7 +272,7 @@ def fitted(image: "Image", name: str, pipe: "LatentDiffusionPipeline") -> "Image
     return small
 
 
-def _mask(text: str, picture: Path) -> "Image":
+def mask_of(text: str, picture: Path) -> "Image":
     """A mask as large as the picture."""
     from latentdiff.editing.masks import box_mask, mask_for
     from latentdiff.pictures import open_picture
@@ -304,7 +304,7 @@ def _soft(file: Path, picture: Path) -> "Image":
     return mask
 
 
-def _sized(mask: "Image", image: "Image") -> "Image":
+def sized(mask: "Image", image: "Image") -> "Image":
     """A mask as large as the picture in use; any pixel of a hole is in it, however small."""
     from latentdiff.editing.masks import resize_mask
 
@@ -336,8 +336,11 @@ def _draw(
     paths: list[Path] = []
     images: list[Image] = []
     size = round(height * width * run.enlargement)
-    for _, index, image in draw_in_parts(pipe, [prompt] * number, request, size):
-        text = png_text(record, seed=seed, index=index)
+    drawn = draw_in_parts(pipe, [prompt] * number, request, size)
+    for place, (_, index, image) in enumerate(drawn):
+        own = {"seed": seed, "index": index} | place_of(request, place)
+        own.pop("first", None)
+        text = png_text(record, **own)
         whole = image if finish is None else finish(image)
         paths.append(save_numbered_png(whole, run.out, seed, text))
         if len(paths) == 1:  # not sooner: a refusal shall be the only line

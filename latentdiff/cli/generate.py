@@ -11,12 +11,14 @@ import typer
 
 from latentdiff.cli.kept import check_models, take_settings
 from latentdiff.cli.options import RunOptions, seed_or_fresh, with_run_options
-from latentdiff.cli.output import check_writable, draw_in_parts
+from latentdiff.cli.output import check_writable, draw_in_parts, place_of
 from latentdiff.errors import UserError
 from latentdiff.reading import read_text, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from latentdiff.pipeline import Request
 
 
 # Steps of pictures below which packed weights take about as long to make as they save.
@@ -95,7 +97,7 @@ def generate(
     columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     request = replace(request, seed=seed, first=run.first)
     drawn = draw_in_parts(pipe, wanted, request, round(height * width * run.enlargement))
-    _write(drawn, seed, run.out, record, columns if grid else None)
+    _write(drawn, request, run.out, record, columns if grid else None)
 
 
 def _prompts(word: str) -> list[str]:
@@ -116,7 +118,7 @@ def _prompts(word: str) -> list[str]:
 
 def _write(
     drawn: Iterable["tuple[str, int, Image]"],
-    seed: int,
+    request: "Request",
     out: Path,
     record: dict[str, object] | None,
     columns: int | None,
@@ -127,8 +129,12 @@ def _write(
 
     paths: list[Path] = []
     kept: list[tuple[str, int, Image]] = []
-    for prompt, index, image in drawn:
-        text = png_text(record, prompt=prompt, seed=seed, index=index)
+    seed = request.seed
+    assert isinstance(seed, int)
+    for number, (prompt, index, image) in enumerate(drawn):
+        own = {"prompt": prompt, "seed": seed, "index": index} | place_of(request, number)
+        own.pop("first", None)
+        text = png_text(record, **own)
         paths.append(save_numbered_png(image, out, seed, text))
         if len(paths) == 1:  # not sooner: a refusal shall be the only line
             print(f"seed {seed}", file=sys.stderr)

@@ -19,6 +19,8 @@ _PLAIN = {  # of a record: its option
     "guidance_rescale": "rescale",
     "edits": "guide",
     "seed": "seed",
+    "variation_seed": "variation_seed",
+    "variation_strength": "variation_strength",
     "height": "height",
     "width": "width",
     "aesthetic_score": "aesthetic_score",

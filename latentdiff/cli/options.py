@@ -134,6 +134,24 @@ class RunOptions:
         int,
         typer.Option(min=0, help="Index of the first picture of the seed, as in a PNG's text."),
     ] = 0
+    variation_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=-1,
+            max=MAX_SEED,
+            help="Seed of the first picture's variation, see --variation-strength; that of the "
+            "next is one higher. -1, the default, is a fresh one.",
+        ),
+    ] = None
+    variation_strength: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="How far the noise of --seed is turned towards that of other seeds: pictures "
+            "alike, as 0.1. 0 is off.",
+        ),
+    ] = 0.0
     out: Out = Path("outputs")
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Number of steps.")] = 20
     guidance: Annotated[str, typer.Option(metavar="NAME", help="cfg, apg or cfg++.")] = "cfg"
@@ -326,6 +344,19 @@ class RunOptions:
         return [*(self.guide or []), f"hires:{self.hires}{strength}"]
 
     @property
+    def varied(self) -> int | None:
+        """--variation-seed, or a fresh one where there are variations.
+
+        Raises:
+            UserError: there is a seed and no strength.
+        """
+        if self.variation_strength > 0:
+            return seed_or_fresh(self.variation_seed)
+        if self.variation_seed is not None:
+            raise UserError("--variation-seed needs a --variation-strength above 0, up to 1.")
+        return None
+
+    @property
     def enlargement(self) -> float:
         """How many times more pixels a picture has in the end."""
         factors = [float(text.split(":")[1]) for text in self.guides if text.startswith("hires:")]
@@ -362,6 +393,8 @@ class RunOptions:
             long_prompts=self.long,
             prompt_syntax=self.syntax,  # pyright: ignore[reportArgumentType]  (checked there)
             clip_skip=self.clip_skip,
+            variation_seed=self.varied,
+            variation_strength=self.variation_strength,
             num_inference_steps=self.steps,
             guidance=self.guidance,
             guidance_scale=self.guidance_scale,

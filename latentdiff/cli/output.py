@@ -43,9 +43,16 @@ def draw_in_parts(
     at_once = max(1, pixels_at_once(pipe.bundle.device) // pixels)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
-        part = replace(request, prompt=chunk, first=request.first + start)
+        part = replace(request, prompt=chunk, **place_of(request, start))
         output = pipe.draw(part, progress=sys.stderr.isatty())
         yield from zip(chunk, output.indices, output.images, strict=True)
+
+
+def place_of(request: "Request", number: int) -> dict[str, int]:
+    """What picture `number` of a request has of its own: a variation of one, or an index."""
+    if isinstance(request.variation_seed, int):
+        return {"variation_seed": (request.variation_seed + number) % 2**64}
+    return {"first": request.first + number}
 
 
 def check_writable(folder: Path) -> None:

@@ -83,13 +83,16 @@ def _parts(estimate: Estimate) -> list[Tensor]:
 
 def _cropped(branches: Sequence[Branch], place: tuple[slice, slice]) -> Sequence[Branch]:
     """The branches of a window: what the network sees beside x, too, is of that place."""
-    if all(branch.condition.beside is None for branch in branches):
+    conditions = [branch.condition for branch in branches]
+    if all(each.beside is None and not each.control for each in conditions):
         return branches  # as they are, so that what was computed of them is found again
     cropped: list[Branch] = []
     for branch in branches:
-        beside = branch.condition.beside
+        beside, hints = branch.condition.beside, branch.condition.control
         seen = None if beside is None else beside[(..., *place)]
-        cropped.append(replace(branch, condition=replace(branch.condition, beside=seen)))
+        told = tuple(replace(hint, embedded=hint.embedded[(..., *place)]) for hint in hints)
+        condition = replace(branch.condition, beside=seen, control=told)
+        cropped.append(replace(branch, condition=condition))
     return cropped
 
 

@@ -205,6 +205,49 @@ def picture_streams(
     return [seed_of(seed)] * count, list(range(first, first + count))
 
 
+def variation_seeds(
+    given: int | Sequence[int] | None, strength: float, count: int
+) -> list[int] | None:
+    """The seed of each picture's variation, one after the other; None without variations.
+
+    Raises:
+        UserError: they are no seeds, not as many as pictures, or the strength is not in 0 .. 1; or
+            a seed is given and no strength.
+    """
+    finite(strength, "variation_strength")
+    if not 0 <= strength <= 1:
+        raise UserError(f"variation_strength: must lie between 0 and 1, not {strength}.")
+    if strength == 0:
+        if given is not None:
+            raise UserError("variation_seed: it needs a variation_strength above 0, up to 1.")
+        return None
+    if isinstance(given, Sequence):
+        seeds = [seed_of(one) for one in given]
+        if len(seeds) != count:
+            raise UserError(f"variation_seed: {len(seeds)} were given for {count} pictures.")
+        return seeds
+    first = seed_of(given)
+    return [(first + number) % (MAX_SEED + 1) for number in range(count)]
+
+
+def varied(noise: Tensor, strength: float, seeds: list[int] | None) -> Tensor:
+    """Standard noise, turned towards that of other seeds, picture by picture.
+
+    The spherical interpolation of Shoemake 1985, section 3.3, at the right angle that independent
+    noises have on average: so what comes out is standard normal, at every strength.
+
+    Args:
+        noise: [B, C, h, w].
+        strength: 0 is that noise, 1 the first noise of the other seed.
+        seeds: the other seed of each picture; None leaves the noise.
+    """
+    if seeds is None:
+        return noise
+    other = NoiseStreams(seeds).draw(noise.shape[1:]).to(noise)
+    angle = strength * math.pi / 2
+    return other if strength == 1 else math.cos(angle) * noise + math.sin(angle) * other
+
+
 def first_noise(
     latents: Tensor | None,
     noise: NoiseStreams,

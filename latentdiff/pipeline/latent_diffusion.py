@@ -34,7 +34,7 @@ from latentdiff.models.learned_words import with_words
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.tiling import Tiling
 from latentdiff.pictures import Picture, open_picture, to_tensor
-from latentdiff.pipeline.arguments import MAX_STEPS, latent_shape, solver_of, whole
+from latentdiff.pipeline.arguments import MAX_STEPS, check_levels, latent_shape, solver_of, whole
 from latentdiff.pipeline.controls import Control
 from latentdiff.pipeline.diffusers_names import (
     DiffusersNames,
@@ -275,6 +275,8 @@ class LatentDiffusionPipeline(DiffusersNames):
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         first: int = 0,
+        variation_seed: int | Sequence[int] | None = None,
+        variation_strength: float = 0.0,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         edits: Sequence[Edit | str] = (),
@@ -328,6 +330,12 @@ class LatentDiffusionPipeline(DiffusersNames):
             seed: seed of the noise; picture i of a seed is the same in every batch. A sequence
                 names a seed for each picture. None or -1 takes a fresh one, which the output tells.
             first: index of the first picture within its seed.
+            variation_seed: seed of the first picture's variation, that of the next one higher, and
+                so on; a sequence names one for each. None or -1 takes a fresh one, which the
+                output tells.
+            variation_strength: 0..1, how far the first noise is turned towards that of the
+                variation's seed, as A1111's "variation strength". Above 0 all pictures of a seed
+                vary picture `first` of it.
             generator: where the seed is drawn from, instead of `seed`.
             latents: [B, C, height / factor, width / factor] standard noise to begin with.
             edits: what steers the run: `latentdiff.editing`, the guides of `latentdiff.guidance`
@@ -375,6 +383,8 @@ class LatentDiffusionPipeline(DiffusersNames):
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             first=first,
+            variation_seed=variation_seed,
+            variation_strength=variation_strength,
             generator=generator,
             latents=latents,
             edits=edits,
@@ -429,7 +439,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         *,
         num_inference_steps: int = 50,
         solver: str | Solver = "heun",
-        timetable: str = "karras",
+        timetable: str | Timetable = "karras",
         refinements: int = 1,
     ) -> Tensor:
         """The noise out of which a run without guidance draws a picture again.
@@ -442,7 +452,8 @@ class LatentDiffusionPipeline(DiffusersNames):
             prompt: what it shows.
             num_inference_steps: 1 .. 1000.
             solver: a deterministic one whose steps stand alone.
-            timetable: one that ends near the data.
+            timetable: one that ends near the data; or levels, which `num_inference_steps` is not
+                for: the last of a run's invert a picture to where these begin.
             refinements: see `latentdiff.diffusion.inversion.invert`.
 
         Returns:
@@ -460,7 +471,10 @@ class LatentDiffusionPipeline(DiffusersNames):
         warn_of_size(bundle, 1, height, width)
         steps = whole(num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
         refinements = whole(refinements, "refinements", 0, MAX_STEPS)
-        levels = bundle.timetable(timetable, steps)
+        levels = timetable
+        if isinstance(levels, str):
+            levels = bundle.timetable(levels, steps)
+        check_levels(levels)
         stepper = solver_of(solver, bundle)
         (condition,), _ = encode_prompts(bundle.conditioner, [prompts], 1, context.padded)
         condition = told_scale(condition, bundle.network, 1.0)

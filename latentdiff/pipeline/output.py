@@ -1,7 +1,7 @@
 """The pictures of a call, as the caller wants them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,8 @@ class PipelineOutput:
         latents: [B, C, h, w] float32, as the run left them.
         nfe: number of calls of the network.
         cut: for each prompt, the part that did not fit the token window; mostly "".
+        variation_seeds: of each picture, the seed that its noise was turned towards; empty without
+            `variation_strength`.
     """
 
     images: Any
@@ -39,6 +41,7 @@ class PipelineOutput:
     latents: Tensor
     nfe: int
     cut: list[str]
+    variation_seeds: list[int] = field(default_factory=list)
 
     def __repr__(self) -> str:
         count = len(self.seeds)

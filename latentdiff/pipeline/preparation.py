@@ -39,6 +39,8 @@ from latentdiff.pipeline.arguments import (
     listed,
     picture_streams,
     run_of,
+    variation_seeds,
+    varied,
     whole,
 )
 from latentdiff.pipeline.controls import check_controls, controls_size, hints_of, unguided
@@ -73,8 +75,12 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     shape = latent_shape(bundle, *size, texts.pictures)
     stepper, timetable = _way(request, bundle)
     seeds, indices = picture_streams(request.seed, request.first, request.generator, shape[0])
+    variations = variation_seeds(request.variation_seed, request.variation_strength, shape[0])
+    if variations is not None:  # of one picture
+        indices = indices[:1] * shape[0]
     noise = NoiseStreams.of(list(zip(seeds, indices, strict=True)))
     x = first_noise(request.latents, noise, shape, bundle.device)
+    x = varied(x, request.variation_strength, variations)
 
     height, width = pictured or (shape[2] * bundle.factor, shape[3] * bundle.factor)
     if not any(isinstance(edit, TiledDiffusion) for edit in edits):
@@ -118,6 +124,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
         indices,
         told.cut,
         count,
+        variations or [],
     )
 
 
@@ -130,16 +137,21 @@ def _edits(request: Request, bundle: Bundle) -> list[Edit]:
     check_edits([edit for edit in request.edits if not isinstance(edit, str)])
     edits = resolve(request.edits, bundle.device)
     if any(isinstance(edit, Hires) for edit in edits):
-        _check_enlargeable(edits)
+        _check_enlargeable(edits, request)
     return edits
 
 
-def _check_enlargeable(edits: Sequence[Edit]) -> None:
+def _check_enlargeable(edits: Sequence[Edit], request: Request) -> None:
     """Pass edits that a run with `Hires` can go on with at another size.
 
     Raises:
-        UserError: one holds a picture of the first size, or there are two of `Hires`.
+        UserError: one holds a picture of the first size, as controls do, or there are two of
+            `Hires`.
     """
+    if request.controls:
+        raise UserError(
+            "controls: their pictures are of the run's first size, so Hires does not go with them."
+        )
     if sum(isinstance(edit, Hires) for edit in edits) > 1:
         raise UserError("edits: one Hires is all that a run takes.")
     for edit in edits:

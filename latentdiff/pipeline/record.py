@@ -54,6 +54,8 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
     for name in request.sizes.given():
         value = getattr(request.sizes, name)
         record[name] = value if name.endswith("score") else list(value)
+    if request.variation_strength:
+        record["variation_strength"] = request.variation_strength
     if regions := [one for one in request.also if not isinstance(one, str) and _has_place(one)]:
         record["regions"] = [_region(one) for one in regions]
     if request.guidance_interval != (0.0, math.inf):

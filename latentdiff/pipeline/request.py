@@ -51,6 +51,8 @@ class Request:
     num_images_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     first: int = 0
+    variation_seed: int | Sequence[int] | None = None
+    variation_strength: float = 0.0
     generator: torch.Generator | None = None
     latents: Tensor | None = None
     edits: Sequence[Edit | str] = ()

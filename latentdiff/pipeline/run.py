@@ -48,7 +48,7 @@ class Run:
         latents: [B, C, h, w] as they are now; another tensor may be put there between two steps.
         noise: the streams of B pictures.
         edits: bound to this run.
-        seeds, indices, cut: see `PipelineOutput`.
+        seeds, indices, cut, variation_seeds: see `PipelineOutput`.
         count: the move that is made, for prompts that change on the way.
         x0: the last estimate of the data [B, C, h, w]; None before the first.
     """
@@ -66,6 +66,7 @@ class Run:
     indices: list[int]
     cut: list[str]
     count: StepCount
+    variation_seeds: list[int]
     x0: Tensor | None = None
     cancelled: bool = False
     done: bool = False
@@ -130,7 +131,15 @@ class Run:
             raise UserError(f"the run was {how}, so there is no picture; `preview` shows its last.")
         images = self._pictures(self.latents, output_type)
         calls = self.network.calls
-        return PipelineOutput(images, self.seeds, self.indices, self.latents, calls, self.cut)
+        return PipelineOutput(
+            images,
+            self.seeds,
+            self.indices,
+            self.latents,
+            calls,
+            self.cut,
+            self.variation_seeds,
+        )
 
     @torch.no_grad()
     def _pictures(self, latents: Tensor, output_type: OutputType) -> object:

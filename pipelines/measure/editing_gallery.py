@@ -29,6 +29,7 @@ from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing
 from latentdiff.pictures import grid, open_picture, save_png, to_pil, to_tensor
 from latentdiff.pipeline.interpolation import between_prompts
+from latentdiff.pipeline.swapping import swapped
 
 SIDE = 64
 PHOTO = Path(__file__).parents[2] / "docs/pictures/photo.png"
@@ -220,7 +221,25 @@ def soft(pipe: LatentDiffusionPipeline) -> Image.Image:
     return grid(cells, 5)
 
 
+def swaps(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """A heart and a face, each before three swaps."""
+    heart = pipe("a red heart", seed=0, progress=False).images[0]
+    face = INPUTS["face"](pipe)
+    cells = [heart]
+    cells += [
+        swapped(pipe, heart, "a red heart", f"a {colour} heart", strength=strength)
+        for colour, strength in (("green", 0.5), ("green", 0.6), ("blue", 0.7))
+    ]
+    cells.append(face)
+    cells += [
+        swapped(pipe, face, "a grinning face", "a crying face", strength=strength)
+        for strength in (0.6, 0.7, 0.8)
+    ]
+    return grid(cells, 8)
+
+
 PICTURES = {
+    "swaps": swaps,
     "regions": regions,
     "soft": soft,
     "larger": larger,

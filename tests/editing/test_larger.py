@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tiny_control
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from latentdiff import (
     ILVR,
     PAG,
+    Control,
     Hires,
     LatentDiffusionPipeline,
     Request,
@@ -28,6 +30,8 @@ from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.oracles import mixture
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.sampling import sample
+from latentdiff.models.control import ControlNetwork
+from latentdiff.models.controlnet import ControlNet
 from latentdiff.pictures import open_picture
 
 ORACLES = [
@@ -154,3 +158,31 @@ def test_the_command_draws_larger_and_again(tmp_path: Path) -> None:
     assert main(["generate", "--from", str(tmp_path / "00000-5.png"), *out]) == 0
     assert open_picture(tmp_path / "00001-5.png").tobytes() == drawn.tobytes()
     assert main([*asked[:-1], "0.5", *out]) == 2
+
+
+def test_windows_are_told_their_part_of_a_control() -> None:
+    """What differs in the second of two windows alone changes nothing in the first."""
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    theirs: Any = tiny_control()
+    module = ControlNet(dict(theirs.config))
+    module.load_state_dict(theirs.state_dict())
+    network = ControlNetwork(module.eval().requires_grad_(False))
+    run: dict[str, Any] = {
+        "num_inference_steps": 2,
+        "seed": 0,
+        "progress": False,
+        "output_type": "latent",
+    }
+    half = Image.new("RGB", (32, 16), "white")
+    half.paste("black", (24, 0, 32, 16))
+    edits = [TiledDiffusion(0.0)]
+
+    def drawn(picture: Image.Image) -> Tensor:
+        control = Control(network, picture)
+        return pipe("a cat", controls=[control], edits=edits, **run).images
+
+    found, white = drawn(half), drawn(Image.new("RGB", (32, 16), "white"))
+    assert (found[..., :8] - white[..., :8]).abs().max() < 1e-4
+    assert (found[..., 8:] - white[..., 8:]).abs().max() > 1e-2
+    with pytest.raises(UserError, match="controls"):
+        pipe("a cat", controls=[Control(network, half)], edits=[Hires(2)], **run)
