@@ -34,7 +34,7 @@ from latentdiff.formats.weights import WeightFiles, blaming, fill, read_json
 from latentdiff.models.attention import Attention, set_attention
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
 from latentdiff.models.conditioner import Conditioner
-from latentdiff.models.engines import Engine, with_engine
+from latentdiff.models.engines import Engine, engine_of, with_engine
 from latentdiff.models.network import Kind, Network
 from latentdiff.models.tiling import Tiling
 from latentdiff.registry import check_name
@@ -95,6 +95,11 @@ class Bundle:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.about})"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine by which it is computed: see `latentdiff.models.engines.engine_of`."""
+        return engine_of(self.network, self.autoencoder)
 
     @property
     def about(self) -> str:

@@ -123,6 +123,11 @@ def resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     )
 
 
+def hole_of(mask: Image.Image) -> Image.Image:
+    """The hole of a mask (mode L), white on black."""
+    return mask.point([0] * _HOLE + [255] * (256 - _HOLE))
+
+
 def _is_hole(mask: Image.Image) -> np.ndarray:
     return np.asarray(mask) >= _HOLE
 

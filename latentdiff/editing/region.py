@@ -5,12 +5,18 @@ from typing import Self
 
 from PIL import Image, ImageOps
 
-from latentdiff.editing.masks import mask_for, mask_like, mask_tensor, paste, resize_mask
+from latentdiff.editing.masks import (
+    hole_of,
+    mask_for,
+    mask_like,
+    mask_tensor,
+    paste,
+    resize_mask,
+)
 from latentdiff.errors import UserError
 from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 
 _MOST_FEATHER = 24  # pixels
-_HOLE = [0] * 128 + [255] * 128  # what a mask hides and what it shows, see `mask_for`
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,7 @@ class Region:
         hole = mask_for(picture, mask)
         image = open_picture(picture)
         hole = mask_like(hole, image)
-        edges = hole.point(_HOLE).getbbox()
+        edges = hole_of(hole).getbbox()
         if edges is None:
             raise UserError("the mask has no hole: mark in white what is to be painted.")
         box = _box(edges, image.size, size, margin)
@@ -81,7 +87,7 @@ class Region:
         feather = min(max(1, round(4 * width / painted.width)), _MOST_FEATHER)
         joined = paste(to_tensor(large)[None], to_tensor(known)[None], mask_tensor(mask), feather)
         result = self.picture.copy()
-        hole = mask.point(_HOLE)
+        hole = hole_of(mask)
         result.paste(to_pil(joined[0]), self.box, hole)
         return result
 
@@ -93,18 +99,20 @@ def _box(
     margin: float,
 ) -> tuple[int, int, int, int]:
     """A box around the hole with its margin, as near as may be to the shape of `size`."""
-    least = margin * max(hole[2] - hole[0], hole[3] - hole[1])
-    sides = [hole[2] - hole[0] + 2 * least, hole[3] - hole[1] + 2 * least]
+    left, top, right, bottom = hole
     wide = size[1] / size[0]
-    sides = [max(sides[0], sides[1] * wide), max(sides[1], sides[0] / wide)]
-    edges: list[tuple[int, int]] = []
-    for axis in range(2):
-        length = min(max(round(sides[axis]), 1), picture[axis])
-        length = max(length, hole[axis + 2] - hole[axis])
-        middle = (hole[axis] + hole[axis + 2]) / 2
-        start = min(max(round(middle - length / 2), 0), picture[axis] - length)
-        edges.append((start, start + length))
-    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
+    beside = 2 * margin * max(right - left, bottom - top)
+    width = max(right - left + beside, (bottom - top + beside) * wide)
+    x0, x1 = _span(left, right, width, picture[0])
+    y0, y1 = _span(top, bottom, width / wide, picture[1])
+    return x0, y0, x1, y1
+
+
+def _span(start: int, end: int, length: float, whole: int) -> tuple[int, int]:
+    """About `length` pixels of a side of `whole`, as far around those of the hole as may be."""
+    pixels = max(min(round(length), whole), end - start)
+    first = min(max(round((start + end - pixels) / 2), 0), whole - pixels)
+    return first, first + pixels
 
 
 def extended(

@@ -312,7 +312,7 @@ class _Block(nn.Module):
         width: int,
         groups: int,
         eps: float,
-        time: int | None,
+        time: int,
         attention: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
@@ -324,7 +324,7 @@ class _Block(nn.Module):
             self.attentions = None
         self.resnets = nn.ModuleList(ResnetBlock2D(i, width, groups, eps, time) for i in ins)
 
-    def layer(self, number: int, x: Tensor, time: Tensor | None, *given: Any) -> Tensor:
+    def layer(self, number: int, x: Tensor, time: Tensor, *given: Any) -> Tensor:
         """One residual block and its transformer."""
         x = run(self.resnets[number], x, time)
         return x if self.attentions is None else self.attentions[number](x, *given)
@@ -339,17 +339,16 @@ class DownBlock(_Block):
         width: int,
         groups: int,
         eps: float,
-        time: int | None,
+        time: int,
         attention: Mapping[str, Any] | None,
         *,
         last: bool,
-        padding: int = 1,
     ) -> None:
         super().__init__(ins, width, groups, eps, time, attention)
-        shrink = [] if last else [Downsample(width, padding=padding)]
+        shrink = [] if last else [Downsample(width, padding=1)]
         self.downsamplers = nn.ModuleList(shrink)
 
-    def forward(self, x: Tensor, time: Tensor | None, *given: Any) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, *given: Any) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []
         for number in range(len(self.resnets)):
             x = self.layer(number, x, time, *given)
@@ -389,7 +388,7 @@ class UpBlock(_Block):
         width: int,
         groups: int,
         eps: float,
-        time: int | None,
+        time: int,
         attention: Mapping[str, Any] | None,
         *,
         last: bool,
@@ -397,7 +396,7 @@ class UpBlock(_Block):
         super().__init__(ins, width, groups, eps, time, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
 
-    def forward(self, x: Tensor, time: Tensor | None, skips: list[Tensor], *given: Any) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, skips: list[Tensor], *given: Any) -> Tensor:
         for number in range(len(self.resnets)):
             x = self.layer(number, torch.cat([x, skips.pop()], dim=1), time, *given)
         for grow in self.upsamplers:

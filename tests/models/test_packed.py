@@ -149,6 +149,46 @@ def test_a_wrong_answer_is_told_and_not_given(fault: str) -> None:
         told = packed(*given)
     assert torch.equal(told, bundle.network(*given))
     assert torch.equal(packed(*given), told)  # and is not told again
+    packing: Any = packed.packing
+    assert not packing.works
+    assert (packing._twin, packing._held, packing._state) == (None, None, None)
+    assert replace(bundle, network=packed).engine == "eager"
+
+
+def test_the_first_answer_takes_one_call_of_each_and_the_others_one() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed, given = PackedNetwork.of(bundle.network), inputs(bundle)
+    calls: list[str] = []
+    own = bundle.network.module
+    # The twin has the hooks of the network.
+    own.register_forward_hook(lambda m, *_: calls.append("network" if m is own else "twin"))
+    first = packed(*given)
+    assert sorted(calls) == ["network", "twin"]
+    assert torch.equal(packed(*given), first)
+    assert sorted(calls) == ["network", "twin", "twin"]
+    assert not torch.equal(first, bundle.network(*given))  # it is the twin's
+    autoencoder, count = with_engine(bundle.network, bundle.autoencoder, "packed")[1], list[int]()
+    vae: Any = bundle.modules["vae"]
+    vae.decoder.register_forward_hook(lambda *_: count.append(1))
+    latents = torch.randn(1, 4, 8, 8)
+    autoencoder.decode(latents)
+    assert len(count) == 2  # so small that all of it is compared
+    autoencoder.decode(torch.randn(2, 4, 8, 8))
+    assert len(count) == 3
+
+
+def test_it_lets_go_of_what_it_cannot_pack_any_more() -> None:
+    bundle = with_own_networks(tiny_bundle())
+    packed = PackedNetwork.of(bundle.network)
+    packed(*inputs(bundle))
+    packing: Any = packed.packing
+    gone = weakref.ref(packing._twin)
+    with torch.backends.mkldnn.flags(enabled=False):
+        packed(*inputs(bundle))
+    gc.collect()
+    assert gone() is None
+    assert (packing._twin, packing._held) == (None, None)
+    assert close(packed(*inputs(bundle)), bundle.network(*inputs(bundle)))
 
 
 def test_without_onednn_everything_draws() -> None:

@@ -92,3 +92,20 @@ def _packed(itself: Pair) -> Pair:
     if isinstance(autoencoder, DiffusersAutoencoder) and not cannot_pack(autoencoder.module):
         autoencoder = PackedAutoencoder.of(autoencoder)
     return network if cannot_pack(network.module) else PackedNetwork.of(network), autoencoder
+
+
+def engine_of(network: Network, autoencoder: Autoencoder) -> Engine:
+    """The engine by which these are computed; "auto" where it computes the autoencoder alone.
+
+    Packed weights that were found faulty are no engine, nor is compiled code that nothing was
+    computed by.
+    """
+    engine, decoder = _name(network), _name(autoencoder)
+    return "auto" if engine == "eager" != decoder else engine
+
+
+def _name(noun: Network | Autoencoder) -> Engine:
+    if isinstance(noun, CompiledNetwork | CompiledAutoencoder):
+        return "compiled" if noun.code.used else _name(noun.inner)
+    packed = isinstance(noun, PackedNetwork | PackedAutoencoder) and noun.packing.works
+    return "packed" if packed else "eager"

@@ -119,6 +119,11 @@ class Compiled:
                 self._look()
         return self._name is not None and any(each.startswith(self._name) for each in known)
 
+    @property
+    def used(self) -> bool:
+        """True once a package has run."""
+        return any(runner is not None for runner in self._runners.values())
+
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
         call = Call(args, kwargs)
         key = call.key

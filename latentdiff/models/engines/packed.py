@@ -165,16 +165,22 @@ class Packing:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._lock = threading.Lock()
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._state: list[object] | None = None
+        self._held: list[Tensor] | None = None
         self._twin: Any = None
-        self._checks = Checks(module, "packed weights are not used")
+        self.checks = Checks(module, "packed weights are not used")
+
+    @property
+    def works(self) -> bool:
+        """True where the network can be packed, and no answer was found to differ."""
+        return cannot_pack(self._module) is None and not self.checks.failed()
 
     def twin(self) -> Any:
-        """The packed network; None where there is none."""
-        if cannot_pack(self._module) or self._checks.failed():
-            return None
+        """The packed network; None where there is none, and then nothing of one is kept."""
         with self._lock:
+            if not self.works:
+                self._state = self._held = self._twin = None
+                return None
             state = state_of(self._module)
             if state != self._state:
                 self._twin = None  # before the next one takes memory
@@ -183,9 +189,17 @@ class Packing:
                 self._state, self._held = state, tensors_of(self._module)
             return self._twin
 
-    def passes(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
-        """See `Checks.passes`."""
-        return self._checks.passes(what, fast, slow)
+    def compare(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> None:
+        """Compare the first answers of a kind, before `answer` is asked for others."""
+        if not self.checks.passes(what, fast, slow):
+            self.twin()
+
+    def answer(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> Tensor:
+        """See `Checks.answer`; what is found to differ is let go at once."""
+        answer = self.checks.answer(what, fast, slow)
+        if self.checks.failed():
+            self.twin()
+        return answer
 
 
 class Spoiling:
@@ -202,18 +216,24 @@ class Spoiling:
         self._packing, self._perturbations = packing, perturbations
         self._made: tuple[Any, Any] = (None, None)
 
+    @property
+    def works(self) -> bool:
+        """See `Packing.works`."""
+        return self._packing.works
+
     def twin(self) -> Any:
         """See `Packing.twin`."""
         twin = self._packing.twin()
         if twin is None:
+            self._made = None, None
             return None
         if self._made[0] is not twin:
             self._made = twin, perturbable(twin, self._perturbations)
         return self._made[1]
 
-    def passes(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> bool:
-        """See `Packing.passes`; it is compared apart from the network whose attention is whole."""
-        return self._packing.passes(f"spoilt {what}", fast, slow)
+    def answer(self, what: str, fast: Callable[[], Tensor], slow: Callable[[], Tensor]) -> Tensor:
+        """See `Packing.answer`; it is compared apart from the network whose attention is whole."""
+        return self._packing.answer(f"spoilt {what}", fast, slow)
 
 
 def _packed(module: nn.Module) -> nn.Module:
@@ -297,9 +317,8 @@ class PackedNetwork(AroundNetwork):
             return self.inner(x, t, condition, perturbed)
         given = x, t, condition, perturbed
         fast = self.inner.with_module(twin)
-        if self.packing.passes("predict", lambda: fast(*given), lambda: self.inner(*given)):
-            return fast(*given).contiguous()
-        return self.inner(*given)
+        answer = self.packing.answer("predict", lambda: fast(*given), lambda: self.inner(*given))
+        return answer.contiguous()
 
     def perturbable(self, perturbations: Sequence[Perturbation]) -> Self:
         inner = self.inner.perturbable(perturbations)
@@ -348,6 +367,6 @@ class PackedAutoencoder(AroundAutoencoder):
             return slow(x)
         fast = getattr(replace(self.inner, module=twin), what)
         part = x[:1, :, :side, :side]
-        if self.packing.passes(what, lambda: fast(part), lambda: slow(part)):
-            return fast(x).contiguous()
-        return slow(x)
+        if part.shape != x.shape:
+            self.packing.compare(what, lambda: fast(part), lambda: slow(part))
+        return self.packing.answer(what, lambda: fast(x), lambda: slow(x)).contiguous()
