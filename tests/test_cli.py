@@ -92,6 +92,7 @@ def test_a_picture_is_the_pipelines_and_its_text_draws_it_again(model: Path, out
 
     assert last.pop("model") == model.name  # the last part of its path
     pipe = LatentDiffusionPipeline.from_pretrained(model)
+    assert last.pop("engine") == "eager"
     del last["version"], last["dtype"]
     arguments = {key: value for key, value in last.items() if key != "index"}
     same = pipe(**arguments, first=last["index"], progress=False).images[0]  # pyright: ignore[reportArgumentType]
@@ -130,6 +131,18 @@ def test_every_option_reaches_the_run(
     (changed,) = draw(model, out, "a red heart", *["--seed", "7"], *option.split())
     assert record(changed)[key] == value != record(plain).get(key)
     assert (pixels(changed) != pixels(plain)).any()
+
+
+def test_what_is_recorded_names_no_private_folder_and_the_engine_that_drew(
+    model: Path, out: Path
+) -> None:
+    guide = f"autoguidance:1.5:{model}"
+    (drawn,) = draw(model, out, "a cat", "--guide", guide, "--engine", "packed", "--seed", "1")
+    told = record(drawn)
+    assert (told["edits"], told["engine"]) == (["autoguidance:1.5:tiny"], "packed")
+    assert f"{model.parent}" not in drawn.read_bytes().decode("latin-1")
+    *_, many = draw(model, out, "a cat", "-n", "3", "--steps", "20", "--seed", "1")
+    assert record(many)["engine"] == "packed"  # of three pictures of 20 steps
 
 
 def test_sizes(model: Path, out: Path) -> None:

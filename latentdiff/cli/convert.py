@@ -64,9 +64,10 @@ def convert(
     if taken:
         raise UserError(f"{out}: it is there already; name another.")
     precision = "float32" if dtype == "auto" else dtype
-    if _convert_lora(model, out, base, layout, precision):
+    models = ModelOptions(model, vae, prediction, variant, lora, embedding)
+    if _convert_lora(models, out, base, layout, precision):
         return
-    pipe = ModelOptions(model, vae, prediction, variant, lora, embedding).load("cpu", "float32")
+    pipe = models.load("cpu", "float32")
     import torch
 
     bundle = pipe.fuse_loras() if lora else pipe.bundle
@@ -109,19 +110,26 @@ def _not_understood(bundle: "Bundle") -> list[str]:
 
 
 def _convert_lora(
-    path: str, out: Path, base: str | None, layout: str | None, precision: str
+    models: ModelOptions, out: Path, base: str | None, layout: str | None, precision: str
 ) -> bool:
-    """Write a LoRA in a layout; False where `path` is none.
+    """Write a LoRA in a layout; False where the model that is named is none.
 
     Raises:
-        UserError: it is none, but an option is for one; or it cannot be read or written.
+        UserError: it is none, but an option is for one, or the other way round; or it cannot be
+            read or written.
     """
     from latentdiff import lora
 
+    path = f"{models.model}"
     if not lora.is_lora(path):
         if layout is not None or base is not None:
             raise UserError(f"{path}: --layout and --model are for a LoRA, which it is not.")
         return False
+    if models.about():
+        raise UserError(
+            f"{path}: --lora, --vae, --prediction, --variant and --embedding are for a model, "
+            "which it is not, but a LoRA."
+        )
     import torch
 
     if out.suffix != ".safetensors":

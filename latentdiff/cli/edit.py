@@ -140,9 +140,13 @@ def inpaint(
         ),
     ] = False,
     margin: Annotated[
-        float,
-        typer.Option(min=0, help="Of --only-masked: what is seen beside the hole, in its sizes."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Of --only-masked: what is seen beside the hole, in its sizes. Default: 0.5.",
+        ),
+    ] = None,
     jump_length: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of a RePaint jump back. Default: 1/25 of the run."),
@@ -167,6 +171,9 @@ def inpaint(
     given.
     """
     run = run.naming([prompt])
+    if margin is not None and not only_masked:
+        raise UserError("--margin is of --only-masked: give both, or neither.")
+    margin = 0.5 if margin is None else margin
     run.check()
     check_writable(run.out)
     from latentdiff.editing import Inpaint, Region, RePaint, extended
@@ -187,8 +194,8 @@ def inpaint(
         image = fitted(image, picture.name, pipe) if fit else image
         hole = sized(whole, image)
     edits: list[Edit | str] = []
-    about: dict[str, object] = {"picture": picture.name, "fit": fit, "mask": Path(mask).name}
-    about |= {"extend": extend} if extend else {}
+    about: dict[str, object] = {"picture": picture.name, "fit": fit}
+    about |= {"extend": extend} if extend else {"mask": Path(mask).name}
     about |= {"only_masked": True, "margin": margin} if only_masked else {}
     seeing = pipe.bundle.kind == "inpainting"
     if seeing:
@@ -328,10 +335,14 @@ def _draw(
 
     seed = seed_or_fresh(run.seed)
     request = replace(run.request(pipe.bundle, edits), seed=seed, first=run.first)
-    record = None
-    if not run.no_metadata:
-        record = about_request(pipe.bundle, request) | {"prompt": prompt}
-        record |= {"num_images_per_prompt": number} | about | run.models.about()
+
+    def record() -> dict[str, object] | None:
+        """Once a picture is drawn: by which engine is known then."""
+        if run.no_metadata:
+            return None
+        told = {"prompt": prompt, "num_images_per_prompt": number} | about | run.about()
+        return about_request(pipe.bundle, request) | told
+
     height, width = picture_size(edits, None, None) or pipe.bundle.size
     paths: list[Path] = []
     images: list[Image] = []
@@ -340,7 +351,7 @@ def _draw(
     for place, (_, index, image) in enumerate(drawn):
         own = {"seed": seed, "index": index} | place_of(request, place)
         own.pop("first", None)
-        text = png_text(record, **own)
+        text = png_text(record(), **own)
         whole = image if finish is None else finish(image)
         paths.append(save_numbered_png(whole, run.out, seed, text))
         if len(paths) == 1:  # not sooner: a refusal shall be the only line
@@ -350,4 +361,4 @@ def _draw(
     if given is not None:
         sheet = grid([one.convert("RGB") for one in [*given, *images]], 8)
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")
-        print(save_png(sheet, path, png_text(record, seed=seed)))
+        print(save_png(sheet, path, png_text(record(), seed=seed)))

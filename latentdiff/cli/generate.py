@@ -2,14 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.cli.kept import check_models, take_settings
+from latentdiff.cli.kept import is_given, settled, take_settings
 from latentdiff.cli.options import RunOptions, seed_or_fresh, with_run_options
 from latentdiff.cli.output import check_writable, draw_in_parts, place_of
 from latentdiff.errors import UserError
@@ -30,10 +30,13 @@ def generate(
     prompts: Annotated[
         list[str],
         typer.Argument(
-            metavar="PROMPT", help="What to draw; @FILE is a prompt in each line of a file."
+            metavar="PROMPT",
+            help="What to draw; @FILE is a prompt in each line of a file. A prompt that begins "
+            "with @ itself begins with @@.",
         ),
     ],
     *,
+    context: typer.Context,
     source: Annotated[
         Path | None,
         typer.Option(
@@ -42,7 +45,8 @@ def generate(
             is_eager=True,
             callback=take_settings,
             help="Draw a picture again, with its own settings where no option says otherwise; of "
-            "latentdiff, A1111, ComfyUI or InvokeAI.",
+            "latentdiff, A1111, ComfyUI or InvokeAI. Files that it was drawn with, as models and "
+            "LoRAs, are to be named again.",
         ),
     ] = None,
     number: Annotated[
@@ -62,13 +66,13 @@ def generate(
     They are written as NUMBER-SEED.png, never over another file, and their paths printed. The text
     inside each tells all that is needed to draw it again, with --from.
     """
-    if size is not None and source is None and (height is not None or width is not None):
+    if size is not None and (is_given(context, "height") or is_given(context, "width")):
         raise UserError("--size is height and width: give it, or --height and --width.")
     check_writable(run.out)
     prompts = [prompt for word in prompts for prompt in _prompts(word)]
     run = run.naming(prompts)
     if source is not None:
-        check_models(source, run.model, run.lora)
+        run = settled(context, source, run)
     from latentdiff.pipeline.prompts import check_prompts
     from latentdiff.pipeline.record import about_request
 
@@ -88,26 +92,25 @@ def generate(
     request = replace(run.request(pipe.bundle), height=height, width=width)
     seed = seed_or_fresh(run.seed)
     wanted = [prompt for prompt in prompts for _ in range(number)]
-    record: dict[str, object] | None = None
-    if not run.no_metadata:
-        record = about_request(pipe.bundle, request) | run.models.about()
-        # other machines lack the code, and draw the same without
-        recorded = "auto" if engine == "compiled" else engine
-        record |= {} if engine == "eager" else {"engine": recorded}
-    columns = number if 1 < number < len(wanted) else math.ceil(math.sqrt(len(wanted)))
     request = replace(request, seed=seed, first=run.first)
     drawn = draw_in_parts(pipe, wanted, request, round(height * width * run.enlargement))
-    _write(drawn, request, run.out, record, columns if grid else None)
+
+    def about() -> dict[str, object] | None:
+        return None if run.no_metadata else about_request(pipe.bundle, request) | run.about()
+
+    _write(drawn, request, run.out, about, number, grid=grid)
 
 
 def _prompts(word: str) -> list[str]:
-    """The prompts of an argument: itself, or the lines of @FILE that are not empty.
+    """The prompts of an argument: itself, or the lines of @FILE that are not empty; @@ is an @.
 
     Raises:
         UserError: the file cannot be read.
     """
     if not word.startswith("@"):
         return [word]
+    if word.startswith("@@"):
+        return [word[1:]]
     file = Path(word[1:])
     try:
         lines = read_text(file, 2**24).splitlines()
@@ -120,28 +123,39 @@ def _write(
     drawn: Iterable["tuple[str, int, Image]"],
     request: "Request",
     out: Path,
-    record: dict[str, object] | None,
-    columns: int | None,
+    about: Callable[[], dict[str, object] | None],
+    number: int,
+    *,
+    grid: bool,
 ) -> None:
-    """Save each picture as soon as it is there, and at last the grid, and print the paths."""
-    from latentdiff.pictures import grid, save_numbered_png, save_png
+    """Save each picture as soon as it is there, and at last the grid, and print the paths.
+
+    Args:
+        about: the record of the pictures, once one is drawn: by which engine is known then.
+        number: pictures of each prompt.
+    """
+    from latentdiff import pictures
     from latentdiff.pipeline.record import png_text
 
     paths: list[Path] = []
     kept: list[tuple[str, int, Image]] = []
     seed = request.seed
     assert isinstance(seed, int)
-    for number, (prompt, index, image) in enumerate(drawn):
-        own = {"prompt": prompt, "seed": seed, "index": index} | place_of(request, number)
+    for place, (prompt, index, image) in enumerate(drawn):
+        own = {"prompt": prompt, "seed": seed, "index": index} | place_of(request, place)
         own.pop("first", None)
-        text = png_text(record, **own)
-        paths.append(save_numbered_png(image, out, seed, text))
+        text = png_text(about(), **own)
+        paths.append(pictures.save_numbered_png(image, out, seed, text))
         if len(paths) == 1:  # not sooner: a refusal shall be the only line
             print(f"seed {seed}", file=sys.stderr)
         print(paths[-1], flush=True)
-        kept += [(prompt, index, image)] if columns else []
-    if columns:
+        kept += [(prompt, index, image)] if grid else []
+    if grid:
         prompts, indices, images = zip(*kept, strict=True)
-        text = png_text(record, prompt=prompts, seed=seed, index=indices)
+        columns = number if 1 < number < len(kept) else math.ceil(math.sqrt(len(kept)))
+        all_of_them = {"prompt": prompts, "index": indices, "num_images_per_prompt": number}
+        all_of_them |= place_of(request, 0)
+        all_of_them.pop("first", None)
+        text = png_text(about(), seed=seed, **all_of_them)
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")
-        print(save_png(grid(images, columns), path, text))
+        print(pictures.save_png(pictures.grid(images, columns), path, text))

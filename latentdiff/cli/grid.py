@@ -64,7 +64,7 @@ def grid(
     for one, _ in cells:
         one.check()
     from latentdiff.pictures import labelled, save_numbered_png
-    from latentdiff.pipeline.record import about_model, png_text
+    from latentdiff.pipeline.record import about_request, png_text
 
     pipe = run.models.load(run.device, run.dtype, run.engine, run.attention)
     images: list[Image] = []
@@ -73,8 +73,9 @@ def grid(
         images += pipe.draw(request, progress=sys.stderr.isatty()).images
     columns = [f"{across[0]} {value}" for value in across[1]]
     rows = [f"{down[0]} {value}" if down[0] else "" for value in down[1]]
-    record = about_model(pipe.bundle) | {"grid": prompt, "x": x, "y": y, "seed": run.seed}
-    text = None if run.no_metadata else png_text(record)
+    record = about_request(pipe.bundle, run.request(pipe.bundle)) | run.about()
+    varied = {"grid": prompt, "x": x, "y": y, "seed": run.seed, "index": run.first}
+    text = None if run.no_metadata else png_text(record, **varied)
     print(f"seed {run.seed}", file=sys.stderr)
     print(save_numbered_png(labelled(images, rows, columns), Path(run.out), run.seed or 0, text))
 

@@ -72,20 +72,22 @@ def interpolate(
     seed = options.seed_or_fresh(seed)
     pipe = models.load(device, dtype, engine, attention)
     weights = [k / (number - 1) for k in range(number)]
+    if steps is None:
+        steps = interpolation.STEPS_OF_PICTURES if files[0] else interpolation.STEPS_OF_PROMPTS
     if prompt is not None and files[0]:
         if fit:
             ends = [fitted(end, name, pipe) for end, name in zip(ends, names, strict=True)]
         drawn = interpolation.between_pictures(
-            pipe, ends[0], ends[1], weights, prompt=prompt, num_inference_steps=steps or 50
+            pipe, ends[0], ends[1], weights, prompt=prompt, num_inference_steps=steps
         )
     else:
         drawn = interpolation.between_prompts(
-            pipe, a, b, weights, num_inference_steps=steps or 20, seed=seed
+            pipe, a, b, weights, num_inference_steps=steps, seed=seed
         )
     images = [pictures.to_pil(one * 2 - 1) for one in drawn]
     record = about_model(pipe.bundle) | {"between": names if files[0] else [a, b]}
     record |= {"fit": fit} if files[0] else {}
-    record["steps"] = steps or (50 if files[0] else 20)
+    record["steps"] = steps
     record |= models.about()
     kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}
     paths = [

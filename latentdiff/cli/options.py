@@ -335,6 +335,11 @@ class RunOptions:
             self.model, self.vae, self.prediction, self.variant, self.lora, self.embedding
         )
 
+    def about(self) -> dict[str, object]:
+        """Record what is beside the model, and its attention, for the text chunk of a picture."""
+        record = self.models.about()
+        return record if self.attention == "auto" else record | {"attention": self.attention}
+
     @property
     def guides(self) -> list[str]:
         """--guide and --hires, in the words of `guidance.from_text`."""

@@ -7,7 +7,7 @@ opened.
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ class Recipe:
     Attributes:
         program: that wrote it down: latentdiff, A1111, ComfyUI or InvokeAI.
         settings: by the pipeline's names: prompt, negative_prompt, seed, index,
-            num_inference_steps, guidance_scale, height, width, solver, timetable, model; of our
-            own pictures all that was recorded. Solvers of others are in their spelling.
-        left: names of what else is recorded and has no such name.
+            num_inference_steps, guidance_scale, height, width, solver, timetable, model, strength,
+            clip_skip; of our own pictures all that was recorded. Solvers and prompts of others are
+            in their spelling, LoRAs of A1111 in its prompts.
+        left: names of what else is recorded and has no such name, or no value that makes sense.
     """
 
     program: str
@@ -70,27 +71,34 @@ def texts_of(data: bytes) -> dict[str, str]:
 
 
 def _png_texts(data: bytes) -> Iterator[tuple[str, str]]:
-    """The sound text chunks (PNG specification, section 11.3.3); each inflated within bounds."""
-    at = 8
+    """The first sound text chunk (PNG specification, section 11.3.3) of each keyword that is read
+    here; inflated within bounds, once."""
+    at, read = 8, set[str]()
     for _ in range(_MOST_CHUNKS):
         size, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
         chunk = data[at + 8 : at + 8 + size]
         if len(chunk) < size or len(kind) < 4 or kind == b"IEND":
             return
         keyword, _, rest = chunk.partition(b"\0")
-        text: bytes | None = None
-        encoding = "latin-1"
-        if kind == b"tEXt":
-            text = rest
-        elif kind == b"zTXt":
-            text = _inflated(rest[1:])
-        elif kind == b"iTXt" and len(rest) > 2:
-            packed, encoding = rest[0], "utf-8"
-            text = rest[2:].split(b"\0", 2)[-1]
-            text = _inflated(text) if packed else text
-        if text is not None and len(text) <= _MOST_TEXT:
-            yield keyword.decode("latin-1"), text.decode(encoding, "replace")
+        name = keyword[:79].decode("latin-1")
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and name in _READERS and name not in read:
+            read.add(name)
+            text = _text_of(kind, rest)
+            if text is not None and len(text) <= _MOST_TEXT:
+                yield name, text
         at += 12 + size
+
+
+def _text_of(kind: bytes, rest: bytes) -> str | None:
+    """What follows the keyword of a text chunk; None where it is damaged."""
+    encoding, text = "latin-1", rest
+    if kind == b"zTXt":
+        text = _inflated(rest[1:])
+    elif kind == b"iTXt":
+        encoding = "utf-8"
+        text = rest[2:].split(b"\0", 2)[-1] if len(rest) > 2 else None
+        text = _inflated(text) if text is not None and rest[0] else text
+    return None if text is None else text[: _MOST_TEXT + 1].decode(encoding, "replace")
 
 
 def _inflated(data: bytes) -> bytes | None:
@@ -102,14 +110,7 @@ def _inflated(data: bytes) -> bytes | None:
 
 def recipe_of(texts: Mapping[str, str]) -> Recipe | None:
     """The recipe in a picture's texts; our own first, None if there is none."""
-    readers = {
-        OURS: _ours,
-        "invokeai_metadata": _invokeai,
-        "sd-metadata": _old_invokeai,
-        "prompt": _comfyui,
-        THEIRS: _a1111,
-    }
-    for keyword, read in readers.items():
+    for keyword, read in _READERS.items():
         if keyword not in texts:
             continue
         try:
@@ -134,14 +135,16 @@ _SETTINGS = {  # of A1111: ours, and the pattern of a value
     "Seed": ("seed", int),
     "Model": ("model", str),
     "Clip skip": ("clip_skip", int),
+    "Denoising strength": ("strength", float),
 }
-_PAIR = re.compile(r'\s*([\w /+.-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+# Nothing that one part takes is given back to another: a hostile text takes time of its length.
+_PAIR = re.compile(r'\s*+([\w/+.-][\w /+.-]*+):\s*+("(?:\\.|[^"\\])*+"|[^,]*+)(?:,|$)')
 
 
 def _a1111(text: str) -> Recipe | None:
     """The prompt, then `Negative prompt: ...`, and a last line of `Name: value, ...`."""
     lines = text.strip().split("\n")
-    pairs = _PAIR.findall(lines[-1])
+    pairs = list(_pairs(lines[-1]))
     if len(pairs) < 3:
         if "Steps:" not in text:
             return Recipe("A1111", {"prompt": text.strip()} if text.strip() else {})
@@ -156,7 +159,6 @@ def _a1111(text: str) -> Recipe | None:
         settings["negative_prompt"] = negative.strip()
     left: list[str] = []
     for name, value in pairs:
-        value = json.loads(value) if value.startswith('"') else value.strip()
         size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value)
         if name == "Size" and size:
             settings |= {"width": int(size[1]), "height": int(size[2])}
@@ -167,6 +169,28 @@ def _a1111(text: str) -> Recipe | None:
     if "clip_skip" in settings:
         settings["clip_skip"] = max(0, settings["clip_skip"] - 1)  # A1111 counts the last layer
     return Recipe("A1111", settings, left)
+
+
+def _pairs(line: str) -> Iterator[tuple[str, str]]:
+    """The names and values of "Steps: 20, Model: \\"a, b\\""; what is no pair is passed over."""
+    at = 0
+    while at < len(line):
+        found = _PAIR.match(line, at)
+        if found is None:
+            at = line.find(",", at) + 1 or len(line)
+        else:
+            yield found[1].strip(), _unquoted(found[2].strip())
+            at = found.end()
+
+
+def _unquoted(text: str) -> str:
+    """A value without the quotes that A1111 puts around it, as JSON; or as near as may be."""
+    if len(text) < 2 or not text.startswith('"') or not text.endswith('"'):
+        return text
+    try:
+        return json.loads(text, strict=False)
+    except ValueError:  # an escape that JSON does not know
+        return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
 def _number(value: object, kind: type) -> Any:
@@ -182,10 +206,20 @@ def _number(value: object, kind: type) -> Any:
     return number if abs(number) < 2**64 else None  # False for NaN, too
 
 
-def _named(found: Mapping[str, object], names: Mapping[str, tuple[str, type]]) -> dict[str, Any]:
-    """The values of a record by our names, those of a wrong type left out."""
-    values = [(ours, _number(found.get(theirs), kind)) for theirs, (ours, kind) in names.items()]
-    return {name: value for name, value in values if value is not None}
+def _named(
+    found: Mapping[str, object], names: Mapping[str, tuple[str, type]]
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of a record by our names; and the names of those that make no sense."""
+    settings: dict[str, Any] = {}
+    left: list[str] = []
+    for theirs, (ours, kind) in names.items():
+        given = found.get(theirs)
+        value = _number(given, kind)
+        if value is not None:
+            settings[ours] = value
+        elif given not in (None, "") and not _source(given):
+            left.append(theirs)
+    return settings, left
 
 
 _INVOKEAI = {
@@ -206,14 +240,19 @@ def _invokeai(text: str) -> Recipe | None:
     found = parse_json(text)
     if not isinstance(found, dict):
         return None
-    settings = _named(found, _INVOKEAI)
+    settings, left = _named(found, _INVOKEAI)
     model = found.get("model")
     if isinstance(model, dict):
         name = model.get("name") or model.get("model_name")
         settings |= {"model": name} if isinstance(name, str) else {}
     known = {*_INVOKEAI, "model", "app_version", "generation_mode"}
-    left = [name for name, value in found.items() if name not in known and value not in (None, [])]
-    return Recipe("InvokeAI", settings, left)
+    return Recipe("InvokeAI", settings, left + _others(found, known))
+
+
+def _others(found: Mapping[str, object], known: Container[str]) -> list[str]:
+    """Names of what else a record says."""
+    said = [name for name, value in found.items() if value not in (None, [], "", False)]
+    return [name for name in said if name not in known]
 
 
 def _old_invokeai(text: str) -> Recipe | None:
@@ -222,9 +261,11 @@ def _old_invokeai(text: str) -> Recipe | None:
     if not isinstance(image, dict):
         return None
     prompts = image.get("prompt")
-    if isinstance(prompts, list) and prompts and isinstance(prompts[0], dict):
+    if isinstance(prompts, list) and len(prompts) == 1 and isinstance(prompts[0], dict):
         image = image | {"prompt": prompts[0].get("prompt")}
-    return Recipe("InvokeAI", _named(image, _INVOKEAI))
+    settings, left = _named(image, _INVOKEAI)
+    known = {*_INVOKEAI, "type"}
+    return Recipe("InvokeAI", settings, left + _others(image, known))
 
 
 _COMFYUI = {
@@ -237,6 +278,28 @@ _COMFYUI = {
     "width": ("width", int),
     "height": ("height", int),
     "ckpt_name": ("model", str),
+}
+_COMFYUI_NODES = {  # of which there is nothing else to know
+    "BasicGuider",
+    "BasicScheduler",
+    "CFGGuider",
+    "CLIPTextEncode",
+    "CheckpointLoaderSimple",
+    "EmptyLatentImage",
+    "KSampler",
+    "KSamplerAdvanced",
+    "KSamplerSelect",
+    "RandomNoise",
+    "SamplerCustom",
+    "SamplerCustomAdvanced",
+}
+_COMFYUI_OFF: dict[str, tuple[object, ...]] = {  # inputs, by the values that ask for nothing
+    "add_noise": ("enable", True),
+    "batch_size": (1,),
+    "denoise": (1,),
+    "end_at_step": (10000,),
+    "return_with_leftover_noise": ("disable",),
+    "start_at_step": (0,),
 }
 
 
@@ -259,8 +322,11 @@ def _comfyui(text: str) -> Recipe | None:
     if sampler is None:
         return None
     settings: dict[str, Any] = {}
+    left: set[str] = set()
     for _, inputs in _upstream(nodes, sampler, skip=("positive", "negative", "conditioning")):
-        settings = _named(inputs, _COMFYUI) | settings
+        values, wrong = _named(inputs, _COMFYUI)
+        settings = values | settings
+        left.update(wrong)
     for name, ours in (
         ("positive", "prompt"),
         ("conditioning", "prompt"),
@@ -269,9 +335,17 @@ def _comfyui(text: str) -> Recipe | None:
         words = _words(nodes, sampler, name)
         if words is not None and ours not in settings:
             settings[ours] = words
-    used = {kind for kind, _ in _upstream(nodes, sampler)}
-    left = sorted(kind for kind in used if kind.startswith(("Lora", "ControlNet", "IPAdapter")))
-    return Recipe("ComfyUI", settings, left)
+    for kind, inputs in _upstream(nodes, sampler):
+        left.update({kind} - _COMFYUI_NODES)
+        left.update(name for name in _COMFYUI_OFF if not _off(inputs, name))
+        if kind == "BasicGuider" and "guidance_scale" not in settings:
+            settings["guidance_scale"] = 1.0  # it has none
+    return Recipe("ComfyUI", settings, sorted(left))
+
+
+def _off(inputs: Mapping[str, object], name: str) -> bool:
+    value = inputs.get(name)
+    return value is None or value in _COMFYUI_OFF[name] or bool(_source(value))
 
 
 _Nodes = Mapping[str, tuple[str, Mapping[str, Any]]]
@@ -339,3 +413,12 @@ def a1111_text(settings: Mapping[str, Any]) -> str:
 def _quoted(value: object) -> str:
     text = f"{value}"
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
+
+
+_READERS = {  # by the keywords of texts; the first that is there is read
+    OURS: _ours,
+    "invokeai_metadata": _invokeai,
+    "sd-metadata": _old_invokeai,
+    "prompt": _comfyui,
+    THEIRS: _a1111,
+}

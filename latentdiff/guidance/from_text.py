@@ -9,6 +9,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.edits import Edit
 from latentdiff.editing import Hires, TiledDiffusion
 from latentdiff.errors import UserError
+from latentdiff.formats.location import public_name
 from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier import Classifier
 from latentdiff.guidance.classifier_guidance import ClassifierGuide
@@ -19,6 +20,7 @@ from latentdiff.guidance.thresholding import DynamicThresholding
 from latentdiff.registry import check_name
 
 _KINDS = ("pag", "seg", "threshold", "autoguidance", "clip", "classifier", "hires", "tiled")
+_READING = ("autoguidance", "clip", "classifier")  # those that read a file, the word after SCALE
 FORM = (
     "pag:SCALE, seg:SCALE, threshold:QUANTILE, autoguidance:SCALE:MODEL, clip:SCALE:FOLDER, "
     "classifier:SCALE:FOLDER:LABEL, hires:FACTOR:STRENGTH or tiled:OVERLAP"
@@ -47,6 +49,21 @@ def check_text(text: str) -> tuple[str, float, list[str]]:
     if name == "tiled":
         TiledDiffusion(value)
     return name, value, words
+
+
+def file_of(text: str) -> str | None:
+    """The file or folder that a guide's text names; None where it names none."""
+    name, _, words = check_text(text)
+    return words[0] if name in _READING else None
+
+
+def public_guide(text: str) -> str:
+    """A guide's text for others to read: of its file's path what `public_name` leaves."""
+    path = file_of(text)
+    if path is None:
+        return text
+    name, number, rest = text.split(":", 2)
+    return f"{name}:{number}:{public_name(path)}{rest.removeprefix(path)}"
 
 
 def resolve(edits: Sequence[Edit | str], device: torch.device) -> list[Edit]:

@@ -14,6 +14,8 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.pipeline.arguments import seed_of
 from latentdiff.pipeline.prompts import check_prompts
 
+STEPS_OF_PICTURES, STEPS_OF_PROMPTS = 50, 20
+
 
 def between_pictures(
     pipe: LatentDiffusionPipeline,
@@ -22,7 +24,7 @@ def between_pictures(
     weights: Sequence[float],
     *,
     prompt: str,
-    num_inference_steps: int = 50,
+    num_inference_steps: int = STEPS_OF_PICTURES,
 ) -> Tensor:
     """Pictures between two: both are inverted, and what lies between their noises is drawn.
 
@@ -70,7 +72,7 @@ def between_prompts(
     b: str,
     weights: Sequence[float],
     *,
-    num_inference_steps: int = 20,
+    num_inference_steps: int = STEPS_OF_PROMPTS,
     guidance_scale: float | None = None,
     solver: str | Solver | None = None,
     seed: int = 0,

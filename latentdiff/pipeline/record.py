@@ -3,11 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from latentdiff.bundle import Bundle
+from latentdiff.diffusion.edits import Edit
 from latentdiff.formats.location import public_name
 from latentdiff.formats.picture_text import OURS, THEIRS, a1111_text
+from latentdiff.guidance.from_text import public_guide
 from latentdiff.pipeline.request import Request
 from latentdiff.version import __version__
 
@@ -29,7 +32,12 @@ def png_text(record: dict[str, object] | None, **picture: object) -> dict[str, s
 def about_model(bundle: Bundle) -> dict[str, object]:
     """Record the model for the text chunk of a picture."""
     precision = str(bundle.network.dtype).removeprefix("torch.")
-    return {"version": __version__, "model": public_name(bundle.name), "dtype": precision}
+    return {
+        "version": __version__,
+        "model": public_name(bundle.name),
+        "dtype": precision,
+        "engine": bundle.engine,
+    }
 
 
 def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
@@ -45,7 +53,7 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         "guidance": request.guidance,
         "guidance_scale": request.scale_for(bundle.network),
         "guidance_rescale": request.guidance_rescale,
-        "edits": [edit for edit in request.edits if isinstance(edit, str)],
+        "edits": [public_guide(edit) for edit in request.edits if isinstance(edit, str)],
         "solver": request.solver,
         "timetable": request.timetable,
         "height": request.height,
@@ -58,6 +66,7 @@ def about_request(bundle: Bundle, request: Request) -> dict[str, object]:
         record["variation_strength"] = request.variation_strength
     if regions := [one for one in request.also if not isinstance(one, str) and _has_place(one)]:
         record["regions"] = [_region(one) for one in regions]
+    record |= _about_edits([edit for edit in request.edits if not isinstance(edit, str)])
     if request.guidance_interval != (0.0, math.inf):
         record["guidance_interval"] = list(request.guidance_interval)
     return record
@@ -74,3 +83,15 @@ def _region(also: Sequence[object]) -> str:
     place = also[-1] if isinstance(also[-1], str | Path) else "a picture"
     name = f"{place}" if f"{place}".startswith("box:") else Path(place).name
     return f"{also[0]}:{weight}@{name}"
+
+
+def _about_edits(edits: Sequence[Edit]) -> dict[str, object]:
+    """The names of edits that are values, and their numbers; their pictures are not kept."""
+    record: dict[str, object] = {}
+    for edit in edits:
+        numbers = fields(edit) if is_dataclass(edit) else ()
+        values = {one.name: getattr(edit, one.name) for one in numbers}
+        record |= {name: value for name, value in values.items() if isinstance(value, int | float)}
+    if edits:
+        record["edit"] = ", ".join(type(edit).__name__ for edit in edits)
+    return record

@@ -17,7 +17,7 @@ from latentdiff.editing import Inpaint, Instruct, Region, RePaint, SDEdit, padde
 from latentdiff.editing.masks import open_mask, resize_mask
 from latentdiff.errors import UserError
 from latentdiff.guidance import methods
-from latentdiff.guidance.from_text import check_text
+from latentdiff.guidance.from_text import check_text, file_of
 from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.arguments import MAX_SEED, latent_shape
 from latentdiff.pipeline.prompts import check_also, check_negatives, check_prompts
@@ -244,10 +244,10 @@ def check_words(request: Request) -> None:
         check_also(request.also)
     for edit in request.edits:
         with refusing("edits"):
-            name, _, words = check_text(f"{edit}")
+            name, path = check_text(f"{edit}")[0], file_of(f"{edit}")
         if name == "hires":
             raise Refused(400, "edits: hires is not for clients: ask for a larger size", "edits")
-        if words:
+        if path is not None:
             told = f"edits: the guide {name!r} reads files of the server, which no client may name"
             raise Refused(400, told, "edits")
 

@@ -218,6 +218,7 @@ def test_interpolate(model: Path, picture: Path, tmp_path: Path) -> None:
     between = run(model, out, "interpolate", *pictures, "-n", "2", "--steps", "8")
     assert len(between) == 2
     assert abs(pixels(between[0]).astype(int) - pixels(between[1])).max() <= 1
+    assert (record(between[0])["steps"], record(way[0])["steps"]) == (8, 4)
 
 
 MASKED = {"mask": "box:40,0,60,60", "fit": True, "timetable": "karras", "dtype": "float32"}
@@ -236,6 +237,12 @@ MASKED = {"mask": "box:40,0,60,60", "fit": True, "timetable": "karras", "dtype":
             {"fit": False, "timetable": "trailing", "solver": "dpmpp-2m"},
         ),
         ("ilvr PICTURE cat --fit --dtype bfloat16", {"fit": True, "dtype": "bfloat16"}),
+        (
+            "inpaint PICTURE cat --resamples 1 --extend left=8 --only-masked",
+            {"extend": "left=8", "mask": None, "only_masked": True, "margin": 0.5},
+        ),
+        ("edit PICTURE cat --engine eager", {"engine": "eager", "edit": "SDEdit"}),
+        ("edit PICTURE cat", {"engine": "packed"}),
         ("interpolate cat dog --dtype bfloat16", {"dtype": "bfloat16", "seed": 0}),
     ],
 )
@@ -258,6 +265,10 @@ REFUSED = {
     "no box": (["inpaint", "PICTURE", "a cat", "--mask", "box:1,2"], "x0,y0,x1,y1"),
     "no mask file": (["inpaint", "PICTURE", "a cat", "--mask", "nowhere.png"], "nowhere.png"),
     "mask of another size": (["inpaint", "PICTURE", "a cat", "--mask", "SMALL"], "4 x 4"),
+    "margin of nothing": (
+        ["inpaint", "PICTURE", "a cat", "--mask", "box:1,2,4,4", "--margin", "1"],
+        "--margin is of --only-masked",
+    ),
     "no space": (["ilvr", "PICTURE", "a cat", "--space", "time"], "--space"),
     "a picture and a prompt": (["interpolate", "PICTURE", "a cat"], "two picture files"),
     "no prompt for pictures": (["interpolate", "PICTURE", "PICTURE"], "--prompt"),

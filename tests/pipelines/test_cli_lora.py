@@ -203,6 +203,10 @@ def test_convert_writes_a_lora_in_another_layout(
         ([str(model), str(tmp_path / "x"), "--layout=kohya"], "are for a LoRA, which it is not"),
         ([str(lora), str(tmp_path / "folder"), *base], "one .safetensors file"),
         ([str(lora), str(tmp_path / "y.safetensors"), "--layout=koya", *base], "did you mean"),
+        *(
+            ([str(lora), str(tmp_path / "z.safetensors"), option, *base], "are for a model, which")
+            for option in (f"--lora={lora}", f"--vae={model}", "--prediction=v", "--variant=bf16")
+        ),
     ):
         assert main(["convert", *arguments]) == 2
         assert told in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 import io
 import json
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,8 @@ RUNS = [
     ["a cat", "--guide", "threshold:0.9", "--timetable", "karras", "--size", "24"],
     ["a cat", "--guidance", "apg", "--height", "16", "--width", "24"],
     ["a cat", "--engine", "packed"],
+    ["[a:the:1] (cat:1.2) AND a hat :0.5", "--syntax", "a1111", "--clip-skip", "1"],
+    ["@@story.txt", "--attention", "eager", "--region", "a hat:2@box:0,0,8,8"],
 ]
 
 
@@ -51,32 +55,162 @@ def test_a_picture_is_drawn_again_to_the_bit(
     assert main(["show", str(first)]) == 0
     assert "\x1b" not in capsys.readouterr().out
     assert main(["show", "--json", str(first)]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt"] == run[0]
+    assert json.loads(capsys.readouterr().out)["prompt"] == run[0].replace("@@", "@")
 
 
-def test_what_is_missing_to_draw_it_again_is_one_line(
+def written(folder: Path, texts: dict[str, str]) -> str:
+    path = folder / f"{len(list(folder.iterdir()))}.png"
+    path.write_bytes(encode_png(Image.new("RGB", (4, 4)), texts))
+    return f"{path}"
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    return json.loads(texts_of(path.read_bytes())[OURS])
+
+
+VARIED = ["--variation-seed", "4", "--variation-strength", "0.5"]
+
+
+@pytest.mark.parametrize(("how", "index"), [(["--first", "3"], 5), (VARIED, 0)])
+def test_a_grid_is_drawn_again_and_a_picture_of_it_by_its_index(
+    how: list[str], index: int, model: Path, tmp_path: Path
+) -> None:
+    rest = ["--model", str(model), "--steps", "2"]
+    once, again = tmp_path / "once", tmp_path / "again"
+    many = ["generate", "a cat", "@@home", "-n", "2", "--grid", "--seed", "7", *how]
+    assert main([*many, *rest, "-o", str(once)]) == 0
+    first = {path.name: path.read_bytes() for path in once.iterdir()}
+    assert len(first) == 5
+    grid = once / "00000-7-grid.png"
+    assert settings_of(grid)["prompt"] == ["a cat", "a cat", "@home", "@home"]
+    assert main(["generate", "--from", str(grid), *rest, "-o", str(again)]) == 0
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == first
+    assert settings_of(once / "00002-7.png")["index"] == index
+    alone = tmp_path / "alone"
+    assert main(["generate", "--from", str(once / "00002-7.png"), *rest, "-o", str(alone)]) == 0
+    (one,) = alone.iterdir()
+    assert texts_of(one.read_bytes()) == texts_of(first["00002-7.png"])
+    pixels = [np.asarray(Image.open(path)).astype(int) for path in (one, once / "00002-7.png")]
+    assert abs(pixels[0] - pixels[1]).max() <= 1  # another batch may round otherwise
+
+
+def test_what_goes_with_an_option_that_is_given_anew_is_not_taken_over(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def written(**settings: object) -> str:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
-        path.write_bytes(encode_png(Image.new("RGB", (4, 4)), {OURS: json.dumps(settings)}))
-        return str(path)
+    rest = ["--model", str(model), "-o", str(tmp_path)]
+    kept = ["--solver", "dpmpp-2m", "--timetable", "karras", "--rescale", "0.5", "--height", "24"]
+    assert main(["generate", "a cat", "--steps", "2", "--guidance-scale", "3", *kept, *rest]) == 0
+    (first,) = tmp_path.glob("*.png")
+    for changed, expected in [
+        (["--solver", "heun"], {"solver": "heun", "timetable": "trailing", "guidance_scale": 3}),
+        (["--solver", "heun", "--timetable", "karras"], {"solver": "heun", "timetable": "karras"}),
+        (["--timetable", "exponential"], {"solver": "dpmpp-2m", "timetable": "exponential"}),
+        (["--guidance", "cfg++"], {"guidance": "cfg++", "guidance_scale": 0.6, "height": 24}),
+        (["--guidance", "apg"], {"guidance_scale": 4, "guidance_rescale": 0}),
+        (["--size", "16"], {"height": 16, "width": 16}),
+    ]:
+        assert main(["generate", "--from", str(first), *changed, *rest]) == 0
+        told = settings_of(sorted(tmp_path.glob("*.png"))[-1])
+        assert {name: told[name] for name in expected} == expected
+    clash = ["--size", "16", "--height", "24"]
+    assert main(["generate", "--from", str(first), *clash, *rest]) == 2
+    assert "--size is height and width" in capsys.readouterr().err
 
-    other = written(prompt="a", model="dreams.safetensors")
-    lora = written(prompt="a", model="emoji64", loras=[["cats.safetensors", 0.8]])
-    edited = written(prompt="a", edit="SDEdit", picture="photo.png")
-    plain = tmp_path / "plain.png"
-    plain.write_bytes(encode_png(Image.new("RGB", (4, 4))))
-    for picture, told in [
-        (other, "was drawn with dreams.safetensors: name a model, --model PATH."),
-        (lora, "was drawn with LoRAs: name them by their paths, --lora cats.safetensors:0.8."),
-        (edited, "was made out of photo.png: latentdiff show tells how."),
+
+HOSTILE_NAME = "x; rm -rf ~"
+
+
+def test_files_that_only_the_picture_names_are_not_opened(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundled: dict[str, object] = {"prompt": "a", "model": "emoji64"}
+    for more, told in [
+        ({"model": "dreams.safetensors"}, "--model dreams.safetensors"),
+        ({"model": str(model)}, f"--model {model}"),
+        ({"loras": [["cats.safetensors", 0.8]]}, "--lora cats.safetensors:0.8"),
+        ({"vae": HOSTILE_NAME}, f"--vae '{HOSTILE_NAME}'"),
+        ({"embeddings": ["a", "b"]}, "--embedding a --embedding b"),
+        (
+            {"edits": ["pag:2", f"autoguidance:2:{model}"], "vae": "v"},
+            f"--vae v --guide pag:2 --guide autoguidance:2:{model}",
+        ),
+        ({"edits": ["clip:2:/dev/zero"]}, "--guide clip:2:/dev/zero"),
+        ({"regions": ["a@box:0,0,1,1", "b@x.png"]}, "--region a@box:0,0,1,1 --region b@x.png"),
+    ]:
+        picture = written(tmp_path, {OURS: json.dumps(bundled | more)})
+        assert main(["generate", "--from", picture, "-o", str(tmp_path / "out")]) == 2
+        ending = f"it keeps the names alone: add {told}, with their paths here."
+        assert capsys.readouterr().err.strip().endswith(ending)
+    lora = written(tmp_path, {THEIRS: f"a <lora:cats:0.5>\n{TEXT.splitlines()[-1]}"})
+    for more, told in [
+        ([], "<lora:cats:0.5>: there is no such file among those of --lora"),
+        (["--lora", "cats.safetensors"], "it keeps the names alone: add --model v1-5, with"),
+    ]:
+        assert main(["generate", "--from", lora, *more, "-o", str(tmp_path / "out")]) == 2
+        assert told in capsys.readouterr().err
+    (tmp_path / "secret.txt").write_text("secret")
+    prompt = f"@{tmp_path / 'secret.txt'}"
+    picture = written(tmp_path, {OURS: json.dumps(bundled | {"prompt": prompt, "seed": 1})})
+    run = ["generate", "--from", picture, "--steps", "1", "--guidance-scale", "1"]
+    assert main([*run, "-o", str(tmp_path / "out")]) == 0
+    (drawn,) = (tmp_path / "out").iterdir()
+    assert settings_of(drawn)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"prompt": 3}, {"prompt": ["a", 3]}, {"num_inference_steps": "many"}, {"seed": -1},
+        {"num_inference_steps": 0}, {"seed": True}, {"guidance_interval": 5}, {"also": 3},
+        {"guidance_interval": [float("nan"), 1]}, {"also": [["a"]]}, {"edits": "pag:2"},
+        {"edits": ["magic"]}, {"loras": [["a"]]}, {"guidance_scale": {}}, {"index": [0]},
+        {"prompt": ["a", "b"], "index": [0, 5]}, {"engine": "magic"}, {"height": 2.5},
+        {"prompt": ["a", "b", "a", "b"], "num_images_per_prompt": 2}, {"guidance_scale": 1e300},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_settings_are_one_line(
+    damaged: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = written(tmp_path, {OURS: json.dumps({"prompt": "a"} | damaged)})
+    assert main(["generate", "--from", picture, "-o", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {picture}: its settings are damaged: ")
+    assert main(["show", picture]) == 0
+
+
+def test_what_cannot_be_drawn_again_and_what_is_not_taken_over_are_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--model", str(model), "-o", str(tmp_path / "out")]
+    assert main(["grid", "a cat", "--x", "steps=1,2", "--guide", "pag:2", *rest]) == 0
+    assert main(["interpolate", "a cat", "a dog", "-n", "2", "--steps", "1", *rest]) == 0
+    grid, way, _ = sorted((tmp_path / "out").iterdir())
+    told = settings_of(grid)
+    assert (told["edits"], told["solver"], told["x"]) == (["pag:2"], "dpmpp-2m", "steps=1,2")
+    (plain := tmp_path / "plain.png").write_bytes(encode_png(Image.new("RGB", (4, 4))))
+    edited = {"prompt": "a", "edit": "SDEdit"}
+    for picture, line in [
+        (str(grid), "is a grid of 'a cat' under settings that vary: latentdiff show tells the"),
+        (str(way), "is between ['a cat', 'a dog']: latentdiff show tells the settings."),
+        (written(tmp_path, {OURS: json.dumps(edited)}), "was drawn with edits, SDEdit: latent"),
+        (written(tmp_path, {OURS: json.dumps(edited | {"picture": "p.png"})}), "made out of p.png"),
         (str(plain), "says nothing of how it was drawn."),
         (str(tmp_path / "none.png"), "No such file or directory"),
     ]:
-        assert main(["generate", "--from", picture, "-o", str(tmp_path / "out")]) == 2
-        assert capsys.readouterr().err.strip().endswith(told)
-    assert not (tmp_path / "out").exists()
+        capsys.readouterr()
+        assert main(["generate", "--from", picture, *rest]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert line in said
+    asked = "Denoising strength: 0.5, ENSD: 2, " + TEXT.splitlines()[-1]
+    picture = written(tmp_path, {THEIRS: f"a cat\n{asked}"})
+    assert main(["generate", "--from", picture, "--size", "16", "--steps", "1", *rest]) == 0
+    said = capsys.readouterr().err
+    assert "not taken over from A1111: ENSD, strength" in said
+    ours = written(tmp_path, {OURS: json.dumps({"prompt": "a", "magic": 3, "solver": "spell"})})
+    assert main(["generate", "--from", ours, "--steps", "1", *rest]) == 0
+    said = capsys.readouterr().err
+    assert "not taken over from latentdiff: magic, unknown solver 'spell'" in said
 
 
 def test_prompts_come_from_a_file(model: Path, tmp_path: Path) -> None:
@@ -142,6 +276,10 @@ FOREIGN: list[tuple[dict[str, str], Recipe | None]] = [
     ({THEIRS: "two\nlines" + TEXT.removeprefix("a cat, (hat:1.2)")},
      Recipe("A1111", A1111 | {"prompt": "two\nlines"})),
     ({THEIRS: "only words"}, Recipe("A1111", {"prompt": "only words"})),
+    ({THEIRS: TEXT.replace("v1-5", '"C:\\models, \\x"')},
+     Recipe("A1111", A1111 | {"model": "C:models, x"})),
+    ({THEIRS: TEXT + ", Denoising strength: 0.75, Clip skip: 2"},
+     Recipe("A1111", A1111 | {"strength": 0.75, "clip_skip": 1})),
     ({"prompt": json.dumps(NODES), "workflow": "{}"},
      Recipe("ComfyUI", {"seed": 5, "num_inference_steps": 20, "guidance_scale": 8.0,
                         "solver": "euler", "timetable": "normal", "width": 512, "height": 640,
@@ -149,7 +287,7 @@ FOREIGN: list[tuple[dict[str, str], Recipe | None]] = [
                         "negative_prompt": "blurry"}, ["LoraLoader"])),
     ({"prompt": json.dumps(CUSTOM)},
      Recipe("ComfyUI", {"seed": 9, "num_inference_steps": 4, "solver": "dpmpp_2m",
-                        "timetable": "simple", "prompt": "a dog"})),
+                        "timetable": "simple", "prompt": "a dog", "guidance_scale": 1.0})),
     ({"invokeai_metadata": json.dumps(INVOKE)},
      Recipe("InvokeAI", {"prompt": "a cat", "seed": 4, "num_inference_steps": 30,
                          "guidance_scale": 7.5, "solver": "euler_a", "width": 512, "height": 512,
@@ -157,6 +295,15 @@ FOREIGN: list[tuple[dict[str, str], Recipe | None]] = [
     ({"sd-metadata": json.dumps(OLD)},
      Recipe("InvokeAI", {"prompt": "a cat", "seed": 3, "num_inference_steps": 50,
                          "guidance_scale": 7.5, "solver": "k_lms", "width": 512, "height": 512})),
+    ({"prompt": json.dumps(NODES | {"3": {"class_type": "KSampler", "inputs":
+      NODES["3"]["inputs"] | {"denoise": 0.5, "model": ["4", 0]}}})},
+     Recipe("ComfyUI", {"seed": 5, "num_inference_steps": 20, "guidance_scale": 8.0,
+                        "solver": "euler", "timetable": "normal", "width": 512, "height": 640,
+                        "model": "v1-5.safetensors", "prompt": "a cat",
+                        "negative_prompt": "blurry"}, ["denoise"])),
+    ({"sd-metadata": json.dumps({"image": OLD["image"] | {"seed": "x", "hires_fix": True}})},
+     Recipe("InvokeAI", {"prompt": "a cat", "num_inference_steps": 50, "guidance_scale": 7.5,
+                         "solver": "k_lms", "width": 512, "height": 512}, ["seed", "hires_fix"])),
     ({OURS: json.dumps(PLAIN), THEIRS: TEXT}, Recipe("latentdiff", PLAIN)),
     ({"Comment": "made by hand"}, None),
     ({"prompt": '{"1": {"class_type": "KSampler", "inputs": {"a": ["1", 0], "seed": "x"}}}'}, None),
@@ -200,6 +347,34 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def test_hostile_chunks_are_no_recipe_and_take_no_memory(inside: bytes) -> None:
     plain = encode_png(Image.new("RGB", (2, 2)))
     assert texts_of(plain[:33] + inside + plain[33:]) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x" + " " * 10**5,
+        "a b" * 10**5,
+        'a:"' * 20_000,
+        'a:"\\",' * 20_000,
+    ],
+)
+def test_hostile_words_are_read_in_time_of_their_length(line: str) -> None:
+    began = time.perf_counter()
+    assert recipe_of({THEIRS: f"{line}\n{line}"}) is not None
+    assert time.perf_counter() - began < 5
+
+
+def test_many_chunks_are_inflated_only_where_they_are_read_and_once() -> None:
+    bomb = zlib.compress(b"a" * (4 * 2**20))
+    chunks = [chunk(b"zTXt", b"parameters\0\0" + zlib.compress(TEXT.encode()))]
+    for number in range(5000):
+        chunks += [chunk(b"zTXt", b"%d\0\0" % number + bomb)]
+        chunks += [chunk(b"zTXt", b"parameters\0\0" + bomb)]
+    plain = encode_png(Image.new("RGB", (2, 2)))
+    data = plain[:33] + b"".join(chunks) + plain[33:]
+    began = time.perf_counter()
+    assert texts_of(data) == {THEIRS: TEXT}
+    assert time.perf_counter() - began < 5
 
 
 @given(

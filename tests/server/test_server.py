@@ -280,6 +280,8 @@ def test_a_batch_and_what_waits_are_bounded_by_the_pixels_really_drawn(
     assert client.post("/sdapi/v1/img2img", json=edit).status_code == 200
     assert studio.queue.batches == 3  # 4 of the model's own 16 x 16 pixels make one
     (job,) = studio.queue.jobs.values()
+    kept = json.loads(Image.open(io.BytesIO(job.pictures[0] or b"")).info["latentdiff"])
+    assert (kept["edit"], kept["strength"], kept["seed"]) == ("SDEdit", 1, job.seeds[0])
     assert (job.pixels, job.held, job.request.edits, job.region) == (32 * 32, 0, [], None)
     assert client.post("/sdapi/v1/img2img", json=edit | {"height": None}).status_code == 422
     huge = client.post("/sdapi/v1/img2img", json=edit | {"width": 65, "height": 65})
