@@ -82,6 +82,9 @@ def check_pictures(
         elif (same := first.setdefault(look.digest, number)) != number:
             captions[same] += example.captions
             line = f"{shown(example.name)} is a duplicate of {shown(examples[same].name)}"
+            if not example.captions:
+                line += ", and its words cannot be read" * bool(example.fault)
+                line += ", and has no caption" * (not example.fault)
             faults[number] = Fault(example, "duplicate", line)
     for number in first.values():
         example, own = examples[number], tuple(dict.fromkeys(captions[number]))

@@ -178,7 +178,7 @@ def _metrics(config: RunConfig) -> str:
 
 
 def _use(outcome: Outcome) -> str:
-    here = outcome.folder.name
+    here = public_name(str(outcome.folder))  # as the command above was typed, from the same place
     captions = (caption for picture in outcome.pictures for caption in picture.captions)
     prompt = " ".join(next(captions, "a picture").split())
     words, said = shlex.quote(prompt), json.dumps(prompt, ensure_ascii=False)

@@ -40,6 +40,18 @@ def spreads_over_cpus() -> bool:
     return several and (device is None or device.type == "mps")
 
 
+def crowded() -> str | None:
+    """A line where other work holds the processors: the load of the last minute, before this run
+    adds its own, is more than there are."""
+    load, count = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= count:
+        return None
+    return (
+        f"other work holds the processors (load {load:.1f} on {count}): this run will take several "
+        "times as long; end that work, or stop this (Ctrl-C) and start it again later"
+    )
+
+
 def overridden(precision: str) -> str | None:
     """A line where the launcher's mixed precision is not the run's own, which counts."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -28,6 +28,7 @@ from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.launch import (
     LAUNCHED,
     check_launch,
+    crowded,
     overridden,
     refuse_split,
     spreads_over_cpus,
@@ -106,8 +107,9 @@ class Run:
         self.accumulation = Accumulation(
             self.accelerator, micro, split=self.split, shrinks=may_shrink
         )
-        told = overridden(config.precision)
-        self.say(*([] if told is None else [told]))
+        on_cpu = self.device.type == "cpu"
+        lines = overridden(config.precision), crowded() if on_cpu else None
+        self.say(*(line for line in lines if line is not None))
         self.records: Records | None = None
         self._lock: TextIO | None = None
 

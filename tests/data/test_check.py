@@ -48,6 +48,17 @@ def test_every_fault_is_named_and_the_others_stay(folder: Path) -> None:
     assert checked.summary() == "4 of 6 pictures (1 broken, 1 tiny, 1 duplicate, 1 captionless)"
 
 
+def test_a_duplicate_without_words_is_told_as_both(folder: Path) -> None:
+    (folder / "twin.txt").unlink()
+    found = check_pictures(list_folder(folder), 16, progress=False).faults
+    (twin,) = (fault.line for fault in found if fault.trouble == "duplicate")
+    assert twin.endswith("twin.webp is a duplicate of " + f"{folder}/a.png, and has no caption")
+    (folder / "twin.txt").write_bytes(b"\xff\xfe\x00")
+    found = check_pictures(list_folder(folder), 16, progress=False).faults
+    (twin,) = (fault.line for fault in found if fault.trouble == "duplicate")
+    assert twin.endswith("a.png, and its words cannot be read")
+
+
 def test_a_prompt_is_the_caption_of_all(folder: Path) -> None:
     checked = check_pictures(list_folder(folder), 1, prompt="a sks", progress=False)
     assert [example.path.name for example in checked.examples] == [

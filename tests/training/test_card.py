@@ -68,6 +68,14 @@ def test_a_card_says_what_it_learned_from_and_how(tmp_path: Path) -> None:
     assert not list((tmp_path / "cats").glob(".*"))
 
 
+def test_the_use_of_a_card_is_typed_where_the_run_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome, config = a_run(Path("runs"))
+    assert "--lora runs/cats\n" in card(outcome, config, False, ["latentdiff"])
+
+
 def test_the_command_of_a_card_can_be_typed_and_tells_no_place(tmp_path: Path) -> None:
     outcome, config = a_run(tmp_path)
     # fmt: off

@@ -22,7 +22,7 @@ from tiny import tiny_bundle
 from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints, find_fault
 from latentdiff.learning.config import OptimConfig, RunConfig
-from latentdiff.learning.launch import spreads_over_cpus
+from latentdiff.learning.launch import crowded, spreads_over_cpus
 from latentdiff.learning.run import Run
 
 CONFIGS = sorted((ROOT / "training/configs").glob("accelerate-*.yaml"))
@@ -34,6 +34,16 @@ def test_accelerate_reads_every_config(path: Path) -> None:
     assert config.distributed_type == ("FSDP" if "fsdp" in path.stem else "MULTI_GPU")
     assert config.use_cpu == (path.stem == "accelerate-cpu")
     assert config.mixed_precision == "no"  # the run's own `precision` decides
+
+
+def test_other_work_on_the_processors_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 9.0, 9.0))
+    assert crowded() is None
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.1, 0.0, 0.0))
+    line = crowded()
+    assert line is not None
+    assert line.startswith("other work holds the processors (load 9.1 on 2)")
 
 
 @pytest.mark.parametrize("library", ["DEEPSPEED", "MEGATRON_LM"])
