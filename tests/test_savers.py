@@ -26,7 +26,7 @@ from latentdiff.guidance.classifier import Classifier
 from latentdiff.guidance.clip import Clip
 from latentdiff.learning.card import write_between
 from latentdiff.learning.checkpoint import save_checkpoint
-from latentdiff.learning.textual_inversion import WordRows, add_words, clip_of, save_words
+from latentdiff.learning.textual_inversion import WordRows, add_words, clips_of, save_words
 from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.fresh_clip import build_clip
@@ -58,7 +58,8 @@ def save_a_lora(path: Path) -> None:
 def save_two_words(path: Path) -> None:
     own = replace(BUNDLE, conditioner=copy.deepcopy(BUNDLE.conditioner))
     model = add_words(own, ["<a>", "<b>"])
-    words = clip_of(model).model.get_input_embeddings()
+    (tower,) = clips_of(model).values()
+    words = tower.model.get_input_embeddings()
     assert isinstance(words, WordRows)
     nn.init.normal_(words.rows)
     save_words(model, ["<a>", "<b>"], path)

@@ -160,7 +160,8 @@ class TextCache:
     ) -> list[Tensor]:
         """Read or encode the states of each caption that the denoiser may attend to.
 
-        Each is [L, D] on the CPU; L differs between captions where a tower masks its padding.
+        Each is [L, D] on the CPU; L differs between captions where a tower masks its padding. Where
+        there is a pooled vector, each is its states and that behind them, [L D + P].
 
         Raises:
             UserError: the cache cannot be written.
@@ -173,9 +174,13 @@ class TextCache:
         def make(places: list[int]) -> list[Tensor]:
             cut = [tokens.cut[place] for place in places]
             found = encode(Tokens(tokens.ids[places], tokens.mask[places], cut))
-            if found.mask is None:
-                return list(found.states)
-            return [row[seen] for row, seen in zip(found.states, found.mask, strict=True)]
+            rows = list(found.states)
+            if found.mask is not None:
+                rows = [row[seen] for row, seen in zip(rows, found.mask, strict=True)]
+            if found.pooled is None:
+                return rows
+            both = zip(rows, found.pooled, strict=True)
+            return [torch.cat([row.flatten(), pooled]) for row, pooled in both]
 
         cache = TensorCache(self.folder, f"{self.weights}\ntext states\n{self.padding}")
         return cache.fetch(keys, make, what="captions", progress=progress)

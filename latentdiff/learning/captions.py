@@ -85,6 +85,7 @@ class CaptionStates:
         weights = " ".join(weights_hash(m.state_dict()) for m in conditioner.modules.values())
         cache = TextCache(folder, weights, conditioner.padding)
         self.captions = captions
+        self.width, self.pooled = conditioner.width, conditioner.pooled_width
         self.states = cache.states(captions.all, conditioner.states)
         with torch.no_grad():
             self.masked = conditioner.states(captions.all.take([0])).mask is not None
@@ -92,10 +93,13 @@ class CaptionStates:
     def of(self, step: int, places: list[int], samples: list[int]) -> TextStates:
         """The states of the chosen captions [B, L, D], on the CPU."""
         chosen = [self.states[row] for row in self.captions.choose(step, places, samples)]
-        cut = [""] * len(chosen)
+        cut, pooled = [""] * len(chosen), None
+        if self.pooled is not None:
+            pooled = torch.stack([one[-self.pooled :] for one in chosen])
+            chosen = [one[: -self.pooled].unflatten(0, (-1, self.width)) for one in chosen]
         states = pad_sequence(chosen, batch_first=True)
         if not self.masked:
-            return TextStates(states, None, cut)
+            return TextStates(states, None, cut, pooled)
         lengths = torch.tensor([len(one) for one in chosen])
         mask: Tensor = torch.arange(states.shape[1]) < lengths[:, None]
-        return TextStates(states, mask, cut)
+        return TextStates(states, mask, cut, pooled)

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.formats.weights import WeightFiles, may_replace, save_tensors
 from latentdiff.models.clip_tokenizer import in_transformers
-from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.text_encoders import ClipTower
 
 
@@ -47,24 +47,27 @@ class WordRows(nn.Module):
 
 
 def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = None) -> Bundle:
-    """A model with new words; their rows are all in its text encoder that require gradients.
+    """A model with new words; their rows are all in its text encoders that require gradients.
 
     Args:
-        bundle: the model; its text encoder is changed in place.
+        bundle: the model; its text encoders are changed in place.
         tokens: the words, one token each.
         start_from: a known word whose meaning they start from; None: the mean of all.
 
     Raises:
-        UserError: no CLIP text encoder, a word that it has already, or two that it reads as one.
+        UserError: no CLIP text encoder, a word that one has already, or two that it reads as one.
     """
-    tower = clip_of(bundle)
+    taught = {name: _taught(tower, tokens, start_from) for name, tower in clips_of(bundle).items()}
+    return replace(bundle, conditioner=bundle.conditioner.with_towers(taught))
+
+
+def _taught(tower: ClipTower, tokens: Sequence[str], start_from: str | None) -> ClipTower:
+    """A text encoder with new words; see `add_words`."""
     tokenizer = in_transformers(tower.tokenizer)
-    tower = ClipTower(tower.model, tokenizer)
-    bundle = replace(bundle, conditioner=TextConditioner(tower))
     backend = tokenizer.backend_tokenizer
     known = backend.get_vocab()
     for token in tokens:
-        whole = len(_ids(bundle, token)) < 2  # "heart" is "heart</w>" in the vocabulary
+        whole = len(_ids(tokenizer, token)) < 2  # "heart" is "heart</w>" in the vocabulary
         if whole or token in known or token != token.strip():
             raise UserError(f"{token!r} cannot be a new word: take one like <my-style>")
     table = tower.model.get_input_embeddings()
@@ -74,7 +77,7 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     first = max(known.values()) + 1
     tokenizer.add_tokens(list(tokens))
     for number, token in enumerate(tokens, first):
-        if _ids(bundle, token) != [number]:
+        if _ids(tokenizer, token) != [number]:
             raise UserError(
                 f"{token!r} would not be a word of its own: give each new word once (capitals do "
                 "not tell words apart)"
@@ -82,29 +85,35 @@ def add_words(bundle: Bundle, tokens: Sequence[str], start_from: str | None = No
     tower.model.requires_grad_(False)
     tower.model.set_input_embeddings(WordRows(table, first, start.repeat(len(tokens), 1)))
     tower.model.config.vocab_size = max(table.num_embeddings, first + len(tokens))
-    return replace(bundle, conditioner=TextConditioner(ClipTower(tower.model, tokenizer)))
+    if tower.model.config.eos_token_id == 2:  # by which transformers takes the largest id for it
+        tower.model.config.eos_token_id = tokenizer.eos_token_id
+    return type(tower)(tower.model, tokenizer)
 
 
-def clip_of(bundle: Bundle) -> ClipTower:
-    """The one CLIP text encoder of a model.
+def clips_of(bundle: Bundle) -> dict[str, ClipTower]:
+    """The CLIP text encoders of a model.
 
     Raises:
-        UserError: it has another, or several.
+        UserError: it has another.
     """
-    conditioner = bundle.conditioner
-    if not isinstance(conditioner, TextConditioner) or not isinstance(conditioner.tower, ClipTower):
-        raise UserError("only a CLIP text encoder can learn new words")
-    return conditioner.tower
+    towers: dict[str, ClipTower] = {}
+    for name, tower in bundle.conditioner.towers.items():
+        if not isinstance(tower, ClipTower):
+            raise UserError("only a CLIP text encoder can learn new words")
+        towers[name] = tower
+    return towers
 
 
-def _ids(bundle: Bundle, token: str) -> list[int]:
-    return clip_of(bundle).tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
+def _ids(tokenizer: Any, token: str) -> list[int]:
+    return tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
 
 
 def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path]:
-    """The learned rows as files for diffusers' `load_textual_inversion`, which takes one word each.
+    """The learned rows as files of one word each.
 
-    A file that holds one such row is replaced.
+    Of a model with one text encoder they are for diffusers' `load_textual_inversion`. Those of
+    Stable Diffusion XL hold a row for each encoder, "clip_l" and "clip_g", as ComfyUI and A1111
+    read them, whose word is the file's name. A file that holds one such word is replaced.
 
     Args:
         tokens: the words, in the order in which they were added.
@@ -115,31 +124,45 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
     Raises:
         UserError: they cannot be written, or something else has the name of one.
     """
-    words = clip_of(bundle).model.get_input_embeddings()
-    assert isinstance(words, WordRows)
-    rows = words.rows.detach().cpu()
+    rows: dict[str, Tensor] = {}
+    for name, tower in clips_of(bundle).items():
+        words = tower.model.get_input_embeddings()
+        assert isinstance(words, WordRows)
+        rows[_ENCODERS[name]] = words.rows.detach().cpu()
     paths: list[Path] = []
-    for number, (token, row) in enumerate(zip(tokens, rows, strict=True), start=1):
-        place = "" if len(tokens) == 1 else f"-{number}"
+    for number, token in enumerate(tokens):
+        place = "" if len(tokens) == 1 else f"-{number + 1}"
         paths.append(folder / f"learned_embeds{place}.safetensors")
         replace = may_replace(paths[-1], "a file of a learned word", _recognise)
-        save_tensors({token: row.clone()}, paths[-1], {}, replace=replace)
+        own = {name: each[number : number + 1].clone() for name, each in rows.items()}
+        if own.keys() == {"clip_l"}:
+            own = {token: own["clip_l"][0]}
+        save_tensors(own, paths[-1], {}, replace=replace)
     return paths
 
 
+_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
 def _recognise(path: Path) -> None:
-    if [len(shape) for shape in WeightFiles([path]).shapes.values()] != [1]:
+    shapes = WeightFiles([path]).shapes
+    both = shapes and shapes.keys() <= set(_ENCODERS.values())
+    if both and all(len(shape) == 2 for shape in shapes.values()):
+        return
+    if [len(shape) for shape in shapes.values()] != [1]:
         raise UserError("it holds no learned word.")
 
 
 def with_learned_words(bundle: Bundle) -> Bundle:
-    """The model with the learned rows in a plain table, to be saved; `bundle` stays as it is."""
-    tower = clip_of(bundle)
-    model = copy.deepcopy(tower.model)
-    words = model.get_input_embeddings()
-    assert isinstance(words, WordRows)
-    model.set_input_embeddings(words.merged())
-    return replace(bundle, conditioner=TextConditioner(ClipTower(model, tower.tokenizer)))
+    """The model with the learned rows in plain tables, to be saved; `bundle` stays as it is."""
+    plain: dict[str, ClipTower] = {}
+    for name, tower in clips_of(bundle).items():
+        model = copy.deepcopy(tower.model)
+        words = model.get_input_embeddings()
+        assert isinstance(words, WordRows)
+        model.set_input_embeddings(words.merged())
+        plain[name] = type(tower)(model, tower.tokenizer)
+    return replace(bundle, conditioner=bundle.conditioner.with_towers(plain))
 
 
 def check_words(tokens: Sequence[str], captions: Sequence[str]) -> None:
