@@ -93,7 +93,9 @@ def generate(
     seed = seed_or_fresh(run.seed)
     wanted = [prompt for prompt in prompts for _ in range(number)]
     request = replace(request, seed=seed, first=run.first)
-    drawn = draw_in_parts(pipe, wanted, request, round(height * width * run.enlargement))
+    drawn = draw_in_parts(
+        pipe, wanted, request, round(height * width * run.enlargement), run.preview
+    )
 
     def about() -> dict[str, object] | None:
         return None if run.no_metadata else about_request(pipe.bundle, request) | run.about()

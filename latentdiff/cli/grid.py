@@ -49,6 +49,8 @@ def grid(
     run: RunOptions,
 ) -> None:
     """Draw PROMPT under settings that vary, into one picture with labels."""
+    if run.preview is not None:
+        raise UserError("--preview is not for grids: leave it out.")
     across, down = read_axis(x), read_axis(y) if y else ("", [None])
     if across[0] == down[0]:
         raise UserError(f"--x and --y both vary {across[0]}: vary another with one of them.")

@@ -283,6 +283,13 @@ class RunOptions:
     engine: Engine = "auto"
     attention: Attention = "auto"
     no_metadata: NoMetadata = False
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A PNG that shows what is being drawn, written anew after each step.",
+        ),
+    ] = None
 
     def check(self) -> None:
         """Check the names and settings before anything is loaded.
@@ -310,6 +317,8 @@ class RunOptions:
             name, _, words = check_text(text)
             if name in ("clip", "classifier"):
                 find_file(words[0], f"folder of a {name}")
+        if self.preview is not None and self.preview.suffix.lower() != ".png":
+            raise UserError(f"--preview writes a PNG: name it so, not {self.preview}.")
         check_also([*(self.also or []), *map(read_region, self.region or [])])
         check_name("prompt syntax", self.syntax, get_args(Syntax))
         resolve_both(self.solver, self.timetable)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from latentdiff.pipeline import LatentDiffusionPipeline, Request
+    from latentdiff.pipeline import LatentDiffusionPipeline, Request, Run
 
 # Pixels drawn at once: enough to keep a processor busy, few enough for its memory, and on a CPU
 # (eight pictures of the bundled model, within a tenth of its best speed) for one's patience.
@@ -27,7 +27,11 @@ def pixels_at_once(device: "torch.device") -> int:
 
 
 def draw_in_parts(
-    pipe: "LatentDiffusionPipeline", prompts: Sequence[str], request: "Request", pixels: int
+    pipe: "LatentDiffusionPipeline",
+    prompts: Sequence[str],
+    request: "Request",
+    pixels: int,
+    preview: Path | None = None,
 ) -> Iterator["tuple[str, int, Image]"]:
     """Draw a picture for each prompt, some at once, and hand each on as soon as it is there.
 
@@ -36,16 +40,33 @@ def draw_in_parts(
         prompts: one for each picture.
         request: of all of them, but for the prompts.
         pixels: of one picture.
+        preview: a file to show after each step what is being drawn.
 
     Yields:
         A prompt, its picture's index within the seed, and the picture.
     """
+    from tqdm import tqdm
+
     at_once = max(1, pixels_at_once(pipe.bundle.device) // pixels)
     for start in range(0, len(prompts), at_once):
         chunk = prompts[start : start + at_once]
         part = replace(request, prompt=chunk, **place_of(request, start))
-        output = pipe.draw(part, progress=sys.stderr.isatty())
+        run = pipe.prepare(part)
+        hidden = not sys.stderr.isatty()
+        for _ in tqdm(run.steps(), total=len(run), disable=hidden, leave=False):
+            if preview is not None:
+                _show(run, preview)
+        output = run.finish()
         yield from zip(chunk, output.indices, output.images, strict=True)
+
+
+def _show(run: "Run", file: Path) -> None:
+    """Write what a run is drawing, all its pictures in one."""
+    from latentdiff.pictures import grid, save_png
+
+    images = run.preview(quick=True)
+    assert isinstance(images, list)
+    save_png(grid(images, 8), file, replace=True)
 
 
 def place_of(request: "Request", number: int) -> dict[str, int]:

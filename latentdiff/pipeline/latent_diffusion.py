@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,9 +32,10 @@ from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.engines import Engine
 from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.learned_words import with_words
+from latentdiff.models.preview import preview
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.tiling import Tiling
-from latentdiff.pictures import Picture, open_picture, to_tensor
+from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
 from latentdiff.pipeline.arguments import MAX_STEPS, check_levels, latent_shape, solver_of, whole
 from latentdiff.pipeline.controls import Control
 from latentdiff.pipeline.diffusers_names import (
@@ -430,6 +432,16 @@ class LatentDiffusionPipeline(DiffusersNames):
                 returned = callback_on_step_end(self, move.index, began, given)
                 run.latents = latents_of(returned, run.latents)
         return run.finish(output_type)
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Show what latents look like, quickly, as in a callback: one pixel for each latent.
+
+        `Run.preview(quick=True)` shows a run's present estimate of the picture, in its size.
+
+        Args:
+            latents: [B, C, h, w], as a callback is given them.
+        """
+        return [to_pil(small) for small in preview(self.bundle.autoencoder, latents)]
 
     @torch.no_grad()
     def invert(

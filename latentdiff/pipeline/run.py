@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import Denoiser, Estimate
@@ -18,6 +19,7 @@ from latentdiff.editing import Finish, RunContext
 from latentdiff.errors import UserError
 from latentdiff.guidance.prompt_schedule import StepCount
 from latentdiff.models.network import Network
+from latentdiff.models.preview import preview
 from latentdiff.pipeline.output import OutputType, PipelineOutput, converted
 
 
@@ -109,13 +111,24 @@ class Run:
             yield move
             replaced = None if self.latents is move.x else self.latents
 
-    def preview(self, output_type: OutputType = "pil") -> object:
+    def preview(self, output_type: OutputType = "pil", *, quick: bool = False) -> object:
         """Decode the present estimate, as pictures; the noise before the first step.
+
+        Args:
+            output_type: see `PipelineOutput.images`.
+            quick: instead of decoding it, show its colours, one for each latent, by
+                `latentdiff.models.preview`; the pictures are as large, and blurred.
 
         Returns:
             See `PipelineOutput.images`.
         """
-        return self._pictures(self.latents if self.x0 is None else self.x0, output_type)
+        latents = self.latents if self.x0 is None else self.x0
+        if not quick or output_type == "latent":
+            return self._pictures(latents, output_type)
+        autoencoder = self.context.autoencoder
+        small = preview(autoencoder, latents)
+        large = interpolate(small, scale_factor=float(autoencoder.factor), mode="bilinear")
+        return converted(self.context.crop(large), output_type)
 
     def finish(self, output_type: OutputType = "pil") -> PipelineOutput:
         """Make the steps that are left, if none was made, and decode.

@@ -122,6 +122,7 @@ class Job:
         return not (mine.edits or theirs.edits) and all(fields)
 
 
+_DECODED = 256  # pixels along a side of a model whose previews are decoded: that takes little
 _COMPARED = [name for name in Request.__dataclass_fields__ if name not in ("edits",)]
 _Place = tuple[Job, int]
 
@@ -254,7 +255,8 @@ class JobQueue:
                 job.steps_done += sum(one is job for one, _ in places)
             watched = [j for j in live if j.preview_every and move.index % j.preview_every == 0]
             if watched:
-                self._show(watched, places, run.preview())
+                quick = max(self.pipe.bundle.size) > _DECODED
+                self._show(watched, places, run.preview(quick=quick))
             for job in live:
                 job.tell()
         if run.cancelled:
