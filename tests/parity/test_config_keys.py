@@ -187,6 +187,98 @@ def test_a_key_moves_the_output_as_elsewhere_or_is_refused(
     _compare(network, key, lambda config: config.update({key: value}))
 
 
+# Values that a key's type does not tell; of the others `_other` makes one.
+SWEPT: dict[str, object] = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "only_cross_attention": True,
+    "act_fn": "gelu",
+    "hidden_act": "gelu",
+    "norm_num_groups": 2,
+    "block_out_channels": [16, 16],
+    "layers_per_block": 2,
+    "reverse_transformer_layers_per_block": [1, 1],
+    "encoder_hid_dim_type": "text_proj",
+    "num_attention_heads": 4,
+    "attention_head_dim": 2,
+    "class_embed_type": "timestep",
+    "addition_embed_type": "text",
+    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_type": "fourier",
+    "time_embedding_act_fn": "silu",
+    "timestep_post_act": "silu",
+    "attention_type": "gated",
+    "cross_attention_norm": "layer_norm",
+    "sample_size": 16,
+    "upcast_attention": True,
+    "dropout": 0.5,
+    "projection_class_embeddings_input_dim": 8,
+    "addition_time_embed_dim": 8,
+    "latents_mean": [0.1] * 4,
+    "latents_std": [0.5] * 4,
+    "shift_factor": 0.2,
+    "attention_dropout": 0.5,
+    "eos_token_id": 3,
+}
+# What each key does to a network of ours that goes on to be ours; any other key leads to the class
+# of diffusers or transformers, which `_compare` holds to its own picture, or is refused by name.
+OURS: dict[str, dict[str, set[str]]] = {
+    "unet": {
+        "moved": {"flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups"}
+        | {"attention_head_dim"},
+        "unmoved": {"sample_size", "upcast_attention", "addition_embed_type_num_heads"}
+        | {"addition_time_embed_dim", "projection_class_embeddings_input_dim"},
+    },
+    "vae": {
+        "moved": {"norm_num_groups", "scaling_factor"},
+        "unmoved": {"force_upcast", "sample_size"},
+    },
+    "clip": {
+        "moved": {"hidden_act", "layer_norm_eps", "num_attention_heads"},
+        "unmoved": {"bos_token_id", "eos_token_id", "initializer_factor", "initializer_range"}
+        | {"pad_token_id", "projection_dim"},
+    },
+}
+
+
+def _other(key: str, default: object) -> object:
+    """A value that is not a key's default."""
+    if key in SWEPT:
+        return SWEPT[key]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int | float):
+        return 2 * default + 1
+    return 8
+
+
+def _is_ours(network: str) -> bool:
+    """Whether the network of the changed folder is of a class of ours."""
+    folder = SOUND[network].parent / "changed" / network
+    if network == "clip":
+        module = parts.text(folder / "text_encoder", folder / "tokenizer")[0].model
+    else:
+        module = (parts.unet if network == "unet" else parts.vae)(folder / NETWORKS[network][0])[0]
+    return type(module).__module__.startswith("latentdiff.")
+
+
+@pytest.mark.parametrize("network", OURS)
+def test_every_key_of_our_own_networks(network: str) -> None:
+    """The full sweep: no key is passed over, and a later diffusers' new key is found here."""
+    place, kind, _, _ = NETWORKS[network]
+    config = json.loads((SOUND[network] / place / "config.json").read_text())
+    signature = inspect.signature(kind.__init__).parameters
+    found: dict[str, set[str]] = {"moved": set(), "unmoved": set()}
+    for key in sorted({*_keys(network)} - {*STRANGERS}):
+        default = signature[key].default if key in signature else getattr(kind, key)
+        value = _other(key, config.get(key, default))
+        done = _compare(network, key, lambda config, k=key, v=value: config.update({k: v}))
+        if done != "refused" and _is_ours(network):
+            found[done].add(key)
+    assert found == OURS[network]
+
+
 @pytest.mark.parametrize(("network", "key", "value"), OBEYED)
 def test_what_is_obeyed(network: str, key: str, value: object) -> None:
     assert _compare(network, key, lambda config: config.update({key: value})) == "moved"
