@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import pytest
 import torch
-from tiny import CAPTIONS, sd_like, tiny_bundle, with_own_networks
+from tiny import CAPTIONS, sd_like, tiny_bundle, tiny_xl, with_own_networks
 from torch import Tensor, nn
 
 from latentdiff import Inpaint, LatentDiffusionPipeline
@@ -56,6 +56,7 @@ MODELS: dict[str, Callable[[], Bundle]] = {
     "inpainting": lambda: tiny_bundle(in_channels=9),
     "learned variance": lambda: tiny_bundle(learned_variance=True),
     "told its guidance scale": lambda: tiny_bundle(guidance_width=16),
+    "xl": tiny_xl,
     "sd1": lambda: sd_like(1),
     "sd2": lambda: sd_like(2),
 }
