@@ -60,7 +60,7 @@ def packed_words(names: list[str]) -> list[str]:
 
 
 def _word(name: str, stem: str) -> str:
-    """The word that the name of a tensor tells, else the file's name."""
+    """The word in the name of a tensor, else the name of the file."""
     if name == "clip_g" or (name.startswith(BUNDLED) and not _PACKED.fullmatch(name)):
         raise UserError(f"{name} is not of a learned word for one CLIP text encoder.")
     if packed := _PACKED.fullmatch(name):

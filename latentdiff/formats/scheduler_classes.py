@@ -29,7 +29,7 @@ Lowering = Literal["never", "below 15 steps", "always"]
 
 
 class Key(NamedTuple):
-    """The value of a key of theirs, as a setting of ours."""
+    """Stands for the value that a config gives to a key of diffusers."""
 
     name: str
 
@@ -613,8 +613,8 @@ def classes_of(solver: str, settings: Keys) -> list[tuple[str, dict[str, object]
 
 
 def _typed(key: str, value: object, default: object) -> object:
-    """A value of the type of a key's default: a truth, a whole number, a number or a list of whole
-    ones; of other defaults any value.
+    """Check a value by the type of its key's default: boolean, whole number, number, or list of
+    whole numbers; other defaults allow any value.
 
     Raises:
         UserError: it is of another type.
@@ -642,7 +642,7 @@ def _value(setting: object, given: Keys) -> object:
 
 
 def _plain(value: object) -> object:
-    """A list as a tuple, so that it can be compared and hashed; of an object a text."""
+    """A value that can be hashed: a list as a tuple, an object as its text."""
     if isinstance(value, dict):
         return short(value)
     return tuple(_plain(part) for part in value) if isinstance(value, list) else value

@@ -102,7 +102,7 @@ def read_object(scheduler: object) -> Described:
 
 
 def to_object(described: Described, *, learned_variance: bool = False) -> Any:
-    """diffusers' scheduler object of what a config says.
+    """Make the scheduler object of diffusers that a config describes.
 
     Raises:
         UserError: diffusers has not this process.
@@ -235,7 +235,7 @@ def _number(given: Keys, key: str) -> float:
 
 
 def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Process) -> Steps:
-    """The times of a class, and what its solver has that its name does not say."""
+    """The timetable of a class, and the settings of its solver."""
     kind = CLASSES[name]
     if kind.family == "flow" and isinstance(process, Flow) and process.t_max <= 1:
         return Steps()  # of ours, from before they had times up to 1000
@@ -264,7 +264,7 @@ def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Pr
 
 
 def _teacher(given: Keys) -> int:
-    """The steps of a distilled model's teacher, which are so many of its times."""
+    """How many steps the teacher of a distilled model made: at most one for each time."""
     steps, times = (_number(given, k) for k in ("original_inference_steps", "num_train_timesteps"))
     if not 1 <= steps <= times:
         raise UserError(f"original_inference_steps must be 1 .. {times}, not {steps}.")
@@ -288,7 +288,7 @@ def _lambda_min(given: Keys, process: Process) -> float:
 
 
 def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, Any]:
-    """The ends of a ramp that are given."""
+    """Those ends of a ramp of sigmas that the config gives."""
     ends = {key: _number(given, key) for key in RANGE if given.get(key) is not None}
     for key, value in ends.items():
         if isinstance(process, Flow) and value > 1:
@@ -317,7 +317,7 @@ def _to_clean(name: str, given: Keys) -> bool:
 
 
 def _lowering(name: str, given: Keys, *, to_clean: bool) -> Lowering:
-    """When the order of the class's solver falls, where that makes a difference."""
+    """When the order of the class's solver is lowered; "never" where that changes nothing."""
     kind, order = CLASSES[name], given.get("solver_order", 2)
     if kind.paired and order == 2:
         return "always" if to_clean or given["lower_order_final"] else "never"
@@ -329,7 +329,7 @@ def _lowering(name: str, given: Keys, *, to_clean: bool) -> Lowering:
 
 
 def _own_settings(solver: str, settings: Keys, process: Process) -> tuple[tuple[str, object], ...]:
-    """The settings that are not those of the name."""
+    """The settings in which the class's solver differs from ours of the same name."""
     made = solvers.create(solver, process)
     return tuple(pair for pair in settings.items() if getattr(made, pair[0]) != pair[1])
 
@@ -342,7 +342,7 @@ def _own_process(config: Keys) -> Process:
 
 
 def _own_steps(config: Keys) -> Steps:
-    """Of a config of our own class from before it had a record of them."""
+    """The steps of an old config of our own class, which holds no record of them."""
     ramp: Ramp | None = next((ramp for ramp, key in _RAMPS.items() if config.get(key)), None)
     clean = config.get("set_alpha_to_one", True) is True
     clean &= config.get("final_sigmas_type", "zero") == "zero"
@@ -438,7 +438,7 @@ def _offered(process: DiscreteVP | Flow, prediction: Prediction, steps: Steps) -
 
 
 def _config(name: str, offered: Keys) -> dict[str, object]:
-    """The config of a class, of the keys that it has."""
+    """A config of a class: of the offered keys, those that the class has."""
     defaults = CLASSES[name].defaults
     kept = {key: value for key, value in offered.items() if key in defaults}
     extra = {key: offered[key] for key in RANGE if CLASSES[name].ranged and offered[key]}
@@ -470,7 +470,7 @@ def _stand_in(process: Process, steps: Steps) -> str:
 
 
 def _read_or_none(config: Keys) -> Described | None:
-    """What a config says, or None if its class has not such a combination."""
+    """What a config says, or None if its class does not allow this combination of keys."""
     try:
         return read(config, "")
     except UserError:
@@ -478,7 +478,7 @@ def _read_or_none(config: Keys) -> Described | None:
 
 
 def _means(config: Keys, described: Described, pipeline: str = "StableDiffusionPipeline") -> bool:
-    """Whether a config that can be read says just this, in a folder of a pipeline of diffusers."""
+    """True if a config, in a folder of this pipeline of diffusers, describes exactly this model."""
     process, prediction, steps, solver = described
     again, kind, steps_again, solver_again = read(config, "", pipeline=pipeline)
     same = type(again) is type(process) and kind == prediction and solver_again == solver
@@ -511,7 +511,8 @@ def _whole(count: float) -> float:
 
 
 def _write_betas(betas: NDArray[np.float64]) -> Keys:
-    """A name of diffusers and two ends where that gives the same betas, else all of them."""
+    """The betas as keys of diffusers: a named schedule with its two ends where that gives the same
+    numbers, else the whole list."""
     ends = {"beta_start": float(f"{betas[0]:.12g}"), "beta_end": float(f"{betas[-1]:.12g}")}
     for schedule in ("scaled_linear", "linear"):
         for zero, given in (

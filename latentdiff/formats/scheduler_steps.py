@@ -151,7 +151,7 @@ class Steps:
         return dataclasses.replace(made, **dict(self.settings))
 
     def to_data(self) -> Self:
-        """The same times for any other solver: to clean data, and nothing of the own one's."""
+        """The same times for another solver: to clean data, without the own solver's settings."""
         plain = Steps()
         own = {key: getattr(plain, key) for key in ("lowering", "paired", "settings")}
         return dataclasses.replace(self, to_clean=True, **own)
@@ -181,7 +181,7 @@ class Steps:
         return (*levels, end) if moves else (*levels[:-1], end)
 
     def _last(self, process: Process, reached: NoiseLevel) -> NoiseLevel:
-        """Where a run ends that does not go to clean data: the first time, or where it is."""
+        """The end of a run that stops before clean data: the first time, or the last level."""
         if isinstance(process, Flow):
             return reached
         level = process.level(0.0 if isinstance(process, DiscreteVP) else process.t_min)
@@ -190,7 +190,7 @@ class Steps:
         return level
 
     def meaning(self, process: Process) -> "Steps":
-        """Equal for two that give the same runs of a process."""
+        """A normal form: two `Steps` that give the same runs of a process have the same."""
         plain, ramp = Steps(), self.spacing in get_args(Ramp)
         foreign = self.family in ("sigma", "multistep") and isinstance(process, DiscreteVP)
         flow = self.family in ("flow", "multistep") and isinstance(process, Flow)
@@ -312,7 +312,7 @@ _KINDS: dict[str, type | tuple[str, ...]] = {
 
 
 def _is(kind: type, value: object) -> bool:
-    """Whether a value out of JSON is of this kind: a whole number is a float, a truth no number."""
+    """True for a JSON value of this type; whole numbers count as floats, booleans as no numbers."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is kind

@@ -25,7 +25,7 @@ _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the file beside a checkpoint tells, in keys of diffusers; empty where there is none.
+    """The settings of the YAML file beside a checkpoint, in keys of diffusers; empty without one.
 
     Attributes:
         scheduler: of the scheduler's config.
@@ -41,7 +41,7 @@ class Told:
 
 
 class _Loader(yaml.SafeLoader):
-    """Values without aliases: a few of those, nested, stand for more text than there is memory."""
+    """Loads YAML without aliases, a few of which, nested, stand for more than fits into memory."""
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         if self.check_event(yaml.AliasEvent):

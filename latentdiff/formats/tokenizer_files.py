@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, read so that no file of strangers can make it run away.
+"""The tokenizer of a model folder, bounded in time and memory whatever its files hold.
 
 A `tokenizer.json` is a program: replacements one after the other turn forty characters into
 gigabytes, patterns run for ages, and the library that runs it panics. So its parts are taken from a
@@ -73,7 +73,7 @@ def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersB
 
 
 def _check_files(folder: Path) -> None:
-    """See that nothing in a folder is read without end, whatever reads it.
+    """Check that each file of a folder is regular and of bounded size, before any library reads it.
 
     Raises:
         UserError: a file is a pipe or a device, or is too large.
@@ -138,7 +138,7 @@ def _check(whole: Mapping[str, Any]) -> None:
 
 
 def _parts(value: Any, inside: str) -> Iterator[Mapping[str, Any]]:
-    """The parts of a pipeline, one after the other, sequences within sequences taken apart."""
+    """The parts of a pipeline in their order, nested sequences flattened."""
     waiting, count = [value] if value else [], 0
     while waiting:
         part = waiting.pop(0)

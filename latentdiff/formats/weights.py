@@ -125,7 +125,7 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
 
 
 def _variants(folder: Path, stem: str) -> dict[str, Callable[[], list[Path]]]:
-    """What opens the weights of each variant; "" is the one without a name."""
+    """For each variant what lists its files; "" is the variant without a name."""
     found: dict[str, Callable[[], list[Path]]] = {}
     index = re.compile(
         rf"{stem}(?:\.(?P<a>[\w-]+))?\.safetensors\.index(?:\.(?P<b>[\w-]+))?\.json|"
@@ -193,7 +193,7 @@ class WeightFiles:
                 self._source[name] = (path, stored)
 
     def share(self, one: str, other: str) -> None:
-        """Let two names of the network mean the one tensor that is stored under either."""
+        """Give a tensor that is stored under one of two names to both."""
         for stored, name in ((one, other), (other, one)):
             if stored in self.shapes and name not in self.shapes:
                 self.shapes[name] = self.shapes[stored]

@@ -100,7 +100,7 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fitting_sum(name: str, change: Tensor, layer: nn.Module, end: str) -> Tensor:
-    """A change of a parameter in its shape.
+    """Reshape a change to the parameter that it is added to.
 
     Args:
         name: of the change, for messages.
@@ -121,7 +121,7 @@ def fitting_sum(name: str, change: Tensor, layer: nn.Module, end: str) -> Tensor
 
 
 def fitting(name: str, factors: Factors, layer: nn.Linear | nn.Conv2d) -> Factors:
-    """The factors in the shapes of the layer; 1 x 1 convolutions and matrices are told apart.
+    """Reshape factors to the layer that they change, which may be a matrix or a 1 x 1 convolution.
 
     Raises:
         UserError: they are of another layer, or their numbers make no sense.

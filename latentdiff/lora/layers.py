@@ -287,7 +287,7 @@ def detach_lora(bundle: Bundle, name: str) -> None:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """The layers without those that peft put around them."""
+    """Take away the layers that peft put around others."""
     for module, layer in list(_lora_layers(model)):
         parent, _, last = module.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())

@@ -14,7 +14,7 @@ ATTRIBUTE = "lora_sums"
 
 @dataclass(slots=True, eq=False)
 class Sums:
-    """What is added to a network.
+    """The changes that LoRAs add to parameters of a network.
 
     Attributes:
         plain: the model's own values, by parameter.
@@ -28,7 +28,7 @@ class Sums:
 
 
 def sums_of(model: nn.Module) -> Sums:
-    """What is added to a network; nothing, if no LoRA adds to it."""
+    """The changes added to a network; empty if no LoRA adds any."""
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, Sums) else Sums()
 
@@ -56,7 +56,7 @@ def scale(model: nn.Module, scales: Mapping[str, float]) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take a LoRA out; after the last one the values are the model's own."""
+    """Take a LoRA out; after the last one the parameters have the model's own values."""
     sums = sums_of(model)
     if name not in sums.added:
         return

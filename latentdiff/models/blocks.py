@@ -40,7 +40,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The two layers behind attention, four times as wide inside."""
+    """The feed-forward part of a transformer block, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """Two convolutions around a residual, told the time between them.
+    """Two convolutions with a residual connection; a time embedding is added between them.
 
     Attributes:
         checkpointing: see `run`.
@@ -150,7 +150,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """The nearest value of a smaller map, and a convolution."""
+    """Nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ class ClipTextEncoder(nn.Module):
         return self.embeddings.token_embedding
 
     def set_input_embeddings(self, table: nn.Module) -> None:
-        """Put another table in its place."""
+        """Replace the table of tokens."""
         self.embeddings.token_embedding = table
 
     def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> TextOutput:
@@ -118,7 +118,7 @@ class ClipTextEncoderWithProjection(ClipTextEncoder):
 
 
 class Embeddings(nn.Module):
-    """Tokens and their places."""
+    """Embeds tokens, and adds the embedding of each position."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Embeddings(nn.Module):
 
 
 class Layers(nn.Module):
-    """The layers, which follow one another."""
+    """The transformer layers, applied in turn."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers."""
+    """The feed-forward part of a transformer layer."""
 
     def __init__(self, width: int, inner: int, activation: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """CLIP's tokenizer by the tokenizers library alone.
 
-To import transformers takes longer than to draw a small picture. Whatever is not known here to be
-the same in transformers' CLIPTokenizer is left to that.
+Importing transformers takes longer than drawing a small picture. A folder of which transformers'
+CLIPTokenizer might make another tokenizer is left to that class.
 """
 
 import copy

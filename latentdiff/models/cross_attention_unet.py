@@ -283,7 +283,7 @@ class CrossAttentionUNet(Encoder):
 
 
 class TimeEmbedding(nn.Module):
-    """Two layers that numbers go through before the blocks are told them.
+    """Embeds times, or pooled text and sizes, by two linear layers.
 
     Args:
         inside: D of the numbers.

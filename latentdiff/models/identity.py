@@ -1,4 +1,4 @@
-"""What a network is, in a line that nothing else has."""
+"""The fingerprint of a network."""
 
 import hashlib
 from collections.abc import Mapping

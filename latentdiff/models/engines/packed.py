@@ -105,7 +105,7 @@ class Pointwise(nn.Module):
 
 
 class Part(nn.Module):
-    """Some columns of what all projections of time gave together."""
+    """The columns of one residual block in the output of the merged time projection."""
 
     def __init__(self, start: int, width: int) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _join_time(unet: CrossAttentionUNet) -> None:
-    """Make one layer of all that tell residual blocks the time."""
+    """Merge the time projections of all residual blocks into one linear layer."""
     blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock2D)]
     layers: list[Any] = [block.time_emb_proj for block in blocks]
     whole: Any = unet
