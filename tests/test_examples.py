@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from scripts import ROOT, script
 from shapes import shape_folder
-from tiny import tiny_bundle, tiny_clip_of_pictures, tiny_xl
+from tiny import tiny_bundle, tiny_clip_of_pictures, tiny_control, tiny_xl
 
 from latentdiff import Bundle
 from latentdiff.cli import main
@@ -98,6 +98,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
     tiny_bundle(in_channels=9).save(folder / "path/to/inpainting-model")
     tiny_bundle(in_channels=8).save(folder / "path/to/instruct-pix2pix-model")
     tiny_clip_of_pictures().save(folder / "path/to/clip")
+    tiny_control().save_pretrained(folder / "path/to/controlnet-canny")
     taught = Bundle.load(folder / "models/mine", device="cpu")
     for parameter in add_lora(taught, rank=2):
         torch.nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(1))

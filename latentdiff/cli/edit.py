@@ -180,6 +180,8 @@ def inpaint(
     from latentdiff.editing.region import read_extension
     from latentdiff.pictures import open_picture
 
+    if run.control and (only_masked or extend):
+        raise UserError("--control is of the whole PICTURE: leave out --only-masked and --extend.")
     if extend is None:
         whole, image = mask_of(mask, picture), open_picture(picture)
     else:

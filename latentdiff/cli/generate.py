@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,7 @@ from latentdiff.reading import read_text, reason
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from latentdiff.pipeline import Request
+    from latentdiff.pipeline import Control, Request
 
 
 # Steps of pictures below which packed weights take about as long to make as they save.
@@ -88,8 +88,13 @@ def generate(
         network, autoencoder = with_code(itself, itself)
         pipe.bundle = replace(pipe.bundle, network=network, autoencoder=autoencoder)
     own_height, own_width = pipe.bundle.size
+    request = run.request(pipe.bundle)
+    pictured = (size, height, width) == (None, None, None) and bool(request.controls)
     height, width = size or height or own_height, size or width or own_width
-    request = replace(run.request(pipe.bundle), height=height, width=width)
+    if pictured:  # the run is as large as its control picture
+        request = replace(request, controls=_fitted(request.controls, max(pipe.bundle.size)))
+    else:
+        request = replace(request, height=height, width=width)
     seed = seed_or_fresh(run.seed)
     wanted = [prompt for prompt in prompts for _ in range(number)]
     request = replace(request, seed=seed, first=run.first)
@@ -101,6 +106,13 @@ def generate(
         return None if run.no_metadata else about_request(pipe.bundle, request) | run.about()
 
     _write(drawn, request, run.out, about, number, grid=grid)
+
+
+def _fitted(given: "Sequence[Control]", side: int) -> "list[Control]":
+    """Controls whose pictures are no larger than the model's own."""
+    from latentdiff.pictures import fit
+
+    return [replace(one, image=[fit(picture, side) for picture in one.pictures]) for one in given]
 
 
 def _prompts(word: str) -> list[str]:

@@ -96,6 +96,8 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str | None]] = {
     "vae": (_text, None),
     "loras": (_listed(_pair), None),
     "embeddings": (_listed(_text), None),
+    "controls": (_listed(_text), None),
+    "control_from": (_listed(_text), "control_from"),
     "version": (_text, None),
 }
 # What says how a picture was drawn that no options of `generate` draw.
@@ -187,6 +189,8 @@ def _missing(settings: Mapping[str, Any], run: RunOptions) -> list[tuple[str, st
         missing += [("--lora", f"{name}:{scale}") for name, scale in settings.get("loras", ())]
     if not run.embedding:
         missing += [("--embedding", name) for name in settings.get("embeddings", ())]
+    if not run.control:
+        missing += [("--control", text) for text in settings.get("controls", ())]
     if not run.region:  # where none names a file, they are there
         missing += [("--region", text) for text in settings.get("regions", ())]
     if not run.guide:  # likewise

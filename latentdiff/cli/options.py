@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_type_hints
 
 import typer
 
+from latentdiff.cli import controls
 from latentdiff.cli.models import (
     AttentionName,
     DtypeName,
@@ -186,6 +187,24 @@ class RunOptions:
             "the strength, 0.5 where none is given.",
         ),
     ] = None
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="NETWORK:PICTURE[:SCALE]",
+            help="Hold to PICTURE by a ControlNet, a folder or a file, as models/canny:photo.png; "
+            "models/depth:depth.png:0.7 less. May be given again: they add up.",
+        ),
+    ] = None
+    control_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control-from",
+            metavar="KIND",
+            help="What is made of the PICTURE of --control first: canny (edges), scribble, grey, "
+            "palette, tile; or picture, as it is, the default. Once for all, or for each.",
+        ),
+    ] = None
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt.")] = None
     also: Annotated[
         list[str] | None,
@@ -322,6 +341,7 @@ class RunOptions:
         check_also([*(self.also or []), *map(read_region, self.region or [])])
         check_name("prompt syntax", self.syntax, get_args(Syntax))
         resolve_both(self.solver, self.timetable)
+        controls.check_controls(self.control or (), self.control_from or ())
         self.models.check()
 
     def naming(self, prompts: Sequence[str]) -> Self:
@@ -347,6 +367,7 @@ class RunOptions:
     def about(self) -> dict[str, object]:
         """Record what is beside the model, and its attention, for the text chunk of a picture."""
         record = self.models.about()
+        record |= controls.about(self.control or (), self.control_from or ())
         return record if self.attention == "auto" else record | {"attention": self.attention}
 
     @property
@@ -422,6 +443,7 @@ class RunOptions:
             solver=solver or bundle.solver,
             timetable=timetable or bundle.steps.spacing,
             edits=[*(edits or []), *self.guides],
+            controls=controls.opened(self.control or (), self.control_from or ()),
         )
 
 

@@ -33,8 +33,17 @@ def control_picture(image: Picture, kind: str) -> Image.Image:
     Raises:
         UserError: no picture, or an unknown kind.
     """
-    check_name("control picture", kind, _KINDS)
+    check_kind(kind)
     return _KINDS[kind](open_picture(image))
+
+
+def check_kind(kind: str) -> None:
+    """Check that a control picture of this kind can be made.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    check_name("control picture", kind, _KINDS)
 
 
 def edges(image: Image.Image, low: float = 100.0, high: float = 200.0) -> Tensor:

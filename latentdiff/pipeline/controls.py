@@ -14,6 +14,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Hint
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import RunContext
+from latentdiff.editing.control_pictures import check_kind, control_picture
 from latentdiff.editing.jumps import first_visits
 from latentdiff.errors import UserError
 from latentdiff.formats.controlnet import load_controlnet
@@ -30,14 +31,15 @@ class Control:
     Args:
         network: a folder or .safetensors file, read here in float32; or what `load_controlnet`
             read, once for many calls and on the model's own device.
-        image: the control picture, opened here, or a list of one for each prompt or picture.
-            `latentdiff.editing.control_pictures` makes some kinds out of photos. One of another
-            size than the run is resized, and of another shape refused; with no other size given
-            the run is as large as the first.
+        image: the control picture, opened here, or a list of one for each prompt or picture. One
+            of another size than the run is resized, and of another shape refused; with no other
+            size given the run is as large as the first.
         scale: strength; 0 is off.
         start: from this part of the run on, in 0 .. 1, as `control_guidance_start` in diffusers.
         end: to this part of it.
         guess: guess mode: the negative prompt's branch is not told, and large maps are told less.
+        kind: what is made of the picture at the size of the run: "canny", "scribble", "grey",
+            "palette" or "tile" (`latentdiff.editing.control_pictures`); or it is shown as it is.
 
     Raises:
         UserError: no ControlNet, no picture, or a number out of range.
@@ -49,6 +51,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     guess: bool = False
+    kind: str = "picture"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -58,6 +61,7 @@ class Control:
                 f"control: start and end are parts of the run, 0 <= start < end <= 1, not "
                 f"{self.start} and {self.end}."
             )
+        check_kind(self.kind)
         given: Any = self.image if isinstance(self.image, list | tuple) else [self.image]
         if not given:
             raise UserError("control: its list of pictures is empty.")
@@ -127,7 +131,7 @@ def hints_of(
         given = len(control.pictures)
         if given not in (1, prompts, count):
             raise UserError(f"control: {given} pictures were given for {prompts} prompts.")
-        pixels = torch.cat([_pixels(one, context) for one in control.pictures])
+        pixels = torch.cat([_pixels(one, control.kind, context) for one in control.pictures])
         embedded = network.embed(context.pad(pixels))
         embedded = embedded.repeat_interleave(count // given, dim=0)
         scale = torch.full((count,), float(control.scale), device=bundle.device)
@@ -143,8 +147,8 @@ def unguided(hints: Sequence[Hint]) -> tuple[Hint, ...]:
     )
 
 
-def _pixels(picture: Image.Image, context: RunContext) -> Tensor:
-    """[1, 3, height, width] in [0, 1], resized as diffusers does.
+def _pixels(picture: Image.Image, kind: str, context: RunContext) -> Tensor:
+    """[1, 3, height, width] in [0, 1], resized as diffusers does, and what is made of it.
 
     Raises:
         UserError: the picture has another shape.
@@ -158,7 +162,7 @@ def _pixels(picture: Image.Image, context: RunContext) -> Tensor:
     size = context.width, context.height
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return (to_tensor(picture)[None] + 1) / 2
+    return (to_tensor(control_picture(picture, kind))[None] + 1) / 2
 
 
 def _window(control: Control, levels: Timetable) -> tuple[float, float]:

@@ -1,0 +1,79 @@
+"""`--control NETWORK:PICTURE[:SCALE]` and `--control-from KIND`: ControlNets of a command."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Control
+
+
+def parse_control(text: str) -> tuple[Path, Path, float]:
+    """The network, the picture and the scale of `--control`.
+
+    Raises:
+        UserError: it does not name both.
+    """
+    rest, _, last = text.rpartition(":")
+    try:
+        scale = float(last)
+    except ValueError:
+        rest, scale = text, 1.0
+    network, _, picture = rest.rpartition(":")
+    if not network or not picture or not math.isfinite(scale):
+        raise UserError(
+            f"--control {text!s:.200}: NETWORK:PICTURE or NETWORK:PICTURE:SCALE is meant, as "
+            "models/canny:photo.png:0.8."
+        )
+    return Path(network), Path(picture), scale
+
+
+def check_controls(controls: Sequence[str], kinds: Sequence[str]) -> None:
+    """Check the options before anything is loaded.
+
+    Raises:
+        UserError: no such network or picture, an unknown kind, or as many kinds as neither one nor
+            the controls.
+    """
+    from latentdiff.editing.control_pictures import check_kind
+    from latentdiff.formats.location import find_file
+
+    for text in controls:
+        network, picture, _ = parse_control(text)
+        find_file(network, "ControlNet")
+        find_file(picture, "picture")
+    for kind in kinds:
+        check_kind(kind)
+    if kinds and len(kinds) not in (1, len(controls)):
+        raise UserError(
+            f"--control-from: {len(kinds)} kinds were given for {len(controls)} controls: give one "
+            "for all, or one for each, in their order; 'picture' takes a picture as it is."
+        )
+
+
+def opened(controls: Sequence[str], kinds: Sequence[str]) -> "list[Control]":
+    """The controls, their networks read and their pictures opened.
+
+    Raises:
+        UserError: as `Control`.
+    """
+    from latentdiff.pipeline import Control
+
+    parsed = [parse_control(text) for text in controls]
+    each = [*kinds] if len(kinds) == len(parsed) else [*kinds, "picture"][:1] * len(parsed)
+    return [
+        Control(network, picture, scale, kind=kind)
+        for (network, picture, scale), kind in zip(parsed, each, strict=True)
+    ]
+
+
+def about(controls: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:
+    """Record the controls for the text chunk of a picture, by the last parts of their paths."""
+    named = [
+        (net.name, picture.name, scale) for net, picture, scale in map(parse_control, controls)
+    ]
+    record: dict[str, object] = {"controls": [f"{n}:{p}:{s:g}" for n, p, s in named]}
+    return record | ({"control_from": [*kinds]} if kinds else {}) if controls else {}

@@ -1,0 +1,103 @@
+"""`--control NETWORK:PICTURE[:SCALE]` and `--control-from`, on a real tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_bundle, tiny_control
+
+from latentdiff import Control, LatentDiffusionPipeline, SDEdit, UserError
+from latentdiff.cli import main
+from latentdiff.cli.controls import parse_control
+from latentdiff.pictures import save_png
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control")
+    tiny_bundle().save(folder / "model")
+    tiny_control().save_pretrained(folder / "net")
+    pixels = np.random.default_rng(0).integers(0, 256, (14, 16, 3), dtype=np.uint8)
+    save_png(Image.fromarray(pixels), folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+BASE = ["--model", "model", "--seed", "3", "--steps", "3", "--solver", "ddim"]
+EDGES = ["--control", "net:photo.png:0.8", "--control-from", "canny"]
+
+
+def drawn(*arguments: str, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert main([*arguments, *BASE]) == 0
+    return Path(capsys.readouterr().out.split()[-1])
+
+
+def wanted(**call: Any) -> np.ndarray:
+    pipe = LatentDiffusionPipeline.from_pretrained("model", engine="eager")
+    given: dict[str, Any] = {"seed": 3, "num_inference_steps": 3, "solver": "ddim"}
+    return np.asarray(pipe("a cat", progress=False, **given | call).images[0])
+
+
+def test_commands_draw_what_calls_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Alone, with another, and with an edit; the picture tells, and is drawn again by its names."""
+    path = drawn("generate", "a cat", *EDGES, capsys=capsys)
+    control = Control("net", "photo.png", 0.8, kind="canny")
+    assert np.array_equal(np.asarray(Image.open(path)), wanted(controls=[control]))
+    told = json.loads(Image.open(path).info["latentdiff"])
+    assert (told["controls"], told["control_from"]) == (["net:photo.png:0.8"], ["canny"])
+    assert main(["generate", "--from", str(path), "--model", "model"]) == 2
+    assert "add --control net:photo.png:0.8, with their paths here" in capsys.readouterr().err
+    again = ["generate", "--from", str(path), *EDGES[:2], "--model", "model"]
+    assert main(again) == 0
+    second = Path(capsys.readouterr().out.split()[-1])
+    assert np.array_equal(np.asarray(Image.open(second)), np.asarray(Image.open(path)))
+
+    both = ["--control", "net:photo.png", "--control-from", "picture", "--guidance", "apg"]
+    edit = ["edit", "photo.png", "a cat", "--strength", "0.7", *EDGES, *both]
+    path = drawn(*edit, "--engine", "eager", capsys=capsys)
+    other = Control("net", "photo.png")
+    edits = [SDEdit("photo.png", 0.7)]
+    call = {"controls": [control, other], "edits": edits, "guidance": "apg"}
+    assert np.array_equal(np.asarray(Image.open(path)), wanted(**call))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--control", "net"], "NETWORK:PICTURE or NETWORK:PICTURE:SCALE is meant"),
+        (["--control", "net:photo.png:nan"], "NETWORK:PICTURE"),
+        (["--control", "none:photo.png"], "none: no such ControlNet"),
+        (["--control", "net:none.png"], "none.png: no such picture"),
+        (["--control", "model:photo.png"], "model/config.json"),
+        ([*EDGES, "--control-from", "grey"], "2 kinds were given for 1 controls"),
+        (["--control", "net:photo.png", "--control-from", "cany"], "did you mean 'canny'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a cat", *BASE, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_a_part_of_a_picture_has_no_control(capsys: pytest.CaptureFixture[str]) -> None:
+    mask = ["--mask", "box:2,2,8,8", "--only-masked"]
+    assert main(["inpaint", "photo.png", "a cat", *mask, *EDGES, *BASE]) == 2
+    assert "leave out --only-masked" in capsys.readouterr().err
+
+
+def test_colons_and_scales() -> None:
+    assert parse_control("a/b:c.png") == (Path("a/b"), Path("c.png"), 1.0)
+    assert parse_control("a/b:c.png:-0.5") == (Path("a/b"), Path("c.png"), -0.5)
+    for text in ("", ":", "a:", ":b", "a:0.5", "a:b:inf"):
+        with pytest.raises(UserError, match="is meant"):
+            parse_control(text)
