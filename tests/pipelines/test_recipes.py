@@ -1,5 +1,6 @@
 """The recipes draw what the pipeline draws."""
 
+import re
 import runpy
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from tiny import tiny_bundle
+from xl import TEXT, TEXT_2, UNET, VAE
 
 from latentdiff import LatentDiffusionPipeline
 
@@ -25,6 +27,24 @@ def test_text_to_image_by_hand_is_the_pipeline(tower: Literal["clip", "t5"]) -> 
     assert torch.equal((by_hand / 2 + 0.5).clamp(0, 1), by_one_call)
 
 
+def test_a_model_of_xls_shape_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tenth as wide: each line of the command, with numbers in it; and the real configs."""
+    script = str(RECIPES / "measure" / "xl_size.py")
+    monkeypatch.setattr("sys.argv", [script, "--small", "--size", "16", "--steps", "2"])
+    runpy.run_path(script, run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"unet [\d.]+ M, vae [\d.]+ M, text_encoder .* M", lines[0])
+    assert re.fullmatch(r"texts and steps: [\d.]+ [\d.]+ s, peak [\d.]+ GB", lines[2])
+    assert lines[3].startswith("decoded: ")
+    told = runpy.run_path(script)["configs"](small=False)
+    for config, published in zip(told, (UNET, VAE, TEXT, TEXT_2), strict=True):
+        both = config.keys() & published.keys()
+        assert len(both) >= 6
+        assert {key: config[key] for key in both} == {key: published[key] for key in both}
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -34,6 +54,8 @@ def test_text_to_image_by_hand_is_the_pipeline(tower: Literal["clip", "t5"]) -> 
         ("measure/inversion_error --model nope", "nope: no such model"),
         ("measure/time_edits --model nope", "nope: no such model"),
         ("measure/bench --model nope", "nope: no such model"),
+        ("refine cat --base nope --refiner nope", "nope: no such model"),
+        ("measure/xl_size --engine nope", "invalid choice: 'nope'"),
         ("measure/solver_orders --draws 0", "--draws: at least 1"),
         ("measure/solver_orders --only nope", "invalid choice: 'nope'"),
         ("measure/compare_solvers --solvers nope", "invalid choice: 'nope'"),
