@@ -18,6 +18,7 @@ docs/finetune.md has it all.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,8 @@ from latentdiff.learning.finetune_config import FinetuneConfig, resolve
 from latentdiff.learning.held_out import HeldOut, put_aside
 from latentdiff.learning.inpainting_masks import Holes, middle
 from latentdiff.learning.loop import Objective, fit
-from latentdiff.learning.losses import min_snr_gamma, weighted_mse
+from latentdiff.learning.loss_masks import LossMasks
+from latentdiff.learning.losses import min_snr_gamma, weighted_loss
 from latentdiff.learning.methods import (
     fresh_control,
     make_trainable,
@@ -60,6 +62,7 @@ from latentdiff.learning.prior_pictures import draw_missing, drawn_from, prior_e
 from latentdiff.learning.results import save_outcome
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples, assign_buckets, encode_samples
+from latentdiff.learning.tags import check_style, varied
 from latentdiff.learning.textual_inversion import check_words
 from latentdiff.learning.trained import Trained, averages
 from latentdiff.models.control import ControlNetwork
@@ -172,6 +175,7 @@ class Finetuning(Objective[Key]):
         loaded = Bundle.load(config.model, dtype="float32", device=run.device)
         bundle = with_objective(loaded, config.objective)
         gamma = config.objective.min_snr_gamma
+        self.within = config.objective.times_min, config.objective.times_max
         self.gamma = min_snr_gamma(gamma, bundle.prediction, bundle.process)
         # draws its own prior pictures, as it is
         samples, held = collect_samples(run, config, loaded)
@@ -189,6 +193,10 @@ class Finetuning(Objective[Key]):
         self.control = fresh_control(bundle, config) if config.method == "controlnet" else None
         crops = variants(config.data.crops, config.data.flip)
         self.control_pictures = self.controls_of(samples, crops)
+        self.masks: LossMasks | None = None
+        if config.data.mask is not None:
+            n, where = samples.count, (config.data.mask, config.data.root, bundle.factor)
+            self.masks = LossMasks(samples.examples[:n], samples.buckets[:n], crops, *where)
         self.held = self.hold_out(held)
         encoders = bundle.conditioner.modules.values()
         learns_text = any(p.requires_grad for m in encoders for p in m.parameters())
@@ -197,8 +205,11 @@ class Finetuning(Objective[Key]):
         dropout = [config.objective.caption_dropout] * len(samples.examples)
         if self.keeps_predictions:
             dropout[samples.count :] = [config.prior.caption_dropout] * priors
+        words, seed, count = config.captions, config.seed, samples.count
         texts = [example.captions for example in samples.examples]
-        self.captions = captions = Captions(bundle.conditioner, texts, dropout, config.seed)
+        check_style([text for own in texts[:count] for text in own], words.style)
+        texts[:count] = [varied(own, words, seed, n) for n, own in enumerate(texts[:count])]
+        self.captions = captions = Captions(bundle.conditioner, texts, dropout, seed, words)
         run.say(*captions.warnings())
         cache = config.out / "cache"
         self.states = None if learns_text else CaptionStates(captions, bundle.conditioner, cache)
@@ -229,8 +240,8 @@ class Finetuning(Objective[Key]):
             return None
         holes = self.holes and Holes(held.examples, held.buckets, [Variant()])
         controls = self.controls_of(held, [Variant()])
-        times = config.objective.times
-        return HeldOut(config.held_out, held, bundle, times, self.gamma, holes, controls)
+        drawn = config.objective.times, self.within, self.gamma
+        return HeldOut(config.held_out, held, bundle, *drawn, holes, controls)
 
     def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
         bundle, samples, objective = self.bundle, self.samples, self.config.objective
@@ -242,7 +253,7 @@ class Finetuning(Objective[Key]):
             noise += objective.offset_noise * offset_noise(*at, noise.shape[1])
         latents, noise = latents.to(device), noise.to(device)
         uniform = spread_uniform(*at, self.config.optim.batch_size).to(device)
-        t = draw_times(bundle.process, uniform, objective.times)
+        t = draw_times(bundle.process, uniform, objective.times, self.within)
         batch = noised_batch(bundle.process, bundle.prediction, latents, noise, t, self.gamma)
         target = batch.target
         beside = None if self.holes is None else self.holes.beside(bundle, *at, chosen)
@@ -259,7 +270,9 @@ class Finetuning(Objective[Key]):
             target = torch.where(prior.view(-1, 1, 1, 1), before, target)
         output = self.model.network(batch.x, batch.t, words, beside, pictures=hints)
         weights = batch.weights * samples.weights[numbers].to(device)
-        loss = weighted_mse(output[:, : latents.shape[1]], target, weights)
+        mask = None if self.masks is None else self.masks.of(chosen, latents.shape).to(device)
+        predicted = output[:, : latents.shape[1]]
+        loss = weighted_loss(predicted, target, weights, objective.huber, mask)
         if not bundle.network.learns_variance:
             return {"loss": loss}
         bits = bound(bundle.process, bundle.prediction, output, latents, noise, t)
@@ -394,6 +407,10 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> tuple[S
         drawn = draw_missing(examples, config.seed, draw, progress=True)
         run.say(f"{drawn} prior pictures drawn, {len(examples) - drawn} were there")
     run.accelerator.wait_for_everyone()
+    if prior.style is not None:
+        styled = [f"{example.captions[0]}, {prior.style}" for example in examples]
+        both = zip(examples, styled, strict=True)
+        examples = [replace(example, captions=(caption,)) for example, caption in both]
     checked, buckets = Checked(examples, [], []), [size] * len(examples)
     with run.accelerator.main_process_first():
         kept = encode_samples(bundle.autoencoder, checked, buckets, [Variant()], cache)

@@ -9,7 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentdiff.data.cache import TextCache
 from latentdiff.errors import UserError
+from latentdiff.learning.finetune_config import CaptionsConfig
 from latentdiff.learning.order import Stream, generator
+from latentdiff.learning.tags import apart
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.identity import weights_hash
 from latentdiff.models.text_encoders import TextStates, Tokens
@@ -23,6 +25,7 @@ class Captions:
         captions: the captions of each sample.
         dropout: probability of the empty caption instead, for classifier-free guidance (Ho &
             Salimans 2022, algorithm 1); one for all, or of each sample.
+        config: the words of a style, and how often they or the rest of a caption are left out.
 
     Raises:
         UserError: a caption has half a character, which no tokenizer takes.
@@ -34,10 +37,19 @@ class Captions:
         captions: Sequence[Sequence[str]],
         dropout: float | Sequence[float],
         seed: int,
+        config: CaptionsConfig | None = None,
     ) -> None:
+        self.config = config or CaptionsConfig()
         unique = {"": 0}
         for caption in (caption for own in captions for caption in own):
             unique.setdefault(caption, len(unique))
+        parts = {text: apart(text, self.config.style) for text in unique}
+        for caption in (part for both in parts.values() for part in both or ()):
+            unique.setdefault(caption, len(unique))
+        # of a caption that ends in the style's words: the rows of what comes before, and of these
+        self.apart = {
+            unique[text]: (unique[both[0]], unique[both[1]]) for text, both in parts.items() if both
+        }
         for caption in unique:
             if half := half_character(caption):
                 raise UserError(f"a caption has half a character ({half}): {caption:.60}")
@@ -65,6 +77,11 @@ class Captions:
             random = generator(self.seed, Stream.CAPTION, step, place)
             dropped = random.random() < self.dropout[sample]
             row = self.rows[sample][random.integers(len(self.rows[sample]))]
+            if row in self.apart:
+                content, style = self.apart[row]
+                drawn = random.random() - self.config.style_dropout
+                row = content if drawn < 0 else row
+                row = style if 0 <= drawn < self.config.content_dropout else row
             rows.append(0 if dropped else row)
         return rows
 

@@ -39,6 +39,7 @@ class Outcome:
         root: the folder of the pictures.
         count: the number of all pictures, where `pictures` are only some of them.
         inpaints: whether the model fills holes of pictures.
+        words: names of the files of new words that a LoRA was learned with.
         control: of a ControlNet, the kind of its pictures: `editing.control_pictures` has names.
     """
 
@@ -49,13 +50,14 @@ class Outcome:
     root: Path
     count: int | None = None
     inpaints: bool = False
+    words: tuple[str, ...] = ()
     control: str = "picture"
 
     @property
     def files(self) -> list[str] | None:
         """Names of the files to share; None for all of the folder."""
         lora = ["README.md", SAMPLES, "pytorch_lora_weights.safetensors"]
-        return lora if self.kind == "lora" else None
+        return [*lora, *self.words] if self.kind == "lora" else None
 
 
 def write_card(outcome: Outcome, config: RunConfig) -> Path:
@@ -190,10 +192,13 @@ def _use(outcome: Outcome) -> str:
     drawn = f"{opened}image = pipe({said}{given}).images[0]\n```"
     if outcome.kind == "lora":
         base = "" if outcome.base is None else f" --model {shlex.quote(public_name(outcome.base))}"
+        words = [f"{here}/{word}" for word in outcome.words]
+        more = "".join(f" --embedding {shlex.quote(word)}" for word in words)
+        loads = "".join(f"pipe.load_textual_inversion({json.dumps(word)})\n" for word in words)
         return (
-            f"```sh\nlatentdiff {command} --lora {shlex.quote(here)}{base}\n```\n\n"
+            f"```sh\nlatentdiff {command} --lora {shlex.quote(here)}{more}{base}\n```\n\n"
             "and in diffusers, with the same base model as `pipe`:\n\n```python\n"
-            f"{imported}pipe.load_lora_weights({json.dumps(here)})\n{drawn}"
+            f"{imported}{loads}pipe.load_lora_weights({json.dumps(here)})\n{drawn}"
         )
     if outcome.kind == "controlnet":
         base = "" if outcome.base is None else f" --model {shlex.quote(public_name(outcome.base))}"

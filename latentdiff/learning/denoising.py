@@ -73,14 +73,20 @@ def offset_noise(seed: int, step: int, places: list[int], channels: int) -> Tens
     return torch.from_numpy(rows).float()[:, :, None, None]
 
 
-def draw_times(process: Process, uniform: Tensor, kind: Times) -> Tensor:
+def draw_times(
+    process: Process, uniform: Tensor, kind: Times, within: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
     """Training times [B], float64, from uniform numbers [B] in [0, 1).
 
     "uniform" over the process's times (whole ones if it is discrete); "logit-normal" is
     sigmoid(n), n standard normal (Esser et al. 2024, SD3, eq. 19).
+
+    Args:
+        within: the part of all times that is drawn from, of 0 (data) to 1 (noise).
     """
     if kind == "logit-normal":
         uniform = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)))
+    uniform = within[0] + (within[1] - within[0]) * uniform
     if isinstance(process, DiscreteVP):
         return (uniform * process.num_train_timesteps).floor()
     return process.t_min + uniform * (process.t_max - process.t_min)

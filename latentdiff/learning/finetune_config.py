@@ -1,10 +1,10 @@
 """The configuration of a fine-tune: what a method is set to unless the person says otherwise."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
@@ -27,15 +27,42 @@ class PicturesConfig(Strict):
     crops: PositiveInt = 1
     flip: bool = False
     buckets: bool = False
+    mask: str | None = None
 
 
 class LoraConfig(Strict):
     rank: PositiveInt = 16
     alpha: PositiveFloat | None = None
     targets: str | list[str] = "all"
+    blocks: list[str] | None = None
     text_encoder: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     layout: Layout = "diffusers"
+
+
+class CaptionsConfig(Strict):
+    """How captions are read: the words of the style, which they end in, and tags between commas.
+
+    `style_dropout` is the share of draws without the style's words, `content_dropout` that of the
+    style's words alone. Tags are shuffled and each dropped with a probability, but the first
+    `keep`.
+    """
+
+    style: str | None = None
+    style_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    content_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    shuffle: bool = False
+    keep: int = Field(default=0, ge=0)
+    drop: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        shares = self.style_dropout + self.content_dropout
+        if shares > 1:
+            raise ValueError("style_dropout and content_dropout are more than 1 together")
+        if shares and not self.style:
+            raise ValueError("style_dropout and content_dropout need style, the style's words")
+        return self
 
 
 class InversionConfig(Strict):
@@ -70,6 +97,7 @@ class PriorConfig(Strict):
 
     target: Literal["prediction", "picture"] = "picture"
     prompts: list[str] | None = None
+    style: str | None = None
     count: PositiveInt = 400
     weight: PositiveFloat = 1.0
     steps: PositiveInt = 10
@@ -122,11 +150,20 @@ class FinetuneObjective(Strict):
     process: str | None = None
     prediction: Prediction | None = None
     times: Literal["uniform", "logit-normal"] = "uniform"
+    times_min: float = Field(default=0.0, ge=0.0, lt=1.0)
+    times_max: float = Field(default=1.0, gt=0.0, le=1.0)
+    huber: PositiveFloat | None = None
     min_snr_gamma: PositiveFloat | Literal["auto"] | None = "auto"
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     offset_noise: float = Field(default=0.0, ge=0.0)
     zero_terminal_snr: bool = False
     bound_weight: PositiveFloat = 0.001
+
+    @model_validator(mode="after")
+    def _times_are_a_range(self) -> Self:
+        if self.times_min >= self.times_max:
+            raise ValueError("times_min must be below times_max")
+        return self
 
     @property
     def moves(self) -> bool:
@@ -139,6 +176,7 @@ class FinetuneConfig(RunConfig):
     model: str | None = None
     preset: Preset = "emoji"
     data: PicturesConfig
+    captions: CaptionsConfig = CaptionsConfig()
     lora: LoraConfig = LoraConfig()
     inversion: InversionConfig = InversionConfig()
     control: ControlConfig = ControlConfig()
@@ -228,8 +266,9 @@ def _check_together(config: FinetuneConfig) -> None:
             raise UserError("a new word leaves other prompts as they are: leave prior.prompts out")
         if config.train_text:
             raise UserError("textual inversion trains the new words only: leave train_text out")
-    elif tokens:
-        raise UserError(f"new words are for --method textual-inversion, not for {config.method}")
+    elif tokens and config.method != "lora":
+        told = "new words are for --method textual-inversion, or for lora beside it"
+        raise UserError(f"{told}, not for {config.method}")
     if config.method == "dreambooth" and config.data.instance_prompt is None:
         raise UserError("dreambooth needs --instance-prompt, a name for the subject: 'a sks dog'")
     if config.method == "controlnet":
@@ -262,7 +301,8 @@ def _check_optimizer(config: FinetuneConfig) -> None:
         return
     if name == "prodigy":
         raise UserError("prodigy finds one rate for all parts: leave text_lr out")
-    if not (config.train_text or (config.method == "lora" and config.lora.text_encoder)):
+    lora = config.method == "lora" and (config.lora.text_encoder or config.inversion.tokens)
+    if not (config.train_text or lora):
         raise UserError("text_lr is the text encoder's, which this run does not train")
 
 

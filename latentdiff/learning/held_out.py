@@ -47,7 +47,7 @@ class HeldOut:
 
     Args:
         samples: the pictures, as latents.
-        gamma: of min-SNR weighting, as in training.
+        times, within, gamma: of the times and of min-SNR weighting, as in training.
         holes: what an inpainting model is shown of them.
         controls: what a ControlNet is shown of them.
 
@@ -61,12 +61,14 @@ class HeldOut:
         samples: Samples,
         bundle: Bundle,
         times: Times,
+        within: tuple[float, float],
         gamma: float | None,
         holes: Holes | None,
         controls: ControlPictures | None = None,
     ) -> None:
         self.config, self.samples, self.bundle = config, samples, bundle
         self.times: Times = times
+        self.within = within
         self.gamma, self.holes, self.controls = gamma, holes, controls
         self.captions = [example.captions[0] for example in samples.examples]
         self.best: tuple[float, int, int] | None = None
@@ -99,7 +101,7 @@ class HeldOut:
         rows = [draw.standard_normal(mean.shape[1:], dtype=np.float32) for draw in draws]
         noise = torch.from_numpy(np.stack(rows)).to(device)
         uniform = (torch.tensor(list(places), dtype=torch.float64, device=device) + 0.5) / _TIMES
-        t = draw_times(bundle.process, uniform, self.times)
+        t = draw_times(bundle.process, uniform, self.times, self.within)
         batch = noised_batch(bundle.process, bundle.prediction, latents, noise, t, self.gamma)
         beside, hints, chosen = None, None, [(number, 0)] * len(places)
         if self.holes is not None:

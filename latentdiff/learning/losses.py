@@ -83,6 +83,36 @@ def weighted_mse(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return ((output.float() - target.float()).square().flatten(1).mean(1) * weights).mean()
 
 
+def weighted_loss(
+    output: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    huber: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`weighted_mse`, or another loss of the errors, or of a part of each picture.
+
+    Args:
+        output, target: [B, C, h, w].
+        weights: [B].
+        huber: c of the pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) in place of e^2: e^2 where the
+            error is far below c and 2 c |e| far above, so that a few wrong pixels or pictures say
+            less (Charbonnier et al. 1997; Khrapov et al. 2024, for diffusion).
+        mask: how much each place counts [B, 1, h, w]; a picture's loss is the mean over them.
+
+    Returns:
+        A scalar.
+    """
+    errors = (output.float() - target.float()).square()
+    if huber is not None:
+        errors = 2 * huber * ((errors + huber**2).sqrt() - huber)
+    if mask is None:
+        return (errors.flatten(1).mean(1) * weights).mean()
+    mask = mask.expand_as(errors)
+    of_pictures = (errors * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+    return (of_pictures * weights).mean()
+
+
 def contrastive(pictures: Tensor, texts: Tensor, temperature: Tensor) -> Tensor:
     """Radford et al. 2021 (CLIP), figure 3: each picture's own text, and each text's own picture.
 

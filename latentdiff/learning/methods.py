@@ -15,7 +15,7 @@ from latentdiff.diffusion.process import DiscreteVP, zero_terminal_snr
 from latentdiff.errors import UserError
 from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjective
 from latentdiff.learning.inpainting_masks import with_mask_input
-from latentdiff.learning.textual_inversion import add_words
+from latentdiff.learning.textual_inversion import WordRows, add_words, clips_of
 from latentdiff.lora import add_lora
 from latentdiff.models.control import ControlNetwork
 from latentdiff.models.controlnet import ControlNet
@@ -68,16 +68,23 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
         if bundle.kind != "text-to-image":
             raise UserError(f"no ControlNet is trained beside an {bundle.kind} model")
     elif config.method == "lora":
-        lora = config.lora
+        lora, tokens = config.lora, config.inversion.tokens
+        if tokens:  # pivotal tuning: new words, and a LoRA that learns what they mean
+            bundle = add_words(bundle, tokens, config.inversion.start_from)
         add_lora(
             bundle,
             rank=lora.rank,
             alpha=lora.alpha,
             targets=lora.targets,
+            blocks=lora.blocks,
             text_encoder=lora.text_encoder,
             dropout=lora.dropout,
             seed=config.seed,
         )
+        for tower in clips_of(bundle).values() if tokens else ():
+            words = tower.model.get_input_embeddings()
+            assert isinstance(words, WordRows)
+            words.rows.requires_grad_(True)
     else:
         bundle.network.module.requires_grad_(True)
         for encoder in bundle.conditioner.modules.values():

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     MASK = 11  # step, place: holes to be painted in
     GUIDANCE = 16  # step, place: the guidance scale that a distilled network is told
     MEASURE = 12  # number of a held-out picture, of its time: noise to measure with
+    TAGS = 13  # sample number, place among its captions: the order of tags and which are left out
     SHARDS = 20  # epoch, 0: the order of the shards
     WINDOW = 21  # epoch, window: the order of its samples
 

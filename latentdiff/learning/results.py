@@ -11,7 +11,7 @@ from latentdiff.data.examples import Example
 from latentdiff.formats.controlnet import save_controlnet
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.finetune_config import FinetuneConfig
-from latentdiff.learning.textual_inversion import save_words, with_learned_words
+from latentdiff.learning.textual_inversion import save_words, with_learned_words, word_files
 from latentdiff.lora import fused, lora_of, save_lora
 from latentdiff.models.control import ControlNetwork
 
@@ -48,7 +48,10 @@ def save_outcome(
     lora = config.method == "lora" and not config.objective.moves
     folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
     inpaints = bundle.kind == "inpainting"
-    outcome = Outcome(folder, kind, config.model, pictures, root, inpaints=inpaints)
+    words = word_files(config.inversion.tokens) if lora else []
+    outcome = Outcome(
+        folder, kind, config.model, pictures, root, inpaints=inpaints, words=tuple(words)
+    )
     return [*lines, *share(outcome, config)]
 
 
@@ -61,13 +64,16 @@ def _save(bundle: Bundle, config: FinetuneConfig) -> list[str]:
     dtype = _dtype(config)
     wrote: list[Path] = []
     base = "" if config.model is None else f" --model {quote(config.model)}"
-    if config.method == "lora":
-        path = save_lora(lora_of(bundle), out / LORA_FILE, layout=config.lora.layout)
-        if not config.objective.moves:
-            return [f"wrote {path}", f'latentdiff generate "..." --lora {quote(str(path))}{base}']
-        bundle = fused(bundle)  # the file alone does not say what it makes of its model
-    if config.method == "textual-inversion":
+    if config.inversion.tokens:
         wrote = save_words(bundle, config.inversion.tokens, out)
+    if config.method == "lora":
+        more = "".join(f" --embedding {quote(str(word))}" for word in wrote)
+        wrote = [save_lora(lora_of(bundle), out / LORA_FILE, layout=config.lora.layout), *wrote]
+        if not config.objective.moves:
+            command = f'latentdiff generate "..." --lora {quote(str(wrote[0]))}{more}{base}'
+            return [*(f"wrote {path}" for path in wrote), command]
+        bundle = fused(bundle)  # the file alone does not say what it makes of its model
+    if config.inversion.tokens:
         bundle = with_learned_words(bundle)
     bundle.save(out / "model", dtype=dtype)
     wrote.append(out / "model")

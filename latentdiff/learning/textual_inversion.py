@@ -108,6 +108,12 @@ def _ids(tokenizer: Any, token: str) -> list[int]:
     return tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids
 
 
+def word_files(tokens: Sequence[str]) -> list[str]:
+    """The names of the files of learned words, one of each."""
+    places = [""] if len(tokens) == 1 else [f"-{number + 1}" for number in range(len(tokens))]
+    return [f"learned_embeds{place}.safetensors" for place in places]
+
+
 def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path]:
     """The learned rows as files of one word each.
 
@@ -130,11 +136,10 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
         assert isinstance(words, WordRows)
         rows[_ENCODERS[name]] = words.rows.detach().cpu()
     paths: list[Path] = []
-    for number, token in enumerate(tokens):
-        place = "" if len(tokens) == 1 else f"-{number + 1}"
-        paths.append(folder / f"learned_embeds{place}.safetensors")
+    for number, (name, token) in enumerate(zip(word_files(tokens), tokens, strict=True)):
+        paths.append(folder / name)
         replace = may_replace(paths[-1], "a file of a learned word", _recognise)
-        own = {name: each[number : number + 1].clone() for name, each in rows.items()}
+        own = {part: each[number : number + 1].clone() for part, each in rows.items()}
         if own.keys() == {"clip_l"}:
             own = {token: own["clip_l"][0]}
         save_tensors(own, paths[-1], {}, replace=replace)

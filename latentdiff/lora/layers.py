@@ -56,6 +56,7 @@ def add_lora(
     rank: int = 16,
     alpha: float | None = None,
     targets: str | Sequence[str] = "attention",
+    blocks: Sequence[str] | None = None,
     text_encoder: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
@@ -71,6 +72,7 @@ def add_lora(
         rank: rank of every factor.
         alpha: its strength is alpha / rank; None: the rank.
         targets: a name of `TARGETS`, or ends of the names of the U-Net's layers.
+        blocks: beginnings of the names of the U-Net's layers, as "up_blocks"; None: all of them.
         text_encoder: whether attention in the text encoders, CLIP models, gets one as well.
         dropout: dropout of its inputs, while the networks are in training mode; drawn from
             torch's global random state, as all of torch's dropout is.
@@ -97,11 +99,15 @@ def add_lora(
             module: layer
             for module, layer in layers(network(bundle, part)).items()
             if any(f".{module}".endswith(f".{end}") for end in ends)
+            and (part != "unet" or blocks is None or _begins(module, blocks))
         }
         if not matching and part != "unet":
             raise UserError("only a CLIP text encoder can have a LoRA; leave text_encoder off.")
         if not matching:
-            raise UserError(f"targets: no layer of the {part} has a name that ends in {named}.")
+            where = "" if blocks is None else f" and begins with {blocks}"
+            raise UserError(
+                f"targets: no layer of the {part} has a name that ends in {named}{where}."
+            )
         strength = float(rank if alpha is None else alpha)
         found[part] = {m: _fresh(layer, rank, strength, random) for m, layer in matching.items()}
     lora = Lora(**found)
@@ -116,6 +122,10 @@ def add_lora(
             for half in (layer.lora_A[name], layer.lora_B[name]):
                 trained.append(half.weight.requires_grad_(True))
     return trained
+
+
+def _begins(module: str, blocks: Sequence[str]) -> bool:
+    return any(f"{module}.".startswith(f"{block}.") for block in blocks)
 
 
 def _check_settings(rank: int, alpha: float | None, dropout: float) -> None:

@@ -41,6 +41,7 @@ from latentdiff.learning.inpainting_masks import WHOLE, Holes, draw_mask, with_m
 from latentdiff.learning.presets import prior_captions
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples
+from latentdiff.learning.textual_inversion import word_files
 from latentdiff.pictures import open_picture, to_pil, to_uint8
 from latentdiff.pipeline import Control, LatentDiffusionPipeline
 
@@ -193,6 +194,41 @@ def test_a_tenth_of_twenty_pictures_or_more_is_put_aside() -> None:
     assert [len(put_aside(n, 0.5)) for n in (1, 4)] == [0, 2]
     assert put_aside(40, 0.0) == []
     assert put_aside(40, None) == put_aside(40, None) != [0, 1, 2, 3]
+
+
+def test_a_lora_and_a_new_word_in_one_run_with_every_setting_of_the_style(
+    work: Path, tmp_path: Path
+) -> None:
+    """Pivotal tuning; and the command that the run ends with draws with both."""
+    settings: dict[str, Any] = {
+        "inversion": {"tokens": ["<disc>"], "start_from": "red"},
+        "data": {"instance_prompt": "red, big, <disc> style", "mask": "alpha", "flip": True},
+        "captions": {
+            "style": "<disc> style",
+            "style_dropout": 0.2,
+            "content_dropout": 0.3,
+            "shuffle": True,
+            "drop": 0.1,
+        },
+        "objective": {"huber": 0.1, "times_min": 0.2, "times_max": 0.9},
+        "prior": {"prompts": ["a cat"], "count": 2, "steps": 2, "style": "old style"},
+        "lora": {"rank": 2, "blocks": ["up_blocks", "mid_block"], "text_encoder": True},
+        "text_lr": 0.05,
+    }
+    out = finetune(work, tmp_path / "out", "lora", **settings)
+    (row,) = load_file(out / "learned_embeds.safetensors").values()
+    table = weights(work / "model", "text_encoder")["text_model.embeddings.token_embedding.weight"]
+    red = tower_of(tiny_bundle()).tokenizer.backend_tokenizer.encode("red").ids[1:-1]
+    assert (row - table[red].mean(0)).abs().max() > 1e-2  # at its own rate
+    names = load_file(out / "pytorch_lora_weights.safetensors")
+    assert any("text_encoder" in name for name in names)
+    assert not any("down_blocks" in name for name in names)
+    card = (out / "README.md").read_text()
+    assert f"--lora out --embedding out/{word_files(['<disc>'])[0]}" in card
+    shutil.rmtree(checkpoints(out / "checkpoints")[0])
+    finetune(work, out, "lora", **settings)
+    (again,) = load_file(out / "learned_embeds.safetensors").values()
+    assert torch.equal(row, again)
 
 
 def test_the_text_encoder_may_have_a_rate_of_its_own(work: Path, tmp_path: Path) -> None:
@@ -589,7 +625,11 @@ MISTAKES = {
     f"{INVERSION} Heart --token Heart": "'Heart' cannot be a new word: take one like <my-style>",
     f"{INVERSION} <x> --token <x> --token <x>": "give each new word once",
     f"{INVERSION} <x><X> --token <x> --token <X>": "give each new word once",
-    "--method lora --token <x>": "textual-inversion",
+    "--method full --token <x>": "textual-inversion",
+    "objective.times_min=0.9 objective.times_max=0.1": "times_min must be below times_max",
+    "captions.content_dropout=0.1": "need style",
+    "captions.style=noir": "no caption is something followed by 'noir'",
+    "data.mask=mask": "its field mask names no mask",
     "--prior-prompt @none.txt": "none.txt",
     "prior.prompts=['@none.txt']": "cannot read the prompts of none.txt",
     "objective.zap=1": "zap",

@@ -8,13 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import CAPTIONS, tiny_bundle, tower_of
 
+from latentdiff.data.examples import Example
+from latentdiff.data.variants import Variant
+from latentdiff.diffusion.process import create
+from latentdiff.errors import UserError
 from latentdiff.learning.buckets import CYCLE, BucketOrder
 from latentdiff.learning.captions import Captions, CaptionStates
-from latentdiff.learning.denoising import Conditioned, offset_noise
+from latentdiff.learning.denoising import Conditioned, draw_times, offset_noise
 from latentdiff.learning.ema import EMA
+from latentdiff.learning.finetune_config import CaptionsConfig
+from latentdiff.learning.loss_masks import LossMasks
+from latentdiff.learning.losses import weighted_loss, weighted_mse
 from latentdiff.learning.order import SampleOrder
+from latentdiff.learning.tags import check_style, varied
+from latentdiff.lora import add_lora, lora_of
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.fresh_text import train_tokenizer
 from latentdiff.models.text_encoders import ClipTower
@@ -113,3 +123,104 @@ def test_only_what_is_trained_is_averaged() -> None:
         assert torch.equal(live.weight, ema.shadow[0])
         assert not torch.equal(live.weight, after)
     assert torch.equal(live.weight, after)
+
+
+def test_tags_change_places_and_go_but_the_first_and_the_style_stay() -> None:
+    config = CaptionsConfig(style="flat style", shuffle=True, keep=1, drop=0.3)
+    caption = "a cat, red, sad, big, old, flat style"
+    found = varied([caption], config, 5, 3)
+    assert found == varied([caption], config, 5, 3) != varied([caption], config, 5, 4)
+    assert len(found) > 4
+    for text in found:
+        first, *tags, style = text.split(", ")
+        assert (first, style) == ("a cat", "flat style")
+        assert set(tags) <= {"red", "sad", "big", "old"}
+        assert len(set(tags)) == len(tags)
+    assert len({text.count(",") for text in found}) > 1  # some are left out
+    orders = varied([caption], CaptionsConfig(style="flat style", shuffle=True), 5, 3)
+    assert all(sorted(text.split(", ")) == sorted(caption.split(", ")) for text in orders)
+    assert varied([caption], CaptionsConfig(), 5, 3) == (caption,)
+
+
+def test_the_style_and_the_content_of_a_caption_are_left_out_as_often_as_asked() -> None:
+    conditioner = TextConditioner(tower_of(tiny_bundle()))
+    config = CaptionsConfig(style="flat style", style_dropout=0.2, content_dropout=0.3)
+    texts = [["a cat, flat style"], ["a dog"]]
+    captions = Captions(conditioner, texts, 0.0, 7, config)
+    every = ["", "a cat, flat style", "a dog", "a cat", "flat style"]
+    assert torch.equal(captions.all.ids, conditioner.tokenize(every).ids)
+    drawn = Counter(captions.choose(1, list(range(2000)), [0] * 2000))
+    shares = [drawn[every.index(text)] / 2000 for text in (every[1], "a cat", "flat style")]
+    assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.04)
+    assert sum(shares) == 1
+    other = captions.choose(1, list(range(2000)), [1] * 2000)
+    assert set(other) == {every.index("a dog")}
+    with pytest.raises(UserError, match="no caption is something followed by 'noir'"):
+        check_style(["a cat", "noir"], "noir")
+
+
+def test_a_pseudo_huber_loss_is_square_near_zero_and_linear_far_away() -> None:
+    zero, one = torch.zeros(1, 1, 2, 2), torch.ones(1)
+    near, far = zero + 1e-3, zero + 100.0
+    assert weighted_loss(near, zero, one, 0.1) == pytest.approx(1e-6, rel=1e-3)
+    assert weighted_loss(far, zero, one, 0.1) == pytest.approx(2 * 0.1 * (100 - 0.1), rel=1e-4)
+    assert weighted_loss(far, zero, one) == pytest.approx(1e4)
+
+
+def test_what_is_masked_says_nothing_and_the_rest_as_much_as_a_whole_picture() -> None:
+    output = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    target, weights = torch.zeros(2, 3, 4, 4), torch.tensor([1.0, 2.0])
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, :, :2] = 1
+    loss = weighted_loss(output, target, weights, mask=mask)
+    assert loss == pytest.approx(weighted_mse(output[..., :2], target[..., :2], weights))
+    output[..., 2:] += 9
+    assert weighted_loss(output, target, weights, mask=mask) == loss
+    whole = weighted_loss(output, target, weights, mask=torch.ones(2, 1, 4, 4))
+    assert whole == pytest.approx(weighted_mse(output, target, weights))
+
+
+def test_masks_are_the_alpha_or_the_file_beside_and_follow_crop_and_flip(tmp_path: Path) -> None:
+    pixels = np.full((32, 32, 4), 255, dtype=np.uint8)
+    pixels[:, 8:, 3] = 0  # the left quarter is opaque
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "b.png")
+    Image.fromarray(pixels[..., 3]).save(tmp_path / "m.png")
+    rows = [Example(tmp_path / name, ("a",), {"mask": "m.png"}) for name in ("a.png", "b.png")]
+    both = [Variant(), Variant(flip=True)]
+    quarter = torch.zeros(4, 4)
+    quarter[:, 0] = 1
+    alpha = LossMasks(rows, [(32, 32)] * 2, both, "alpha", tmp_path, 8)
+    shape = torch.Size([2, 4, 4, 4])
+    assert torch.equal(
+        alpha.of([(0, 0), (0, 1)], shape)[:, 0], torch.stack([quarter, quarter.flip(1)])
+    )
+    assert torch.equal(alpha.of([(1, 0), (9, 0)], shape), torch.ones(2, 1, 4, 4))  # no alpha; prior
+    field = LossMasks(rows, [(32, 32)] * 2, both, "mask", tmp_path, 8)
+    assert torch.equal(field.of([(1, 0)], shape)[0, 0], quarter)
+    outside = [Example(tmp_path / "a.png", ("a",), {"mask": "../m.png"})]
+    with pytest.raises(UserError, match="lies outside"):
+        LossMasks(outside, [(32, 32)], both, "mask", tmp_path, 8)
+    Image.new("L", (32, 32)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match="nothing of it counts"):
+        LossMasks(rows, [(32, 32)] * 2, both, "mask", tmp_path, 8)
+
+
+@pytest.mark.parametrize("process", ["vp-cosine", "flow"])
+def test_times_are_drawn_within_their_range(process: str) -> None:
+    made, uniform = create(process), torch.arange(0, 1, 1 / 64, dtype=torch.float64)
+    span = made.t_max - made.t_min
+    for kind in ("uniform", "logit-normal"):
+        t = (draw_times(made, uniform, kind, (0.25, 0.5)) - made.t_min) / span
+        assert 0.25 - 1e-2 <= t.min() < 0.3
+        assert 0.45 < t.max() <= 0.5 + 1e-2
+
+
+def test_a_lora_may_be_in_some_blocks_alone() -> None:
+    bundle = tiny_bundle()
+    add_lora(bundle, rank=2, targets="all", blocks=["up_blocks", "conv_out"])
+    unet = lora_of(bundle).unet
+    assert unet
+    assert all(name.startswith("up_blocks.") for name in unet)
+    with pytest.raises(UserError, match=r"begins with \['side_blocks'\]"):
+        add_lora(tiny_bundle(), rank=2, blocks=["side_blocks"])
