@@ -1,19 +1,23 @@
 """Pictures that say how they were drawn: ours are drawn again to the bit, others' are read."""
 
+import functools
 import io
 import json
+import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from tiny import tiny_bundle
 
+from latentdiff import LatentDiffusionPipeline
 from latentdiff.cli import main
 from latentdiff.formats.picture_text import OURS, THEIRS, Recipe, a1111_text, recipe_of, texts_of
 from latentdiff.pictures import encode_png
@@ -56,6 +60,63 @@ def test_a_picture_is_drawn_again_to_the_bit(
     assert "\x1b" not in capsys.readouterr().out
     assert main(["show", "--json", str(first)]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == run[0].replace("@@", "@")
+
+
+PIECES = ["a cat", ", ", '"', "'", "\n", "Steps: 20, Sampler: x", "\nNegative prompt: ", "\\", "@",
+          "--seed", "(b:1.2)", "[c]", "<lora:d:1>", "AND", "BREAK", "{}", "%s", "$(e)", "猫", "🎨",
+          "\0", "\r", "\x1b[2J", "\u202e", "0", ":", ":0.5", "box:1"]  # fmt: skip
+WORDS = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), min_size=1, max_size=6).map("".join)
+CHOICES = {
+    "steps": st.integers(1, 3),
+    "seed": st.integers(0, 2**64 - 1),
+    "first": st.integers(0, 2**40),
+    "guidance": st.sampled_from(["cfg", "apg"]),
+    "guidance-scale": st.floats(0, 9),
+    "interval": st.sampled_from(["0.1,9", "0,inf"]),
+    "negative": WORDS,
+    "also": st.tuples(WORDS, st.floats(-2, 2)).map(lambda pair: f"{pair[0]}:{pair[1]:.3f}"),
+    "region": WORDS.map(lambda words: f"{words}:0.7@box:0,0,9,5"),
+    "solver": st.sampled_from(["ddim", "euler-a", "unipc", "heun", "DPM++ 2M Karras"]),
+    "timetable": st.sampled_from(["trailing", "Exponential", "linspace"]),
+    "height": st.sampled_from([8, 16, 24]),
+    "width": st.sampled_from([8, 16, 24]),
+    "guide": st.sampled_from(["pag:2", "seg:1.5", "threshold:0.9"]),
+    "clip-skip": st.just(1),
+    "syntax": st.sampled_from(["plain", "a1111"]),
+    "variation-strength": st.floats(0.1, 1),
+    "engine": st.sampled_from(["eager", "packed"]),
+    "attention": st.sampled_from(["eager", "sdpa"]),
+}
+
+
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_whatever_the_settings_the_same_bytes_are_drawn_again(
+    count: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = functools.cache(LatentDiffusionPipeline.from_pretrained)
+    monkeypatch.setattr(LatentDiffusionPipeline, "from_pretrained", load)
+    drawn = 0
+
+    @settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    @given(WORDS, st.fixed_dictionaries({}, optional=CHOICES), st.booleans(), st.booleans())
+    def check(prompt: str, chosen: dict[str, object], weights: bool, long: bool) -> None:
+        nonlocal drawn
+        options = [f"--{name}={value}" for name, value in ({"steps": 1} | chosen).items()]
+        options += ["--weights"] * weights + ["--long"] * long
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+            rest = ["--model", str(model), "-o", place]
+            word = f"@{prompt}" if prompt.startswith("@") else prompt
+            assume(main(["generate", *options, *rest, "--", word]) == 0)
+            (first,) = Path(place).iterdir()
+            kept = first.read_bytes()
+            assert json.loads(texts_of(kept)[OURS])["prompt"] == prompt
+            assert main(["generate", "--from", str(first), *rest]) == 0
+            (again,) = (path for path in Path(place).iterdir() if path != first)
+            assert again.read_bytes() == kept
+            drawn += 1
+
+    check()
+    assert drawn >= count * 0.9
 
 
 def written(folder: Path, texts: dict[str, str]) -> str:
