@@ -83,6 +83,8 @@ class AutoencoderConfig(RunConfig):
                 f"data.size={self.data.size} is no multiple of {factor}, by which "
                 f"{len(self.model.channels)} model.channels reduce it"
             )
+        if self.data.latents is not None:
+            raise ValueError("data.latents are of an autoencoder that is trained: for stage 2")
         return self
 
 

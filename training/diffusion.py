@@ -153,7 +153,7 @@ class Denoising(Objective[Key]):
         bundle = build(config, autoencoder, self.examples, size // factor)
         dropout = objective.caption_dropout
         if stream is None:
-            cache = config.out / "cache"
+            cache = config.data.latents or config.out / "cache"
             self.moments = encode_pictures(autoencoder, self.examples, size, cache, run.accelerator)
             self.order = sample_order(self.examples, config.data, seed)
             texts = [example.captions for example in self.examples]
@@ -227,6 +227,8 @@ def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
         raise UserError(
             "data.where, held_out and balance need all captions: not with shards_at_hand"
         )
+    if data.latents is not None:
+        raise UserError("data.latents are held in memory: not with shards_at_hand")
     folder = config.out / "shards" / f"process-{run.accelerator.process_index}"
     # a step may reach from one window into the next
     return ShardStream(find_shards(str(data.root)), folder, 2 * config.shards_at_hand)

@@ -138,7 +138,7 @@ class Distillation(Objective[Key]):
         run.say(f"{len(self.examples)} pictures; the teacher: {teacher.about}")
         cache = config.out / "cache"
         self.moments = encode_pictures(
-            teacher.autoencoder, self.examples, data.size, cache, run.accelerator
+            teacher.autoencoder, self.examples, data.size, data.latents or cache, run.accelerator
         )
         texts = [example.captions for example in self.examples]
         captions = Captions(teacher.conditioner, texts, 0.0, config.seed)

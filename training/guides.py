@@ -117,7 +117,7 @@ class LatentLabels(Guide):
             torch.tensor([labels.index(self.name(example)) for example in part])
             for part in (self.train, self.held_out)
         )
-        size, folder = config.data.size, config.out / "cache"
+        size, folder = config.data.size, config.data.latents or config.out / "cache"
         self.moments, self.held_moments = (
             encode_pictures(bundle.autoencoder, part, size, folder, run.accelerator)
             for part in (self.train, self.held_out)

@@ -67,6 +67,14 @@ class TensorCache:
                 known.update(shard)
         return [known[key] for key in keys]
 
+    def put(self, entries: dict[str, Tensor]) -> None:
+        """Keep tensors under their keys, in one file.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._write(entries)
+
     @property
     def _shards(self) -> Path:
         return self.folder / hashlib.sha256(self.maker.encode()).hexdigest()[:32]
@@ -109,6 +117,11 @@ class LatentCache:
     weights: str
     transform: str
 
+    @property
+    def tensors(self) -> TensorCache:
+        """The cache itself, whose keys are the sha256 of pictures' files."""
+        return TensorCache(self.folder, f"{self.weights}\n{self.transform}")
+
     def latents(
         self,
         examples: Sequence[Example],
@@ -132,9 +145,8 @@ class LatentCache:
         """
         if not examples:  # a process's part of fewer pictures than there are processes
             return torch.empty(0)
-        cache = TensorCache(self.folder, f"{self.weights}\n{self.transform}")
         return torch.stack(
-            cache.fetch(
+            self.tensors.fetch(
                 [hashlib.sha256(example.read()).hexdigest() for example in examples],
                 lambda places: encode(torch.stack([load_picture(examples[i]) for i in places])),
                 batch_size=batch_size,

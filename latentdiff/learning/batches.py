@@ -126,6 +126,15 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def latent_cache(autoencoder: Autoencoder, size: int, folder: Path) -> LatentCache:
+    """The cache of mean and std of pictures' raw latents, that `encode_pictures` reads."""
+    return LatentCache(
+        folder,
+        weights_hash(autoencoder.module.state_dict()),
+        f"centre square of {size} px; mean and std",
+    )
+
+
 def encode_pictures(
     autoencoder: Autoencoder,
     examples: list[Example],
@@ -137,11 +146,7 @@ def encode_pictures(
 
     They are kept under `folder` and read from there the next time. Each process encodes its part.
     """
-    cache = LatentCache(
-        folder,
-        weights_hash(autoencoder.module.state_dict()),
-        f"centre square of {size} px; mean and std",
-    )
+    cache = latent_cache(autoencoder, size, folder)
 
     def encode(part: list[Example], progress: bool) -> Tensor:
         return cache.latents(

@@ -36,6 +36,7 @@ class DataConfig(Strict):
     held_out: dict[str, list[str]] = Field(default_factory=dict)
     held_out_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
     balance: list[str] = Field(default_factory=list)
+    latents: Path | None = None  # made ahead by pipelines/batch.py; what is missing is encoded
     workers: int = Field(default=0, ge=0)  # processes that decode pictures ahead of stage 1
 
 

@@ -1,0 +1,186 @@
+"""Batches of very many pictures: the same to the byte however they are made, and after a kill."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from scripts import ROOT, picture_folder
+from tiny import tiny_bundle
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.data.folder import read_folder
+from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.learning.batches import encode_pictures
+from latentdiff.pictures import open_picture
+
+SCRIPT = ROOT / "pipelines/batch.py"
+
+
+def batch(*words: str | Path) -> None:
+    """The script, in this process."""
+    spec = importlib.util.spec_from_file_location("batch_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    before, threads = sys.argv, torch.get_num_threads()
+    sys.argv = ["batch.py", *map(str, words)]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+        torch.set_num_threads(threads)
+
+
+def prompts(file: Path, count: int) -> Path:
+    rows = [{"prompt": f"a red heart, {number}"} for number in range(count)]
+    rows[1]["negative_prompt"] = "a cat"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The hash of every file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{p.relative_to(folder)}": hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle().save(tmp_path_factory.mktemp("batch") / "model")
+
+
+def test_a_batch_that_was_killed_is_made_whole(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = prompts(tmp_path / "prompts.jsonl", 5), tmp_path / "drawn"
+    asked = ["draw", source, "--model", model, "--steps", "2", "--chunk", "2", "--seed", "3"]
+    batch(*asked, "--out", out)
+    wanted = contents(out)
+    assert set(wanted) == {
+        *(f"00000/0000000{number}.png" for number in range(5)),
+        *("metadata.parquet", "batch.json"),
+    }
+    for name in ("00000/00000001.png", "00000/00000004.png", "metadata.parquet"):
+        (out / name).unlink()
+    capsys.readouterr()
+    batch(*asked, "--out", out)
+    assert "2 chunks of 2 to do" in capsys.readouterr().out
+    assert contents(out) == wanted
+
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
+    run = {"num_inference_steps": 2, "seed": 3, "progress": False}
+    for number, negative in ((1, "a cat"), (4, "")):
+        words = f"a red heart, {number}"
+        alone = pipe(words, negative_prompt=negative, first=number, **run).images[0]
+        drawn = open_picture(out / f"00000/0000000{number}.png")
+        assert np.abs(np.asarray(alone).astype(int) - np.asarray(drawn)).max() <= 1
+    examples = read_folder(out)
+    assert [example.captions for example in examples] == [(f"a red heart, {n}",) for n in range(5)]
+
+
+def test_what_is_no_batch_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", 2)
+    asked = ["draw", source, "--model", model, "--steps", "1", "--out", tmp_path / "out"]
+    batch(*asked)
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a cat", "seed": 3}\n')
+    (tmp_path / "none.jsonl").write_text("\n")
+    other = ["draw", tmp_path / "other.jsonl", "--out", tmp_path / "new"]
+    for words, told in (
+        ([*asked, "--seed", "4"], "other settings"),
+        (other, "'seed'"),
+        ([*other[:1], tmp_path / "none.jsonl", *other[2:]], "no prompt"),
+        ([*other[:1], tmp_path / "gone.jsonl", *other[2:]], "cannot read"),
+        ([*asked[:-1], tmp_path], "something else"),
+        (["encode", tmp_path, "--out", tmp_path / "new"], "needs the --model"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            batch(*words)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_stage_two_reads_what_was_encoded_ahead(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, out = picture_folder(tmp_path / "pictures", 7), tmp_path / "latents"
+    asked = ["encode", pictures, "--model", model / "vae", "--size", "16", "--chunk", "3"]
+    batch(*asked, "--out", out)
+    wanted = contents(out)
+    (out / "done/00000001").unlink()
+    batch(*asked, "--out", out)
+    assert contents(out) == wanted
+
+    examples, autoencoder = read_folder(pictures), load_autoencoder(model / "vae")
+    machine = Accelerator(cpu=True)
+    fresh = encode_pictures(autoencoder, examples, 16, tmp_path / "cache", machine)
+    monkeypatch.setattr(type(autoencoder), "moments", None)  # nothing is encoded again
+    kept = encode_pictures(autoencoder, examples, 16, out, machine)
+    assert (kept - fresh).abs().max() < 1e-5
+
+
+def actors(mark: str) -> list[int]:
+    """The processes of Ray's actors that were started with a mark in their environment."""
+    found: list[int] = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
+                command = (folder / "cmdline").read_bytes()
+                found += [int(folder.name)] if b"ray::" in command and b"Worker" in command else []
+        except OSError:  # another's, or gone
+            continue
+    return found
+
+
+def by_two(words: list[str | Path], kills: int) -> int:
+    """The script with two workers of Ray, of which one is killed again and again."""
+    mark = f"latentdiff-test-{uuid.uuid4().hex}"
+    own = {"LATENTDIFF_TEST": mark, "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, SCRIPT, *words, "--workers", "2"]
+    process = subprocess.Popen(command, env=os.environ | own, stdout=subprocess.DEVNULL)
+    killed, random = 0, np.random.default_rng(0)
+    while process.poll() is None:
+        time.sleep(random.uniform(1, 4))
+        out = Path(words[words.index("--out") + 1])
+        begun = any(out.rglob("*.png")) or any(out.rglob("*.safetensors"))
+        if begun and killed < kills and (running := actors(mark)):
+            os.kill(int(random.choice(running)), signal.SIGKILL)
+            killed += 1
+    assert process.returncode == 0
+    return killed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+@pytest.mark.parametrize(
+    ("count", "kills"), [pytest.param(2000, 5, marks=pytest.mark.slow), (120, 1)]
+)
+def test_two_workers_of_ray_one_killed_give_what_one_process_gives(
+    model: Path, tmp_path: Path, count: int, kills: int
+) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", count)
+    asked = ["draw", source, "--model", model, "--steps", "6", "--chunk", "4"]
+    batch(*asked, "--out", tmp_path / "one")
+    assert by_two([*asked, "--out", tmp_path / "two"], kills) == kills
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    pictures = picture_folder(tmp_path / "pictures", 40)
+    asked = ["encode", pictures, "--model", model / "vae", "--size", "16", "--chunk", "4"]
+    batch(*asked, "--out", tmp_path / "latents")
+    by_two([*asked, "--out", tmp_path / "by-two"], 0)
+    assert contents(tmp_path / "by-two") == contents(tmp_path / "latents")
