@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_bundle
 
 from latentdiff import LatentDiffusionPipeline, solvers
@@ -42,6 +43,17 @@ def test_timetables_are_compared_beside_an_exact_flow() -> None:
     karras = [nearness("karras", "dpmpp-2m", steps) for steps in (10, 20, 40)]
     assert karras[0] > nearness("trailing", "dpmpp-2m", 10) + 5
     assert karras[2] > karras[1] + 9 > karras[0] + 18
+
+
+def test_further_prompts_are_measured_by_the_steps_between_neighbours() -> None:
+    """Of a plain, of stripes, and of a picture of three columns, one of which is brighter."""
+    module = runpy.run_path(str(SCRIPTS / "measure/further_prompts.py"))
+    stripes = (torch.arange(4) % 2).float().expand(1, 3, 4, 4)
+    assert module["roughness"](torch.full((2, 3, 5, 5), 0.3)) == 0
+    assert module["roughness"](stripes) == 255 / 2  # all steps to the side, none down
+    bright = torch.tensor([0.0, 0.2, 0.0]).expand(1, 3, 2, 3)
+    assert module["roughness"](bright) == pytest.approx(255 * 4 * 0.2 / 7)
+    assert {"scale 4", "weight 0.5"} <= module["SETTINGS"].keys()
 
 
 def test_solvers_are_compared_on_a_model() -> None:

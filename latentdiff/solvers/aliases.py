@@ -43,7 +43,7 @@ def resolve(name: str) -> tuple[str, str | None]:
     """
     if name in names():
         return name, None
-    plain = spelled(name)
+    plain = spelled(name).removeprefix("k-")  # as k-diffusion's methods were called at first
     for timetable in (*timetables.names(), *_TIMETABLES, None):
         ending = "" if timetable is None else f"-{timetable}"
         stem = plain.removesuffix(ending)

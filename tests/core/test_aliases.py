@@ -31,6 +31,10 @@ NAMES = {
     "kdpm_2_a_k": ("dpm2-a", "karras"),
     "heun_k": ("heun", "karras"),
     "dpmpp_3m_k": ("dpmpp-3m", "karras"),
+    # of 2022
+    "k_euler_a": ("euler-a", None),
+    "k_dpm_2_a": ("dpm2-a", None),
+    "k_lms": ("lms", None),
     # other spellings
     "UniPC": ("unipc", None),
     "dpmpp-2m  beta": ("dpmpp-2m", "beta"),

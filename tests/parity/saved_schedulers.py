@@ -175,7 +175,8 @@ def excuse(config: Keys, steps: int) -> str | None:
         return "infinity times 0 in the step to clean data"
     if kind.startswith("DDPM") and given["variance_type"] == "fixed_large":
         return "the last step draws the noise of the kernel"
-    if given.get("prediction_type") == "flow_prediction" and not given.get("use_flow_sigmas"):
+    flow = CLASSES[str(config["_class_name"])].family == "flow" or given.get("use_flow_sigmas")
+    if given.get("prediction_type") == "flow_prediction" and not flow:
         return "sigma / alpha is taken for sigma"
     return None
 

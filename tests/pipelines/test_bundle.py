@@ -258,6 +258,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut config": (lambda f: cut_short(f / "unet/config.json"), "not valid JSON"),
     "config a list": (lambda f: (f / "vae/config.json").write_text("[1]"), "object is needed"),
     "deep config": (lambda f: (f / "vae/config.json").write_text("[" * 10**5), "not valid JSON"),
+    **{
+        f"a key without a name in {part}": (
+            lambda f, part=part: change(f / part / "config.json", **{"": 1}),
+            f"{part}/config.json: it has a key without a name",
+        )
+        for part in ("unet", "vae", "text_encoder")
+    },
+    "a nest in the scheduler": (
+        lambda f: (f / "scheduler/scheduler_config.json").write_text(
+            '{"trained_betas": ' + "[" * 500 + "]" * 500 + "}"
+        ),
+        "scheduler_config.json: not valid JSON (it is nested too deep)",
+    ),
     "binary config": (lambda f: (f / "vae/config.json").write_bytes(b"\xff\xfe"), "not valid JSON"),
     "broken tokenizer": (
         lambda f: (f / "tokenizer/tokenizer.json").write_text('{"model": 3}'),
