@@ -43,18 +43,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_drawn_picture_has_the_style_and_the_emoji_of_the_nearest_real_one(data: Path) -> None:
-    real = script("measure/evaluate_style").Real(data, 32)
+    real = script("measure/evaluate_style").Real([data], 32)
     noto, flat = to_range(real.pictures[:6]), to_range(real.pictures[6:])
     wanted = real.examples[6:]
-    assert real.measure(flat, wanted, "flat") == {"style": 1.0, "shows_asked": 1.0}
-    assert real.measure(noto, wanted, "flat") == {"style": 0.0, "shows_asked": 1.0}
-    assert real.measure(flat.roll(1, 0), wanted, "flat") == {"style": 1.0, "shows_asked": 0.0}
+    assert real.measure(flat, wanted, "flat") == {"style": 1.0, "shows_asked": 1.0, "both": 1.0}
+    assert real.measure(noto, wanted, "flat") == {"style": 0.0, "shows_asked": 1.0, "both": 0.0}
+    assert real.measure(flat.roll(1, 0), wanted, "flat") == {
+        "style": 1.0,
+        "shows_asked": 0.0,
+        "both": 0.0,
+    }
 
 
 def test_what_is_asked_for_is_seen_or_new_or_untouched(data: Path, tmp_path: Path) -> None:
     """New emoji are known in the old style only; untouched ones neither seen nor prior prompts."""
     module = script("measure/evaluate_style")
-    real = module.Real(data, 32)
+    real = module.Real([data], 32)
     script("measure/pick_style").pick("flat", tmp_path / "out", data, "noto", 2, 0, 0)
     taught = {example.fields["codepoints"] for example in read_folder(tmp_path / "out")}
     (tmp_path / "prior").write_text(f"a thing {min({'0', '1', '2', '3', '4'} - taught)}\n\n")
@@ -109,7 +113,8 @@ def test_a_folder_with_the_four_fields_will_do_in_shards_too(data: Path, tmp_pat
     assert [e.read() for e in one] == [e.read() for e in other]
     assert all(e.captions[0].endswith(", flat style") for e in one)
     assert (
-        len(script("measure/evaluate_style").Real(tmp_path / "shards/00000.tar", 32).examples) == 12
+        len(script("measure/evaluate_style").Real([tmp_path / "shards/00000.tar"], 32).examples)
+        == 12
     )
 
 
@@ -122,12 +127,12 @@ def test_what_cannot_be_measured_is_a_line(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'train'"):
         evaluate.choose_splits(evaluate.RealPictures(data, 32, ["nto"]), None)
     with pytest.raises(UserError, match=r"'faces' shows .* flat, noto"):
-        style.choose(style.Real(data, 32), "faces", "noto", data, set(), 9, 0)
+        style.choose(style.Real([data], 32), "faces", "noto", data, set(), 9, 0)
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes((data / "noto_0.png").read_bytes())
     (tmp_path / "a/x.txt").write_text("x")
     for reader in (
-        lambda: style.Real(tmp_path / "a", 32),
+        lambda: style.Real([tmp_path / "a"], 32),
         lambda: evaluate.RealPictures(tmp_path / "a", 32, []),
     ):
         with pytest.raises(UserError, match=r"lack the field 'style': x\.png"):
@@ -156,3 +161,38 @@ def test_text_goes_between_the_marks_or_nowhere(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks the marks"):
         write_between(page, "<c>", "</b>", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+def test_what_is_kept_is_a_share_of_what_was_there() -> None:
+    kept = script("measure/evaluate_style").kept
+    values = {"untouched, before": {"shows_asked": 0.8}, "untouched, after": {"shows_asked": 0.6}}
+    assert kept(values) == 0.75
+    assert kept({}) is None
+
+
+def test_every_setting_to_compare_is_one_of_a_fine_tune(tmp_path: Path) -> None:
+    """Options too: each is handed to the fine-tune's own command line, which stops at no data."""
+    compare, finetune = script("measure/compare_style"), script("finetune")
+    app = typer.Typer()
+    app.command()(finetune.main)
+    for name in compare.SETTINGS:
+        words = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / compare.slug(name))]
+        done = CliRunner().invoke(app, [*words, *compare.words_of(name, "flat")])
+        assert "there is no picture folder" in done.stderr, (name, done.stderr)
+
+
+def test_a_row_of_the_comparison_is_the_mean_of_its_runs() -> None:
+    compare = script("measure/compare_style")
+    curves = [[[0, 1.0], [50, 0.8]], [[0, 1.0], [50, 0.79]]]
+    runs = [
+        {
+            "seen, after": {"style": seen, "both": 0.0},
+            "new, after": {"style": 0.5, "both": both},
+            "kept": 0.9,
+            "curve": one,
+            "seconds": 90,
+        }
+        for seen, both, one in zip((0.8, 0.9), (0.2, 0.3), curves, strict=True)
+    ]
+    assert compare.row("x", runs) == "| x | 85.0 | 50.0 | 25.0 | 90 | 0.05 | 1.5 |"
+    assert compare.gap(curves[0], curves[0][:0]) is None

@@ -7,10 +7,12 @@ A drawn picture has the style of its nearest real one (root mean square of 32x32
 all styles of DATA. `seen` are the emoji of the fine-tune's own pictures; `new` are as many others,
 which the model knew in its old style only. `untouched` are captions of the old style, of emoji that
 are neither among those pictures nor named by a prior prompt: what the model keeps. `shows_asked` is
-the share whose nearest real picture, of any style, is of the asked emoji.
+the share whose nearest real picture, of any style, is of the asked emoji; `both` the share whose
+nearest one is of the asked emoji in the new style. `kept` is what is left of the untouched
+captions' `shows_asked`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -38,6 +40,7 @@ def main(
     pictures: Annotated[Path, typer.Option(metavar="DIR", help="The pictures of the fine-tune.")],
     lora: Annotated[Path | None, typer.Option(help="The LoRA file of the fine-tune.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    embedding: Annotated[Path | None, typer.Option(help="A new word learned with it.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
     model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji64"),
     known: Annotated[str, typer.Option(help="The style that it knows.")] = "noto",
@@ -46,13 +49,18 @@ def main(
         typer.Option(
             metavar="FILE",
             help="The fine-tune's prior prompts, a line each. Default: prior.txt in --pictures, "
-            "if it is there.",
+            "if it is there, else the captions in the folder of the model before.",
         ),
     ] = None,
     untouched: Annotated[int, typer.Option(help="How many captions of the old style.")] = 200,
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Real pictures, all styles.")] = Path(
-        "data/emoji128"
-    ),
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Real pictures of all styles; may be given again, for a style of another set. "
+            "Default: data/emoji128.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where grid and numbers go.")] = Path(
         "runs/style-evaluation"
     ),
@@ -68,9 +76,12 @@ def main(
         after = LatentDiffusionPipeline.from_pretrained(tuned or model)
         if lora is not None:
             after.load_lora(lora, lora_scale)
+        if embedding is not None:
+            after.load_textual_inversion(embedding)
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-        real = Real(data, after.bundle.size[0])
-        groups = choose(real, style, known, pictures, read_lines(prior, pictures), untouched, seed)
+        real = Real(data or [Path("data/emoji128")], after.bundle.size[0])
+        told = read_lines(prior, pictures) or set(before.bundle.captions)
+        groups = choose(real, style, known, pictures, told, untouched, seed)
         evaluate(before, after, real, style, groups, out, settings)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
@@ -80,9 +91,12 @@ def main(
 class Real:
     """Every real picture of every style."""
 
-    def __init__(self, root: Path, size: int) -> None:
-        self.examples = read_folder(root)
-        check_fields(self.examples, FIELDS, root)
+    def __init__(self, roots: Sequence[Path], size: int) -> None:
+        self.examples: list[Example] = []
+        for root in roots:
+            found = read_folder(root)
+            check_fields(found, FIELDS, root)
+            self.examples += found
         self.pictures = load_pictures(self.examples, size)
         self.thumbnails = blurred_thumbnails(self.pictures)
 
@@ -95,7 +109,8 @@ class Real:
             f["codepoints"] == e.fields["codepoints"] for f, e in zip(found, wanted, strict=True)
         ]
         share = lambda hits: round(sum(hits) / len(hits), 4)  # noqa: E731
-        return {"style": share(styles), "shows_asked": share(shown)}
+        both = [style and asked for style, asked in zip(styles, shown, strict=True)]
+        return {"style": share(styles), "shows_asked": share(shown), "both": share(both)}
 
 
 def plain(real: Real, style: str) -> list[Example]:
@@ -215,8 +230,19 @@ def evaluate(
             rows += [to_pil(picture) for picture in spread(list(tensor))]
         own = [real.examples.index(example) for example in spread(wanted)]
         rows += [to_pil(picture) for picture in to_range(real.pictures[own])]
+    report["kept"] = kept(report)
+    if report["kept"] is not None:
+        typer.echo(f"untouched captions kept: {100 * float(str(report['kept'])):.1f} %")
     write_json(out / "style.json", report, replace=True)
     save_png(grid(rows, min(12, len(groups["seen"][0]))), out / "style.png", replace=True)
+
+
+def kept(report: Mapping[str, object]) -> float | None:
+    """The untouched captions' `shows_asked` after, as a share of that before; None without any."""
+    before, after = (report.get(f"untouched, {when}") for when in ("before", "after"))
+    if not (isinstance(before, dict) and isinstance(after, dict) and before["shows_asked"]):
+        return None
+    return round(after["shows_asked"] / before["shows_asked"], 4)
 
 
 if __name__ == "__main__":
