@@ -386,7 +386,8 @@ def collect_samples(run: Run, config: FinetuneConfig, bundle: Bundle) -> tuple[S
         raise UserError(f"{data.root}: no picture is left to learn from")
     captions = [caption for example in checked.examples for caption in example.captions]
     check_words(config.inversion.tokens, captions)
-    cache, skip, crops = config.out / "cache", data.bad == "skip", variants(data.crops, data.flip)
+    cache = data.latents or config.out / "cache"
+    skip, crops = data.bad == "skip", variants(data.crops, data.flip)
     buckets = assign_buckets(checked.sizes, size, unit, data.buckets)
     with run.accelerator.main_process_first():
         samples = encode_samples(bundle.autoencoder, checked, buckets, crops, cache, skip=skip)

@@ -27,6 +27,7 @@ class PicturesConfig(Strict):
     crops: PositiveInt = 1
     flip: bool = False
     buckets: bool = False
+    latents: Path | None = None  # where they are kept, in place of OUT/cache
     mask: str | None = None
 
 

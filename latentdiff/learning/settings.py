@@ -15,7 +15,7 @@ _FREE = {
     *("out", "card", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
     *("max_bad_steps", "preset", "sample_prompts", "save_dtype", "gradient_checkpointing"),
     *("held_out.every", "held_out.keep", "held_out.patience"),
-    *("optim.steps", "optim.accumulation", "data.workers", "unet.backend"),
+    *("optim.steps", "optim.accumulation", "data.workers", "data.latents", "unet.backend"),
 }
 # Say what is trained: with other ones a checkpoint is another model's.
 _SHAPE = ("method.", "model.", "lora.", "inversion.", "inpaint.", "train_text.", "vae.", "unet.")

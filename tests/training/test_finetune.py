@@ -42,6 +42,7 @@ from latentdiff.learning.presets import prior_captions
 from latentdiff.learning.run import Run
 from latentdiff.learning.samples import Samples
 from latentdiff.learning.textual_inversion import word_files
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.pictures import open_picture, to_pil, to_uint8
 from latentdiff.pipeline import Control, LatentDiffusionPipeline
 
@@ -187,6 +188,23 @@ def test_a_held_out_loss_tells_of_the_weights_alone_and_the_best_ones_are_left(
     drawn = {path.name for path in (tmp_path / "one/pictures").iterdir()}
     assert {f"samples-best-{best:08}.png", "held-out-00000000.png"} <= drawn
     assert f"| steps | {best + 2} |" in (tmp_path / "one/README.md").read_text()
+
+
+def test_latents_that_another_run_made_are_read(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, optim = {"latents": str(tmp_path / "latents")}, {"steps": 1, "batch_size": 4}
+    first = finetune(work, tmp_path / "first", "full", data=data, optim=optim)
+    assert list((tmp_path / "latents").rglob("*.safetensors"))
+
+    def none(self: object, pictures: object) -> torch.Tensor:
+        raise AssertionError("a picture is encoded again")
+
+    monkeypatch.setattr(DiffusersAutoencoder, "moments", none)
+    again = finetune(work, tmp_path / "again", "full", data=data, optim=optim)
+    assert (first / "log.jsonl").read_text() == (again / "log.jsonl").read_text()
+    with pytest.raises(AssertionError, match="encoded again"):
+        finetune(work, tmp_path / "alone", "full", optim=optim)
 
 
 def test_a_tenth_of_twenty_pictures_or_more_is_put_aside() -> None:
