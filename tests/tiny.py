@@ -125,6 +125,7 @@ def tiny_xl(
     process: str = "vp-scaled-linear",
     steps: Steps | None = None,
     zero_empty: bool = True,
+    guidance_width: int | None = None,
     seed: int = 0,
 ) -> Bundle:
     """A model of the Stable Diffusion XL family, of 16 x 16 pictures in 8 x 8 latents.
@@ -136,7 +137,7 @@ def tiny_xl(
     encoders = {"text_encoder_2": tiny_penultimate(2, seed + 1)}
     if not refiner:
         encoders = {"text_encoder": tiny_penultimate(1, seed), **encoders}
-    unet = tiny_xl_unet(in_channels, refiner=refiner, seed=seed)
+    unet = tiny_xl_unet(in_channels, refiner=refiner, guidance_width=guidance_width, seed=seed)
     for network in (autoencoder, unet, *(tower.model for tower in encoders.values())):
         network.requires_grad_(False)
     conditioner = JoinedConditioner(encoders, zero_empty, refiner)
@@ -226,7 +227,11 @@ def tiny_penultimate(number: Literal[1, 2], seed: int = 0) -> PenultimateTower:
 
 
 def tiny_xl_unet(
-    in_channels: int = 4, *, refiner: bool = False, seed: int = 0
+    in_channels: int = 4,
+    *,
+    refiner: bool = False,
+    guidance_width: int | None = None,
+    seed: int = 0,
 ) -> UNet2DConditionModel:
     """The U-Net of `tiny_xl`: no attention in its first level, two transformers in its second."""
     told: dict[str, Any] = {"addition_time_embed_dim": 8}
@@ -245,6 +250,7 @@ def tiny_xl_unet(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=4,
+            time_cond_proj_dim=guidance_width,
             addition_embed_type="text_time",
             **told,
         )

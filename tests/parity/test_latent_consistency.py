@@ -11,10 +11,13 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
     LatentConsistencyModelPipeline,
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
-from tiny import tiny_bundle, tower_of, unet_of, vae_of, with_own_networks
+from tiny import tiny_bundle, tiny_xl, tower_of, unet_of, vae_of, with_own_networks
 from torch import Tensor
 
 from latentdiff import Instruct, LatentDiffusionPipeline, UserError
@@ -95,6 +98,27 @@ def test_the_scale_is_told_in_one_pass_a_step(solver: str, tmp_path: Path) -> No
     assert np.abs(pictures[1.0] - pictures[8.5]).max() > 0.05
     assert np.array_equal(draw(pipe), pictures[8.5])  # theirs, where none is said
     assert pipe("a red heart", num_inference_steps=4, progress=False).nfe == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_so_it_is_in_stable_diffusion_xl(solver: str, tmp_path: Path) -> None:
+    made = tiny_xl(guidance_width=WIDTH)
+    theirs: Any = StableDiffusionXLPipeline.from_pretrained(made.save(tmp_path / "model"))
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = SCHEDULERS[solver]()
+    theirs.save_pretrained(tmp_path / "theirs")
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    assert pipe.bundle.network.guidance_width == WIDTH
+    pictures: list[np.ndarray] = []
+    for scale in (2.0, 8.5):
+        random = torch.Generator().manual_seed(SEED)
+        call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": scale}
+        call |= {"latents": noise(), "generator": random, "output_type": "np"}
+        wanted = theirs("a red heart", **call).images
+        pictures.append(draw(pipe, guidance_scale=scale))
+        assert np.abs(pictures[-1] - wanted).max() <= TOLERANCE
+    assert np.abs(pictures[0] - pictures[1]).max() > 0.02
 
 
 def test_the_embedding_is_that_of_diffusers() -> None:

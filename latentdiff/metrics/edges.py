@@ -1,0 +1,28 @@
+"""Agreement of the edges of two pictures."""
+
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+
+def edge_agreement(found: Tensor, wanted: Tensor, tolerance: int = 1) -> float:
+    """F1 of edges, as boundaries are compared (Martin et al. 2004): the harmonic mean of the shares
+    of each picture's edge pixels that have one of the other's within `tolerance` pixels.
+
+    Args:
+        found: bool [H, W].
+        wanted: bool [H, W].
+        tolerance: in pixels, along each side.
+
+    Returns:
+        0 .. 1; 1 where neither has an edge, 0 where one alone has.
+    """
+    if not found.any() and not wanted.any():
+        return 1.0
+    precision, recall = _near(found, wanted, tolerance), _near(wanted, found, tolerance)
+    return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+
+
+def _near(these: Tensor, those: Tensor, tolerance: int) -> float:
+    """The share of these pixels that have one of those within the tolerance; 0 of none."""
+    wide = max_pool2d(those[None].float(), 2 * tolerance + 1, 1, tolerance)[0] > 0
+    return float((these & wide).sum() / these.sum().clamp(min=1))

@@ -1,0 +1,122 @@
+"""Measure how closely a ControlNet of edges holds a model to the edges that it is shown.
+
+    python training/measure/evaluate_control.py --control runs/emoji64-edges/controlnet
+
+Of pictures that it has not learned from, the edges are shown to it with their captions; the same is
+drawn without it. `f1` is the mean agreement of the edges of what is drawn with those that were
+shown: the harmonic mean of precision and recall, within a pixel (`latentdiff.metrics.edges`).
+`decoded` is that of the pictures themselves, through the autoencoder: no control does better.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+
+from latentdiff.data.examples import Example
+from latentdiff.data.folder import check_fields, list_folder
+from latentdiff.data.variants import Variant
+from latentdiff.editing.control_pictures import control_picture, edges
+from latentdiff.errors import UserError
+from latentdiff.files import make_folder, write_json
+from latentdiff.formats.controlnet import load_controlnet
+from latentdiff.metrics.edges import edge_agreement
+from latentdiff.models.control import ControlNetwork
+from latentdiff.pictures import grid, save_png, to_pil, to_tensor
+from latentdiff.pipeline import Control, LatentDiffusionPipeline
+
+_AT_ONCE = 16
+
+
+def main(
+    control: Annotated[Path, typer.Option(metavar="FOLDER", help="The ControlNet.")],
+    model: Annotated[str | None, typer.Option(help="Default: the bundled model.")] = None,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Pictures.")] = Path("data/emoji128"),
+    style: Annotated[str, typer.Option(help="A value of the field `style`.")] = "noto",
+    kind: Annotated[str, typer.Option(help="What it is shown.")] = "canny",
+    count: Annotated[int, typer.Option(help="Pictures, evenly from those held out.")] = 96,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    scale: Annotated[float, typer.Option(help="Strength of the control.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where grid and numbers go.")] = Path(
+        "runs/control-evaluation"
+    ),
+) -> None:
+    """Measure the edges of what is drawn with and without a ControlNet."""
+    try:
+        pipe = LatentDiffusionPipeline.from_pretrained(model)
+        network = load_controlnet(
+            control, device=pipe.bundle.device, dtype=pipe.bundle.network.dtype
+        )
+        examples = held_out(data, style, count)
+        size = pipe.bundle.size
+        pictures = [Variant().fill(example.open(), size) for example in examples]
+        call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+        told = {"scale": scale, "kind": kind}
+        report = evaluate(pipe, network, examples, pictures, told, call, out)
+        for name, value in report["f1"].items():
+            typer.echo(f"{name}: edges agree by {value}")
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def held_out(data: Path, style: str, count: int) -> list[Example]:
+    """Pictures of a style without skin tones that are of no training split, evenly spread.
+
+    Raises:
+        UserError: there are none.
+    """
+    examples = list_folder(data, where={"style": (style,), "skin_tone": ("",)})
+    check_fields(examples, ("split",), data)
+    others = [e for e in examples if str(e.fields["split"]).startswith("test")]
+    if not others:
+        raise UserError(f"{data}: no picture of the style {style} is held out.")
+    shown = min(count, len(others))
+    return [others[number * len(others) // shown] for number in range(shown)]
+
+
+def evaluate(
+    pipe: LatentDiffusionPipeline,
+    network: ControlNetwork,
+    examples: Sequence[Example],
+    pictures: list[Image.Image],
+    told: dict[str, Any],
+    call: dict[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """`control.json`, and `control.png`: what was shown, without, with, and the picture."""
+    prompts = [example.captions[0] for example in examples]
+    drawn: dict[str, list[Image.Image]] = {"decoded": [], "without": [], "with": []}
+    for first in range(0, len(prompts), _AT_ONCE):
+        part, own = prompts[first : first + _AT_ONCE], pictures[first : first + _AT_ONCE]
+        height, width = pipe.bundle.size
+        more: dict[str, Any] = call | {"first": first, "height": height, "width": width}
+        drawn["without"] += pipe(part, **more).images
+        drawn["with"] += pipe(part, controls=[Control(network, own, **told)], **more).images
+        with torch.no_grad():
+            latents = pipe.bundle.autoencoder.encode(torch.stack([to_tensor(one) for one in own]))
+            drawn["decoded"] += [to_pil(one) for one in pipe.bundle.autoencoder.decode(latents)]
+    wanted = [edges(one) for one in pictures]
+    scores = {
+        name: [edge_agreement(edges(one), own) for one, own in zip(images, wanted, strict=True)]
+        for name, images in drawn.items()
+    }
+    means = {name: round(sum(values) / len(values), 4) for name, values in scores.items()}
+    report = {"pictures": len(prompts), **call, **told, "f1": means}
+    make_folder(out)
+    write_json(out / "control.json", report, replace=True)
+    rows: list[Image.Image] = []
+    for number in range(0, len(pictures), max(1, len(pictures) // 12)):
+        rows += [control_picture(pictures[number], told["kind"]), drawn["without"][number]]
+        rows += [drawn["with"][number], pictures[number]]
+    save_png(grid(rows, 12), out / "control.png", replace=True)
+    return report
+
+
+if __name__ == "__main__":
+    typer.run(main)
