@@ -5,6 +5,7 @@
 
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ import torch
 from _pytest.mark.structures import ParameterSet
 from PIL import Image, ImageDraw
 
-from latentdiff import ILVR, LatentDiffusionPipeline, RePaint, SDEdit, solvers
+from latentdiff import ILVR, Control, LatentDiffusionPipeline, RePaint, SDEdit, solvers
 from latentdiff.diffusion.edits import Edit
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.metrics.psnr import psnr
+from latentdiff.models.control import ControlNetwork
+from latentdiff.models.controlnet import ControlNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.pictures import to_tensor
 from latentdiff.solvers import Solver
 from latentdiff.solvers.embedded_pairs import dpm_adaptive, rk45, sde_adaptive
@@ -141,3 +145,49 @@ def test_invert_and_return(side: int, refinements: int) -> None:
             bundle.autoencoder.encode(to_tensor(picture)[None])
         ).clamp(-1, 1)
     assert psnr(back.images * 2 - 1, known).item() >= 35
+
+
+@cache
+def random_control() -> ControlNetwork:
+    """A ControlNet beside the bundled model, of its own weights, that says something."""
+    unet = pipe().bundle.network.module
+    assert isinstance(unet, CrossAttentionUNet)
+    made = ControlNet.beside(unet, [8, 8, 8, 8], 16, attention=False)
+    random = torch.Generator().manual_seed(0)
+    for layer in (*made.controlnet_down_blocks, made.controlnet_cond_embedding.conv_out):
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        torch.nn.init.normal_(weight, std=0.1, generator=random)
+    return ControlNetwork(made.eval().requires_grad_(False))
+
+
+CONTROLLED = ("none", "SDEdit", "RePaint", "ILVR")
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler-a", "heun", "dpmpp-2m", "unipc", "ddpm"])
+@pytest.mark.parametrize(
+    "edit", [pytest.param(e, marks=[] if e == "ILVR" else pytest.mark.slow) for e in CONTROLLED]
+)
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_controls_with_every_edit(edit: str, solver: str, count: int) -> None:
+    """Seen, and what the edit keeps is kept."""
+    edits, _ = ([], 3) if edit == "none" else combinations()[edit]
+    kinds = ("canny", "palette")[:count]
+    controls = [Control(random_control(), scribble(), kind=kind) for kind in kinds]
+    call: dict[str, Any] = {"edits": edits, "num_inference_steps": STEPS, "solver": solver}
+    call |= {"seed": 1, "output_type": "pt", "progress": False}
+    output = pipe()("a red heart", controls=controls, **call)
+    assert bool(torch.isfinite(output.images).all())
+    size: dict[str, Any] = {} if edits else {"height": 32, "width": 32}
+    without = pipe()("a red heart", **call, **size).images[..., :27, :30]
+    assert output.images.shape == without.shape
+    assert (output.images - without).abs().max() > 0.01
+    given = to_tensor(scribble())
+    if edit == "RePaint":
+        known = torch.from_numpy(np.asarray(hole()) == 0)
+        assert torch.equal(output.images[0][:, known], (given / 2 + 0.5)[:, known])
+    if edit == "ILVR":
+        padded = torch.nn.functional.pad(given[None], (0, 2, 0, 5), mode="replicate")
+        reference = pipe().bundle.autoencoder.encode(padded)
+        gap = low_pass(output.latents, 2) - low_pass(reference, 2)
+        assert gap.square().mean().sqrt() < 1e-4
