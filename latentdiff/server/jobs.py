@@ -34,7 +34,7 @@ class Job:
     Attributes:
         request: of each of its pictures: one prompt, no seed.
         seeds: seed of each picture.
-        pixels: of each of its pictures, as it is drawn.
+        pixels: of each of its pictures, as it is drawn, for each of its prompts.
         preview_every: number of steps between two previews; 0 is none.
         region: the part of a larger picture that is drawn, into which each result is put back.
         held: pixels of the client's pictures that it holds, until it is over.
@@ -119,7 +119,8 @@ class Job:
         mine, theirs = self.request, other.request
         alone = replace(mine, prompt=theirs.prompt, negative_prompt=theirs.negative_prompt)
         fields = [getattr(alone, name) == getattr(theirs, name) for name in _COMPARED]
-        return not (mine.edits or theirs.edits) and all(fields)
+        plain = not (mine.edits or theirs.edits)
+        return plain and self.pixels == other.pixels and all(fields)
 
 
 _DECODED = 256  # pixels along a side of a model whose previews are decoded: that takes little

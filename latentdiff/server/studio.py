@@ -20,6 +20,7 @@ from latentdiff.guidance import methods
 from latentdiff.guidance.from_text import check_text, file_of
 from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.arguments import MAX_SEED, latent_shape
+from latentdiff.pipeline.prompt_syntax import parse
 from latentdiff.pipeline.prompts import check_also, check_negatives, check_prompts
 from latentdiff.server.jobs import Busy, Job, JobQueue
 from latentdiff.solvers.aliases import resolve_both
@@ -42,6 +43,9 @@ class Limits:
     pictures: int = 16
     body: int = 2**25
     waiting: int = 256
+
+
+_MOST_PROMPTS = 9  # beside one another in a picture: of AND and `also`
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class Studio:
             raise Refused(429, "too much is waiting: try again in a moment") from None
 
     def _pixels(self, request: Request, number: int) -> int:
-        """Pixels of each picture as it is drawn, those of an edit's own picture where it has one.
+        """Pixels of each picture as it is drawn, those of an edit's own picture where it has one;
+        as often as there are prompts beside one another, for each of which the network draws.
 
         Raises:
             Refused: they are too many, or not of a size that can be drawn.
@@ -154,7 +159,7 @@ class Studio:
         within(width, "width", bundle.factor, most)
         with refusing("size"):
             latent_shape(bundle, height, width, number)
-        return height * width
+        return height * width * prompts_of(request)
 
     async def finished(self, job: Job, http: HTTPRequest) -> list[bytes]:
         """The PNG files of a job; it is cancelled when the client goes away.
@@ -242,6 +247,11 @@ def check_words(request: Request) -> None:
         )
     with refusing("also"):
         check_also(request.also)
+    with refusing("prompt"):
+        count = prompts_of(request)
+    if count > _MOST_PROMPTS:
+        told = f"prompt: {count} prompts beside one another; at most {_MOST_PROMPTS} are drawn"
+        raise Refused(400, told, "prompt")
     for edit in request.edits:
         with refusing("edits"):
             name, path = check_text(f"{edit}")[0], file_of(f"{edit}")
@@ -250,6 +260,16 @@ def check_words(request: Request) -> None:
         if path is not None:
             told = f"edits: the guide {name!r} reads files of the server, which no client may name"
             raise Refused(400, told, "edits")
+
+
+def prompts_of(request: Request) -> int:
+    """How many prompts stand beside one another in a picture: those of AND, and `also`.
+
+    Raises:
+        UserError: the prompt cannot be read.
+    """
+    theirs = request.prompt_syntax == "a1111"
+    return len(request.also) + (len(parse(f"{request.prompt}").parts) if theirs else 1)
 
 
 def within(value: int, name: str, low: int, high: int) -> int:

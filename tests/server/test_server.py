@@ -297,6 +297,25 @@ def test_a_batch_and_what_waits_are_bounded_by_the_pixels_really_drawn(
     assert client.post("/jobs", json=body | {"num_inference_steps": 1}).status_code == 201
 
 
+def test_prompts_beside_one_another_are_bounded_and_count(
+    client: TestClient, studio: Studio
+) -> None:
+    body = {"prompt_syntax": "a1111", "num_inference_steps": 1, "seed": 1}
+    for prompt, told in [
+        (" AND ".join("abcdefghij"), "10 prompts beside one another"),
+        ("a <lora:none:1:2:3>", "is not to be had"),
+        ("a AND ", "a part without words"),
+    ]:
+        refused = client.post("/jobs", json=body | {"prompt": prompt})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        assert told in refused.json()["detail"]
+    many = {"prompt": "a AND b", "also": ["c", "d:0.5"], "num_images": 2}
+    begun = client.post("/jobs", json=body | many).json()["id"]
+    assert events(client, begun)[-1]["state"] == "done"
+    assert studio.queue.jobs[begun].pixels == 4 * 16 * 16
+    assert studio.queue.batches == 2
+
+
 def test_an_a1111_client_watches_and_interrupts_its_own_jobs_alone(
     client: TestClient, studio: Studio
 ) -> None:
