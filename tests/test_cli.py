@@ -227,6 +227,7 @@ REFUSED = {
     "unknown dtype": (["a cat", "--dtype", "int8"], "bfloat16"),
     "unknown device": (["a cat", "--device", "quantum"], "quantum"),
     "unknown option": (["a cat", "--colour", "red"], "--colour"),
+    "a place too far": (["a", "--region", f"b@box:1,1,{'9' * 5000},2"], "a box is x0,y0,x1,y1"),
 }
 
 
@@ -252,6 +253,10 @@ MISTAKEN = {
     "generate a --embedding missing.safetensors": "missing.safetensors: no such file of learned",
     "generate a --vae missing": "missing: no such autoencoder",
     "generate a --prediction epsilonn": "unknown prediction",
+    "generate a --vae ~no-such-user/vae": "there is no user of that name",
+    f"generate a --syntax a1111 --lora-dir {'x' * 300}": "no folder of LoRAs (",
+    f"inpaint picture.png a --mask box:1,1,{'9' * 5000},2": "a box is x0,y0,x1,y1",
+    f"interpolate {'x' * 300} b": "nowhere",
     "edit picture.png a --mask missing.png": "missing.png",
     "inpaint picture.png a --mask box:1,2": "box",
     "interpolate a b --lora missing.safetensors": "no such LoRA file",
@@ -312,6 +317,9 @@ def test_bad_models(
         arguments = ["generate", "a cat", "--model", str(path), "--out", str(out)]
         refused(arguments, named, capsys)
         refused(["info", str(path)], named, capsys)
+    for command in (["info"], ["convert"], ["generate", "a", "--lora"]):
+        ending = [str(out)] if command == ["convert"] else []
+        refused([*command, "~no-such-user/model", *ending], "no user of that name", capsys)
     assert not out.parent.exists()
 
 

@@ -51,7 +51,7 @@ def interpolate(
 ) -> None:
     """Draw the way from A to B: between two pictures (inverted to noise) or two prompts."""
     check_writable(out)
-    files = [Path(one).is_file() for one in (a, b)]
+    files = [_is_file(one) for one in (a, b)]
     if files[0] != files[1]:
         raise UserError(f"{a} and {b}: two picture files or two prompts are needed.")
     for one in () if files[0] else (a, b):
@@ -99,3 +99,10 @@ def interpolate(
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")
         paths.append(pictures.save_png(pictures.grid(images, 8), path, png_text(kept)))
     print(*paths, sep="\n")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name, so a prompt
+        return False

@@ -132,8 +132,10 @@ def with_named(loras: Sequence[str], folder: Path | None, named: Mapping[str, fl
         UserError: there is no such file, or there are two.
     """
     files: dict[Path, float] = dict(map(parse_lora, loras))
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--lora-dir {folder}: no such folder.")
+    from latentdiff.formats.location import find_file
+
+    if folder is not None and not find_file(folder, "folder of LoRAs").is_dir():
+        raise UserError(f"--lora-dir {folder}: it is a file; name the folder of LoRAs.")
     beside = [] if folder is None or not named else sorted(folder.rglob("*.safetensors"))
     for name, scale in named.items():
         found = [file for file in files if name in (file.name, file.stem)]

@@ -81,6 +81,6 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # a NUL in it is of a wrong type
         told = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise UserError(f"cannot listen at {host}:{port}: {told}; try another --port") from None

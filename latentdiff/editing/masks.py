@@ -24,7 +24,7 @@ _CLEAR = 64  # of 255, from black and from white, what is clearly one or the oth
 _SWEEPS = 16  # of `extend` at each level: some per cent from harmonic in a hole of half a picture
 _log = logging.getLogger(__name__)
 
-_BOX = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
+_BOX = re.compile(",".join([r"(-?\d{1,9})"] * 4))
 
 
 def box_mask(box: str, size: tuple[int, int]) -> Image.Image:

@@ -37,7 +37,7 @@ def find(where: str | Path | None) -> Path:
         return _bundled()
     if not str(where):
         raise UserError("the name of the model is empty.")
-    folder = Path(where).expanduser()
+    folder = expanded(where)
     try:
         if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
             return folder
@@ -98,6 +98,18 @@ def is_hub_id(where: str | Path) -> bool:
     return not Path(where).exists()
 
 
+def expanded(where: str | Path) -> Path:
+    """A path with the home folder in place of "~".
+
+    Raises:
+        UserError: there is no user of that name.
+    """
+    try:
+        return Path(where).expanduser()
+    except RuntimeError:
+        raise UserError(f"{where!s:.100}: there is no user of that name.") from None
+
+
 def find_file(where: str | Path, kind: str) -> Path:
     """The file or folder of a part that a model is given.
 
@@ -108,7 +120,7 @@ def find_file(where: str | Path, kind: str) -> Path:
     Raises:
         UserError: nothing is there.
     """
-    path = Path(where).expanduser()
+    path = expanded(where)
     try:
         if not path.is_dir() and not path.is_file():
             raise UserError(f"{path}: no such {kind}.")

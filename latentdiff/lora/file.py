@@ -17,6 +17,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError, warn
 from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.embeddings import BUNDLED, packed_words
+from latentdiff.formats.location import expanded
 from latentdiff.formats.weights import (
     WeightFiles,
     blaming,
@@ -80,7 +81,7 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
     Raises:
         UserError: missing, damaged, no LoRA, or one for another model.
     """
-    file = _find(Path(path).expanduser())
+    file = _find(expanded(path))
     with blaming(file):
         stored = WeightFiles([file])
         _check_layers(stored)
@@ -191,7 +192,7 @@ def _read(stored: WeightFiles, name: str) -> Tensor:
 def is_lora(path: str | Path) -> bool:
     """Whether a file or folder holds nothing but tensors of a LoRA, by their names."""
     try:
-        recognise(_find(Path(path).expanduser()))
+        recognise(_find(expanded(path)))
     except UserError:
         return False
     return True
@@ -395,7 +396,7 @@ def save_lora(
     check_name("LoRA layout", layout, get_args(Layout))
     if not list(lora.parts()) and not any(lora.sums.values()):
         raise UserError("the LoRA changes nothing, so there is nothing to save.")
-    path = Path(path).expanduser()
+    path = expanded(path)
     replace = may_replace(path, "a LoRA that opens here", recognise)
     write = _kohya if layout == "kohya" else _diffusers
     values, header = write(lora)
