@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import VAE, UNet
     from latentdiff.formats.weights import WeightFiles
 
-# Parts of other families, and what a pipeline of diffusers would draw with beside these.
-_FOREIGN = ("text_encoder_3", "transformer", "prior", "image_encoder", "controlnet", "adapter")
+# Parts of other families, and of pipelines that draw with more than a model.
+_FOREIGN = ("text_encoder_3", "transformer", "prior")
+_BESIDE = ("image_encoder", "controlnet", "adapter")
+_NOTHING = (None, [None, None])
 _PIPELINES: dict[Kind, str] = {
     "text-to-image": "StableDiffusionXLPipeline",
     "inpainting": "StableDiffusionXLInpaintPipeline",
@@ -34,9 +36,8 @@ _REFINER = "StableDiffusionXLImg2ImgPipeline"
 
 def claims_folder(index: Mapping[str, object]) -> bool:
     """True where a second text encoder stands beside a U-Net, and no part of another family."""
-    nothing = (None, [None, None])
-    there = all(index.get(part) not in nothing for part in ("text_encoder_2", "unet"))
-    return there and all(index.get(part) in nothing for part in _FOREIGN)
+    there = all(index.get(part) not in _NOTHING for part in ("text_encoder_2", "unet"))
+    return there and all(index.get(part) in _NOTHING for part in _FOREIGN)
 
 
 def claims_file(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -64,6 +65,12 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
     )
     if edit:
         raise UserError(f"{path}: is_cosxl_edit: such a model does not load here.")
+    for part in _BESIDE:
+        if index.get(part) not in _NOTHING:
+            raise UserError(
+                f"{path}: it has a part {part}, beside a model of Stable Diffusion XL; take that "
+                "part out of it, and give it to the call."
+            )
     variant = choices.variant
     if variant is not None:
         parts.check_variant(folder, variant)
@@ -73,7 +80,7 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
     else:
         vae = open_autoencoder(choices.vae, XL_SCALE)
     texts: dict[str, tuple[PenultimateTower, WeightFiles]] = {}
-    if index.get("text_encoder") not in (None, [None, None]):
+    if index.get("text_encoder") not in _NOTHING:
         texts["text_encoder"] = parts.penultimate(
             folder / "text_encoder", folder / "tokenizer", variant, projection=False
         )
