@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
+from latentdiff.formats.embeddings import SIDES, WORD
 from latentdiff.formats.weights import WeightFiles, may_replace, save_tensors
 from latentdiff.models.clip_tokenizer import in_transformers
 from latentdiff.models.text_encoders import ClipTower
@@ -86,7 +87,7 @@ def _taught(tower: ClipTower, tokens: Sequence[str], start_from: str | None) -> 
     tower.model.set_input_embeddings(WordRows(table, first, start.repeat(len(tokens), 1)))
     tower.model.config.vocab_size = max(table.num_embeddings, first + len(tokens))
     if tower.model.config.eos_token_id == 2:  # by which transformers takes the largest id for it
-        tower.model.config.eos_token_id = tokenizer.eos_token_id
+        tower.model.config.eos_token_id = known[str(tokenizer.eos_token)]
     return type(tower)(tower.model, tokenizer)
 
 
@@ -134,7 +135,7 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
     for name, tower in clips_of(bundle).items():
         words = tower.model.get_input_embeddings()
         assert isinstance(words, WordRows)
-        rows[_ENCODERS[name]] = words.rows.detach().cpu()
+        rows[SIDES[name]] = words.rows.detach().cpu()
     paths: list[Path] = []
     for number, (name, token) in enumerate(zip(word_files(tokens), tokens, strict=True)):
         paths.append(folder / name)
@@ -142,16 +143,13 @@ def save_words(bundle: Bundle, tokens: Sequence[str], folder: Path) -> list[Path
         own = {part: each[number : number + 1].clone() for part, each in rows.items()}
         if own.keys() == {"clip_l"}:
             own = {token: own["clip_l"][0]}
-        save_tensors(own, paths[-1], {}, replace=replace)
+        save_tensors(own, paths[-1], {WORD: token}, replace=replace)
     return paths
-
-
-_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 def _recognise(path: Path) -> None:
     shapes = WeightFiles([path]).shapes
-    both = shapes and shapes.keys() <= set(_ENCODERS.values())
+    both = shapes and shapes.keys() <= set(SIDES.values())
     if both and all(len(shape) == 2 for shape in shapes.values()):
         return
     if [len(shape) for shape in shapes.values()] != [1]:

@@ -56,4 +56,6 @@ def with_words(tower: ClipTower, words: Mapping[str, Tensor]) -> ClipTower:
     model = copy.deepcopy(tower.model, shared)
     model.set_input_embeddings(nn.Embedding.from_pretrained(weight))
     model.config.vocab_size = count
-    return ClipTower(model, tokenizer)
+    if model.config.eos_token_id == 2:  # by which transformers takes the largest id for it
+        model.config.eos_token_id = vocabulary[str(tokenizer.eos_token)]
+    return type(tower)(model, tokenizer)

@@ -28,7 +28,6 @@ from latentdiff.formats.embeddings import read_words
 from latentdiff.formats.location import find_file
 from latentdiff.guidance.methods import Method
 from latentdiff.models.attention import Attention
-from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.engines import Engine
 from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.learned_words import with_words
@@ -208,8 +207,9 @@ class LatentDiffusionPipeline(DiffusersNames):
         """Teach the model the words of a file, to be used in prompts as they are spelled.
 
         Args:
-            path: `learned_embeds.safetensors`, an embedding of A1111 or ComfyUI, a LoRA file with
-                words packed in, or a folder with `learned_embeds.safetensors`.
+            path: `learned_embeds.safetensors`, an embedding of A1111 or ComfyUI (of Stable
+                Diffusion XL `clip_l` and `clip_g` in one file), a LoRA file with words packed in,
+                or a folder with `learned_embeds.safetensors`.
             token: another name for the word of a file of one.
 
         Returns:
@@ -219,21 +219,23 @@ class LatentDiffusionPipeline(DiffusersNames):
             UserError: no such file, none of this model, no CLIP text encoder, or the model has a
                 word already; nothing changed.
         """
-        conditioner = self.bundle.conditioner
-        if not isinstance(conditioner, TextConditioner) or not isinstance(
-            tower := conditioner.tower, ClipTower
-        ):
-            raise UserError("only a model with one CLIP text encoder takes learned words.")
+        conditioner, towers = self.bundle.conditioner, self.bundle.conditioner.towers
+        clips = {name: tower for name, tower in towers.items() if isinstance(tower, ClipTower)}
+        if len(clips) < len(towers):
+            raise UserError("only a model with CLIP text encoders takes learned words.")
         file = find_file(path, "file of learned words")
         if file.is_dir():
             file = find_file(file / "learned_embeds.safetensors", "file of learned words")
-        words = read_words(file, tower.width)
+        words = read_words(file, {name: tower.width for name, tower in clips.items()})
         if token is not None:
             if len(words) > 1:
                 raise UserError(f"{file}: it holds several words, which one token cannot name.")
             words = dict(zip([token], words.values(), strict=True))
-        taught = TextConditioner(with_words(tower, words))
-        self.bundle = replace(self.bundle, conditioner=taught)
+        taught = {
+            name: with_words(tower, {word: rows[name] for word, rows in words.items()})
+            for name, tower in clips.items()
+        }
+        self.bundle = replace(self.bundle, conditioner=conditioner.with_towers(taught))
         return list(words)
 
     def prepare(self, request: Request) -> Run:

@@ -493,7 +493,7 @@ def test_every_door_refuses_a_pickle_by_its_name(suffix: str, folder: Path, tmp_
             Bundle.load,
             lambda path: Bundle.load(folder, vae=path),
             lambda path: load_lora(path, bundle),
-            lambda path: read_words(path, 16),
+            lambda path: read_words(path, {"text_encoder": 16}),
         ]
         for door in doors:
             with pytest.raises(UserError, match=r"a pickle checkpoint can run any code"):

@@ -1,13 +1,17 @@
 """Learned words (textual inversion) beside a model: held to diffusers, packed in LoRAs, saved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import load_file, save_file
-from tiny import WIDTH, tiny_bundle, tower_of
+from tiny import WIDTH, WIDTH_2, tiny_bundle, tiny_xl, tower_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline, UserError
@@ -150,3 +154,50 @@ def test_where_no_word_can_go(folder: Path, tmp_path: Path) -> None:
             pipe.load_textual_inversion(tmp_path / where, token)
     with pytest.raises(UserError, match="CLIP text encoder"):
         LatentDiffusionPipeline(tiny_bundle(tower="t5")).load_textual_inversion(tmp_path / "a")
+
+
+def test_words_of_stable_diffusion_xl(tmp_path: Path) -> None:
+    """Rows for each encoder, as A1111 and ComfyUI have them: held to diffusers, which is given them
+    apart. A refiner takes those of its one; of another model they are one line."""
+    folder = tiny_xl().save(tmp_path / "model")
+    sides = {"clip_l": rows(2), "clip_g": torch.cat([rows(2), rows(2)[:, : WIDTH_2 - WIDTH]], 1)}
+    save_file(sides, file := tmp_path / "<cat>.safetensors")
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    prompts = ["a <cat>, red", "a red heart"]
+    plain = pipe.bundle.conditioner.encode(prompts, (16, 16)).condition
+    assert pipe.load_textual_inversion(file) == ["<cat>"]
+    their: Any = StableDiffusionXLPipeline.from_pretrained(folder)
+    for suffix, value in (("", sides["clip_l"]), ("_2", sides["clip_g"])):
+        parts = {"text_encoder": getattr(their, f"text_encoder{suffix}")}
+        parts |= {"tokenizer": getattr(their, f"tokenizer{suffix}")}
+        their.load_textual_inversion({"<cat>": value}, token="<cat>", **parts)
+    with torch.no_grad():
+        wanted = [their.encode_prompt(p, do_classifier_free_guidance=False) for p in prompts]
+        got = pipe.bundle.conditioner.encode(prompts, (16, 16)).condition
+    for name, at in (("states", 0), ("pooled", 2)):
+        ours, theirs = got.given()[name], torch.cat([each[at] for each in wanted])
+        assert (ours - theirs).abs().max() < 1e-5, name
+        assert (ours[0] - plain.given()[name][0]).abs().max() > 0.1
+        assert (ours[1] - plain.given()[name][1]).abs().max() < 1e-5
+
+    old = folder / "text_encoder_2" / "config.json"  # the end mark of published configs
+    old.write_text(json.dumps(json.loads(old.read_text()) | {"eos_token_id": 2}))
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    pipe.load_textual_inversion(file)
+    saved: Any = StableDiffusionXLPipeline.from_pretrained(pipe.bundle.save(tmp_path / "saved"))
+    with torch.no_grad():
+        _, _, pooled, _ = saved.encode_prompt(prompts[0], do_classifier_free_guidance=False)
+    assert (pooled[0] - got.given()["pooled"][0]).abs().max() < 1e-5
+
+    refiner = LatentDiffusionPipeline(tiny_xl(refiner=True))
+    assert refiner.load_textual_inversion(file) == ["<cat>"]
+    with pytest.raises(UserError, match="not of a learned word for one CLIP text encoder"):
+        LatentDiffusionPipeline(tiny_bundle()).load_textual_inversion(file)
+    for values, told in (
+        ({"clip_l": rows(1)}, "no rows of '<dog>' for the text_encoder_2"),
+        ({"emb_params": rows(1)}, "rows for each text encoder, clip_l and clip_g"),
+        ({"clip_l": rows(1), "clip_g": rows(1)}, "its rows are 16 wide, the text encoder's 24"),
+    ):
+        save_file(values, tmp_path / "<dog>.safetensors")
+        with pytest.raises(UserError, match=told):
+            pipe.load_textual_inversion(tmp_path / "<dog>.safetensors")

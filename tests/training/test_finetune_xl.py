@@ -12,7 +12,7 @@ from tiny import WIDTH, WIDTH_2, tiny_xl
 from latentdiff.bundle import Bundle
 from latentdiff.learning.finetune_config import resolve
 from latentdiff.pictures import open_picture
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline import Control, LatentDiffusionPipeline
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -106,6 +106,17 @@ def test_what_learns_is_saved_and_nothing_else(
     assert bundle.kind == ("inpainting" if "inpaint" in sections else "text-to-image")
 
 
+def test_a_control_network_beside_it(work: Path, tmp_path: Path) -> None:
+    out = finetune(work, tmp_path / "out", "controlnet", control={"embedding": [8, 16]})
+    (config,) = (path for path in out.rglob("config.json") if "ControlNet" in path.read_text())
+    pipe = LatentDiffusionPipeline.from_pretrained(work / "model")
+    picture = open_picture(next((work / "pictures").glob("*.png"))).resize((16, 16))
+    call: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    control = Control(config.parent, picture, kind="canny")
+    drawn = pipe("a red disc", controls=[control], progress=False, **call).images
+    assert not torch.equal(drawn, pipe("a red disc", progress=False, **call).images)
+
+
 def test_a_new_word_is_a_row_in_both_encoders(work: Path, tmp_path: Path) -> None:
     root = {"root": str(work / "pictures"), "instance_prompt": "a <mine> disc"}
     out = finetune(
@@ -121,7 +132,11 @@ def test_a_new_word_is_a_row_in_both_encoders(work: Path, tmp_path: Path) -> Non
         assert torch.equal(after[table][: len(before[table])], before[table])
         assert torch.equal(after[table][-1], rows[name][0])
         assert (after[table][-1] - before[table].mean(0)).abs().max() > 1e-3  # it has learned
-    bundle = Bundle.load(out / "model")
-    text = bundle.conditioner.encode(["a <mine>", "a heart"], bundle.size).condition
-    assert text.pooled is not None
-    assert not torch.equal(text.pooled[0], text.pooled[1])
+    whole = Bundle.load(out / "model")
+    wanted = whole.conditioner.encode(["a <mine>", "a heart"], whole.size).condition
+    pipe = LatentDiffusionPipeline.from_pretrained(work / "model")
+    assert pipe.load_textual_inversion(out) == ["<mine>"]
+    got = pipe.bundle.conditioner.encode(["a <mine>", "a heart"], whole.size).condition
+    for name in ("states", "pooled"):
+        assert torch.equal(got.given()[name], wanted.given()[name])
+        assert not torch.equal(got.given()[name][0], got.given()[name][1])
