@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,18 @@ def opened(controls: Sequence[str], kinds: Sequence[str]) -> "list[Control]":
         Control(network, picture, scale, kind=kind)
         for (network, picture, scale), kind in zip(parsed, each, strict=True)
     ]
+
+
+def fitted(controls: "Sequence[Control]", side: int) -> "list[Control]":
+    """The same controls, whose pictures are no larger than the model's own.
+
+    Args:
+        controls: of a run that nothing else tells the size of.
+        side: of the model's own pictures, in pixels.
+    """
+    from latentdiff.pictures import fit
+
+    return [replace(one, image=[fit(own, side) for own in one.pictures]) for one in controls]
 
 
 def about(controls: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:

@@ -2,13 +2,14 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.cli.controls import fitted
 from latentdiff.cli.kept import is_given, settled, take_settings
 from latentdiff.cli.options import RunOptions, seed_or_fresh, with_run_options
 from latentdiff.cli.output import check_writable, draw_in_parts, place_of
@@ -18,7 +19,7 @@ from latentdiff.reading import read_text, reason
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from latentdiff.pipeline import Control, Request
+    from latentdiff.pipeline import Request
 
 
 # Steps of pictures below which packed weights take about as long to make as they save.
@@ -92,7 +93,7 @@ def generate(
     pictured = (size, height, width) == (None, None, None) and bool(request.controls)
     height, width = size or height or own_height, size or width or own_width
     if pictured:  # the run is as large as its control picture
-        request = replace(request, controls=_fitted(request.controls, max(pipe.bundle.size)))
+        request = replace(request, controls=fitted(request.controls, max(pipe.bundle.size)))
     else:
         request = replace(request, height=height, width=width)
     seed = seed_or_fresh(run.seed)
@@ -106,13 +107,6 @@ def generate(
         return None if run.no_metadata else about_request(pipe.bundle, request) | run.about()
 
     _write(drawn, request, run.out, about, number, grid=grid)
-
-
-def _fitted(given: "Sequence[Control]", side: int) -> "list[Control]":
-    """Controls whose pictures are no larger than the model's own."""
-    from latentdiff.pictures import fit
-
-    return [replace(one, image=[fit(picture, side) for picture in one.pictures]) for one in given]
 
 
 def _prompts(word: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.cli.controls import fitted
 from latentdiff.cli.options import Prompt, RunOptions, seed_or_fresh, with_run_options
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
@@ -72,6 +73,8 @@ def grid(
     images: list[Image] = []
     for one, words in cells:
         request = replace(one.request(pipe.bundle), prompt=words, seed=one.seed, first=one.first)
+        told = fitted(request.controls, max(pipe.bundle.size))
+        request = replace(request, controls=told)
         images += pipe.draw(request, progress=sys.stderr.isatty()).images
     columns = [f"{across[0]} {value}" for value in across[1]]
     rows = [f"{down[0]} {value}" if down[0] else "" for value in down[1]]

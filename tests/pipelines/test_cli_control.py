@@ -101,3 +101,15 @@ def test_colons_and_scales() -> None:
     for text in ("", ":", "a:", ":b", "a:0.5", "a:b:inf"):
         with pytest.raises(UserError, match="is meant"):
             parse_control(text)
+
+
+def test_a_grid_is_as_large_as_the_model_and_not_as_the_photo(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = Image.open("photo.png").resize((64, 56))
+    save_png(large, place / "large.png")
+    edges = ["--control", "net:large.png", "--control-from", "canny"]
+    alone = drawn("generate", "a cat", *edges, capsys=capsys)
+    assert Image.open(alone).size == (16, 14)
+    cells = drawn("grid", "a cat", "--x", "steps=2,3", *edges, capsys=capsys)
+    assert Image.open(cells).width < 128
