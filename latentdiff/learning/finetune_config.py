@@ -12,6 +12,7 @@ from latentdiff.learning.config import RunConfig, Strict, put, validate
 from latentdiff.learning.optimizers import OptimizerName
 from latentdiff.learning.presets import OPTIM, Method, Preset, optim_of, preset_of, prior_of
 from latentdiff.lora.file import Layout
+from latentdiff.lora.training import Kind
 from latentdiff.reading import decode
 
 
@@ -32,6 +33,7 @@ class PicturesConfig(Strict):
 
 
 class LoraConfig(Strict):
+    kind: Kind = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat | None = None
     targets: str | list[str] = "all"
@@ -285,6 +287,10 @@ def _check_together(config: FinetuneConfig) -> None:
             "objective.process, prediction or zero_terminal_snr set prior.target=picture"
         )
     _check_optimizer(config)
+    if config.lora.kind in ("loha", "lokr") and config.lora.layout != "kohya":
+        raise UserError(
+            f"diffusers has no names for a {config.lora.kind}: --layout kohya (lora.layout=kohya)"
+        )
     if config.method == "lora" and config.train_text:
         raise UserError("with LoRA the text encoder is trained by lora.text_encoder=true")
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from latentdiff.bundle import Bundle
@@ -80,6 +80,7 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
             text_encoder=lora.text_encoder,
             dropout=lora.dropout,
             seed=config.seed,
+            kind=lora.kind,
         )
         for tower in clips_of(bundle).values() if tokens else ():
             words = tower.model.get_input_embeddings()
@@ -123,7 +124,7 @@ def fresh_control(bundle: Bundle, config: FinetuneConfig) -> ControlNetwork:
 @contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
     """Inside the context the LoRA in a module's networks is off."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:  # enable_adapters would freeze weights, of which FSDP2 has two of each
         layer._disable_adapters = True
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -34,6 +34,18 @@ class Factors:
         return len(self.down)
 
 
+class Change(Protocol):
+    """A change of a weight [out, in] or [out, in, k, k]: see `latentdiff.lora.changes`."""
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The change at strength 1, float32 [out, in, ...]."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the ends of their names in LyCORIS' files."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Lora:
     """A LoRA as it is in a file, with the model's own names of modules.
@@ -47,6 +59,7 @@ class Lora:
         text_encoder_2: factors by module of the second text encoder.
         ldm: latent-diffusion's names of the U-Net's layers, where kohya's layout has them: of
             Stable Diffusion XL.
+        changes: changes of weights that are no plain product (LoHa, LoKr, DoRA), by part and layer.
     """
 
     unet: Mapping[str, Factors] = field(default_factory=dict)
@@ -56,6 +69,7 @@ class Lora:
     sums: Mapping[Part, Mapping[str, Tensor]] = field(default_factory=dict)
     text_encoder_2: Mapping[str, Factors] = field(default_factory=dict)
     ldm: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[Part, Mapping[str, Change]] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[Part, Mapping[str, Factors]]]:
         """The parts of the model that it changes."""

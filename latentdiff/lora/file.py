@@ -25,8 +25,11 @@ from latentdiff.formats.weights import (
     read_json,
     save_tensors,
 )
+from latentdiff.lora.changes import Decomposed, LowRank, decomposed, hadamard, kronecker
 from latentdiff.lora.factors import (
+    MAX_RANK,
     PARTS,
+    Change,
     Factors,
     Lora,
     Part,
@@ -37,7 +40,16 @@ from latentdiff.lora.factors import (
     norms,
     parts_of,
 )
-from latentdiff.lora.layouts import SECOND, SPELLINGS, Kind, Spelling, parse
+from latentdiff.lora.layouts import (
+    HADAMARD,
+    KRONECKER,
+    NORMS,
+    SECOND,
+    SPELLINGS,
+    Kind,
+    Spelling,
+    parse,
+)
 from latentdiff.reading import parse_json
 from latentdiff.registry import check_name
 
@@ -56,7 +68,7 @@ _DIFFUSERS, _DIFFUSERS_TEXT, _KOHYA, _SUMS = (
 )
 # Settings of peft that make more of a file than W + alpha / rank * up @ down.
 _REFUSED = (
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "arrow_config"),
+    *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "arrow_config"),
     *("kasa_config", "monteclora_config", "alora_invocation_tokens", "trainable_token_indices"),
     *("modules_to_save", "target_parameters"),
 )
@@ -86,24 +98,93 @@ def load_lora(path: str | Path, bundle: Bundle) -> Lora:
         stored = WeightFiles([file])
         _check_layers(stored)
         known: Known = {part: _known_layers(network(bundle, part)) for part in parts_of(bundle)}
-        alphas = _declared_alphas(_settings(file, stored.metadata))
+        settings = _settings(file, stored.metadata)
+        alphas = _declared_alphas(settings)
+        changes: dict[Part, dict[str, Change]] = {part: {} for part in PARTS}
         factors: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
         sums: dict[Part, dict[str, Tensor]] = {part: {} for part in PARTS}
         for (part, module), names in _grouped(stored, known).items():
             layer = known[part][module.replace(".", "_")][1]
+            norms_of: Kinds = {kind: names.pop(kind) for kind in NORMS if kind in names}
+            found = _lycoris(stored, names, (part, module), layer, settings, alphas)
             if (change := _change(stored, names, layer)) is not None:
                 down, up, alpha = change
                 strength = alphas(part, module, len(down)) if alpha is None else alpha
                 name = names.get("down") or names["diff"]
                 assert isinstance(layer, Layer)
                 factors[part][module] = fitting(name, Factors(down, up, strength), layer)
+            if norms_of:
+                if found is None and module in factors[part]:
+                    found = LowRank(factors[part].pop(module))
+                found = _dora(stored, norms_of, found, layer)
+            elif settings.get(f"{part}.use_dora") and module in factors[part]:
+                raise UserError(f"{module}: its settings say use_dora, but it has no norms.")
+            if found is not None:
+                changes[part][module] = found
             for kind, end in _ADDED:
                 if kind in names and not (kind == "diff" and isinstance(layer, Layer)):
                     value = _read(stored, names[kind])
                     sums[part][f"{module}.{end}"] = fitting_sum(names[kind], value, layer, end)
         words = packed_words(list(stored.shapes))
         names = kohya_names(bundle)
-        return Lora(**factors, metadata=stored.metadata, words=words, sums=sums, ldm=names)
+        return Lora(
+            **factors,
+            metadata=stored.metadata,
+            words=words,
+            sums=sums,
+            ldm=names,
+            changes=changes,
+        )
+
+
+def _lycoris(
+    stored: WeightFiles,
+    names: Kinds,
+    place: tuple[Part, str],
+    layer: nn.Module,
+    settings: Mapping[str, object],
+    alphas: Callable[[Part, str, int], float],
+) -> Change | None:
+    """The LoHa or LoKr of a layer, whose names are taken out; None if there is none.
+
+    Raises:
+        UserError: it is none for this layer.
+    """
+    kinds: list[Kind] = [kind for kind in (*HADAMARD, *KRONECKER) if kind in names]
+    if not kinds:
+        return None
+    name, (part, module) = names[kinds[0]], place
+    mixed = {"down", "up", "mid", "diff"} & names.keys() or {kind[:4] for kind in kinds} == _BOTH
+    if mixed or not isinstance(layer, Layer):
+        raise UserError(f"{name}: this layer cannot have it.")
+    shape = tuple(layer.weight.shape)
+    parts: dict[str, Tensor] = {kind: _read(stored, names.pop(kind)) for kind in kinds}
+    alpha = _alpha(stored, names)
+    names.pop("alpha", None)
+    ranks = [len(parts[k]) for k in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if k in parts]
+    told = settings.get(f"{part}.r")
+    if ranks:
+        rank = max(1, ranks[0])
+        scale = (alphas(part, module, rank) if alpha is None else alpha) / rank
+    elif alpha is None and isinstance(told, int) and told > 0:  # by peft's rule
+        if settings.get(f"{part}.rank_pattern"):
+            raise UserError(f"{name}: its rank_pattern is not read for whole factors.")
+        scale = alphas(part, module, told) / told
+    else:  # by that of LyCORIS
+        scale = 1.0
+    return (hadamard if kinds[0] in HADAMARD else kronecker)(parts, scale, shape, name)
+
+
+_BOTH = {"hada", "lokr"}
+
+
+def _dora(stored: WeightFiles, names: Kinds, inside: Change | None, layer: nn.Module) -> Change:
+    """The DoRA around a change."""
+    kind, name = next(iter(names.items()))
+    if inside is None or len(names) > 1 or not isinstance(layer, Layer):
+        raise UserError(f"{name}: there are norms of a DoRA without a change of the weight.")
+    shape = tuple(layer.weight.shape)
+    return decomposed(inside, _read(stored, name), shape, name, outputs=kind == "magnitude")
 
 
 def _grouped(stored: WeightFiles, known: Known) -> dict[tuple[Part, str], Kinds]:
@@ -148,7 +229,7 @@ def _change(
         if "diff" in names and isinstance(layer, Layer):
             down, up = _whole(_read(stored, names["diff"]), names["diff"], layer)
             return down, up, float(len(down))
-        if not {"diff", "diff_b"} & names.keys():
+        if names.keys() == {"alpha"}:
             raise UserError(f"{names['alpha']} is there without its other half.")
         return None
     if not {"down", "up"} <= names.keys():
@@ -157,11 +238,16 @@ def _change(
         raise UserError(f"{names['down']}: this layer cannot have it.")
     down, up = _read(stored, names["down"]), _read(stored, names["up"])
     if "mid" in names:
-        down = _tucker(down, _read(stored, names["mid"]), names["mid"])
+        down = _tucker(down, _read(stored, names["mid"]), names["mid"], layer)
+    return down, up, _alpha(stored, names)
+
+
+def _alpha(stored: WeightFiles, names: Kinds) -> float | None:
+    """The alpha of a layer; None where there is none."""
     alpha = stored.number(names["alpha"]) if "alpha" in names else None
     if alpha is not None and not abs(alpha) <= _LARGEST_ALPHA:
         raise UserError(f"{names['alpha']}: its alpha is too large.")
-    return down, up, alpha
+    return alpha
 
 
 def _whole(change: Tensor, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -178,9 +264,10 @@ def _whole(change: Tensor, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
     return change, torch.eye(outside)
 
 
-def _tucker(down: Tensor, mid: Tensor, name: str) -> Tensor:
+def _tucker(down: Tensor, mid: Tensor, name: str, layer: Layer) -> Tensor:
     """`mid` [R, r, k, k] after `down` [r, in, 1, 1]: one kernel [R, in, k, k]."""
-    if mid.ndim != 4 or mid.shape[1] != len(down) or down[0, 0].numel() != 1:
+    fits = mid.ndim == 4 and mid.shape[1] == len(down) and down[0, 0].numel() == 1
+    if not fits or down.shape[1] != layer.weight.shape[1] or len(mid) > MAX_RANK:
         raise UserError(f"{name}: its shape is not that of a LoCon in Tucker form.")
     return torch.einsum("Rrkl,ri->Rikl", mid, down.flatten(1))
 
@@ -296,11 +383,11 @@ def _settings(file: Path, metadata: Mapping[str, str]) -> Mapping[str, object]:
         refused = (
             (last in _REFUSED and bool(value))
             or (last == "init_lora_weights" and value not in _HARMLESS_STARTS)
-            or (last == "peft_type" and value != "LORA")
+            or (last == "peft_type" and value not in ("LORA", "LOHA", "LOKR"))
             or (last == "bias" and value not in ("none", None))
         )
         if refused:
-            raise UserError(f"it was trained with {key} = {value!s:.40}; plain LoRA works here.")
+            raise UserError(f"it was trained with {key} = {value!s:.40}, which does not load here.")
     return config
 
 
@@ -322,7 +409,7 @@ def _declared_alphas(config: Mapping[str, object]) -> Callable[[Part, str, int],
             raise UserError(f"its {part}.alpha_pattern has more than {_MOST_REGEXES} expressions.")
 
     def alpha(part: Part, module: str, rank: int) -> float:
-        value = config.get(f"{part}.lora_alpha", rank)
+        value = config.get(f"{part}.lora_alpha", config.get(f"{part}.alpha", rank))
         value = next((given for matches, given in patterns[part] if matches(module)), value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{module}: its alpha is {short(value)}, not a number.")
@@ -394,7 +481,7 @@ def save_lora(
             that is no LoRA is there.
     """
     check_name("LoRA layout", layout, get_args(Layout))
-    if not list(lora.parts()) and not any(lora.sums.values()):
+    if not any([*lora.parts(), *lora.sums.values(), *lora.changes.values()]):
         raise UserError("the LoRA changes nothing, so there is nothing to save.")
     path = expanded(path)
     replace = may_replace(path, "a LoRA that opens here", recognise)
@@ -438,19 +525,53 @@ def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As `train_dreambooth_lora.py` of diffusers writes each part.
 
     Raises:
-        UserError: it holds sums, which peft has no names for.
+        UserError: it holds what diffusers has no names for.
     """
     if any(lora.sums.values()):
         raise UserError("it changes norms or biases, which only the layout 'kohya' has names for.")
     values: dict[str, Tensor] = {}
     config: dict[str, object] = {}
-    for part, factors in lora.parts():
+    for part in PARTS:
+        plain, norms_of = dict(getattr(lora, part)), _norms_of(lora.changes.get(part, {}))
+        if plain and norms_of:
+            raise UserError("it has layers with and without DoRA: only the layout 'kohya' does.")
+        factors = plain or {module: pair for module, (pair, _) in norms_of.items()}
+        if not factors:
+            continue
         spelling = _DIFFUSERS if part == "unet" else _DIFFUSERS_TEXT
         for module, pair in factors.items():
             values[spelling.spelled(part, module, "down")] = pair.down
             values[spelling.spelled(part, module, "up")] = pair.up
-        config |= {f"{part}.{key}": value for key, value in peft_settings(factors).items()}
+            if module in norms_of:
+                name = spelling.spelled(part, module, "down")
+                name = name.removesuffix(spelling.ends["down"]) + ".lora_magnitude_vector"
+                values[name] = norms_of[module][1]
+        settings = peft_settings(factors) | ({"use_dora": True} if norms_of else {})
+        config |= {f"{part}.{key}": value for key, value in settings.items()}
     return values, {_METADATA: json.dumps(config, sort_keys=True)}
+
+
+def _norms_of(changes: Mapping[str, Change]) -> dict[str, tuple[Factors, Tensor]]:
+    """Factors and norms of DoRAs, the norms in peft's shape.
+
+    Raises:
+        UserError: a change is of another kind, which diffusers has no names for.
+    """
+    found: dict[str, tuple[Factors, Tensor]] = {}
+    for module, change in changes.items():
+        if not (
+            isinstance(change, Decomposed)
+            and isinstance(change.inside, LowRank)
+            and change.axis == 0
+        ):
+            raise UserError(
+                "it has layers of LoHa, LoKr or a DoRA over inputs, which only the layout 'kohya' "
+                "has names for."
+            )
+        m = change.magnitude
+        m = m.flatten() if m.ndim == 2 else m.transpose(0, 1).contiguous()
+        found[module] = change.inside.factors, m
+    return found
 
 
 def peft_settings(factors: Mapping[str, Factors]) -> dict[str, object]:
@@ -485,6 +606,13 @@ def _kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
             module, _, end = name.rpartition(".")
             spelling, module = _kohya_spelling(lora, _SUMS), _kohya_module(lora, part, module)
             values[spelling.spelled(part, module, "diff" if end == "weight" else "diff_b")] = value
+    for part, changes in lora.changes.items():
+        for module, change in changes.items():
+            spelling, module = _kohya_spelling(lora, _KOHYA), _kohya_module(lora, part, module)
+            stem = spelling.spelled(part, module, "alpha").removesuffix(spelling.ends["alpha"])
+            values |= {f"{stem}.{end}": value for end, value in change.tensors().items()}
+    if any(lora.changes.values()):
+        return values, {"ss_network_module": "lycoris.kohya"}
     if not pairs:
         return values, {}
     return values, {

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from latentdiff.lora import sums
 from latentdiff.lora.factors import (
     MAX_RANK,
     PARTS,
+    Change,
     Factors,
     Lora,
     Part,
@@ -28,6 +29,14 @@ from latentdiff.lora.factors import (
     parts_of,
 )
 from latentdiff.lora.file import kohya_names, peft_settings
+from latentdiff.lora.training import (
+    Kind,
+    begin_dora,
+    inject_lycoris,
+    learned_by,
+    parameters_of,
+)
+from latentdiff.registry import check_name
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,6 +70,7 @@ def add_lora(
     dropout: float = 0.0,
     seed: int = 0,
     name: str = "lora",
+    kind: Kind = "lora",
 ) -> list[nn.Parameter]:
     """Put a fresh LoRA into a model, to be trained; at first it changes nothing.
 
@@ -78,6 +88,8 @@ def add_lora(
             torch's global random state, as all of torch's dropout is.
         seed: seed of the initial values.
         name: name of the LoRA in the model.
+        kind: "lora"; "dora", which learns the norms of weights beside it; "loha" or "lokr", of
+            LyCORIS: see `latentdiff.lora.changes`.
 
     Returns:
         Its parameters in float32, the only ones of those networks that require gradients.
@@ -86,6 +98,9 @@ def add_lora(
         UserError: a setting is out of range, or no layer has such a name.
     """
     _check_settings(rank, alpha, dropout)
+    check_name("kind of LoRA", kind, get_args(Kind))
+    if kind in ("loha", "lokr") and dropout:
+        raise UserError(f"dropout: a {kind} has none of its inputs; leave it out.")
     if others := lora_names(bundle):
         raise UserError(f"the model has a LoRA already ('{others[0]}'): remove or fuse it first.")
     named = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else targets
@@ -110,8 +125,14 @@ def add_lora(
             )
         strength = float(rank if alpha is None else alpha)
         found[part] = {m: _fresh(layer, rank, strength, random) for m, layer in matching.items()}
-    lora = Lora(**found)
-    _inject(bundle, lora, name, torch.float32, dropout)
+    if kind in ("loha", "lokr"):
+        _check_lora_name(name)
+        for part, pairs in found.items():
+            model, strength = network(bundle, part), float(rank if alpha is None else alpha)
+            inject_lycoris(model, kind, list(pairs), rank, strength, name, random)
+            sums.add(model, name, {})
+    else:
+        _inject(bundle, Lora(**found), name, torch.float32, dropout, dora=kind == "dora")
     for part in found:
         sums.scale(network(bundle, part), {name: 1.0})
     for part in found:
@@ -119,8 +140,9 @@ def add_lora(
     trained: list[nn.Parameter] = []
     for part in parts_of(bundle):
         for _, layer in _lora_layers(network(bundle, part), name):
-            for half in (layer.lora_A[name], layer.lora_B[name]):
-                trained.append(half.weight.requires_grad_(True))
+            trained += parameters_of(layer, name)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return trained
 
 
@@ -170,16 +192,22 @@ def attach_lora(bundle: Bundle, lora: Lora, name: str, scale: float = 1.0) -> No
 
 
 def _inject(
-    bundle: Bundle, lora: Lora, name: str, dtype: torch.dtype | None, dropout: float
+    bundle: Bundle,
+    lora: Lora,
+    name: str,
+    dtype: torch.dtype | None,
+    dropout: float,
+    *,
+    dora: bool = False,
 ) -> None:
     """Layers of peft with these values; everything is checked before anything is changed."""
-    if not _NAME.fullmatch(name):
-        raise UserError(f"'{name!s:.80}' cannot name a LoRA: letters, digits, _ and - can.")
+    _check_lora_name(name)
     fitted: dict[Part, dict[str, Factors]]
     fitted = {part: _fitted(network(bundle, part), pairs) for part, pairs in lora.parts()}
-    added: dict[Part, dict[str, Tensor]]
+    added: dict[Part, dict[str, Tensor | Change]]
     added = {
         part: _fitted_sums(network(bundle, part), lora.sums.get(part, {}))
+        | _fitted_changes(network(bundle, part), lora.changes.get(part, {}))
         for part in parts_of(bundle)
     }
     from peft import LoraConfig, inject_adapter_in_model
@@ -189,7 +217,8 @@ def _inject(
         settings = peft_settings(pairs)
         # Exactly these modules: in a list, peft would take the names for ends of names.
         settings["target_modules"] = "|".join(map(re.escape, sorted(pairs)))
-        config = LoraConfig(**settings, lora_dropout=dropout)  # pyright: ignore[reportArgumentType]
+        settings |= {"lora_dropout": dropout, "use_dora": dora}
+        config = LoraConfig(**settings)  # pyright: ignore[reportArgumentType]
         # Without memory, so that peft's own first values draw from no random state.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
@@ -199,15 +228,39 @@ def _inject(
             for half, value in (("lora_A", pairs[module].down), ("lora_B", pairs[module].up)):
                 value = value.to(base.device, dtype or base.dtype, copy=True)
                 getattr(layer, half)[name].weight = nn.Parameter(value, requires_grad=False)
+            if dora:
+                begin_dora(layer, name)
         model.train(model.training)  # the new layers as the network is
     for part, changes in added.items():
         if changes or part in fitted:
             sums.add(network(bundle, part), name, changes)
 
 
-def _fitted_sums(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _check_lora_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"'{name!s:.80}' cannot name a LoRA: letters, digits, _ and - can.")
+
+
+def _fitted_changes(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Tensor | Change]:
+    """The changes by the names of the weights.
+
+    Raises:
+        UserError: there is no such layer, or what a change makes of its weight is not finite.
+    """
+    known = layers(model)
+    fitted: dict[str, Tensor | Change] = {}
+    for module, change in changes.items():
+        if module not in known:
+            raise UserError(f"{module}: no such layer; the LoRA was made for another model.")
+        if not bool(change.of(known[module].weight.detach()).isfinite().all()):
+            raise UserError(f"{module}: with its LoRA it is not finite.")
+        fitted[f"{module}.weight"] = change
+    return fitted
+
+
+def _fitted_sums(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor | Change]:
     known = {**layers(model), **norms(model)}
-    fitted: dict[str, Tensor] = {}
+    fitted: dict[str, Tensor | Change] = {}
     for name, change in changes.items():
         module, _, end = name.rpartition(".")
         if module not in known:
@@ -225,12 +278,17 @@ def _fitted(model: nn.Module, pairs: Mapping[str, Factors]) -> dict[str, Factors
 
 
 def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Any]]:
-    """peft's `LoraLayer`s in a network, all or those that hold a LoRA of this name."""
-    from peft.tuners.lora import LoraLayer
+    """peft's layers in a network, all or those that hold a LoRA of this name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and (name is None or name in layer.lora_A):
+        if isinstance(layer, BaseTunerLayer) and (name is None or name in _scaling(layer)):
             yield module, layer
+
+
+def _scaling(layer: Any) -> Mapping[str, float]:
+    """The strengths of what a layer of peft holds, by name."""
+    return layer.scaling
 
 
 def lora_names(bundle: Bundle) -> list[str]:
@@ -258,9 +316,9 @@ def scale_loras(bundle: Bundle, scales: Mapping[str, float]) -> None:
         _check_scale(name, scale)
     for part in parts_of(bundle):
         for _, layer in _lora_layers(network(bundle, part)):
-            for name in scales.keys() & layer.lora_A.keys():
+            for name in scales.keys() & layer.scaling.keys():
                 layer.set_scale(name, scales[name])
-            used = [name for name in layer.lora_A if layer.scaling[name]]
+            used = [name for name, scale in layer.scaling.items() if scale]
             layer.set_adapter(used, inference_mode=True)
         sums.scale(network(bundle, part), scales)
 
@@ -312,18 +370,24 @@ def lora_of(bundle: Bundle, name: str = "lora") -> Lora:
     """
     _check_known(bundle, name)
     found: dict[Part, dict[str, Factors]] = {part: {} for part in PARTS}
+    changes: dict[Part, dict[str, Change]] = {part: {} for part in PARTS}
     for part in parts_of(bundle):
         for module, layer in _lora_layers(network(bundle, part), name):
-            down, up = (
-                half[name].weight.detach().to("cpu", copy=True)
-                for half in (layer.lora_A, layer.lora_B)
-            )
-            found[part][module] = Factors(down, up, float(layer.lora_alpha[name]))
-    added: dict[Part, Mapping[str, Tensor]]
-    added = {
-        part: sums.sums_of(network(bundle, part)).added.get(name, {}) for part in parts_of(bundle)
-    }
-    return Lora(**found, sums=added, ldm=kohya_names(bundle))
+            learned = learned_by(layer, name)
+            if isinstance(learned, Factors):
+                found[part][module] = learned
+            else:
+                changes[part][module] = learned
+    added: dict[Part, dict[str, Tensor]] = {}
+    for part in parts_of(bundle):
+        there = sums.sums_of(network(bundle, part)).added.get(name, {})
+        added[part] = {n: value for n, value in there.items() if isinstance(value, Tensor)}
+        changes[part] |= {
+            n.removesuffix(".weight"): value
+            for n, value in there.items()
+            if not isinstance(value, Tensor)
+        }
+    return Lora(**found, sums=added, ldm=kohya_names(bundle), changes=changes)
 
 
 def fused(bundle: Bundle) -> Bundle:

@@ -11,9 +11,22 @@ from typing import Literal
 from latentdiff.errors import UserError
 from latentdiff.lora.factors import Part
 
-Kind = Literal["down", "up", "mid", "alpha", "diff", "diff_b"]
+Kind = (
+    Literal["down", "up", "mid", "alpha", "diff", "diff_b", "dora_scale", "magnitude"]
+    | Literal["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"]
+    | Literal["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"]
+)
 """What a tensor is: of W + alpha / rank * up @ down, with `mid` between them (LoCon's Tucker form),
-or a plain sum on the weight or the bias (LyCORIS)."""
+a plain sum on the weight or the bias (LyCORIS), or of `latentdiff.lora.changes`: a LoHa, a LoKr,
+the norms of a DoRA by LyCORIS' name or by peft's."""
+
+HADAMARD: tuple[Kind, ...] = (
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+)
+KRONECKER: tuple[Kind, ...] = (
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+NORMS: tuple[Kind, ...] = ("dora_scale", "magnitude")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +167,10 @@ _ENDS: dict[str, Kind] = {
     **{end: kind for spelling in SPELLINGS for kind, end in spelling.ends.items()},
     ".w_norm": "diff",
     ".b_norm": "diff_b",
+    **{f".{kind}": kind for kind in (*HADAMARD, *KRONECKER)},
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
 }
 _EITHER: tuple[Part, ...] = ("unet", "text_encoder")
 # With underscores only, which is all that kohya's files tell; the longest first.
@@ -227,8 +244,8 @@ def parse(stored: str) -> Name:
         if name.endswith(end) and len(name) > len(end):
             return Name(name.removesuffix(end), _ENDS[end])
     raise UserError(
-        f"{stored} is not of a plain LoRA or a sum, in any layout of docs/models.md; LoHa, LoKr, "
-        "DoRA and others do not load here."
+        f"{stored} is not of a LoRA, LoCon, LoHa, LoKr, DoRA or a sum, in any layout of "
+        "docs/models.md; others, as (IA)^3, GLoRA and OFT, do not load here."
     )
 
 

@@ -1,4 +1,5 @@
-"""Changes that a LoRA file adds to norms and biases, which are too small to have factors.
+"""Changes that a LoRA file adds to norms and biases, which are too small to have factors, and those
+of weights that are no plain product (LoHa, LoKr, DoRA).
 
 The parameter keeps its place; its values are those of the model plus those of every LoRA at its
 scale, and the model's own come back when the last one goes.
@@ -8,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from latentdiff.lora.factors import Change
 
 ATTRIBUTE = "lora_sums"
 
@@ -23,7 +26,7 @@ class Sums:
     """
 
     plain: dict[str, Tensor] = field(default_factory=dict)
-    added: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    added: dict[str, Mapping[str, Tensor | Change]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
 
 
@@ -33,7 +36,7 @@ def sums_of(model: nn.Module) -> Sums:
     return found if isinstance(found, Sums) else Sums()
 
 
-def add(model: nn.Module, name: str, changes: Mapping[str, Tensor]) -> None:
+def add(model: nn.Module, name: str, changes: Mapping[str, Tensor | Change]) -> None:
     """Put the changes of a LoRA beside those that are there, at scale 0."""
     sums = sums_of(model)
     for parameter in changes:
@@ -50,7 +53,9 @@ def scale(model: nn.Module, scales: Mapping[str, float]) -> None:
         value = plain
         for lora, changes in sums.added.items():
             if name in changes and sums.scales[lora]:
-                change = sums.scales[lora] * changes[name].to(plain.device).float()
+                change = changes[name]
+                change = change if isinstance(change, Tensor) else change.of(plain)
+                change = sums.scales[lora] * change.to(plain.device).float()
                 value = (value.float() + change).to(plain.dtype)
         _parameter(model, name).data = value
 

@@ -344,7 +344,7 @@ def test_a_file_of_peft_has_its_settings_beside_it(tmp_path: Path) -> None:
     for key, value in (
         ("use_dora", True),
         ("init_lora_weights", "pissa"),
-        ("peft_type", "LOHA"),
+        ("peft_type", "OFT"),
         ("bias", "all"),
         ("modules_to_save", ["conv_in"]),
     ):
@@ -530,8 +530,19 @@ def _xl(values: Values) -> None:
     values["lora_te2_text_model_x.lora_down.weight"] = torch.zeros(3, 3)
 
 
-def _locon(values: Values) -> None:
+def _lone_factor(values: Values) -> None:
     values["lora_unet_conv_in.hada_w1_a"] = torch.zeros(3, 3)
+
+
+def _glora(values: Values) -> None:
+    values["lora_unet_conv_in.a1.weight"] = torch.zeros(3, 3)
+
+
+def _huge_core(values: Values) -> None:
+    """A few kilobytes that make a kernel of 10^10 numbers."""
+    values["lora_unet_conv_in.lora_mid.weight"] = torch.zeros(100_000, 1, 1, 1)
+    values["lora_unet_conv_in.lora_down.weight"] = torch.zeros(1, 100_000, 1, 1)
+    values["lora_unet_conv_in.lora_up.weight"] = torch.zeros(32, 1, 1, 1)
 
 
 def _nothing(values: Values) -> None:
@@ -559,7 +570,9 @@ def _whole_numbers(values: Values) -> None:
         (_scalar, "shape is not a LoRA's"),
         (_other_half, "other half"),
         (_xl, "Stable Diffusion XL"),
-        (_locon, "plain LoRA"),
+        (_lone_factor, "a factor is missing"),
+        (_glora, r"\(IA\)\^3, GLoRA and OFT"),
+        (_huge_core, "Tucker form"),
         (_nothing, "empty"),
         (_whole_numbers, "floating point"),
     ],

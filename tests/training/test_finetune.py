@@ -134,6 +134,28 @@ def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
         assert torch.equal(value, again[name]), name
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+def test_a_lora_of_another_kind_leaves_a_file_that_draws_and_resumes_exactly(
+    work: Path, tmp_path: Path, kind: str
+) -> None:
+    settings = {"lora": {"rank": 2, "kind": kind, "layout": "kohya"}, "prior": {"prompts": []}}
+    out = finetune(work, tmp_path / "out", "lora", **settings)
+    file = out / "pytorch_lora_weights.safetensors"
+    first = load_file(file)
+    ends = {"loha": "hada_w1_a", "lokr": "lokr_w1", "dora": "dora_scale"}
+    assert any(name.endswith(ends[kind]) for name in first)
+    pipe = LatentDiffusionPipeline.from_pretrained(work / "model")
+    rest: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    plain = pipe("a red disc", progress=False, **rest).images
+    pipe.load_lora(file)
+    assert not torch.equal(plain, pipe("a red disc", progress=False, **rest).images)
+    shutil.rmtree(checkpoints(out / "checkpoints")[0])
+    file.unlink()
+    finetune(work, out, "lora", **settings)
+    again = load_file(file)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize("optimizer", ["prodigy", "schedule-free", "muon"])
 def test_a_run_goes_on_exactly_with_every_optimizer(
     work: Path, tmp_path: Path, optimizer: str
@@ -648,6 +670,8 @@ MISTAKES = {
     "captions.content_dropout=0.1": "need style",
     "captions.style=noir": "no caption is something followed by 'noir'",
     "data.mask=mask": "its field mask names no mask",
+    "lora.kind=loha": "--layout kohya",
+    "lora.kind=lokr --layout kohya lora.dropout=0.1": "a lokr has none of its inputs",
     "--prior-prompt @none.txt": "none.txt",
     "prior.prompts=['@none.txt']": "cannot read the prompts of none.txt",
     "objective.zap=1": "zap",
