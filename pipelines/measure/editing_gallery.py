@@ -24,6 +24,7 @@ from latentdiff import (
     TiledDiffusion,
 )
 from latentdiff.diffusion.sampling import Edit
+from latentdiff.editing import extended
 from latentdiff.editing.masks import fill, mask_tensor
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing
@@ -200,6 +201,19 @@ def larger(pipe: LatentDiffusionPipeline) -> Image.Image:
     return grid(cells, 5)
 
 
+def beyond(pipe: LatentDiffusionPipeline) -> Image.Image:
+    """Three drawings, cut in half, each before what is painted beyond its border."""
+    cells: list[Image.Image] = []
+    for prompt in ("a cat face", "a grinning face", "a red heart"):
+        whole = pipe(prompt, seed=0, progress=False).images[0]
+        half = whole.crop((0, 0, SIDE // 2, SIDE))
+        wider, room = extended(half, right=SIDE // 2)
+        shown = wider.copy()
+        shown.paste((200, 200, 200), (SIDE // 2, 0, SIDE, SIDE))
+        cells += [shown, *draw(pipe, prompt, RePaint(wider, room))]
+    return grid(cells, 6)
+
+
 def regions(pipe: LatentDiffusionPipeline) -> Image.Image:
     """A wide heart; a cat in its right half; the cat, and no heart there."""
     right = "box:64,0,128,64"
@@ -239,6 +253,7 @@ def swaps(pipe: LatentDiffusionPipeline) -> Image.Image:
 
 
 PICTURES = {
+    "beyond": beyond,
     "swaps": swaps,
     "regions": regions,
     "soft": soft,

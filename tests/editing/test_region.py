@@ -1,6 +1,7 @@
 """Regions: where the part around a hole lies, and that all beside the hole stays bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,22 @@ def test_every_edit_works_on_a_part(tmp_path: Path) -> None:
         assert whole.shape == (70, 90, 3)
         assert (whole[outside] == np.asarray(picture)[outside]).all()
         assert (whole[~outside] != np.asarray(picture)[~outside]).mean() > 0.5
+
+
+def test_a_small_hole_in_a_large_picture_costs_what_a_plain_picture_costs() -> None:
+    """As many calls of the network, on as many latents; all other pixels stay."""
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    picture = photo(1200, 900)
+    mask = box_mask("700,300,790,390", picture.size)
+    region = Region.around(picture, mask, pipe.bundle.size)
+    run: dict[str, Any] = {"num_inference_steps": 3, "seed": 0, "progress": False}
+    plain = pipe("a cat", **run)
+    painted = pipe("a cat", edits=[RePaint(region.image, region.mask, resamples=1)], **run)
+    assert painted.nfe == plain.nfe
+    assert painted.latents.shape == plain.latents.shape
+    changed = (np.asarray(region.paste(painted.images[0])) != np.asarray(picture)).any(-1)
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (300, 389, 700, 789)
 
 
 def test_the_command_paints_in_a_large_picture_and_beyond_its_borders(tmp_path: Path) -> None:
