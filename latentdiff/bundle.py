@@ -41,6 +41,11 @@ from latentdiff.registry import check_name
 
 __all__ = ["Bundle", "Precision", "Steps"]
 
+# Parameters of a network from which bfloat16 is faster on every CPU with instructions for it: with
+# AVX-512's, layers of Stable Diffusion's size take 0.2 to 0.6 of the time, and one picture of the
+# bundled network of 17 million as long as in float32.
+_LARGE = 100_000_000
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -140,7 +145,9 @@ class Bundle:
                 `formats.autoencoder_files.open_autoencoder`.
             prediction: what the network predicts, where its files do not say so or are wrong.
             variant: the weights to take where a folder has several, as "bf16".
-            dtype: precision of the networks. "auto" is bfloat16 (or float16) on CUDA, else float32.
+            dtype: precision of the networks. "auto" is bfloat16 (or float16) on CUDA, bfloat16 for
+                a network of 100 million parameters or more on a CPU that computes in it, else
+                float32.
             device: "auto" is CUDA where there is one.
             attention: see `latentdiff.models.attention.set_attention`.
             engine: how the U-Net and the autoencoder are computed: see `latentdiff.models.engines`.
@@ -156,7 +163,7 @@ class Bundle:
         if prediction is not None:
             check_name("prediction", prediction, get_args(Prediction))
         place = _device(device)
-        precision = _dtype(dtype, place)
+        _check_dtype(dtype)
         path = find(where)
         other = None if vae is None else find_autoencoder(vae)
         with _collector_resting():
@@ -174,6 +181,7 @@ class Bundle:
             )
         if prediction is not None:
             bundle = replace(bundle, prediction=prediction)
+        precision = _dtype(dtype, place, bundle.network.module)
         for part in opened.weights:
             fill(part.module, part.files, _steady(precision) if part.steady else precision, place)
         set_attention(bundle.network.module, attention)
@@ -327,17 +335,32 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _dtype(dtype: Precision | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        dtype_name = str(dtype).removeprefix("torch.")
-    else:
-        dtype_name = dtype
-    check_name("dtype", dtype_name, get_args(Precision))
-    if dtype_name == "auto":
-        if device.type != "cuda":
-            return torch.float32
+def _check_dtype(dtype: Precision | torch.dtype) -> str:
+    """The name of a precision.
+
+    Raises:
+        UserError: there is no such precision.
+    """
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    check_name("dtype", name, get_args(Precision))
+    return name
+
+
+def _dtype(dtype: Precision | torch.dtype, device: torch.device, network: nn.Module) -> torch.dtype:
+    name = _check_dtype(dtype)
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return getattr(torch, dtype_name)
+    size = sum(parameter.numel() for parameter in network.parameters())
+    halves = device.type == "cpu" and size >= _LARGE and _computes_halves()
+    return torch.bfloat16 if halves else torch.float32
+
+
+def _computes_halves() -> bool:
+    """True of a CPU with instructions for bfloat16: AVX-512's or AMX's."""
+    asked = (f"_is_{name}_supported" for name in ("avx512_bf16", "amx_tile"))
+    return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in asked)
 
 
 def _steady(dtype: torch.dtype) -> torch.dtype:

@@ -111,6 +111,7 @@ class DiffusionConfig(RunConfig):
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    compile: bool = False  # by torch.compile, which takes a minute or two at the first step
     shards_at_hand: PositiveInt | None = None  # of data.root, for more than the disk holds
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)
@@ -167,7 +168,7 @@ class Denoising(Objective[Key]):
         for encoder in bundle.conditioner.modules.values():
             encoder.requires_grad_(config.text.train)
         set_attention(bundle.network.module, config.unet.backend)
-        module = Conditioned(bundle)
+        module = Conditioned(bundle, compiled=config.compile)
         self.shown = run.shown(bundle, module)
         self.model = Trained("model", module, config.optim)
         self.trained = [self.model]
@@ -246,7 +247,7 @@ def build(
         )
         conditioner: Conditioner = TextConditioner(ClipTower(encoder, tokenizer))
     else:
-        conditioner = Bundle.load(config.text.pretrained).conditioner
+        conditioner = Bundle.load(config.text.pretrained, dtype="float32").conditioner
     unet = build_unet(
         autoencoder.channels,
         side,

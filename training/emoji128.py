@@ -548,7 +548,7 @@ class Denoiser(nn.Module):
         return self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self._fast[0](x, t, self.states(ids)).sample
+        return self._fast[0](x, t, self.states(ids))
 
 
 class Lessons:

@@ -213,7 +213,7 @@ class Finetuning(Objective[Key]):
         run.say(*captions.warnings())
         cache = config.out / "cache"
         self.states = None if learns_text else CaptionStates(captions, bundle.conditioner, cache)
-        module = Conditioned(bundle, self.control).train()
+        module = Conditioned(bundle, self.control, compiled=config.compile).train()
         self.shown = run.shown(bundle, module)
         make = partial(
             make_optimizer,

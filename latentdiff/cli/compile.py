@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.models import DtypeName, ModelOptions
+from latentdiff.cli.models import ModelOptions
 
 
 def compile_model(
@@ -26,7 +26,7 @@ def compile_model(
     guidance_scale: Annotated[
         float, typer.Option(help="Of the runs to be; 1, which is off, is another shape of calls.")
     ] = 4.0,
-    dtype: Annotated[DtypeName, typer.Option(help="Precision of the networks.")] = "auto",
+    dtype: options.Dtype = "auto",
     vae: options.Vae = None,
     prediction: options.PredictionName = None,
     variant: options.Variant = None,

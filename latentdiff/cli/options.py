@@ -78,7 +78,13 @@ Embeddings = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[DtypeName, typer.Option(help="Precision of the networks.")]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        help="Precision of the networks. Of auto on a CPU: bfloat16 for a network of 100 million "
+        "parameters or more where the CPU computes in it, else float32."
+    ),
+]
 Engine = Annotated[
     EngineName,
     typer.Option(

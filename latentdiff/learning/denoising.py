@@ -18,6 +18,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import Stream, generator
 from latentdiff.models.control import ControlNetwork
+from latentdiff.models.engines.compiling import training_code
 from latentdiff.models.guidance_embedding import DISTILLED_SCALE, told_scale
 from latentdiff.models.text_encoders import TextStates, Tokens
 
@@ -26,10 +27,24 @@ Times = Literal["uniform", "logit-normal"]
 
 class Conditioned(nn.Module):
     """Network and conditioner as one module, so that Accelerate wraps, clips and averages both;
-    and a ControlNet beside them, where one learns."""
+    and a ControlNet beside them, where one learns.
 
-    def __init__(self, bundle: Bundle, control: ControlNetwork | None = None) -> None:
+    Args:
+        bundle: network and conditioner.
+        control: the ControlNet.
+        compiled: whether `torch.compile` makes the code of the network, for this module alone.
+
+    Raises:
+        UserError: there is no compiler for that.
+    """
+
+    def __init__(
+        self, bundle: Bundle, control: ControlNetwork | None = None, *, compiled: bool = False
+    ) -> None:
         super().__init__()
+        if compiled:
+            fast = training_code(bundle.network.module)
+            bundle = replace(bundle, network=bundle.network.with_module(fast))
         self.control = None if control is None else control.module
         self._network = (control,)
         self.unet = bundle.network.module

@@ -191,6 +191,7 @@ class FinetuneConfig(RunConfig):
     train_text: bool = False
     inpaint: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False  # by torch.compile, which takes minutes at the first step
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)
 

@@ -1,6 +1,10 @@
-"""The latent U-Net out of diffusers."""
+"""A fresh latent U-Net, which begins as one of diffusers does."""
+
+import json
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 
 
 def build_unet(
@@ -12,8 +16,8 @@ def build_unet(
     head_dim: int,
     text_width: int,
     learned_variance: bool = False,
-) -> UNet2DConditionModel:
-    """A fresh `UNet2DConditionModel`, with cross-attention at the levels that `attention` says.
+) -> CrossAttentionUNet:
+    """A fresh U-Net with cross-attention at the levels that `attention` says.
 
     Args:
         latent_size: side of the latent grid that it is trained on.
@@ -25,7 +29,7 @@ def build_unet(
     if len(channels) != len(attention):
         raise ValueError(f"{len(channels)} levels of channels but {len(attention)} of attention")
     heads = tuple(max(1, width // head_dim) for width in channels)
-    return UNet2DConditionModel(
+    theirs = UNet2DConditionModel(  # with its first weights
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels * (2 if learned_variance else 1),
@@ -38,3 +42,6 @@ def build_unet(
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
         norm_num_groups=32,
     )
+    unet = CrossAttentionUNet(json.loads(theirs.to_json_string()))
+    unet.load_state_dict(theirs.state_dict(), assign=True)
+    return unet

@@ -5,8 +5,9 @@
 All contestants of a row compute the same with the same weights, in turn, round after round; a
 ratio is the median over rounds of the first contestant's seconds to another's. The bundled model
 draws 20 steps of DPM-Solver++(2M) with guidance 4; the networks of Stable Diffusion's size have
-random weights; whole commands start a process each. bfloat16 is measured where the processor
-computes in it. Prints tables for docs/benchmarks.md.
+random weights; whole commands start a process each. The engine compiled takes part where
+`latentdiff compile` was run before, with `--dtype bfloat16` for that precision, too. bfloat16 is
+measured where the processor computes in it. Prints tables for docs/benchmarks.md.
 """
 
 import argparse
@@ -107,8 +108,12 @@ def pictures(folder: Path, peers: bool) -> dict[str, Sides]:
     rows: dict[str, Sides] = {}
     for dtype in precisions():
         sides: Sides = _their_pictures(folder, dtype) if peers else {}
-        for engine in ("eager", "packed"):
-            pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, engine=engine)
+        for engine in ("eager", "packed", "compiled"):
+            try:
+                pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, engine=engine)
+            except UserError as error:  # there is no code of it
+                print(f"{_name(dtype)}, left out: {error}", file=sys.stderr)
+                continue
             sides[f"latentdiff, {engine}"] = lambda pipe=pipe: pipe(
                 PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE, seed=0, progress=False
             )

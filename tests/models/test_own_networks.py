@@ -25,17 +25,19 @@ from tiny import (
     tower_of,
     vae_of,
 )
+from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff.bundle import Bundle
 from latentdiff.cli import main
-from latentdiff.models.attention import set_attention
+from latentdiff.models.attention import AttentionLayer, auto, explicit, sdpa, set_attention
 from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
 from latentdiff.models.clip_tokenizer import ClipTokenizer
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.unet import build_unet
 from latentdiff.models.working_memory import unet_bytes
 
 UNETS = {
@@ -101,6 +103,47 @@ def test_the_unet_is_that_of_diffusers(kind: str, backend: Any) -> None:
         for name, parameter in own.named_parameters():
             wanted = other[name].grad
             assert (parameter.grad - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learns", "places", "expected"),
+    [
+        (torch.bfloat16, True, 64, explicit),
+        (torch.bfloat16, False, 64, sdpa),  # whose forward pass is the faster one
+        (torch.bfloat16, True, 1024, sdpa),
+        (torch.float32, True, 64, sdpa),
+    ],
+)
+def test_attention_trains_by_what_is_faster_there(
+    dtype: torch.dtype, learns: bool, places: int, expected: Any
+) -> None:
+    """By default; each is told from the other by its bits."""
+    random = torch.Generator().manual_seed(0)
+    layer = draw_weights(AttentionLayer(16, 2), 0)
+    x = torch.randn(2, places, 16, generator=random)
+    answers: dict[Any, Tensor] = {}
+    for processor in (layer.processor, explicit, sdpa):
+        layer.processor = processor
+        with (
+            torch.set_grad_enabled(learns),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            answers[processor] = layer(x)
+    assert not torch.equal(answers[explicit], answers[sdpa])
+    assert torch.equal(answers[auto], answers[expected])
+
+
+def test_a_fresh_unet_begins_as_one_of_diffusers() -> None:
+    shape = (4, 8, (64, 64), 1, (True, False), 16, 24)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        own = build_unet(*shape)
+        torch.manual_seed(3)
+        theirs = UNet2DConditionModel(**own.config)
+    assert [name for name, _ in own.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(own.state_dict()[name], value), name
+    assert all(parameter.requires_grad for parameter in own.parameters())
 
 
 @torch.no_grad()

@@ -595,10 +595,27 @@ def test_attention_backends_agree() -> None:
     eager = draw(bundle)
     assert set_attention(unet_of(bundle), "sdpa") == "sdpa"
     assert (draw(bundle) - eager).abs().max() < 1e-4
-    assert set_attention(unet_of(bundle)) == "sdpa"
-    assert set_attention(unet_of(bundle).bfloat16()) == "sdpa"
+    assert set_attention(unet_of(bundle).bfloat16()) == "auto"
     kinds = {type(p).__name__ for p in unet_of(bundle).attn_processors.values()}
     assert kinds == {"AttnProcessor2_0"}
     if find_spec("xformers") is None:
         with pytest.raises(UserError, match="not installed"):
             set_attention(unet_of(bundle), "xformers")
+
+
+def test_bfloat16_is_chosen_where_it_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: for a large network, where there are instructions for it."""
+    folder = tiny_bundle().save(tmp_path / "model")
+    for amx, avx512, large, expected in (
+        (True, False, True, torch.bfloat16),
+        (False, True, True, torch.bfloat16),
+        (False, False, True, torch.float32),
+        (True, True, False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        monkeypatch.setattr("latentdiff.bundle._LARGE", 1000 if large else 10**8)
+        assert Bundle.load(folder, device="cpu").network.dtype == expected
+    assert Bundle.load(folder, device="cpu", dtype="bfloat16").network.dtype == torch.bfloat16

@@ -227,14 +227,24 @@ class Pictures(Dataset[dict[str, Tensor]]):
         return (pixels - 0.5) / 0.5
 
 
-def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, steps: int) -> Clock:
+def theirs(
+    method: str,
+    examples: Sequence[Example],
+    model: Path,
+    batch: int,
+    steps: int,
+    precision: str = "no",
+) -> Clock:
     """The time of `steps` steps of the recipe, after FEW that are not counted."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     pipe: Any = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config)
     vae, text_encoder, unet = pipe.vae, pipe.text_encoder, pipe.unet
     for network in (vae, text_encoder, unet):
         network.requires_grad_(False).to(accelerator.device)
+    for network in (vae, text_encoder):
+        network.to(dtype)
     ema = None
     if method == "lora":
         unet.add_adapter(
@@ -260,7 +270,7 @@ def theirs(method: str, examples: Sequence[Example], model: Path, batch: int, st
         while True:
             for part in loader:
                 with accelerator.accumulate(unet):
-                    latents = vae.encode(part["pixel_values"]).latent_dist.sample()
+                    latents = vae.encode(part["pixel_values"].to(dtype)).latent_dist.sample()
                     latents = latents * vae.config.scaling_factor
                     noise = torch.randn_like(latents)
                     total = scheduler.config.num_train_timesteps

@@ -1,9 +1,10 @@
 """The compiler behind `latentdiff compile`: AOTInductor of torch, weights frozen into the code."""
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,32 @@ def compiling(
     if reason := cannot_compile(network.module):
         raise UserError(f"this model cannot be compiled: {reason}.")
     with scratch_folder() as folder, _cache_in(folder):
-        _check_compiler()
+        check_compiler()
         make = _maker(say)
         if can_compile(autoencoder):
             autoencoder = CompiledAutoencoder.of(autoencoder, autoencoder, make)
         yield CompiledNetwork.of(network, network, make), autoencoder
 
 
-def _check_compiler() -> None:
+def training_code(network: nn.Module) -> nn.Module:
+    """What `torch.compile` makes of a network, forward and backward, at its first call.
+
+    What it compiles goes with the process, unless TORCHINDUCTOR_CACHE_DIR names a folder: a run
+    that is killed while it compiles leaves files that the next one could not read.
+
+    Raises:
+        UserError: there is no compiler.
+    """
+    if _CACHE not in os.environ:
+        rest = ExitStack()
+        os.environ[_CACHE] = str(rest.enter_context(scratch_folder()))
+        atexit.register(rest.close)
+    check_compiler()
+    compiled: Any = torch.compile(network)
+    return compiled
+
+
+def check_compiler() -> None:
     """Look for the C++ compiler that torch would call.
 
     Raises:
@@ -66,7 +85,7 @@ def _check_compiler() -> None:
     except (exc.InvalidCxxCompiler, RuntimeError) as error:
         raise UserError(
             "there is no C++ compiler here, which compiling needs: install g++ (Debian, Ubuntu: "
-            "apt install g++) or name one in the variable CXX. Drawing goes on without."
+            "apt install g++) or name one in the variable CXX; drawing and training work without."
         ) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.diffusion.condition import Condition
-from latentdiff.models.attention import AttentionLayer, sdpa
+from latentdiff.models.attention import AttentionLayer, auto, sdpa
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import ResnetBlock2D
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
@@ -249,7 +249,9 @@ def _packed(module: nn.Module) -> nn.Module:
         elif isinstance(layer, nn.Linear) and not name.startswith("time_"):
             new = _packed_linear(layer)
         elif isinstance(layer, AttentionLayer) and layer.is_cross_attention:
-            layer.processor = CrossAttention() if layer.processor is sdpa else layer.processor
+            layer.processor = (
+                CrossAttention() if layer.processor in (auto, sdpa) else layer.processor
+            )
         if new is not None:
             setattr(twin.get_submodule(parent), last, new)
     return twin
