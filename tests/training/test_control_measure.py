@@ -11,7 +11,7 @@ from scripts import script
 from tiny import tiny_bundle, tiny_control
 from typer.testing import CliRunner
 
-from latentdiff.metrics.edges import edge_agreement
+from latentdiff.metrics.edges import customary_tolerance, edge_agreement
 
 
 def line(column: int, rows: slice = slice(0, 20)) -> torch.Tensor:
@@ -23,12 +23,14 @@ def line(column: int, rows: slice = slice(0, 20)) -> torch.Tensor:
 def test_agreement_is_f1_within_a_pixel() -> None:
     """Closed forms: a line moved, halved, doubled, and none."""
     none = torch.zeros(20, 20, dtype=torch.bool)
-    assert edge_agreement(line(5), line(5)) == edge_agreement(line(6), line(5)) == 1
-    assert edge_agreement(line(7), line(5)) == 0
+    assert edge_agreement(line(5), line(5)) == edge_agreement(line(6), line(5), 1) == 1
+    assert edge_agreement(line(6), line(5)) == 0  # the customary tolerance is below a pixel here
+    assert [customary_tolerance(side, side) for side in (64, 96, 512)] == [0, 1, 5]
+    assert edge_agreement(line(7), line(5), 1) == 0
     assert edge_agreement(line(7), line(5), tolerance=2) == 1
-    half = line(5, slice(0, 9))  # with the tolerance it reaches ten of twenty
-    assert edge_agreement(half, line(5)) == pytest.approx(2 * 0.5 / 1.5)
-    assert edge_agreement(line(5), half) == pytest.approx(2 * 0.5 / 1.5)
+    half = line(5, slice(0, 9))  # within a pixel it reaches ten of twenty
+    assert edge_agreement(half, line(5), 1) == pytest.approx(2 * 0.5 / 1.5)
+    assert edge_agreement(line(5), half, 1) == pytest.approx(2 * 0.5 / 1.5)
     assert edge_agreement(line(5) | line(12), line(5)) == pytest.approx(2 * 0.5 / 1.5)
     assert edge_agreement(none, none) == 1
     assert edge_agreement(none, line(5)) == edge_agreement(line(5), none) == 0
@@ -57,7 +59,7 @@ def test_the_script_measures_held_out_pictures(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out/control.json").read_text())
     assert report["pictures"] == 3
-    assert report["f1"].keys() == {"decoded", "without", "with"}
+    assert {"decoded", "without", "with", "with, within a pixel"} <= report["f1"].keys()
     assert all(0 <= value <= 1 for value in report["f1"].values())
     assert report["f1"]["without"] != report["f1"]["with"]
     assert (tmp_path / "out/control.png").is_file()
