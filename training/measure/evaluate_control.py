@@ -5,7 +5,7 @@
 Of pictures that it has not learned from, the edges are shown to it with their captions; the same is
 drawn without it. `f1` is the mean agreement of the edges of what is drawn with those that were
 shown: the harmonic mean of precision and recall, within 0.0075 of the diagonal, which at 64 pixels
-is the very pixel (`latentdiff.metrics.edges`); and once more within a pixel, as any edges often are.
+is the very pixel (`latentdiff.metrics.edges`); and once more within a pixel, as any edges may be.
 `decoded` is that of the pictures themselves, through the autoencoder: no control does better.
 """
 
