@@ -238,7 +238,7 @@ def _try_out(network: Any, name: str, keys: list[str]) -> None:
     Raises:
         UserError: the call fails.
     """
-    config = network.config
+    config, added = network.config, {}
     if "block_out_channels" not in config:  # of transformers
         inputs = [torch.zeros(1, 2, dtype=torch.int64, device="meta")]
     else:
@@ -248,8 +248,9 @@ def _try_out(network: Any, name: str, keys: list[str]) -> None:
             width = config["encoder_hid_dim"] or config["cross_attention_dim"]
             width = width[0] if isinstance(width, list | tuple) else width
             inputs += [torch.empty(1, device="meta"), torch.empty(1, 2, width, device="meta")]
+            added = _added(config)
     try:
-        network(*inputs, **_added(config))
+        network(*inputs, **added)
     except Exception as error:  # anything at all
         raise UserError(
             f"{name}: with its {' and '.join(keys)} it cannot be called ({first_line(error)})."
