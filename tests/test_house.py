@@ -221,6 +221,7 @@ def test_wheel_holds_the_package_and_the_bundled_model_only() -> None:
     assert all(name.startswith("latentdiff/") for name in inside)
     expected = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     expected |= {"latentdiff/py.typed", "latentdiff/assets/README.md"}
+    expected |= {f"latentdiff/assets/clip/tokenizer/{n}" for n in ("vocab.json", "merges.txt")}
     commands = ("autoencoder", "diffusion", "distill", "finetune")
     scripts = {f"latentdiff/training/{n}.py" for n in commands}
     assert {name for name in inside if name.startswith("latentdiff/training/")} == scripts

@@ -147,11 +147,24 @@ def _refusal(file: Path) -> str:
     return f"{file}: a model is a folder in the diffusers layout or a .safetensors file."
 
 
-def _bundled() -> Path:
+def clip_tokenizer() -> Path:
+    """The folder of CLIP's tokenizer, which comes with this package.
+
+    Raises:
+        UserError: the installation is not whole.
+    """
+    return _asset("clip/tokenizer") or _bundled()  # which says how to mend it
+
+
+def _asset(name: str) -> Path | None:
     package = Path(__file__).parents[1]
-    for assets in (package / "assets", package.parent / "assets"):
-        if (assets / BUNDLED).is_dir():
-            return assets / BUNDLED
+    folders = (assets / name for assets in (package / "assets", package.parent / "assets"))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _bundled() -> Path:
+    if (folder := _asset(BUNDLED)) is not None:
+        return folder
     raise UserError(
         f"the bundled model '{BUNDLED}' is not in this installation; reinstall latentdiff or "
         "name a model folder."

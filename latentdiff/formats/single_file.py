@@ -23,7 +23,7 @@ from latentdiff.formats.diffusers_save import (
     text_config_of,
     without_offset,
 )
-from latentdiff.formats.location import download
+from latentdiff.formats.location import clip_tokenizer
 from latentdiff.formats.single_file_yaml import Told, read_beside
 from latentdiff.formats.weights import (
     WeightFiles,
@@ -46,7 +46,6 @@ HEADER = "latentdiff"
 _CONFIGS = ("unet", "vae", "text_encoder", "scheduler")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _CLIP_VOCABULARY = 49408
-_CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 _PROJECTION = "text_projection.weight"
 _UNUSED = ("text_projection", "logit_scale", "attn_mask")
 # What training leaves in nearly every whole file: its schedule, and averaged weights beside others.
@@ -334,7 +333,8 @@ def tokenizer_of(
     scratch: Path,
     name: str = "tokenizer",
 ) -> Path:
-    """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's from the hub.
+    """A folder with the tokenizer: what the file holds, the one beside it, or CLIP's, which is
+    bundled.
 
     Args:
         file: the checkpoint.
@@ -358,13 +358,7 @@ def tokenizer_of(
             f"it holds no tokenizer, and its {vocabulary} tokens are not CLIP's; put the folder "
             "tokenizer/ of the model beside it."
         )
-    try:
-        return download(_CLIP_TOKENIZER, ["tokenizer.json", "tokenizer_config.json"])
-    except UserError as error:
-        raise UserError(
-            "it holds no tokenizer, as most single files do not, and CLIP's is not to be had from "
-            f"the Hub; put the folder tokenizer/ of any Stable Diffusion beside it ({error})"
-        ) from error
+    return clip_tokenizer()
 
 
 def save_single(
