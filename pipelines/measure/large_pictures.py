@@ -1,6 +1,7 @@
 """What a large picture costs: the autoencoder in tiles, and a small region painted anew.
 
     python pipelines/measure/large_pictures.py tiles --width 1024 --height 768
+    python pipelines/measure/large_pictures.py tiles --width 4000 --height 3000 --alone
     python pipelines/measure/large_pictures.py region --width 4000 --height 3000
 
 `tiles` decodes a picture in tiles and at once, each in a process of its own, and compares them.
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from latentdiff import Bundle, LatentDiffusionPipeline
 from latentdiff.editing import Region, RePaint, box_mask
@@ -46,6 +48,20 @@ def peak() -> float:
 
 
 @torch.no_grad()
+def decode_alone(width: int, height: int) -> None:
+    """Decode smooth random latents in tiles, printing CPU seconds and the peak of memory."""
+    autoencoder = Bundle.load(tiling="on").autoencoder
+    random = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, autoencoder.channels, 24, 32, generator=random)
+    size = height // autoencoder.factor, width // autoencoder.factor
+    latents = interpolate(coarse, size=size, mode="bilinear")
+    start = time.process_time()
+    shape = tuple(autoencoder.decode(latents).shape)
+    seconds = time.process_time() - start
+    print(f"decode {shape} in tiles: {seconds:.1f} CPU s, peak {peak():.2f} GB", flush=True)
+
+
+@torch.no_grad()
 def decode(width: int, height: int, tiling: str, to: Path) -> None:
     """Encode and decode a picture and keep it, printing the time and the peak of memory."""
     autoencoder = Bundle.load(tiling=tiling).autoencoder  # pyright: ignore[reportArgumentType]
@@ -60,14 +76,12 @@ def decode(width: int, height: int, tiling: str, to: Path) -> None:
     print(f"tiling {tiling}: {seconds}, peak {peak():.2f} GB", flush=True)
 
 
-def tiles(width: int, height: int, alone: bool) -> None:
-    """Compare tiles with the whole; or measure tiles alone, where the whole is too large."""
+def tiles(width: int, height: int) -> None:
+    """Compare tiles with the whole."""
     with tempfile.TemporaryDirectory() as folder:
-        for tiling in ("on",) if alone else ("on", "off"):
+        for tiling in ("on", "off"):
             of = ["--width", f"{width}", "--height", f"{height}", "--to", f"{folder}/{tiling}"]
             subprocess.run([sys.executable, __file__, "decode", tiling, *of], check=True)
-        if alone:
-            return
         on, off = (load_file(f"{folder}/{tiling}") for tiling in ("on", "off"))
     levels = (on["decoded"].clamp(-1, 1) - off["decoded"].clamp(-1, 1)).abs() * 127.5
     print(f"latents differ by at most {(on['latents'] - off['latents']).abs().max():.1g}")
@@ -122,13 +136,15 @@ def main() -> None:
     parser.add_argument("tiling", nargs="?", default="on", help="of decode: on or off")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--height", type=int, default=768)
-    parser.add_argument("--alone", action="store_true", help="tiles alone, not the whole")
+    parser.add_argument("--alone", action="store_true", help="decode in tiles alone")
     parser.add_argument("--resamples", type=int, default=1, help="RePaint's, of region")
     parser.add_argument("--to", type=Path, help="of decode: the file")
     given = parser.parse_args()
     keep_freed_memory()
-    if given.what == "tiles":
-        tiles(given.width, given.height, given.alone)
+    if given.what == "tiles" and given.alone:
+        decode_alone(given.width, given.height)
+    elif given.what == "tiles":
+        tiles(given.width, given.height)
     elif given.what == "region":
         region(given.width, given.height, given.resamples)
     else:
