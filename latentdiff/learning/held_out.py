@@ -20,7 +20,7 @@ from latentdiff.learning.finetune_config import HeldOutConfig
 from latentdiff.learning.inpainting_masks import Holes
 from latentdiff.learning.order import Stream, generator
 from latentdiff.learning.samples import Samples
-from latentdiff.learning.sharding import gathered, split_like
+from latentdiff.learning.sharding import gathered, split_again, split_like
 from latentdiff.learning.trained import Trained
 
 _TIMES = 8  # of each picture, spread evenly
@@ -90,6 +90,7 @@ class HeldOut:
             losses += in_parts(
                 range(_TIMES), _TIMES, lambda places, n=number: self._losses(module, n, places)
             )
+        split_again(module)
         return torch.stack(losses).mean()
 
     def _losses(self, module: nn.Module, number: int, places: Sequence[int]) -> list[Tensor]:
@@ -121,7 +122,7 @@ class HeldOut:
             self.best = loss, step, 0
             if self.config.keep == "best":
                 self.weights = {
-                    name: gathered(p.detach()).to("cpu", copy=True)
+                    name: _copied(gathered(p.detach()))
                     for name, p in trained_parameters(trained.module).items()
                 }
         else:
@@ -158,6 +159,11 @@ class HeldOut:
         if isinstance(best, list):
             loss, step, since = best
             self.best, self.weights = (float(loss), int(step), int(since)), tensors.get("best", {})
+
+
+def _copied(whole: Tensor) -> Tensor:
+    """A plain tensor of its own in the computer's memory."""
+    return torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
 
 
 @torch.no_grad()

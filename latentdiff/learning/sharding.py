@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latentdiff.bundle import Bundle
@@ -27,6 +28,14 @@ def split_like(whole: Tensor, part: Tensor) -> Tensor:
     if not isinstance(part, DTensor) or whole.shape != part.shape:
         return whole
     return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
+
+
+def split_again(module: nn.Module) -> None:
+    """Have FSDP2 free the whole weights that a forward pass without a backward pass has left: until
+    then a module's parameters are these, and not its parts of them."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 class Shown:

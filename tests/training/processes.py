@@ -22,6 +22,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from kills import content
 from lab import SCRIPTS, Lab
 from scripts import ROOT
 from torch import distributed, nn
@@ -190,12 +191,12 @@ def resumed(lab: Lab, out: str, stage: str) -> None:
     folder = lab.folder / out
     written = next(iter(folder.glob("model/unet/*.safetensors")), None)
     result = written or folder / "pytorch_lora_weights.safetensors"
-    before = result.read_bytes()
+    before = content(result)
     shutil.rmtree(folder / "checkpoints" / "step-00000020")
     result.unlink()
     run(lab, out, [0, 0], "checkpoint_every=10", stage=stage, split=True)
     assert f"resuming {folder} at step 10" in (lab.folder / f"{out}.log").read_text()
-    assert result.read_bytes() == before, f"{out}: not the same weights after a resume"
+    assert content(result) == before, f"{out}: not the same weights after a resume"
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ def test_a_step_with_nan_is_skipped_and_counted(lab: Lab, where: str) -> None:
     )
     assert second == third != fourth
     rows = (lab.folder / f"nan-{where}/log.jsonl").read_text().splitlines()
-    losses = [json.loads(row)["loss"] for row in rows]
+    losses = [row["loss"] for row in map(json.loads, rows) if "loss" in row]
     assert (losses[2] is None) == (where != "gradient")
     assert None not in (losses[0], losses[1], losses[3])
 
@@ -227,7 +227,7 @@ def test_pictures_are_drawn_fewer_at_once_where_memory_is_short(lab: Lab, stage:
     finally:
         handle.remove()
     roomy, short = (pictures_of(lab.folder / f"{stage}{room}") for room in ("-room", "-no-room"))
-    assert len(roomy) == {"diffusion": 2, "finetune": 8}[stage]
+    assert len(roomy) == {"diffusion": 2, "finetune": 10}[stage]
     assert short.keys() == roomy.keys()
     for name, picture in roomy.items():
         gap = np.asarray(picture, int) - np.asarray(short[name], int)
