@@ -21,6 +21,7 @@ from latentdiff.server.studio import Limits, Studio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium")
+expect.set_options(timeout=30_000)  # milliseconds, for machines that have much else to do
 QUIET = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
          "disable-component-update", "disable-sync"]  # fmt: skip
 
