@@ -149,12 +149,21 @@ def check_control(control: ControlNetwork, network: "Network", factor: int) -> N
     added = unet.config["addition_embed_type"]
     context = config["cross_attention_dim"]
     wide = {*context} if isinstance(context, list | tuple) else {context}
+    widths = [[*each["block_out_channels"]] for each in (config, unet.config)]
+    layers = [
+        [*count]
+        if isinstance(count := each["layers_per_block"], list | tuple)
+        else [count] * len(own)
+        for each, own in zip((config, unet.config), widths, strict=True)
+    ]
     for what, own, wanted in (
         ("latents of {} channels", config["in_channels"], network.channels),
         ("text states of width {}", min(wide), network.width),
         ("an addition_embed_type of {}", config["addition_embed_type"], added),
         ("{} pixels a latent", control.factor, factor),
         ("control pictures of {} channels", config["conditioning_channels"], 3),
+        ("levels of widths {}", *widths),
+        ("levels of {} layers", *layers),
     ):
         if own != wanted:
             raise UserError(

@@ -1,5 +1,6 @@
 """Controls with every edit, solver, guidance and engine; control pictures."""
 
+import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from tiny import tiny_bundle, tiny_control, with_own_networks
 from latentdiff import ILVR, Control, LatentDiffusionPipeline, RePaint, Request, SDEdit, UserError
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.edits import Edit
-from latentdiff.editing.control_pictures import control_picture, edges, names
+from latentdiff.editing.control_pictures import _hysteresis, control_picture, edges, names
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.models.control import ControlNetwork
 from latentdiff.models.controlnet import ControlNet
@@ -177,12 +178,18 @@ def test_what_makes_no_sense_is_refused() -> None:
         draw(controls=[a])
     with pytest.raises(UserError, match="none of the run's 3 steps"):
         draw(controls=[Control(network(), a, start=0.4, end=0.5)])
-    other: Any = tiny_control(in_channels=8)
-    foreign = ControlNetwork(ControlNet(dict(other.config)), "theirs")
-    with pytest.raises(UserError, match="theirs is for latents of 8 channels"):
-        LatentDiffusionPipeline(model()).prepare(
-            Request(prompt="a cat", controls=[Control(foreign, a)])
-        )
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"in_channels": 8}, "latents of 8 channels"),
+        ({"layers_per_block": 3}, r"levels of \[3, 3\] layers"),
+        ({"block_out_channels": [64, 64]}, r"levels of widths \[64, 64\]"),
+    ]
+    for config, told in others:
+        other: Any = tiny_control(**config)
+        foreign = ControlNetwork(ControlNet(dict(other.config)), "theirs")
+        with pytest.raises(UserError, match=f"theirs is for {told}"):
+            LatentDiffusionPipeline(model()).prepare(
+                Request(prompt="a cat", controls=[Control(foreign, a)])
+            )
 
 
 @given(radius=st.integers(6, 26), value=st.integers(80, 255), dark=st.booleans())
@@ -216,6 +223,21 @@ def test_hysteresis_keeps_what_touches_a_strong_edge() -> None:
     assert not edges(Image.new("RGB", (9, 7), "pink")).any()
     with pytest.raises(UserError, match="low <= high"):
         edges(image, 200, 100)
+
+
+def test_a_long_weak_line_takes_no_longer_than_its_length() -> None:
+    """A snake of 180,000 pixels that begins strong is kept to its end."""
+    size = torch.zeros(601, 600)
+    size[::2] = 150
+    for row in range(1, 600, 2):
+        size[row, -1 if row % 4 == 1 else 0] = 150
+    size[0, 0] = 300
+    begin = time.monotonic()
+    found = _hysteresis(size > 0, size, 100, 200)
+    assert time.monotonic() - begin < 30
+    assert torch.equal(found, size > 0)
+    size[0, 0] = 150
+    assert not _hysteresis(size > 0, size, 100, 200).any()
 
 
 def test_control_pictures_are_of_the_size_and_kind_asked_for() -> None:

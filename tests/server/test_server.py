@@ -239,6 +239,8 @@ def test_no_client_names_a_file_of_the_server(
     refused = client.post("/jobs", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "edits")
     assert "reads files of the server" in refused.json()["detail"]
+    many = client.post("/jobs", json=body | {"edits": ["tiled:0.9"]})
+    assert (many.status_code, many.json()["error"]["param"]) == (400, "edits")
     assert not studio.queue.jobs
     begun = client.post("/jobs", json=body | {"edits": ["pag:2"], "num_inference_steps": 1})
     assert events(client, begun.json()["id"])[-1]["state"] == "done"
