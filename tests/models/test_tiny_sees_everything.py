@@ -92,7 +92,8 @@ def output_of(unet: Any) -> Callable[..., tuple[Tensor, ...]]:
     """The U-Net's output in parts of as many channels as latents have."""
 
     def network(x: Tensor, t: Tensor, states: Tensor, **more: Any) -> tuple[Tensor, ...]:
-        return unet(x, t, states, return_dict=False, **more)[0].split(4, dim=1)
+        output = unet(x, t, states, **more)
+        return getattr(output, "sample", output).split(4, dim=1)
 
     return network
 

@@ -179,10 +179,9 @@ def test_a_step_with_nan_is_skipped_and_counted(lab: Lab, where: str) -> None:
         if calls == 3 and where == "data":
             inputs[0][0, 0, 0, 0] = torch.nan
         elif calls == 3 and where == "loss":
-            output[0].data[0] = torch.inf
+            output.data[0] = torch.inf
         elif calls == 3:
-            tensor: Tensor = output[0]
-            tensor.register_hook(lambda gradient: gradient * torch.nan)
+            output.register_hook(lambda gradient: gradient * torch.nan)
 
     before = where == "data"
     hooks = nn.modules.module
