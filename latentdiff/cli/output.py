@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ def draw_in_parts(
 ) -> Iterator["tuple[str, int, Image]"]:
     """Draw a picture for each prompt, some at once, and hand each on as soon as it is there.
 
+    Where long prompts are read, those that differ are drawn one after another: in one call all get
+    as many chunks as the longest has, so that a picture would depend on the others.
+
     Args:
         pipe: the model.
         prompts: one for each picture.
@@ -48,8 +52,11 @@ def draw_in_parts(
     from tqdm import tqdm
 
     at_once = max(1, pixels_at_once(pipe.bundle.device) // pixels)
-    for start in range(0, len(prompts), at_once):
-        chunk = prompts[start : start + at_once]
+    start = 0
+    while start < len(prompts):
+        chunk = list(prompts[start : start + at_once])
+        if request.reading.long:
+            chunk = list(takewhile(chunk[0].__eq__, chunk))
         part = replace(request, prompt=chunk, **place_of(request, start))
         run = pipe.prepare(part)
         hidden = not sys.stderr.isatty()
@@ -58,6 +65,7 @@ def draw_in_parts(
                 _show(run, preview)
         output = run.finish()
         yield from zip(chunk, output.indices, output.images, strict=True)
+        start += len(chunk)
 
 
 def _show(run: "Run", file: Path) -> None:

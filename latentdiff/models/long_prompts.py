@@ -7,6 +7,8 @@ encoder by itself; the states of a prompt's chunks follow one another. The word 
 import re
 from collections.abc import Sequence
 
+import torch
+
 from latentdiff.errors import UserError
 from latentdiff.models.prompt_weights import (
     padded_weights,
@@ -26,6 +28,7 @@ from latentdiff.models.text_encoders import (
 )
 
 MOST_CHUNKS = 32
+_AT_ONCE = 64  # chunks that go through the encoder in one batch
 
 _BREAK = re.compile(r"\bBREAK\b")
 Chunk = tuple[list[int], list[float]]  # ids, marks included, and their weights
@@ -45,16 +48,12 @@ def long_states(tower: TextTower, prompts: Sequence[str], reading: Reading = PLA
     Raises:
         UserError: another text encoder, a weight out of range, or more than 32 chunks.
     """
-    if not isinstance(tower, ClipTower):
-        raise UserError("long_prompts: only CLIP text encoders read prompts in chunks.")
-    rows = [_chunks(tower, prompt, reading.weights is not None) for prompt in prompts]
+    tower, rows = _read(tower, prompts, reading)
     most = max(map(len, rows))
-    if most > MOST_CHUNKS:
-        raise UserError(f"a prompt has {most} chunks of {tower.window - 2} tokens: say it shorter.")
     (empty,) = _chunks(tower, "", False)
     flat = [chunk for row in rows for chunk in [*row, *[empty] * (most - len(row))]]
     ids, kept = pad_tokens([ids for ids, _ in [*flat, empty]], tower.window, tower.tokenizer)
-    text = tower.states(Tokens(ids, kept, [""] * len(ids)), reading.clip_skip)
+    text = _in_parts(tower, Tokens(ids, kept, [""] * len(ids)), reading.clip_skip)
     states, nothing = text.states[:-1], text.states[-1]
     if reading.weights and any(weight != 1 for _, chunk in flat for weight in chunk):
         scale = padded_weights([chunk for _, chunk in flat], states)
@@ -62,6 +61,40 @@ def long_states(tower: TextTower, prompts: Sequence[str], reading: Reading = PLA
     states = states.unflatten(0, (len(rows), most)).flatten(1, 2)
     pooled = None if text.pooled is None else text.pooled[:-1:most]
     return TextStates(states, None, [""] * len(rows), pooled)
+
+
+def most_chunks(tower: TextTower, prompts: Sequence[str], reading: Reading) -> int:
+    """How many chunks the longest of these prompts has, which all of them get in one call.
+
+    Raises:
+        UserError: as `long_states`.
+    """
+    return max(map(len, _read(tower, prompts, reading)[1]))
+
+
+def _read(
+    tower: TextTower, prompts: Sequence[str], reading: Reading
+) -> tuple[ClipTower, list[list[Chunk]]]:
+    """The encoder, which is a CLIP, and the chunks of each prompt, which are not too many."""
+    if not isinstance(tower, ClipTower):
+        raise UserError("long_prompts: only CLIP text encoders read prompts in chunks.")
+    rows = [_chunks(tower, prompt, reading.weights is not None) for prompt in prompts]
+    most = max(map(len, rows))
+    if most > MOST_CHUNKS:
+        raise UserError(f"a prompt has {most} chunks of {tower.window - 2} tokens: say it shorter.")
+    return tower, rows
+
+
+def _in_parts(tower: ClipTower, tokens: Tokens, clip_skip: int) -> TextStates:
+    """`tower.states`, of few chunks at once."""
+    count = len(tokens.ids)
+    if count <= _AT_ONCE:
+        return tower.states(tokens, clip_skip)
+    places = [range(count)[at : at + _AT_ONCE] for at in range(0, count, _AT_ONCE)]
+    parts = [tower.states(tokens.take(part), clip_skip) for part in places]
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    states = torch.cat([part.states for part in parts])
+    return TextStates(states, None, tokens.cut, torch.cat(pooled) if pooled else None)
 
 
 def _chunks(tower: ClipTower, prompt: str, weights: bool) -> list[Chunk]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -14,11 +14,13 @@ from latentdiff.editing import RunContext, box_mask
 from latentdiff.editing.masks import mask_tensor, open_mask
 from latentdiff.errors import UserError, warn
 from latentdiff.models.conditioner import Conditioner
+from latentdiff.models.long_prompts import most_chunks
 from latentdiff.models.prompt_weights import has_weights, without_weights
 from latentdiff.models.text_encoders import PLAIN, Reading
 from latentdiff.pictures import Picture
 
 MAX_PROMPT = 10_000  # characters
+MOST_WINDOWS = 2048  # of text that one run holds: 1.3 GB of Stable Diffusion XL's states
 _MASKS = (str, Path, bytes, Image.Image)
 
 Also = str | tuple[str, float] | tuple[str, Picture] | tuple[str, float, Picture]
@@ -172,7 +174,7 @@ def encode_prompts(
     size: tuple[int, int],
     reading: Reading = PLAIN,
 ) -> tuple[list[Condition], list[str]]:
-    """Encode every different text once, all in one batch.
+    """Encode every different text once; rows of the same texts share their tensors.
 
     Args:
         conditioner: the conditioner of the model.
@@ -186,9 +188,12 @@ def encode_prompts(
         part beyond the model's window, of which the caller of the pipeline is warned.
 
     Raises:
-        UserError: a weight out of range.
+        UserError: a weight out of range, or long texts that make more states than are held.
     """
     texts = list(dict.fromkeys(text for row in rows for text in row))
+    different = list(dict.fromkeys(map(tuple, rows)))
+    if reading.long:
+        _check_held(conditioner, texts, sum(map(len, different)) * per_prompt, reading)
     encoded = conditioner.encode(texts, size, reading)
     if not reading.weights and any(map(has_weights, texts)):
         warn(
@@ -202,19 +207,54 @@ def encode_prompts(
                 f"{conditioner.window} tokens; not used: {lost!r} (long_prompts=True, --long, "
                 "reads all of it)"
             )
-    conditions = [
-        encoded.condition.take([texts.index(text) for text in row for _ in range(per_prompt)])
-        for row in rows
-    ]
-    return conditions, [encoded.cut[texts.index(t)] for t in rows[0] for _ in range(per_prompt)]
+    place = {text: number for number, text in enumerate(texts)}
+    shared = {
+        row: encoded.condition.take([place[text] for text in row for _ in range(per_prompt)])
+        for row in different
+    }
+    ends = [encoded.cut[place[text]] for text in rows[0] for _ in range(per_prompt)]
+    # one value for each row, for a run tells its branches apart by them; their tensors are shared
+    return [replace(shared[tuple(row)]) for row in rows], ends
 
 
-def check_words(texts: Sequence[str]) -> None:
-    """Pass if each text, read with weights, holds more than weights.
+def _check_held(
+    conditioner: Conditioner, texts: Sequence[str], held: int, reading: Reading
+) -> None:
+    """Pass if long texts make no more states than one run may hold, before they are made.
+
+    Args:
+        conditioner: the conditioner of the model.
+        texts: the different texts; each gets as many windows as the longest has.
+        held: texts of all pictures in all different rows, by which the states are held.
+        reading: how they are read.
+
+    Raises:
+        UserError: they make more.
+    """
+    most = max(most_chunks(tower, texts, reading) for tower in conditioner.towers.values())
+    if held * most > MOST_WINDOWS:
+        raise UserError(
+            f"prompt: {texts[0][:40]!r} and what goes with it are {held} texts of {most} windows, "
+            f"together more than {MOST_WINDOWS:,}: say it shorter, let it change less often, or "
+            "draw fewer pictures at once."
+        )
+
+
+def check_words(texts: Sequence[Iterable[str]]) -> None:
+    """Pass if each text, read with weights, holds more than weights at one step at least.
+
+    Args:
+        texts: what each says, step by step.
 
     Raises:
         UserError: a text holds nothing but weights.
     """
-    for text in texts:
-        if not without_weights(text).strip():
-            raise UserError(f"prompt: {text[:40]!r} holds weights but no words; say what to draw.")
+    for steps in texts:
+        empty: set[str] = set()
+        for text in steps:
+            if text not in empty and without_weights(text).strip():
+                break
+            empty.add(text)
+        else:
+            told = f"{min(empty, default='')[:40]!r} holds weights but no words"
+            raise UserError(f"prompt: {told}; say what to draw.")

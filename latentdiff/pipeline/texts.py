@@ -13,6 +13,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
 from latentdiff.editing import RunContext
 from latentdiff.errors import UserError, warn
+from latentdiff.models.conditioner import SizeConditions
 from latentdiff.models.prompt_weights import without_weights
 from latentdiff.pipeline.arguments import MAX_PIXELS, listed, whole
 from latentdiff.pipeline.prompt_syntax import (
@@ -164,7 +165,7 @@ def texts_of(request: Request) -> Texts:
         shown = [words for words, _ in composed]
         if request.prompt is not None:
             shown += [words for prompt in parsed for words, _ in prompt.parts]
-        check_words([words.at(steps, steps) for words in shown])
+        check_words([(words.at(step, steps) for step in range(1, steps + 1)) for words in shown])
     return texts
 
 
@@ -267,8 +268,14 @@ def encoded(
         negative = [_ready(away, texts, bundle, "negative_prompt_embeds")] * len(known)
     else:
         negative = series.pop() if guided or composed else []
-    positive, *further = ([_sized(bundle, request, each, size) for each in one] for one in series)
-    negative = [_sized(bundle, request, each, size, negative=True) for each in negative]
+    given = series[0][0].sizes if ready is not None else None
+    positive = [_sized(bundle, request, each, size, ready, given) for each in series[0]]
+    further = [
+        [_sized(bundle, request, each, size, None, given) for each in one] for one in series[1:]
+    ]
+    negative = [
+        _sized(bundle, request, each, size, away, given, negative=True) for each in negative
+    ]
     return Conditions(positive, negative, further, weights, stretches, cut)
 
 
@@ -277,20 +284,39 @@ def _sized(
     request: Request,
     condition: Condition,
     size: tuple[int, int],
+    given: Tensor | Condition | None,
+    sizes: Tensor | None,
     *,
     negative: bool = False,
 ) -> Condition:
     """The condition with the sizes of the call, unless it was given with its own.
 
+    Args:
+        bundle: the model.
+        request: the call.
+        condition: of B pictures.
+        size: height and width of the pictures.
+        given: what was given ready-made for it, if anything.
+        sizes: those that were given with the prompt's condition [B, n], if any: then of the other
+            conditions, too, but for what is always another of a negative one, a refiner's score.
+        negative: whether guidance leads away from it.
+
     Raises:
         UserError: the network is not told them, or both were given.
     """
-    given = request.negative_prompt_embeds if negative else request.prompt_embeds
-    if isinstance(given, Condition) and given.sizes is not None:
+    own = isinstance(given, Condition) and given.sizes is not None
+    if own or sizes is not None:
         for name in request.sizes.given():
             raise UserError(f"{name}: the ready-made condition holds sizes; leave one of them out.")
+    if own:
         return condition
-    return bundle.conditioner.sized(condition, size, request.sizes, negative=negative)
+    told = bundle.conditioner.sized(condition, size, request.sizes, negative=negative)
+    if sizes is None:
+        return told
+    usual = bundle.conditioner.sized(condition, size, request.sizes).sizes
+    assert told.sizes is not None
+    assert usual is not None
+    return replace(told, sizes=torch.where(told.sizes == usual, sizes.to(usual), told.sizes))
 
 
 def _weight(row: Sequence[float], per_prompt: int, device: torch.device) -> float | Tensor:
@@ -305,8 +331,8 @@ def _ready(given: Tensor | Condition, texts: Texts, bundle: Bundle, name: str) -
     """A ready-made condition of P rows, or of one, for every picture.
 
     Raises:
-        UserError: another number of rows, states of another width or not finite, or a mask that
-            does not fit them.
+        UserError: another number of rows, states of another width or not finite, a mask that does
+            not fit them, or a pooled vector or sizes that the network is not told so.
     """
     rows, wanted = condition_rows(given, name), len(texts.prompts)
     condition = given if isinstance(given, Condition) else Condition(states=given)
@@ -328,6 +354,9 @@ def _ready(given: Tensor | Condition, texts: Texts, bundle: Bundle, name: str) -
     if any(len(value) != rows for value in condition.given().values()):
         raise UserError(f"{name}: its fields must all have {rows} rows, as its states have.")
     _check_pooled(condition.pooled, bundle.conditioner.pooled_width, name)
+    _check_sizes(condition, bundle, name)
+    moved = {key: value.to(bundle.device) for key, value in condition.given().items()}
+    condition = replace(condition, **moved)
     places = range(wanted) if rows == wanted else [0] * wanted
     return condition.take([row for row in places for _ in range(texts.per_prompt)])
 
@@ -350,3 +379,24 @@ def _check_pooled(pooled: Tensor | None, width: int | None, name: str) -> None:
         )
     if not bool(torch.isfinite(pooled).all()):
         raise UserError(f"{name}: they hold NaN or infinity.")
+
+
+def _check_sizes(condition: Condition, bundle: Bundle, name: str) -> None:
+    """Check that the sizes of a ready-made condition, if it has any, are as the network's.
+
+    Raises:
+        UserError: the network is told none, or others; or they are not finite.
+    """
+    sizes = condition.sizes
+    if sizes is None:
+        return
+    usual = bundle.conditioner.sized(
+        replace(condition, sizes=None), bundle.size, SizeConditions()
+    ).sizes
+    if usual is None:
+        raise UserError(f"{name}: this model is told no sizes; leave them out.")
+    if sizes.shape != usual.shape or not bool(torch.isfinite(sizes).all()):
+        raise UserError(
+            f"{name}: its sizes must be {list(usual.shape)} finite numbers, not a tensor "
+            f"{list(sizes.shape)} of others."
+        )

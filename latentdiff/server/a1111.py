@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
+from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pipeline import Request
 from latentdiff.server.jobs import Job
 from latentdiff.server.studio import (
@@ -106,9 +107,12 @@ class TextToImage(BaseModel):
                 )
         check_options(studio, self.override_settings or {})
         bundle = studio.pipe.bundle
+        towers = bundle.conditioner.towers.values()
+        readable = all(isinstance(tower, ClipTower) for tower in towers)  # others read no chunks
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt or None,
+            prompt_syntax="a1111" if readable else "plain",
             num_inference_steps=self.steps,
             guidance_scale=self.cfg_scale,
             solver=self.sampler_name or self.sampler_index or None,

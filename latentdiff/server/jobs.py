@@ -119,7 +119,8 @@ class Job:
         mine, theirs = self.request, other.request
         alone = replace(mine, prompt=theirs.prompt, negative_prompt=theirs.negative_prompt)
         fields = [getattr(alone, name) == getattr(theirs, name) for name in _COMPARED]
-        plain = not (mine.edits or theirs.edits)
+        # long prompts of a batch get as many chunks as the longest has: see `long_states`
+        plain = not (mine.edits or theirs.edits or mine.reading.long)
         return plain and self.pixels == other.pixels and all(fields)
 
 
@@ -132,7 +133,7 @@ class JobQueue:
     """The jobs of a server, drawn in the order of their arrival.
 
     A picture depends on its own seed alone, not on what shares its batch, so requests of one shape
-    are drawn together.
+    are drawn together; those whose long prompts are read are not.
 
     Args:
         pipe: the model.

@@ -1,16 +1,27 @@
 """Prompts beyond the window: each chunk is what the encoder says of it alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_bundle, tower_of
 
 from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.cli import main
+from latentdiff.cli.output import draw_in_parts
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.long_prompts import long_states
-from latentdiff.models.text_encoders import ClipTower, Reading, WeightRule, encode_tokens
+from latentdiff.models.text_encoders import (
+    ClipTower,
+    Reading,
+    TextStates,
+    Tokens,
+    WeightRule,
+    encode_tokens,
+)
+from latentdiff.pipeline import Request
 
 LONG = "a red heart with a cat and a dog, a big hat, two small birds and one more red heart"
 
@@ -108,3 +119,39 @@ def test_what_reads_no_chunks_is_refused() -> None:
     clip = tower_of(tiny_bundle())
     with pytest.raises(UserError, match="say it shorter"):
         long_states(clip, ["a cat " * 400])
+
+
+@torch.no_grad()
+def test_many_chunks_are_encoded_in_parts(
+    tower: ClipTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each prompt alone, and never more than 64 in one batch."""
+    prompts = [f"(a cat:1.2) BREAK {number}" + " BREAK a dog" * 6 for number in range(12)]
+    reading = Reading("a1111", long=True)
+    alone = torch.cat([long_states(tower, [prompt], reading).states for prompt in prompts])
+    batches: list[int] = []
+    states = tower.states
+
+    def counted(tokens: Tokens, clip_skip: int = 0) -> TextStates:
+        batches.append(len(tokens.ids))
+        return states(tokens, clip_skip)
+
+    monkeypatch.setattr(tower, "states", counted)
+    together = long_states(tower, prompts, reading).states
+    assert batches == [64, 12 * 8 + 1 - 64]
+    assert (together - alone).abs().max() < 1e-5
+
+
+def test_the_command_line_draws_a_prompt_as_it_is_alone() -> None:
+    """A short prompt has no chunks of a longer one that is drawn beside it."""
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    request = Request(seed=1, num_inference_steps=2, long_prompts=True, guidance_scale=1.0)
+    prompts = ["a cat", "a cat", LONG, "a cat"]
+    drawn = [np.asarray(one[2], int) for one in draw_in_parts(pipe, prompts, request, 256)]
+    for place in (0, 1, 3):
+        part = replace(request, prompt="a cat", first=place)
+        alone = np.asarray(pipe.prepare(part).finish().images[0], int)
+        assert np.abs(drawn[place] - alone).max() <= 1
+    plain = replace(request, prompt=["a cat", LONG])
+    beside = np.asarray(pipe.prepare(plain).finish().images[0], int)
+    assert np.abs(drawn[0] - beside).max() > 1

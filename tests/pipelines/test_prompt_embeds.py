@@ -1,5 +1,6 @@
 """Ready-made states in place of prompts: what the prompts would draw, and clear refusals."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from latentdiff import Autoguidance, LatentDiffusionPipeline, UserError
 from latentdiff.diffusion.condition import Condition
-from latentdiff.pipeline import PipelineOutput
+from latentdiff.pipeline import PipelineOutput, Request
+from latentdiff.pipeline.texts import _ready, texts_of
 
 CLIP = LatentDiffusionPipeline(tiny_bundle())
 T5 = LatentDiffusionPipeline(tiny_bundle(tower="t5"))
@@ -122,6 +124,22 @@ def test_states_may_be_in_half_precision_and_want_gradients() -> None:
     assert gap(draw(CLIP, prompt_embeds=ready.bfloat16()), words) < 0.2
 
 
+def test_states_are_brought_to_the_device_of_the_model() -> None:
+    """To "meta" here, where no test needs another device."""
+    bundle: Any = SimpleNamespace(
+        device=torch.device("meta"),
+        network=CLIP.bundle.network,
+        conditioner=CLIP.bundle.conditioner,
+    )
+    given = Condition(states=ONE, mask=torch.ones(1, 5, dtype=torch.bool))
+    texts = texts_of(Request(prompt_embeds=given, num_images_per_prompt=2))
+    moved = _ready(given, texts, bundle, "prompt_embeds").given()
+    assert {name: (value.device.type, len(value)) for name, value in moved.items()} == {
+        "states": ("meta", 2),
+        "mask": ("meta", 2),
+    }
+
+
 ONE = torch.zeros(1, 5, WIDTH)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "give a prompt, or prompt_embeds"),
@@ -158,6 +176,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rows that differ": (
         {"prompt_embeds": Condition(states=ONE.repeat(2, 1, 1), pooled=torch.zeros(1, 3))},
         "prompt_embeds: .*rows",
+    ),
+    "sizes that nothing is told": (
+        {"prompt_embeds": Condition(states=ONE, sizes=torch.zeros(1, 6))},
+        "prompt_embeds: this model is told no sizes; leave them out",
     ),
     "autoguidance": (
         {"prompt_embeds": ONE, "edits": [Autoguidance(CLIP.bundle)]},

@@ -19,7 +19,9 @@ from latentdiff.lora import add_lora, lora_of, lora_scales, save_lora
 from latentdiff.models.long_prompts import long_states
 from latentdiff.models.prompt_weights import multiply, parse_weights
 from latentdiff.models.text_encoders import Reading, encode_tokens
+from latentdiff.pipeline import Request
 from latentdiff.pipeline.prompt_syntax import parse, schedule
+from latentdiff.pipeline.texts import encoded, texts_of
 
 DOC = Path(__file__).parents[2] / "docs" / "prompts.md"
 BLOCKS = re.findall(r"```(steps|and|weights|chunks|loras)\n(.*?)```", DOC.read_text("utf-8"), re.S)
@@ -165,6 +167,57 @@ def test_words_that_change_go_with_everything() -> None:
     still = drawn(pipe, ["a cat AND a hat:0.5", "pizza"], **rest)
     assert (still[0] - both[0]).abs().max() > 1e-3
     assert (still[1] - both[1]).abs().max() < 1e-4
+
+
+def test_a_prompt_that_begins_as_its_negative_is_told_both_to_the_end() -> None:
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    told = Told(pipe)
+    drawn(pipe, "a [cat:dog:0.5]", solver="ddim", negative_prompt="a cat")
+    with torch.no_grad():
+        cat, dog = tower_of(pipe.bundle).encode(["a cat", "a dog"]).states
+    for number, states in enumerate(told.states):
+        expected = torch.stack([cat, cat if number < 2 else dog])
+        assert (states - expected).abs().max() < 1e-5, number
+
+
+def test_words_that_last_for_some_steps_may_be_a_whole_part() -> None:
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    told = Told(pipe)
+    drawn(pipe, "a cat AND [a hat::0.5]", guidance_scale=1.0, solver="ddim")
+    with torch.no_grad():
+        hat, nothing = tower_of(pipe.bundle).encode(["a hat", ""]).states
+    assert len(told.states) == 4
+    for number, states in enumerate(told.states):
+        expected = hat if number < 2 else nothing
+        assert min(float((one - expected).abs().max()) for one in states) < 1e-5
+    with pytest.raises(UserError, match="weights but no words"):
+        drawn(pipe, "a cat AND [()::0.5]")
+
+
+HEAVY = " AND ".join(
+    "[" + "|".join(f"{part}{n}" for n in range(31 - part)) + "]" + " BREAK" * 8 for part in range(9)
+)
+
+
+def test_states_are_shared_and_bounded_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of n texts has n tensors, however the parts come together; too many are refused."""
+    pipe = LatentDiffusionPipeline(tiny_bundle())
+    request = Request(prompt=HEAVY.replace(" BREAK", ""), prompt_syntax="a1111")
+    texts = texts_of(request)
+    context = pipe.prepare(Request(prompt="a", num_inference_steps=1)).context
+    told = encoded(pipe.bundle, request, texts, context, guided=True, moves=150)
+    every = [condition.states for series in told.series() for condition in series]
+    assert len(every) > 1000
+    assert len({id(states) for states in every}) == sum(31 - part for part in range(9)) + 1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("texts were encoded")
+
+    monkeypatch.setattr(tower_of(pipe.bundle), "states", refuse)
+    with pytest.raises(UserError, match=r"'00 .* 244 texts of 9 windows, .* more than 2,048"):
+        drawn(pipe, HEAVY, num_inference_steps=150)
 
 
 def test_and_is_also_and_its_first_weight_is_heard() -> None:

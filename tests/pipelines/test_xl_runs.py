@@ -12,11 +12,12 @@ from tiny import WIDTH, WINDOW, tiny_xl, with_own_networks
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentdiff import ILVR, PAG, Blend, LatentDiffusionPipeline, RePaint, SDEdit
+from latentdiff import ILVR, PAG, Blend, LatentDiffusionPipeline, RePaint, SDEdit, UserError
 from latentdiff.bundle import Bundle
 from latentdiff.editing import Region
 from latentdiff.models.text_encoders import PLAIN, PenultimateTower, encode_tokens
-from latentdiff.pipeline import interpolation
+from latentdiff.pipeline import Request, interpolation
+from latentdiff.pipeline.texts import Conditions, encoded, texts_of
 
 SOLVERS = ("euler", "dpmpp-2m", "ddpm")
 BUNDLE = with_own_networks(tiny_xl())
@@ -168,3 +169,35 @@ def test_pag_draws_what_diffusers_draws(applied: str, tmp_path: Any) -> None:
     got = draw(bundle, edits=[PAG(3.0, layers=("mid_block",))], **call)
     assert (got - wanted).abs().max() <= 1e-4
     assert (got - draw(bundle, **call)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("refiner", [False, True])
+def test_sizes_of_a_ready_made_prompt_are_those_of_all_branches(refiner: bool) -> None:
+    """A refiner is told another score of what is not wanted all the same."""
+    bundle = tiny_xl(refiner=refiner)
+    size = (16, 16)
+    ready = bundle.conditioner.encode(["a red heart"], size).condition
+    row = [512.0, 384.0, 64.0, 32.0, *([7.5] if refiner else [640.0, 768.0])]
+    request = Request(
+        prompt_embeds=replace(ready, sizes=torch.tensor([row])), negative_prompt="x", also=["a hat"]
+    )
+    context = LatentDiffusionPipeline(bundle).prepare(Request(prompt="a")).context
+
+    def told(request: Request) -> Conditions:
+        return encoded(bundle, request, texts_of(request), context, guided=True, moves=2)
+
+    got = told(request)
+    away = [*row[:4], 2.5] if refiner else row
+    for condition, wanted in (
+        (got.positive[0], row),
+        (got.further[0][0], row),
+        (got.negative[0], away),
+        (told(replace(request, negative_prompt=None)).negative[0], away),
+    ):
+        assert condition.sizes is not None
+        assert condition.sizes.tolist() == [wanted]
+    own = replace(ready, sizes=torch.tensor([row]) + 1)
+    kept = told(replace(request, negative_prompt=None, negative_prompt_embeds=own)).negative[0]
+    assert torch.equal(kept.sizes, own.sizes)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"its sizes must be \[1, \d\] finite numbers"):
+        told(replace(request, prompt_embeds=replace(ready, sizes=torch.ones(1, 4))))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -21,8 +22,11 @@ from starlette.types import Message, Receive, Scope, Send
 from tiny import tiny_bundle
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.pipeline import Request
+from latentdiff.server.a1111 import TextToImage
 from latentdiff.server.app import PAGE, create_app
 from latentdiff.server.guard import Guard, is_loopback
+from latentdiff.server.jobs import Job
 from latentdiff.server.studio import Limits, Studio
 
 AT = "http://localhost"
@@ -316,6 +320,41 @@ def test_prompts_beside_one_another_are_bounded_and_count(
     assert events(client, begun)[-1]["state"] == "done"
     assert studio.queue.jobs[begun].pixels == 4 * 16 * 16
     assert studio.queue.batches == 2
+
+
+def test_an_a1111_clients_prompts_are_read_by_its_syntax(
+    client: TestClient, pipe: LatentDiffusionPipeline, studio: Studio
+) -> None:
+    body = {"seed": 7, "steps": 3, "cfg_scale": 4, "width": 16, "height": 16}
+    prompt = "a [red|cat] AND hat:2"
+    answer = client.post("/sdapi/v1/txt2img", json=body | {"prompt": prompt}).json()
+    expected = pipe(
+        prompt, prompt_syntax="a1111", seed=7, num_inference_steps=3, guidance_scale=4,
+        progress=False,
+    ).images[0]  # fmt: skip
+    assert same(opened(answer["images"][0]), np.asarray(expected).astype(int))
+    plain = pipe(prompt, seed=7, num_inference_steps=3, guidance_scale=4, progress=False).images[0]
+    assert not same(opened(answer["images"][0]), np.asarray(plain).astype(int))
+    for wrong, told in [
+        ({"prompt": "a <lora:pixel:0.8>"}, "<lora:pixel:0.8>: it is not in the model"),
+        ({"prompt": "a", "negative_prompt": "<lora:pixel:1>"}, "belongs into the prompt"),
+        ({"prompt": " AND ".join("abcdefghij")}, "10 prompts beside one another"),
+    ]:
+        refused = client.post("/sdapi/v1/txt2img", json=body | wrong)
+        assert refused.status_code == 400
+        assert told in refused.json()["detail"]
+    t5 = Studio(LatentDiffusionPipeline(tiny_bundle(tower="t5")), studio.limits, at_once=1)
+    assert TextToImage(prompt="a").request(t5).prompt_syntax == "plain"
+    t5.queue.close()
+
+
+def test_no_batch_joins_long_prompts_of_different_jobs() -> None:
+    """The chunks of the longest would be those of all."""
+    readings: list[dict[str, Any]] = [{"long_prompts": True}, {"prompt_syntax": "a1111"}, {}]
+    for reading in readings:
+        one, other = (Job(Request(prompt=text, **reading), [0], 256) for text in ("a", "b"))
+        assert one.fits(one)
+        assert one.fits(other) == (not reading)
 
 
 def test_an_a1111_client_watches_and_interrupts_its_own_jobs_alone(
