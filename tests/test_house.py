@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -211,6 +212,14 @@ def test_no_global_randomness_in_the_library() -> None:
             ):
                 wrong.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")
     assert not wrong, wrong
+
+
+def test_an_editable_install_finds_the_package(tmp_path: Path) -> None:
+    """What `pip install -e .` builds: a line with the path of this checkout."""
+    wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"]))
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert archive.read(name).decode().split() == [str(ROOT)]
 
 
 def test_wheel_holds_the_package_and_the_bundled_model_only() -> None:
