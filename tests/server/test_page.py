@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -83,10 +84,15 @@ def test_a_picture_comes_as_one_types_and_typing_on_cancels(
 ) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    page.locator("#steps").fill("50")
+    # Slower than a keyboard, on any machine.
+    unet = studio.pipe.bundle.network.module
+    slow = unet.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    page.locator("#steps").fill("150")
     page.locator("#prompt").fill("a cat")
     expect(page.locator("#progress")).to_be_visible()
     page.locator("#prompt").press_sequentially(" with a hat", delay=20)
+    page.wait_for_timeout(1000)
+    slow.remove()
     expect(page.locator("#history img")).to_have_count(1)
     assert drawn(studio).request.prompt == "a cat with a hat"
     assert [job.state for job in studio.queue.jobs.values()][-2:] == ["cancelled", "done"]
