@@ -66,13 +66,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     texts = texts_of(request)
     check_sizes(request.sizes)
     check_loras(texts, bundle)
-    pictured = picture_size(edits, request.height, request.width)
-    size = (request.height, request.width)
-    if pictured is None and size == (None, None):
-        pictured = controls_size(request.controls)
-    if pictured is not None:
-        size = padded_size(pictured, bundle.factor)
-    shape = latent_shape(bundle, *size, texts.pictures)
+    pictured, shape = _sizes(bundle, request, edits, texts.pictures)
     stepper, timetable = _way(request, bundle)
     seeds, indices = picture_streams(request.seed, request.first, request.generator, shape[0])
     variations = variation_seeds(request.variation_seed, request.variation_strength, shape[0])
@@ -95,12 +89,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
         if isinstance(edit, Hires):
             latent_shape(bundle, *edit.size, texts.pictures)
     levels = visited(timetable, edits)
-    if isinstance(stepper, ChoosesSteps) and len(levels) > len(timetable):
-        warn(
-            f"the solver chooses its own steps in each of the {len(levels) - 1} moves that the "
-            f"edits make of this run, and gives up after {stepper.most_calls} calls of the "
-            "network; one of fixed steps, as 'dpmpp-2m', makes one or two a move"
-        )
+    _warn_of_moves(stepper, len(levels) - 1, len(timetable) - 1)
     network = CountedNetwork(bundle.network)
     hints = hints_of(
         request.controls, bundle, context, levels, len(texts.prompts), texts.per_prompt
@@ -126,6 +115,29 @@ def prepare(bundle: Bundle, request: Request) -> Run:
         count,
         variations or [],
     )
+
+
+def _sizes(
+    bundle: Bundle, request: Request, edits: Sequence[Edit], pictures: int
+) -> tuple[tuple[int, int] | None, tuple[int, int, int, int]]:
+    """Height and width of what edits or controls show, if they do, and the shape of all latents."""
+    size = (request.height, request.width)
+    pictured = picture_size(edits, *size)
+    if pictured is None and size == (None, None):
+        pictured = controls_size(request.controls)
+    if pictured is not None:
+        size = padded_size(pictured, bundle.factor)
+    return pictured, latent_shape(bundle, *size, pictures)
+
+
+def _warn_of_moves(stepper: Solver, moves: int, steps: int) -> None:
+    """Tell that a solver of its own steps will take them in each of more moves than were asked."""
+    if isinstance(stepper, ChoosesSteps) and moves > steps:
+        warn(
+            f"the solver chooses its own steps in each of the {moves} moves that the edits make of "
+            f"this run, and gives up after {stepper.most_calls} calls of the network; one of fixed "
+            "steps, as 'dpmpp-2m', makes one or two a move"
+        )
 
 
 def _edits(request: Request, bundle: Bundle) -> list[Edit]:
