@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.formats.weights import PICKLES, WeightFiles, blaming
+from latentdiff.formats.weights import WeightFiles, blaming
 
 BUNDLED = "bundle_emb."
 """Beginning of the names of words that are packed into a LoRA file."""
@@ -22,11 +22,6 @@ SIDES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _MOST_ROWS = 1000
 # Names that say nothing of the word: A1111's, kohya's, OneTrainer's and ComfyUI's.
 _NAMELESS = r"emb_params|string_to_param(?:\.\*)?|clip_l|clip_g"
-_PICKLED = (
-    "a pickle can run any code when it is opened, so it is refused; A1111's becomes another file "
-    "by: import torch, safetensors.torch as s; s.save_file({'emb_params': torch.load('x.pt', "
-    "weights_only=True)['string_to_param']['*'].detach()}, 'x.safetensors')"
-)
 _PACKED = re.compile(rf"{re.escape(BUNDLED)}(?P<word>.+)\.(?P<name>{_NAMELESS})")
 
 
@@ -44,8 +39,6 @@ def read_words(file: Path, widths: Mapping[str, int]) -> dict[str, dict[str, Ten
         UserError: damaged, no such file, or made for another model.
     """
     words: dict[str, dict[str, Tensor]] = {}
-    if file.suffix.lower() in PICKLES:
-        raise UserError(f"{file}: {_PICKLED}")
     with blaming(file):
         stored = WeightFiles([file])
         packed = [name for name in stored.shapes if name.startswith(BUNDLED)]

@@ -201,21 +201,3 @@ def test_words_of_stable_diffusion_xl(tmp_path: Path) -> None:
         save_file(values, tmp_path / "<dog>.safetensors")
         with pytest.raises(UserError, match=told):
             pipe.load_textual_inversion(tmp_path / "<dog>.safetensors")
-
-
-def test_the_line_that_refuses_a_pickle_says_how_to_convert_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it says is done here, word for word, to a file as A1111 trains it."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(  # noqa: TID251
-        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.nn.Parameter(rows(2))}},
-        "x.pt",
-    )
-    pipe = LatentDiffusionPipeline.from_pretrained(folder)
-    with pytest.raises(UserError, match="can run any code") as caught:
-        pipe.load_textual_inversion("x.pt")
-    exec(str(caught.value).partition(" by: ")[2], {})
-    assert pipe.load_textual_inversion("x.safetensors", token="<x>") == ["<x>"]
-    tower: Any = tower_of(pipe.bundle)
-    assert torch.equal(tower.model.get_input_embeddings().weight[-2:], rows(2))
