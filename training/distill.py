@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from shlex import quote
 from typing import Annotated, Literal, Self
 
 import torch
@@ -58,7 +59,7 @@ from latentdiff.learning.trained import Trained, averages
 from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.models.text_encoders import TextStates
 from latentdiff.pictures import grid
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline import LatentDiffusionPipeline, Request
 
 Scale = Annotated[float, Field(ge=1.0, le=30.0)]
 
@@ -71,14 +72,15 @@ class DistillConfig(RunConfig):
         teacher_steps: steps of the teacher's whole run: those that consistency goes by, and those
             that progressive distillation begins with.
         teacher_solver: what consistency follows the teacher with.
-        steps: the steps that the student shall draw in; where progressive distillation ends.
+        steps: the steps that the student shall draw in; where progressive distillation ends. Of no
+            effect on the method guided, whose student takes as many as its teacher.
         lora: rank of a LoRA to learn in place of all weights.
     """
 
     method: Literal["guided", "progressive", "consistency", "consistency-training"] = "consistency"
     model: str | None = None
     data: DataConfig
-    guidance: tuple[Scale, Scale] = (1.0, 6.0)
+    guidance: tuple[Scale, Scale] = (1.0, 10.0)
     teacher_steps: PositiveInt = 50
     teacher_solver: TeacherSolver = "ddim"
     steps: PositiveInt = 4
@@ -182,7 +184,7 @@ class Distillation(Objective[Key]):
                     target = teacher(x, here)
                 else:
                     target = progressive_target(teacher, x, here, middle, there)
-            # Salimans & Ho 2022, eq. 9: the truncated SNR weights the error of x_0.
+            # Salimans & Ho 2022, section 4: the truncated SNR weights the error of x_0.
             weights = here.snr.clamp(min=1).float()
             errors = (student(x, here) - target).square().flatten(1).mean(1)
             return {"loss": (weights * errors).mean()}
@@ -259,22 +261,21 @@ class Distillation(Objective[Key]):
 
     @property
     def present_steps(self) -> int:
-        """The steps that the student is learning to draw in."""
+        """The steps that the student is learning to draw in; guided, those of any model."""
         if self.config.method == "progressive":
             return self.config.teacher_steps >> (self.round + 1)
-        return self.config.steps
+        return Request.num_inference_steps if self.config.method == "guided" else self.config.steps
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, object]]:
         if not self.round or self.former is None:
             return {}, {"round": 0}
-        weights = {n: p.detach() for n, p in self.former.unet.named_parameters()}
-        return {"teacher": weights}, {"round": self.round}
+        return {"teacher": self.former.unet.state_dict()}, {"round": self.round}
 
     def load_state(self, tensors: dict[str, Tensors], values: dict[str, object]) -> None:
         self.round = int(str(values["round"]))
         if self.round:
             self.former = copied(self.student)
-            self.former.unet.load_state_dict(tensors["teacher"], strict=False)
+            self.former.unet.load_state_dict(tensors["teacher"])
 
     def evaluate(self, step: int) -> None:
         """A grid of pictures in few steps, for the configured prompts or the first captions."""
@@ -290,7 +291,7 @@ class Distillation(Objective[Key]):
                     seed=self.config.seed,
                     first=places[0],
                     num_inference_steps=self.present_steps,
-                    guidance_scale=drawn_scale(self.config),
+                    guidance_scale=drawn_scale(bundle, self.config),
                     progress=False,
                 ).images
 
@@ -307,22 +308,23 @@ class Distillation(Objective[Key]):
                 return
             if kind == "lora":
                 path = save_lora(lora_of(bundle), config.out / LORA_FILE)
-                how = f"--lora {path} --solver {bundle.solver} --timetable trailing"
+                how = f"--lora {quote(str(path))}"
+                how += "" if config.model is None else f" --model {quote(config.model)}"
+                if bundle.solver != self.teacher.solver:
+                    how += f" --solver {bundle.solver} --timetable trailing"
             else:
                 path = bundle.save(folder, dtype=getattr(torch, config.save_dtype))
-                how = f"--model {path}"
-        scale = drawn_scale(config)
-        self.run.say(
-            f"wrote {path}",
-            f'latentdiff generate "..." {how} --steps {config.steps} --guidance-scale {scale:g}',
-        )
+                how = f"--model {quote(str(path))}"
+            how += f" --steps {self.present_steps} --guidance-scale {drawn_scale(bundle, config):g}"
+        self.run.say(f"wrote {path}", f'latentdiff generate "..." {how}')
         outcome = Outcome(folder, kind, config.model, self.examples, config.data.root)
         self.run.say(*share(outcome, config))
 
 
-def drawn_scale(config: DistillConfig) -> float:
-    """The guidance scale to draw with: the middle of those learned; a LoRA has its own in it."""
-    return 1.0 if config.lora is not None else sum(config.guidance) / 2
+def drawn_scale(student: Bundle, config: DistillConfig) -> float:
+    """The guidance scale to draw with: the middle of those learned, where the student is told one;
+    otherwise it is in its LoRA, and 1 is off."""
+    return 1.0 if student.network.guidance_width is None else sum(config.guidance) / 2
 
 
 def check_teacher(teacher: Bundle, config: DistillConfig) -> None:

@@ -113,8 +113,8 @@ def consistency(x: Tensor, x0: Tensor, level: Levels) -> Tensor:
 def guided(positive: Tensor, negative: Tensor, scales: Tensor) -> Tensor:
     """negative + scale (positive - negative), a scale for each picture [B]; 1 is off.
 
-    The target of Meng et al. 2023 (On Distillation of Guided Diffusion Models), eq. 3, whose w is
-    scale - 1.
+    The target of Meng et al. 2023 (On Distillation of Guided Diffusion Models), stage one, whose w
+    is scale - 1.
     """
     return negative + scales.to(positive).view(-1, 1, 1, 1) * (positive - negative)
 
@@ -150,7 +150,8 @@ def consistency_levels(process: Process, count: int) -> list[NoiseLevel]:
 def with_guidance_input(bundle: Bundle) -> Bundle:
     """The model with a U-Net that is told its guidance scale; at first it draws as if it were not.
 
-    Meng et al. 2023, section 3.2; the layout is of latent consistency models, `time_cond_proj_dim`.
+    As Meng et al. 2023 tell their w, in stage one; the layout is that of latent consistency models,
+    `time_cond_proj_dim`.
     """
     if bundle.network.guidance_width is not None:
         return bundle
