@@ -18,6 +18,7 @@ extra `ray`, and --address names a cluster, whose machines all see the files.
 import argparse
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class Job:
         return {name: value for name, value in asdict(self).items() if name not in changing}
 
 
-class Worker:
+class Worker(ABC):
     """A model, loaded once for each process, that does chunks; Ray's actor, or this process."""
 
     def __init__(self, job: Job) -> None:
@@ -81,9 +82,9 @@ class Worker:
             self.do(int(number), json.loads(rows))
         return {"number": [int(number) for number in batch["number"]]}
 
+    @abstractmethod
     def do(self, number: int, rows: Sequence[Any]) -> None:
         """Do a chunk, and write what comes of it."""
-        raise NotImplementedError
 
 
 class Drawer(Worker):

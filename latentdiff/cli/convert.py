@@ -81,7 +81,7 @@ def convert(
 
 
 def _not_understood(bundle: "Bundle") -> list[str]:
-    """What of a model ComfyUI and A1111 do not find in a single file, and take for granted."""
+    """Name what a single file does not tell ComfyUI and A1111, which take it for granted."""
     from latentdiff.diffusion import process
 
     text: Any = next(iter(bundle.conditioner.modules.values()))

@@ -19,7 +19,7 @@ AttentionName = Literal["auto", "eager", "sdpa", "xformers"]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What the options say of a model and of what goes into it; see `cli.options`."""
+    """Options that choose a model and what goes into it; see `cli.options`."""
 
     model: str | None
     vae: Path | None = None

@@ -399,7 +399,7 @@ class RunOptions:
 
     @property
     def enlargement(self) -> float:
-        """How many times more pixels a picture has in the end."""
+        """Factor by which the pixels of a picture grow during the run: 4 with --hires 2."""
         factors = [float(text.split(":")[1]) for text in self.guides if text.startswith("hires:")]
         return math.prod(factors) ** 2
 

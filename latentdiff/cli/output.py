@@ -78,7 +78,8 @@ def _show(run: "Run", file: Path) -> None:
 
 
 def place_of(request: "Request", number: int) -> dict[str, int]:
-    """What picture `number` of a request has of its own: a variation of one, or an index."""
+    """Return the field of a request that draws its picture `number` alone: the seed of a variation,
+    or the index."""
     if isinstance(request.variation_seed, int):
         return {"variation_seed": (request.variation_seed + number) % 2**64}
     return {"first": request.first + number}

@@ -46,7 +46,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "in the bottom left corner": (0.0, 1.0), "at the bottom": (0.5, 1.0),
     "in the bottom right corner": (1.0, 1.0),
 }  # fmt: skip
-"""Where a small thing is: 0 is the left or upper edge, 1 the other."""
+"""Places of a small thing, across and down: 0 is the left or upper edge, 1 the other."""
 
 BESIDE = ("{} and {}", "{} next to {}", "{} beside {}")
 LEFT = ("{} to the left of {}", "{} left of {}")

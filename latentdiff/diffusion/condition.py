@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.errors import UserError
 
 Residuals = tuple[list[Tensor], Tensor]
-"""What is added to the skips of a U-Net [B, C, h, w], in their order, and behind its middle."""
+"""Tensors [B, C, h, w] to add to the skips of a U-Net, in their order, and behind its middle."""
 
 
 class ControlsNetwork(Protocol):

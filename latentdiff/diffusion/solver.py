@@ -62,7 +62,7 @@ class ChoosesSteps(Protocol):
 
     @property
     def most_calls(self) -> int:
-        """How often a run may ask for an estimate before it is given up."""
+        """Most estimates that a run may ask for before it is given up."""
         ...
 
     def advance(

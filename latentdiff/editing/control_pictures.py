@@ -77,7 +77,7 @@ def edges(image: Image.Image, low: float = 100.0, high: float = 200.0) -> Tensor
 
 
 def _crests(size: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """Where the gradient is largest along its own direction, to the nearest eighth of a turn."""
+    """Mark the pixels whose gradient is the largest along its direction, to an eighth of a turn."""
     around = pad(size[None, None], (1, 1, 1, 1))[0, 0]
     height, width = size.shape
 
