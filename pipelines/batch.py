@@ -65,7 +65,7 @@ class Job:
     @property
     def same(self) -> dict[str, object]:
         """What a second start must have in common with the first."""
-        changing = ("out", "device", "source")
+        changing = ("out", "source")
         return {name: value for name, value in asdict(self).items() if name not in changing}
 
 
@@ -100,7 +100,7 @@ class Drawer(Worker):
         job, first = self.job, number * self.job.chunk
         request = Request(
             prompt=[row["prompt"] for row in rows],
-            negative_prompt=[row.get("negative_prompt", "") for row in rows],
+            negative_prompt=[row["negative_prompt"] for row in rows],
             seed=job.seed,
             first=first,
             num_inference_steps=job.steps,
@@ -113,7 +113,7 @@ class Drawer(Worker):
         drawn = self.pipe.draw(request, progress=False).images
         for index, (row, image) in enumerate(zip(rows, drawn, strict=True), first):
             own = {"prompt": row["prompt"], "seed": job.seed, "index": index}
-            own["negative_prompt"] = row.get("negative_prompt", "")
+            own["negative_prompt"] = row["negative_prompt"]
             text = png_text({**record, **own})
             target = place(Path(job.out), index)
             make_folder(target.parent)
@@ -128,6 +128,8 @@ class Encoder(Worker):
         self.autoencoder = load_autoencoder(Path(job.model or ""))
         torch.nn.Module.to(self.autoencoder.module, job.device)  # diffusers' own has no types
         self.examples = list_folder(job.source)
+        assert job.size is not None
+        self.kept = latent_cache(self.autoencoder, job.size, Path(job.out)).tensors
 
     @torch.no_grad()
     def do(self, number: int, rows: Sequence[int]) -> None:
@@ -140,7 +142,7 @@ class Encoder(Worker):
             pixels = to_range(load_picture(example, size)[None].to(self.job.device))
             key = hashlib.sha256(example.read()).hexdigest()
             made[key] = self.autoencoder.moments(pixels)[0].cpu().contiguous()
-        latent_cache(self.autoencoder, size, Path(self.job.out)).tensors.put(made)
+        self.kept.put(made)
         done = done_file(Path(self.job.out), number)
         make_folder(done.parent)
         write_bytes(done, b"", replace=True)
@@ -173,7 +175,12 @@ def rows_of(file: Path) -> list[Row]:
     for number, row in enumerate(found, 1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{file}: row {number} has no prompt.")
-        check_prompts(row["prompt"])
+        row["negative_prompt"] = row.get("negative_prompt") or ""  # a column of tables holds None
+        try:
+            check_prompts(row["prompt"])
+            check_prompts(row["negative_prompt"], "negative_prompt")
+        except UserError as error:
+            raise UserError(f"{file}: row {number}: {error}") from None
         if unknown := [name for name in row if name not in READ]:
             told = " and ".join(READ)
             raise UserError(f"{file}: row {number} has {unknown[0]!r}; read are {told}.")
@@ -247,7 +254,7 @@ def write_metadata(job: Job, rows: Sequence[Row]) -> None:
     table = pa.table({
         "file_name": [file.relative_to(out).as_posix() for file in files],
         "text": [row["prompt"] for row in rows],
-        "negative_prompt": [row.get("negative_prompt", "") for row in rows],
+        "negative_prompt": [row["negative_prompt"] for row in rows],
         "seed": pa.array([job.seed] * len(rows), pa.uint64()),
         "index": list(range(len(rows))),
         "sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
@@ -276,6 +283,19 @@ def keep_settings(job: Job, rows: Sequence[Any]) -> None:
     write_json(file, wanted, replace=False)
 
 
+def check_encoding(job: Job) -> None:
+    """Check the options of `encode`.
+
+    Raises:
+        UserError: one is missing, or is of `draw` alone.
+    """
+    if job.size is None or job.model is None:
+        raise UserError("encode needs the --model and --size of stage 2 (vae and data.size).")
+    plain = {"seed": 0, "steps": 20, "guidance_scale": None, "solver": None}
+    if told := [name for name, value in plain.items() if getattr(job, name) != value]:
+        raise UserError(f"--{told[0].replace('_', '-')} is of draw alone: leave it out.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw or encode very many pictures.")
     parser.add_argument("what", choices=["draw", "encode"])
@@ -298,13 +318,18 @@ def main() -> None:
     try:
         if min(job.threads, job.chunk) < 1 or workers < 0:
             raise UserError("--threads and --chunk are at least 1, --workers at least 0.")
-        if job.what == "encode" and (job.size is None or job.model is None):
-            raise UserError("encode needs the --model and --size of stage 2 (vae and data.size).")
+        if job.size is not None and job.size < 1:
+            raise UserError("--size is at least 1.")
+        if address != "local" and workers == 0:
+            raise UserError("--address is for --workers, which are 0: give both, or neither.")
         if job.what == "draw":
             rows: list[Any] = rows_of(Path(job.source))
+            keep_settings(job, rows)
         else:
-            rows = list(range(len(list_folder(job.source))))
-        keep_settings(job, rows)
+            check_encoding(job)
+            names = [example.name for example in list_folder(job.source)]
+            rows = list(range(len(names)))
+            keep_settings(job, names)
         run(job, rows, workers, address)
         if job.what == "draw":
             write_metadata(job, rows)

@@ -99,6 +99,8 @@ def test_what_is_no_batch_is_one_line(
     batch(*asked)
     (tmp_path / "other.jsonl").write_text('{"prompt": "a cat", "seed": 3}\n')
     (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "no.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "negative_prompt": 3}\n')
+    encode = ["encode", tmp_path, "--out", tmp_path / "new", "--model", model / "vae"]
     other = ["draw", tmp_path / "other.jsonl", "--out", tmp_path / "new"]
     for words, told in (
         ([*asked, "--seed", "4"], "other settings"),
@@ -107,6 +109,10 @@ def test_what_is_no_batch_is_one_line(
         ([*other[:1], tmp_path / "gone.jsonl", *other[2:]], "cannot read"),
         ([*asked[:-1], tmp_path], "something else"),
         (["encode", tmp_path, "--out", tmp_path / "new"], "needs the --model"),
+        ([*encode, "--size", "16", "--steps", "3"], "--steps is of draw alone"),
+        ([*encode, "--size", "0"], "--size is at least 1"),
+        ([*asked, "--address", "auto"], "--address is for --workers"),
+        ([*other[:1], tmp_path / "no.jsonl", *other[2:]], "row 2: negative_prompt"),
     ):
         with pytest.raises(SystemExit) as ended:
             batch(*words)
@@ -118,7 +124,10 @@ def test_what_is_no_batch_is_one_line(
 
 
 def test_stage_two_reads_what_was_encoded_ahead(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pictures, out = picture_folder(tmp_path / "pictures", 7), tmp_path / "latents"
     asked = ["encode", pictures, "--model", model / "vae", "--size", "16", "--chunk", "3"]
@@ -127,6 +136,13 @@ def test_stage_two_reads_what_was_encoded_ahead(
     (out / "done/00000001").unlink()
     batch(*asked, "--out", out)
     assert contents(out) == wanted
+    others = picture_folder(tmp_path / "others", 7)
+    one, told = next(others.glob("*.png")), others / "metadata.jsonl"
+    one.rename(others / "another.png")
+    told.write_text(told.read_text().replace(one.name, "another.png"))
+    with pytest.raises(SystemExit):
+        batch(*asked[:1], others, *asked[2:], "--out", out)
+    assert "begun with other settings or rows" in capsys.readouterr().err
 
     examples, autoencoder = read_folder(pictures), load_autoencoder(model / "vae")
     machine = Accelerator(cpu=True)
