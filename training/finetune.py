@@ -184,14 +184,13 @@ class Finetuning(Objective[Key]):
         self.bundle = bundle = make_trainable(bundle, config)
         self.masked: list[Image.Image] = []
         self.holes: Holes | None = None
+        crops = variants(config.data.crops, config.data.flip)
         if bundle.kind == "inpainting":
-            crops = variants(config.data.crops, config.data.flip)
             self.holes = Holes(samples.examples, samples.buckets, crops)
             # samples are drawn into these; their files may be gone later
             some = samples.examples[: len(config.sample_prompts) or 8]
             self.masked = [centre_square(example.open(), min(bundle.size)) for example in some]
         self.control = fresh_control(bundle, config) if config.method == "controlnet" else None
-        crops = variants(config.data.crops, config.data.flip)
         self.control_pictures = self.controls_of(samples, crops)
         self.masks: LossMasks | None = None
         if config.data.mask is not None:

@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentdiff.errors import shown
+from latentdiff.data.examples import Example
+from latentdiff.errors import UserError, shown
 from latentdiff.reading import reason
 
 # Of macOS, Windows, Synology and ext4. Hidden ones (._a.txt, .DS_Store, .thumbnails,
@@ -53,6 +54,26 @@ def list_files(root: Path) -> Listing:
             _log.warning("%s is a link to a folder, and not followed", shown(link))
     listing.files.sort()
     return listing
+
+
+def path_beside(example: Example, field: str, root: Path, what: str) -> Path:
+    """The path of the file that a field of a picture's metadata names, relative to the data.
+
+    Args:
+        example: the picture.
+        field: of its metadata.
+        root: the folder of the data, or a file in it.
+        what: of the file, for messages.
+
+    Raises:
+        UserError: the field names none, or one outside the folder.
+    """
+    name, folder = example.fields.get(field), root if root.is_dir() else root.parent
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{example.name}: its field {field!s:.40} names no {what}")
+    if not is_inside(folder / name, os.path.realpath(folder)):
+        raise UserError(f"{example.name}: its {what} lies outside {folder}")
+    return folder / name
 
 
 def is_inside(path: Path, folder: str) -> bool:

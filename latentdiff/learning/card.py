@@ -41,6 +41,7 @@ class Outcome:
         inpaints: whether the model fills holes of pictures.
         words: names of the files of new words that a LoRA was learned with.
         control: of a ControlNet, the kind of its pictures: `editing.control_pictures` has names.
+        in_diffusers: whether diffusers reads the files of a LoRA, as they are.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Outcome:
     inpaints: bool = False
     words: tuple[str, ...] = ()
     control: str = "picture"
+    in_diffusers: bool = True
 
     @property
     def files(self) -> list[str] | None:
@@ -195,9 +197,11 @@ def _use(outcome: Outcome) -> str:
         words = [f"{here}/{word}" for word in outcome.words]
         more = "".join(f" --embedding {shlex.quote(word)}" for word in words)
         loads = "".join(f"pipe.load_textual_inversion({json.dumps(word)})\n" for word in words)
+        ours = f"```sh\nlatentdiff {command} --lora {shlex.quote(here)}{more}{base}\n```"
+        if not outcome.in_diffusers:
+            return f"{ours}\n\nDiffusers does not read these files."
         return (
-            f"```sh\nlatentdiff {command} --lora {shlex.quote(here)}{more}{base}\n```\n\n"
-            "and in diffusers, with the same base model as `pipe`:\n\n```python\n"
+            f"{ours}\n\nand in diffusers, with the same base model as `pipe`:\n\n```python\n"
             f"{imported}{loads}pipe.load_lora_weights({json.dumps(here)})\n{drawn}"
         )
     if outcome.kind == "controlnet":
@@ -223,7 +227,7 @@ def _use(outcome: Outcome) -> str:
 def _their_class(outcome: Outcome) -> str | None:
     """The pipeline of diffusers that the index names; a LoRA or a ControlNet goes with any."""
     if outcome.kind != "model":
-        return "StableDiffusionPipeline"
+        return "StableDiffusionPipeline" if outcome.in_diffusers else None
     named = str(read_json(outcome.folder / "model_index.json")["_class_name"])
     return None if named == _OWN_CLASS else named
 

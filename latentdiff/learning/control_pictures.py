@@ -1,6 +1,5 @@
 """Control pictures of a training run: made out of its pictures, or read from beside them."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.data.examples import Example
-from latentdiff.data.listing import is_inside
+from latentdiff.data.listing import path_beside
 from latentdiff.data.variants import Size, Variant
 from latentdiff.editing.control_pictures import control_picture
-from latentdiff.errors import UserError
 from latentdiff.learning.finetune_config import ControlConfig
 from latentdiff.pictures import open_picture, to_pil, to_uint8
 
@@ -41,7 +39,9 @@ class ControlPictures:
     ) -> None:
         self.pictures: list[list[Tensor]] = []
         for example, bucket in zip(examples, buckets, strict=True):
-            image = example.open() if config.field is None else _named(example, config.field, root)
+            field = config.field
+            path = field and path_beside(example, field, root, "control picture")
+            image = open_picture(path) if path else example.open()
             filled = [variant.fill(image, bucket) for variant in variants]
             if config.field is None:
                 filled = [control_picture(one, config.kind) for one in filled]
@@ -55,18 +55,3 @@ class ControlPictures:
     def shown(self, number: int) -> Image.Image:
         """That of a picture, to draw with."""
         return to_pil(self.of([(number, 0)])[0] * 2 - 1)
-
-
-def _named(example: Example, field: str, root: Path) -> Image.Image:
-    """The picture that a field of the metadata names, relative to the folder of the data.
-
-    Raises:
-        UserError: it names none, or one outside the folder; or it cannot be read.
-    """
-    name, folder = example.fields.get(field), root if root.is_dir() else root.parent
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{example.name}: its field {field!s:.40} names no control picture")
-    path = folder / name
-    if not is_inside(path, os.path.realpath(folder)):
-        raise UserError(f"{example.name}: its control picture lies outside {folder}")
-    return open_picture(path)

@@ -1,6 +1,5 @@
 """How much each place of a picture counts in the loss: masks beside pictures, or their alpha."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from latentdiff.data.examples import Example
-from latentdiff.data.listing import is_inside
+from latentdiff.data.listing import path_beside
 from latentdiff.data.variants import Size, Variant
 from latentdiff.editing.masks import open_mask
 from latentdiff.errors import UserError
@@ -46,7 +45,10 @@ class LossMasks:
     ) -> None:
         self.masks: list[list[Tensor] | None] = []
         for example, bucket in zip(examples, buckets, strict=True):
-            image = _alpha(example) if source == ALPHA else _named(example, source, root)
+            if source == ALPHA:
+                image = _alpha(example)
+            else:
+                image = open_mask(path_beside(example, source, root, "mask"))
             if image is None:
                 self.masks.append(None)
                 continue
@@ -74,13 +76,3 @@ class LossMasks:
 def _alpha(example: Example) -> Image.Image | None:
     whole = example.span is None and example.cell is None
     return open_alpha(example.path if whole else example.read())
-
-
-def _named(example: Example, field: str, root: Path) -> Image.Image:
-    name, folder = example.fields.get(field), root if root.is_dir() else root.parent
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{example.name}: its field {field!s:.40} names no mask")
-    path = folder / name
-    if not is_inside(path, os.path.realpath(folder)):
-        raise UserError(f"{example.name}: its mask lies outside {folder}")
-    return open_mask(path)

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from latentdiff.errors import UserError
 from latentdiff.learning.config import OptimConfig
+from latentdiff.learning.trained import adamw
 
 OptimizerName = Literal["adamw", "adamw-8bit", "prodigy", "schedule-free", "muon"]
 Group = dict[str, object]
@@ -43,12 +44,6 @@ def make_optimizer(
         if part
     ]
     return _MAKERS[name](groups, optim)
-
-
-def _adamw(groups: list[Group], optim: OptimConfig) -> Optimizer:
-    return AdamW(
-        groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )
 
 
 def _adamw_8bit(groups: list[Group], optim: OptimConfig) -> Optimizer:
@@ -102,7 +97,7 @@ class Muon(Optimizer):
                     adjust_lr_fn="match_rms_adamw",
                 )
             else:
-                part = _adamw([{"params": params}], optim)
+                part = adamw([{"params": params}], optim)
             group.update({k: v for k, v in part.param_groups[0].items() if k not in group})
             self.parts.append(part)
 
@@ -115,7 +110,7 @@ class Muon(Optimizer):
 
 
 _MAKERS: dict[OptimizerName, Callable[[list[Group], OptimConfig], Optimizer]] = {
-    "adamw": _adamw,
+    "adamw": adamw,
     "adamw-8bit": _adamw_8bit,
     "prodigy": _prodigy,
     "schedule-free": _schedule_free,

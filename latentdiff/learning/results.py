@@ -49,8 +49,17 @@ def save_outcome(
     folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
     inpaints = bundle.kind == "inpainting"
     words = word_files(config.inversion.tokens) if lora else []
+    # diffusers has no names for a LoHa or a LoKr, and reads words of one text encoder at a time
+    unread = config.lora.kind in ("loha", "lokr") or (words and len(bundle.conditioner.modules) > 1)
     outcome = Outcome(
-        folder, kind, config.model, pictures, root, inpaints=inpaints, words=tuple(words)
+        folder,
+        kind,
+        config.model,
+        pictures,
+        root,
+        inpaints=inpaints,
+        words=tuple(words),
+        in_diffusers=not (lora and unread),
     )
     return [*lines, *share(outcome, config)]
 

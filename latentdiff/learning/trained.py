@@ -1,7 +1,7 @@
 """A network in training: its optimizer, its learning rate, its average and its checkpoint."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,8 +25,10 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     return optim.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
-def adamw(parameters: Iterator[nn.Parameter], optim: OptimConfig) -> AdamW:
-    """AdamW as the configuration says."""
+def adamw(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], optim: OptimConfig
+) -> AdamW:
+    """AdamW as the configuration says, of parameters or of groups of them."""
     return AdamW(
         parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )

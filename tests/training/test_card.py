@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,15 @@ def test_the_use_of_a_card_is_typed_where_the_run_was(
     monkeypatch.chdir(tmp_path)
     outcome, config = a_run(Path("runs"))
     assert "--lora runs/cats\n" in card(outcome, config, False, ["latentdiff"])
+
+
+def test_what_diffusers_does_not_read_is_not_offered_to_it(tmp_path: Path) -> None:
+    outcome, config = a_run(tmp_path)
+    assert "pipe.load_lora_weights(" in card(outcome, config, False, ["latentdiff"])
+    text = card(replace(outcome, in_diffusers=False), config, False, ["latentdiff"])
+    assert "library_name: latentdiff" in text
+    assert "--lora cats\n" in text
+    assert "pipe." not in text
 
 
 def test_the_command_of_a_card_can_be_typed_and_tells_no_place(tmp_path: Path) -> None:
