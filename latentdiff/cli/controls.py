@@ -48,6 +48,8 @@ def check_controls(controls: Sequence[str], kinds: Sequence[str]) -> None:
         find_file(picture, "picture")
     for kind in kinds:
         check_kind(kind)
+    if kinds and not controls:
+        raise UserError("--control-from is for --control: give both, or neither.")
     if kinds and len(kinds) not in (1, len(controls)):
         raise UserError(
             f"--control-from: {len(kinds)} kinds were given for {len(controls)} controls: give one "

@@ -173,6 +173,8 @@ def inpaint(
     run = run.naming([prompt])
     if margin is not None and not only_masked:
         raise UserError("--margin is of --only-masked: give both, or neither.")
+    if only_masked and not fit:
+        raise UserError("--no-fit is of the whole PICTURE: leave it out with --only-masked.")
     margin = 0.5 if margin is None else margin
     run.check()
     check_writable(run.out)
@@ -283,7 +285,7 @@ def fitted(image: "Image", name: str, pipe: "LatentDiffusionPipeline") -> "Image
 
 def mask_of(text: str, picture: Path) -> "Image":
     """A mask as large as the picture."""
-    from latentdiff.editing.masks import box_mask, mask_for
+    from latentdiff.editing.masks import box_mask, check_mask_size, mask_for
     from latentdiff.pictures import open_picture
 
     size = open_picture(picture).size
@@ -293,23 +295,17 @@ def mask_of(text: str, picture: Path) -> "Image":
         mask = mask_for(picture, box_mask(text.removeprefix("box:"), size))
     else:
         mask = mask_for(picture, Path(text))
-    if mask.size != size:
-        raise UserError(
-            "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *size)
-        )
+    check_mask_size(mask, size)
     return mask
 
 
 def _soft(file: Path, picture: Path) -> "Image":
     """A mask in greys, as large as the picture."""
-    from latentdiff.editing.masks import open_mask
+    from latentdiff.editing.masks import check_mask_size, open_mask
     from latentdiff.pictures import open_picture
 
     mask, image = open_mask(file), open_picture(picture)
-    if mask.size != image.size:
-        raise UserError(
-            "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *image.size)
-        )
+    check_mask_size(mask, image.size)
     return mask
 
 

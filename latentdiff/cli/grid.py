@@ -57,7 +57,7 @@ def grid(
         raise UserError(f"--x and --y both vary {across[0]}: vary another with one of them.")
     if len(across[1]) * len(down[1]) > _MOST:
         raise UserError(f"{len(across[1]) * len(down[1])} pictures; at most {_MOST} are drawn.")
-    run = replace(run, seed=seed_or_fresh(run.seed))
+    run = replace(run, seed=seed_or_fresh(run.seed), variation_seed=run.varied)
     cells = [
         _varied(run, prompt, [(across[0], a), (down[0], b)]) for b in down[1] for a in across[1]
     ]
@@ -80,6 +80,7 @@ def grid(
     rows = [f"{down[0]} {value}" if down[0] else "" for value in down[1]]
     record = about_request(pipe.bundle, run.request(pipe.bundle)) | run.about()
     varied = {"grid": prompt, "x": x, "y": y, "seed": run.seed, "index": run.first}
+    varied |= {} if run.variation_seed is None else {"variation_seed": run.variation_seed}
     text = None if run.no_metadata else png_text(record, **varied)
     print(f"seed {run.seed}", file=sys.stderr)
     print(save_numbered_png(labelled(images, rows, columns), Path(run.out), run.seed or 0, text))

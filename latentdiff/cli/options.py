@@ -354,9 +354,11 @@ class RunOptions:
         """The same options; what prompts say of LoRAs, in A1111's syntax, is said by --lora.
 
         Raises:
-            UserError: no such LoRA, or one at two scales.
+            UserError: no such LoRA, or one at two scales; or --lora-dir, which nothing reads.
         """
         if self.syntax != "a1111":
+            if self.lora_dir is not None:
+                raise UserError("--lora-dir is for --syntax a1111: give both, or neither.")
             return self
         from latentdiff.pipeline.prompt_syntax import without_tags
 

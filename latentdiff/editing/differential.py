@@ -11,7 +11,14 @@ from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing.jumps import first_visits
-from latentdiff.editing.masks import check_mask, composite, mask_tensor, open_mask, paste
+from latentdiff.editing.masks import (
+    check_mask,
+    check_mask_size,
+    composite,
+    mask_tensor,
+    open_mask,
+    paste,
+)
 from latentdiff.editing.run_context import Finish, RunContext, opened, pixels, size_of, unchanged
 from latentdiff.editing.sdedit import SDEdit
 from latentdiff.errors import UserError
@@ -49,12 +56,8 @@ class Differential:
             check_mask(self.mask)
             return
         mask = open_mask(self.mask)
-        if (mask.height, mask.width) != self.picture_size:
-            raise UserError(
-                "the mask is {} x {} pixels, but the picture {} x {}.".format(
-                    *mask.size, *(self.picture_size or ())[::-1]
-                )
-            )
+        height, width = self.picture_size or (mask.height, mask.width)
+        check_mask_size(mask, (width, height))
         object.__setattr__(self, "mask", mask)
 
     @property

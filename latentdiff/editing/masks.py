@@ -65,14 +65,24 @@ def mask_like(mask: Image.Image, image: object) -> Image.Image:
     Raises:
         UserError: it is not.
     """
-    if isinstance(image, Image.Image) and mask.size != image.size:
-        raise UserError(
-            "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *image.size)
-        )
+    if isinstance(image, Image.Image):
+        check_mask_size(mask, image.size)
     if isinstance(image, Tensor):
         raise UserError("latents need a mask tensor of their size, [1, 1, h, w], 1 where to paint.")
     _warn_if_unclear(mask)
     return mask
+
+
+def check_mask_size(mask: Image.Image, size: tuple[int, int]) -> None:
+    """Check that a mask is as large as its picture, of this width and height.
+
+    Raises:
+        UserError: it is not.
+    """
+    if mask.size != size:
+        raise UserError(
+            "the mask is {} x {} pixels, but the picture {} x {}.".format(*mask.size, *size)
+        )
 
 
 def _warn_if_unclear(mask: Image.Image) -> None:

@@ -269,6 +269,11 @@ REFUSED = {
         ["inpaint", "PICTURE", "a cat", "--mask", "box:1,2,4,4", "--margin", "1"],
         "--margin is of --only-masked",
     ),
+    "a whole picture of a part": (
+        ["inpaint", "PICTURE", "a cat", "--mask", "box:1,2,4,4", "--only-masked", "--no-fit"],
+        "--no-fit is of the whole PICTURE",
+    ),
+    "LoRAs that nothing names": (["edit", "PICTURE", "a cat", "--lora-dir", "."], "--lora-dir"),
     "no space": (["ilvr", "PICTURE", "a cat", "--space", "time"], "--space"),
     "a picture and a prompt": (["interpolate", "PICTURE", "a cat"], "two picture files"),
     "no prompt for pictures": (["interpolate", "PICTURE", "PICTURE"], "--prompt"),

@@ -232,9 +232,9 @@ def test_a_long_weak_line_takes_no_longer_than_its_length() -> None:
     for row in range(1, 600, 2):
         size[row, -1 if row % 4 == 1 else 0] = 150
     size[0, 0] = 300
-    begin = time.monotonic()
+    begin = time.process_time()
     found = _hysteresis(size > 0, size, 100, 200)
-    assert time.monotonic() - begin < 30
+    assert time.process_time() - begin < 30
     assert torch.equal(found, size > 0)
     size[0, 0] = 150
     assert not _hysteresis(size > 0, size, 100, 200).any()

@@ -71,6 +71,7 @@ def test_commands_draw_what_calls_do(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--control-from", "canny"], "--control-from is for --control"),
         (["--control", "net"], "NETWORK:PICTURE or NETWORK:PICTURE:SCALE is meant"),
         (["--control", "net:photo.png:nan"], "NETWORK:PICTURE"),
         (["--control", "none:photo.png"], "none: no such ControlNet"),

@@ -35,6 +35,16 @@ def test_each_cell_is_what_generate_draws(tmp_path: Path) -> None:
     assert json.loads(texts_of(path.read_bytes())[OURS])["x"] == "steps=1,2,3"
 
 
+def test_cells_are_of_one_variation(tmp_path: Path) -> None:
+    model = str(tiny_bundle().save(tmp_path / "model"))
+    varied = ["--variation-strength", "0.5", "--seed", "3", "--model", model]
+    assert main(["grid", "a cat", "--x", "steps=2,2", *varied, "-o", str(tmp_path / "grid")]) == 0
+    (path,) = (tmp_path / "grid").iterdir()
+    sheet = np.asarray(Image.open(path))
+    assert (sheet[-16:, -32:-16] == sheet[-16:, -16:]).all()
+    assert "variation_seed" in json.loads(texts_of(path.read_bytes())[OURS])
+
+
 @pytest.mark.parametrize(
     "text", ["size=1,2", "steps=", "steps=a", "steps=0,2", "steps", "guidance_scale=x", ""]
 )
