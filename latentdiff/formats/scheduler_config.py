@@ -119,6 +119,11 @@ def to_object(described: Described, *, learned_variance: bool = False) -> Any:
     return kind.from_config(told)
 
 
+def _is_own(key: str) -> bool:
+    """True for keys that are no setting of a class: diffusers' notes, and ours."""
+    return key.startswith(("_", "latentdiff_"))
+
+
 def _ours(config: Keys) -> bool:
     return any(key.startswith("latentdiff_") for key in config)
 
@@ -144,7 +149,7 @@ def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") 
         raise UserError(f"{name}: it has a key without a name, '': take it out.")
     config = {key: value for key, value in config.items() if key not in used}
     for key, value in config.items():
-        if value and key not in known_keys() and not key.startswith(("_", "latentdiff_")):
+        if value and key not in known_keys() and not _is_own(key):
             warn(f"{name}: no scheduler class here knows {short(key)}.")
     config = {**config, **MENDED.get(pipeline, {})}
     try:
@@ -480,7 +485,9 @@ def _read_or_none(config: Keys) -> Described | None:
 def _means(config: Keys, described: Described, pipeline: str = "StableDiffusionPipeline") -> bool:
     """True if a config, in a folder of this pipeline of diffusers, describes exactly this model."""
     process, prediction, steps, solver = described
-    again, kind, steps_again, solver_again = read(config, "", pipeline=pipeline)
+    # Whoever read the file was told of keys that no class knows.
+    told = {key: value for key, value in config.items() if key in known_keys() or _is_own(key)}
+    again, kind, steps_again, solver_again = read(told, "", pipeline=pipeline)
     same = type(again) is type(process) and kind == prediction and solver_again == solver
     if isinstance(process, DiscreteVP) and isinstance(again, DiscreteVP):
         same &= process.num_train_timesteps == again.num_train_timesteps

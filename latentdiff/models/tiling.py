@@ -4,8 +4,8 @@ An autoencoder of Stable Diffusion's kind is convolutions, which see a few pixel
 whose mean and variance are those of a whole picture; and one attention, at the size of the latents,
 where a large picture is small. So what lies at that size is computed at once. Of the rest, tiles
 are computed with as much around them as their convolutions see, and the statistics of each norm
-(Wu & He 2018, Group Normalization, eq. 3) are gathered over all tiles, one norm after the other,
-before they are used. Nothing is blended: no seam can arise.
+(Wu & He 2018, Group Normalization, eq. 2 and 7) are gathered over all tiles, one norm after the
+other, before they are used. Nothing is blended: no seam can arise.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -420,9 +420,9 @@ def test_hostile_chunks_are_no_recipe_and_take_no_memory(inside: bytes) -> None:
     ],
 )
 def test_hostile_words_are_read_in_time_of_their_length(line: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert recipe_of({THEIRS: f"{line}\n{line}"}) is not None
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_many_chunks_are_inflated_only_where_they_are_read_and_once() -> None:
@@ -433,9 +433,9 @@ def test_many_chunks_are_inflated_only_where_they_are_read_and_once() -> None:
         chunks += [chunk(b"zTXt", b"parameters\0\0" + bomb)]
     plain = encode_png(Image.new("RGB", (2, 2)))
     data = plain[:33] + b"".join(chunks) + plain[33:]
-    began = time.perf_counter()
+    began = time.process_time()
     assert texts_of(data) == {THEIRS: TEXT}
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 @given(

@@ -250,6 +250,9 @@ def test_a_key_of_no_class_is_warned_of() -> None:
     ):
         told = scheduler.read(config | {"use_foo_sigmas": True}, "s.json")
     assert told[1:] == plain[1:]
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
+        scheduler.to_object(told)
 
 
 def _nested(depth: int) -> list[Any]:
