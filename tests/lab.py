@@ -19,7 +19,10 @@ STAGES = {
     "autoencoder": "AutoencoderConfig",
     "diffusion": "DiffusionConfig",
     "finetune": "FinetuneConfig",
+    "distill": "DistillConfig",
 }
+NEEDS = {"diffusion": "vae", "finetune": "model", "distill": "model"}
+"""What a stage starts from: the result of stage 1 or of stage 2, by its name in a config."""
 SCRIPTS = {stage: script(stage) for stage in STAGES}
 STEPS = 8  # three epochs of stage 1's ten pictures would be 7.5
 OPTIM = {"lr": 1e-3, "steps": STEPS, "warmup": 2, "batch_size": 4}
@@ -40,6 +43,13 @@ CONFIGS: dict[str, dict[str, object]] = {
         "data": {"size": 16, "flip": True},
         "lora": {"rank": 2, "text_encoder": True},
         "held_out": {"fraction": 0.2, "every": 2},
+        "sample_prompts": ["a red disc"],
+    },
+    "distill": {  # the student teaches from step 4 on
+        "method": "progressive",
+        "teacher_steps": 8,
+        "steps": 2,
+        "data": {"size": 16, "held_out_fraction": 0.0},
         "sample_prompts": ["a red disc"],
     },
 }
@@ -83,8 +93,7 @@ class Lab:
         torch.set_num_threads(1)
         picture_folder(folder / "pictures")
         for stage, config in CONFIGS.items():
-            needs = {"diffusion": "vae", "finetune": "model"}.get(stage)
-            more = {} if needs is None else {needs: str(folder / needs)}
+            more = {need: str(folder / need) for need in [NEEDS.get(stage)] if need}
             every = {"log_every": 1, "checkpoint_every": 1, "evaluate_every": 8}
             text = json.dumps({**config, **more, **every, "optim": OPTIM})
             (folder / f"{stage}.yaml").write_text(text)  # JSON is YAML

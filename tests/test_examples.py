@@ -47,7 +47,7 @@ ELSEWHERE = {
 def examples(page: Path) -> Iterator[str | list[str]]:
     """Python of a page, and the words of each command in a block or between backticks, in order."""
     text = page.read_text("utf-8")
-    every = r"```(\w*)\n(.*?)```|`(latentdiff [^`]*(?:\"|MY/)[^`]*)`"
+    every = r"```(\w*)\n(.*?)```|`(latentdiff [^`]*(?:\"|MY/|--config )[^`]*)`"
     for language, block, inline in re.findall(every, text, re.DOTALL):
         if language == "python":
             yield block
@@ -142,8 +142,10 @@ def run_page(page: Path) -> int:
     return count
 
 
-# 100 steps of inversion and as many pictures; a second model.
-LONG = (ROOT / "docs/editing.md", ROOT / "assets/emoji128/README.md")
+# 100 steps of inversion and as many pictures; thirty solvers and guides; a second model.
+LONG = tuple(
+    ROOT / page for page in ("docs/editing.md", "docs/methods.md", "assets/emoji128/README.md")
+)
 
 
 @pytest.mark.parametrize(

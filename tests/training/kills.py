@@ -19,12 +19,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lab import STAGES, STEPS, Lab, cpu, samples_of
+from lab import NEEDS, STAGES, STEPS, Lab, cpu, samples_of
 
 from latentdiff import files
 from latentdiff.learning import checkpoint
@@ -34,6 +34,7 @@ RESULT = {
     "autoencoder": "vae",
     "diffusion": "model",
     "finetune": "pytorch_lora_weights.safetensors",
+    "distill": "model",
 }
 
 
@@ -271,6 +272,16 @@ def orphan(lab: Lab, out: str, launched: bool, *changes: str) -> Path:
     return folder
 
 
+def start_from(lab: Lab, stages: Sequence[str]) -> None:
+    """The results of stages 1 and 2 that these stages start from, as `vae` and `model`."""
+    needed = {NEEDS[stage] for stage in stages if stage in NEEDS}
+    needed |= {"vae"} if "model" in needed else set()
+    for stage in ("autoencoder", "diffusion"):
+        if (result := RESULT[stage]) in needed:
+            lab.finish(stage, f"{stage}-first")
+            (lab.folder / result).symlink_to(lab.folder / f"{stage}-first" / result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -278,35 +289,34 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--every-step", action="store_true", help="stop after each step, too")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     arguments = parser.parse_args()
+    stages: list[str] = arguments.stages
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         lab = Lab(Path(name))
-        needed = {"autoencoder": "vae", "diffusion": "model"}
-        for number, stage in enumerate(STAGES):
+        start_from(lab, stages)
+        for number, stage in enumerate(stages):
             lines = run_whole(lab, stage)
-            if stage in needed:  # by the next one
-                (lab.folder / needed[stage]).symlink_to(
-                    lab.folder / f"{stage}-whole/{needed[stage]}"
-                )
-            kills = (arguments.kills + number) // len(STAGES)
+            kills = (arguments.kills + number) // len(stages)
             struck = Counter(kill(lab, stage, kills, lines, chance))
             print(f"{stage}: {dict(struck)}: equal to the run left alone")
             kill_in_a_drawing(lab, stage)
         print("a kill in a drawing: its step was saved, and drawn by the run that went on")
-        signal_twice(lab)
-        signal_in_the_last_drawing(lab)
-        stopped = orphan(lab, "orphan", True, "checkpoint_every=99")
-        (saved,) = checkpoint.checkpoints(stopped / "checkpoints")
-        assert saved.name == "step-00000001"
-        compare(lab.folder / "finetune-whole", orphan(lab, "nohup", False), "finetune")
-        print("a signal in the last drawing, a launcher that is gone: saved and stopped")
-        if arguments.every_step:
+        if "diffusion" in stages:
+            signal_twice(lab)
+        if "finetune" in stages:
+            signal_in_the_last_drawing(lab)
+            stopped = orphan(lab, "orphan", True, "checkpoint_every=99")
+            (saved,) = checkpoint.checkpoints(stopped / "checkpoints")
+            assert saved.name == "step-00000001"
+            compare(lab.folder / "finetune-whole", orphan(lab, "nohup", False), "finetune")
+            print("a signal in the last drawing, a launcher that is gone: saved and stopped")
+        for stage in stages if arguments.every_step else ():
             for accumulation in (1, 4):
-                for workers in (0, 2):
-                    stop_at_every_step(lab, "autoencoder", accumulation, workers)
-                stop_at_every_step(lab, "diffusion", accumulation, 0)
-                stop_at_every_step(lab, "finetune", accumulation, 0)
+                stop_at_every_step(lab, stage, accumulation, 0)
+                if stage == "autoencoder":  # the others have no loader
+                    stop_at_every_step(lab, stage, accumulation, 2)
         print(f"{cpu():.0f} s of CPU time")
 
 

@@ -26,15 +26,25 @@ def alone(script: str, *arguments: str) -> str:
 
 
 def test_a_run_killed_again_and_again_is_the_run_left_alone() -> None:
-    said = alone("kills.py", "--kills", "20")
+    said = alone("kills.py", "--kills", "20", "--stages", "autoencoder", "diffusion", "finetune")
     for stage, inside, outside in (("autoencoder", 3, 3), ("diffusion", 4, 3), ("finetune", 4, 3)):
         places = f"{{'inside a save': {inside}, 'from outside': {outside}}}"
         assert f"{stage}: {places}: equal to the run left alone" in said, said
 
 
 @pytest.mark.slow
+def test_a_distillation_killed_again_and_again_is_the_one_left_alone() -> None:
+    said = alone("kills.py", "--kills", "20", "--every-step", "--stages", "distill")
+    assert "distill: {'inside a save': 10, 'from outside': 10}: equal" in said, said
+    assert said.count("equal at every stop") == 2
+
+
+@pytest.mark.slow
 def test_a_run_stopped_after_every_step_is_the_run_left_alone() -> None:
-    said = alone("kills.py", "--kills", "100", "--every-step", "--seed", "1")
+    stages = ("autoencoder", "diffusion", "finetune")
+    said = alone(
+        *("kills.py", "--kills", "100", "--every-step", "--seed", "1", "--stages", *stages)
+    )
     assert said.count("equal at every stop") == 8
 
 
