@@ -1,12 +1,13 @@
 """A 128-pixel emoji model on one large GPU in under ten minutes: both stages, measured and drawn.
 
     python training/emoji128.py --data data/emoji128 --text runs/emoji128-text --out runs/emoji128
+    python training/emoji128.py --data data/emoji128 --start assets/emoji128 --out runs/emoji128
 
-Processes compose pictures while stage 1 trains; all pictures are then encoded once and stage 2
-trains on their latents. Each phase ends at its share of `--seconds`, and learning rates fall with
-the time that is gone, so a slower machine gets fewer steps and not a later end. What is random in a
-step is a function of (seed, step); how many steps there are is not. `--seconds 60 --tiny` tries all
-of it on a CPU.
+The second goes on from the weights of a model that it made. Processes compose pictures while
+stage 1 trains; all pictures are then encoded once and stage 2 trains on their latents. Each phase
+ends at its share of `--seconds`, and learning rates fall with the time that is gone, so a slower
+machine gets fewer steps and not a later end. What is random in a step is a function of (seed,
+step); how many steps there are is not. `--seconds 60 --tiny` tries all of it on a CPU.
 """
 
 import json
@@ -15,7 +16,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from latentdiff.bundle import Bundle
@@ -40,7 +38,7 @@ from latentdiff.data.pool import BLOCK, Pool, read_all
 from latentdiff.data.wordnet import WordNet
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.process import DiscreteVP
-from latentdiff.files import make_folder, write_json, writing
+from latentdiff.files import make_folder, write_json
 from latentdiff.formats.weights import save_tensors
 from latentdiff.learning.ema import EMA
 from latentdiff.learning.teaching import (
@@ -53,15 +51,15 @@ from latentdiff.learning.teaching import (
 )
 from latentdiff.metrics.perceptual import random_features
 from latentdiff.metrics.psnr import psnr
-from latentdiff.metrics.questions import Judge
 from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
 from latentdiff.models.conditioner import TextConditioner
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import DiffusersUNet
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.unet import build_unet
 from latentdiff.models.vae import Autoencoding, build_vae, standardise_latents
-from latentdiff.pictures import grid, to_pil
-from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.random_numbers import philox
 
 CAPTIONS = 32  # of each plain picture
@@ -88,9 +86,10 @@ class Recipe:
     latent_channels: int = 32
     vae_batch: int = 128
     vae_rate: float = 1.2e-3
+    squared: float = 4.0
     perceptual: float = 0.05
     kl: float = 1e-5
-    equivariance: float = 0.25
+    equivariance: float = 0.1
     vae_ends: float = 0.35
     unet_channels: tuple[int, ...] = (128, 256)
     head_dim: int = 64
@@ -400,7 +399,9 @@ def taught_tower(
 
 def reconstruct(module: Any, distance: nn.Module, recipe: Recipe, real: Tensor, noise: Tensor,
                 corner: Tensor) -> Tensor:  # fmt: skip
-    """L1 + squared error + perceptual + KL, and the same for latents made half as large.
+    """L1 + squared error + perceptual + KL, and L1 for latents made half as large.
+
+    The perceptual term and the last are of a quarter of the batch each.
 
     The last follows EQ-VAE (Kouzelis et al. 2025): a reduced latent is to decode to the reduced
     picture, which makes the latent space smooth.
@@ -411,14 +412,14 @@ def reconstruct(module: Any, distance: nn.Module, recipe: Recipe, real: Tensor, 
     fake, latents, kl = module(real, noise)
     fake = fake.float()
     gap = fake - real
-    loss = gap.abs().mean() + gap.square().mean() + recipe.kl * kl
+    loss = gap.abs().mean() + recipe.squared * gap.square().mean() + recipe.kl * kl
+    some = len(real) // 4
     half = recipe.size // 2
     rows = corner[0] + torch.arange(half, device=real.device)
     columns = corner[1] + torch.arange(half, device=real.device)
-    parts = [p.index_select(2, rows).index_select(3, columns) for p in (fake, real)]
+    parts = [p[-some:].index_select(2, rows).index_select(3, columns) for p in (fake, real)]
     loss = loss + recipe.perceptual * distance(*parts).mean()
     if recipe.equivariance:
-        some = len(real) // 4
         small = module.decode(F.avg_pool2d(latents[:some], 2)).float()
         loss = loss + recipe.equivariance * F.l1_loss(small, F.avg_pool2d(real[:some], 2))
     return loss
@@ -442,13 +443,20 @@ class Sampled(Autoencoding):
         return vae.decoder(vae.post_quant_conv(latents))
 
 
-def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, clock: Clock) -> Any:
-    """Stage 1, until its share of the time is over; returns the averaged autoencoder."""
+def fresh_autoencoder(recipe: Recipe) -> KLAutoencoder:
+    """An autoencoder with the first weights of diffusers' class."""
     torch.manual_seed(recipe.seed)
-    vae: Any = build_vae(
-        "kl", recipe.vae_channels, 1, recipe.latent_channels, 8, recipe.size
-    )  # fmt: skip
-    vae = vae.to(machine.device, memory_format=torch.channels_last)
+    theirs = build_vae("kl", recipe.vae_channels, 1, recipe.latent_channels, 8, recipe.size)
+    vae = KLAutoencoder(theirs.config)  # pyright: ignore[reportArgumentType]
+    vae.load_state_dict(theirs.state_dict())
+    return vae
+
+
+def train_autoencoder(
+    recipe: Recipe, vae: KLAutoencoder, pictures: Pictures, machine: Machine, clock: Clock
+) -> None:  # fmt: skip
+    """Stage 1, until its share of the time is over; leaves the averaged weights in it."""
+    vae.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     module = Sampled(vae)
     distance = random_features().to(machine.device)
     batch, device = recipe.vae_batch, machine.device
@@ -492,7 +500,6 @@ def train_autoencoder(recipe: Recipe, pictures: Pictures, machine: Machine, cloc
     clock.say(f"stage 1: {step} steps of {batch}, {pace:.0f} pictures/s", vae_steps=step,
               vae_pictures_per_second=round(pace))  # fmt: skip
     keep(ema)
-    return vae
 
 
 def fill_pictures(
@@ -511,7 +518,7 @@ def fill_pictures(
 
 
 @torch.no_grad()
-def encode_all(vae: Any, pictures: Tensor, machine: Machine, batch: int = 2048) -> Tensor:
+def encode_all(vae: KLAutoencoder, pictures: Tensor, machine: Machine, batch: int = 2048) -> Tensor:
     """Means of latents, bfloat16 [N, C, h, w]."""
     found = []
     for part in pictures.split(batch):
@@ -523,7 +530,7 @@ def encode_all(vae: Any, pictures: Tensor, machine: Machine, batch: int = 2048) 
 
 
 @torch.no_grad()
-def standardise(vae: Any, plain: Tensor, weights: np.ndarray, machine: Machine) -> None:
+def standardise(vae: KLAutoencoder, plain: Tensor, weights: np.ndarray, machine: Machine) -> None:
     """Fold mean and deviation of the latents of the plain pictures into the autoencoder."""
     latents = encode_all(vae, plain, machine).double()
     share = torch.from_numpy(weights).to(latents.device)[:, None]
@@ -538,17 +545,16 @@ def standardise(vae: Any, plain: Tensor, weights: np.ndarray, machine: Machine) 
 class Denoiser(nn.Module):
     """Text tower and U-Net: noisy latents [B, C, h, w], times [B], tokens [B, L] -> v."""
 
-    def __init__(self, unet: Any, tower: CLIPTextModel, machine: Machine) -> None:
+    def __init__(self, unet: CrossAttentionUNet, tower: ClipTextEncoder) -> None:
         super().__init__()
         self.unet, self.tower = unet, tower
-        self._fast = (machine.compiled(unet),)
 
     def states(self, ids: Tensor) -> Tensor:
         """States for cross-attention [B, L, D]."""
-        return self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
+        return self.tower(ids).last_hidden_state
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self._fast[0](x, t, self.states(ids))
+        return self.unet(x, t, self.states(ids))
 
 
 class Lessons:
@@ -587,7 +593,7 @@ class Anchor:
         heads: matrices that meaning is read through.
     """
 
-    def __init__(self, tower: CLIPTextModel, ids: Tensor, heads: list[Tensor]) -> None:
+    def __init__(self, tower: ClipTextEncoder, ids: Tensor, heads: list[Tensor]) -> None:
         self.tower = tower
         self.ids = ids
         self.heads = heads
@@ -597,7 +603,7 @@ class Anchor:
 
     def read(self, ids: Tensor) -> Tensor:
         """Unit vectors of every state, one beside the other: [B, L, 2 x d]."""
-        states = self.tower(input_ids=ids).last_hidden_state  # pyright: ignore
+        states = self.tower(ids).last_hidden_state
         return torch.cat([F.normalize(F.linear(states, head), dim=-1) for head in self.heads], -1)
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -621,17 +627,21 @@ def train_denoiser(
     whole = torch.arange(process.num_train_timesteps, dtype=torch.float64, device=device)
     alphas, sigmas = (part.float() for part in process.alpha_sigma(whole))
 
-    def loss() -> Tensor:
+    def error() -> Tensor:
         alpha, sigma = (part[times].view(-1, 1, 1, 1) for part in (alphas, sigmas))
         x = alpha * latents + sigma * noise
         target = alpha * noise - sigma * latents  # v, Salimans & Ho 2022
         snr = (alpha / sigma).square().flatten()
         weight = snr.clamp(max=recipe.gamma) / (snr + 1)  # min-SNR, Hang et al. 2023
+        v = model(x, times, ids).float()
+        kept = anchor.loss(rows)
+        return (weight * (v - target).square().flatten(1).mean(1)).mean() + recipe.anchor * kept
+
+    work = machine.compiled(error)
+
+    def loss() -> Tensor:
         with machine.autocast():
-            v = model(x, times, ids).float()
-            kept = anchor.loss(rows)
-        error = (v - target).square().flatten(1).mean(1)
-        return (weight * error).mean() + recipe.anchor * kept
+            return work()
 
     unet, tower = list(model.unet.parameters()), list(_trained(model.tower))
     optimizer = machine.adamw([{"params": unet}, {"params": tower, "weight_decay": 0.0}])
@@ -673,7 +683,7 @@ def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in module.parameters() if p.requires_grad)
 
 
-def freeze_below(tower: CLIPTextModel, trained: int) -> None:
+def freeze_below(tower: ClipTextEncoder, trained: int) -> None:
     """Let only the upper layers and the last norm of a tower be trained."""
     tower.requires_grad_(False)
     text: Any = getattr(tower, "text_model", tower)
@@ -681,6 +691,46 @@ def freeze_below(tower: CLIPTextModel, trained: int) -> None:
         layer.requires_grad_(True)
     if trained:
         text.final_layer_norm.requires_grad_(True)
+
+
+# --- where it begins ---------------------------------------------------------------------------
+
+
+class Begun:
+    """What the run goes on from: a taught tower alone, or all of a model.
+
+    Attributes:
+        tokenizer, autoencoder, unet: as they are at the start.
+    """
+
+    def __init__(self, recipe: Recipe, text: Path | None, start: Path | None) -> None:
+        self.text = text
+        self.autoencoder: Any
+        self.unet: Any
+        self.model = None if start is None else Bundle.load(start, dtype="float32", device="cpu")
+        folder = text if start is None else start
+        assert folder is not None
+        self.tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+        if self.model is None:
+            width = json.loads((folder / "text_encoder" / "config.json").read_text("utf-8"))
+            self.autoencoder = fresh_autoencoder(recipe)
+            self.unet = fresh_unet(recipe, width["hidden_size"])
+        else:
+            self.autoencoder, self.unet = self.model.autoencoder.module, self.model.network.module
+        self.autoencoder.requires_grad_(True)
+        self.unet.requires_grad_(True)
+
+    def tower(
+        self, recipe: Recipe, things: Sequence[Thing], rows: Sequence[Mapping[str, object]],
+        machine: Machine, clock: Clock,
+    ) -> tuple[ClipTextEncoder, list[Tensor]]:  # fmt: skip
+        """The text tower, and matrices through which its meaning is read: all of it of a model."""
+        if self.model is not None:
+            tower: Any = self.model.conditioner.modules["text_encoder"].to(machine.device).eval()
+            return tower, [torch.eye(tower.config.hidden_size, device=machine.device)]
+        assert self.text is not None
+        taught = taught_tower(recipe, self.text, self.tokenizer, things, rows, machine, clock)
+        return taught.tower, [taught.of_text.weight.detach(), taught.of_word.weight.detach()]
 
 
 # --- all of it --------------------------------------------------------------------------------
@@ -718,32 +768,37 @@ def half(module: nn.Module) -> dict[str, Tensor]:
 
 def main(
     data: Annotated[Path, typer.Option(help="Picture folder with metadata.jsonl.")],
-    text: Annotated[Path, typer.Option(help="What training/text.py left.")],
+    text: Annotated[Path | None, typer.Option(help="What training/text.py left.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A model of this recipe to go on from.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where weights and numbers go.")] = Path(
         "runs/emoji128"
     ),
     model: Annotated[Path, typer.Option(help="The model's folder.")] = Path("runs/emoji128/model"),
     wordnet: Annotated[Path | None, typer.Option(help="Folder of data.noun.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for all of it.")] = 540.0,
-    questions: Annotated[int, typer.Option(help="How much is drawn in the end.")] = 120,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small networks, few pictures.")] = False,
     compile: Annotated[bool, typer.Option(help="Compile the networks (GPU).")] = True,
     graphs: Annotated[bool, typer.Option(help="Record steps as CUDA graphs (GPU).")] = True,
     settings: Annotated[str, typer.Option(help="Changes of the recipe, as JSON.")] = "{}",
 ) -> None:
     """Train a 128-pixel emoji model, measure it and draw with it."""
+    if (text is None) == (start is None):
+        raise typer.BadParameter("give --text, what training/text.py left, or --start, a model.")
     clock = Clock(seconds)
     base = TINY if tiny else Recipe()
     recipe = Recipe(**(asdict(base) | json.loads(settings)))
     make_folder(out)
-    train(recipe, data, text, out, model, wordnet, clock, questions, tiny, compile, graphs)
+    begun = Begun(recipe, text, start)
+    train(recipe, data, begun, out, model, wordnet, clock, tiny, compile, graphs)
 
 
 def train(
-    recipe: Recipe, data: Path, text: Path, out: Path, folder: Path, wordnet: Path | None,
-    clock: Clock, questions: int, tiny: bool, compiled: bool, graphs: bool,
+    recipe: Recipe, data: Path, begun: "Begun", out: Path, folder: Path, wordnet: Path | None,
+    clock: Clock, tiny: bool, compiled: bool, graphs: bool,
 ) -> None:  # fmt: skip
-    """Read, compose meanwhile, stage 1, latents, stage 2, measure."""
+    """Read, compose meanwhile, stage 1, latents, stage 2."""
     words = None if wordnet is None else WordNet(wordnet)
     every = read_rows(data, None)
     if tiny:  # every style of some emoji
@@ -753,7 +808,7 @@ def train(
     kept = [i for i, row in enumerate(every) if row["split"] == "train"]
     rows = [every[i] for i in kept]
     own = [_moved(things[i], at) for at, i in enumerate(kept)]
-    tokenizer = CLIPTokenizer.from_pretrained(str(text / "tokenizer"))
+    tokenizer = begun.tokenizer
     encode = encoder(tokenizer)
     plain = pictures[kept]
     composer = Composer(rows, own, plain, alphas[kept], recipe.seed)
@@ -764,10 +819,11 @@ def train(
     machine = Machine(torch.device("cuda" if cuda else "cpu"), compiled and cuda, graphs and cuda)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    taught = taught_tower(recipe, text, tokenizer, own, rows, machine, clock)
+    tower, heads = begun.tower(recipe, own, rows, machine, clock)
     weights = uneven(own)
     stock = Pictures(plain, pool, weights, machine)
-    vae = train_autoencoder(recipe, stock, machine, clock)
+    vae = begun.autoencoder
+    train_autoencoder(recipe, vae, stock, machine, clock)
     standardise(vae, stock.plain, weights, machine)
     save_tensors(half(vae), out / "vae.safetensors", {}, replace=True)
     pool.stop()
@@ -780,8 +836,10 @@ def train(
     decibels = measure_autoencoder(vae, pictures[unseen], machine) if unseen else 0.0
     clock.say(f"autoencoder: {decibels:.2f} dB of {len(unseen)} held-out pictures",
               vae_psnr_db=round(decibels, 2), vae_pictures=len(unseen))  # fmt: skip
-    model, process = finish(recipe, lesson, own, taught, tokenizer, out, machine, clock)
-    torch.backends.cudnn.benchmark = False  # it would try every new size of batch
+    unet = begun.unet
+    model, process = finish(
+        recipe, lesson, own, unet, tower, heads, tokenizer, out, machine, clock
+    )  # fmt: skip
     bundle = Bundle(
         DiffusersAutoencoder(vae),
         TextConditioner(ClipTower(model.tower.eval(), tokenizer)),
@@ -790,16 +848,24 @@ def train(
         "v",
     )
     bundle.save(folder, dtype=torch.float16)
-    device = str(machine.device)
-    judge = Judge(every, things, pictures, alphas, composer, recipe.seed, device)
-    clock.say(f"judge ready; memory {machine.memory()}")
-    measure(bundle, judge, out, clock, 12 if tiny else questions, 4 if tiny else 20, 4.0)
+    write_json(out / "report.json", clock.notes, replace=True)
     clock.say("done")
 
 
+def fresh_unet(recipe: Recipe, width: int) -> CrossAttentionUNet:
+    """A U-Net with the first weights of diffusers' class, for text states of this width."""
+    torch.manual_seed(recipe.seed + 1)
+    latent = recipe.size // 2 ** (len(recipe.vae_channels) - 1)
+    return build_unet(
+        recipe.latent_channels, latent, recipe.unet_channels, 1, (True, True), recipe.head_dim,
+        width,
+    )  # fmt: skip
+
+
 def lessons_of(
-    recipe: Recipe, vae: Any, stock: Pictures, made: int, rows: Sequence[Mapping[str, object]],
-    things: Sequence[Thing], encode: Callable[[list[str]], np.ndarray], machine: Machine,
+    recipe: Recipe, vae: KLAutoencoder, stock: Pictures, made: int,
+    rows: Sequence[Mapping[str, object]], things: Sequence[Thing],
+    encode: Callable[[list[str]], np.ndarray], machine: Machine,
     clock: Clock,
 ) -> Lessons:  # fmt: skip
     """Encode all pictures and caption the plain ones; the composed pictures are let go."""
@@ -821,35 +887,29 @@ def _moved(thing: Thing, row: int) -> Thing:
     return replace(thing, row=row)
 
 
-def load_tower(folder: Path) -> CLIPTextModel:
+def load_tower(folder: Path) -> ClipTextEncoder:
     """The taught tower, whichever way its version of transformers spells the names."""
-    tower = CLIPTextModel(CLIPTextConfig.from_pretrained(str(folder)))
+    told = json.loads((folder / "config.json").read_text("utf-8"))
+    known = {each.name for each in fields(ClipTextConfig)}
+    tower = ClipTextEncoder(ClipTextConfig(**{k: v for k, v in told.items() if k in known}))
     stored = load_file(folder / "model.safetensors")
     stored = {name.removeprefix("text_model."): value for name, value in stored.items()}
-    own = {name.removeprefix("text_model."): name for name in tower.state_dict()}
-    tower.load_state_dict({own[name]: stored[name].float() for name in own if name in stored})
+    tower.load_state_dict({name: stored[name].float() for name in tower.state_dict()})
     return tower
 
 
 def finish(
-    recipe: Recipe, lessons: Lessons, things: Sequence[Thing], taught: Taught,
-    tokenizer: CLIPTokenizer, out: Path, machine: Machine, clock: Clock,
+    recipe: Recipe, lessons: Lessons, things: Sequence[Thing], unet: CrossAttentionUNet,
+    tower: ClipTextEncoder, heads: list[Tensor], tokenizer: CLIPTokenizer, out: Path,
+    machine: Machine, clock: Clock,
 ) -> tuple[Denoiser, DiscreteVP]:  # fmt: skip
-    """Build and train the U-Net and the tower's upper layers; writes both now and then."""
-    torch.manual_seed(recipe.seed + 1)
-    tower = taught.tower
+    """Train the U-Net and the tower's upper layers; writes both now and then."""
     freeze_below(tower, recipe.trained_layers)
-    latent = lessons.plain.shape[-1]
-    unet: Any = build_unet(
-        recipe.latent_channels, latent, recipe.unet_channels, 1, (True, True), recipe.head_dim,
-        tower.config.hidden_size,
-    )  # fmt: skip
-    unet = unet.to(machine.device, memory_format=torch.channels_last)
-    model = Denoiser(unet, tower, machine)
+    unet.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = Denoiser(unet, tower)
     phrases = {name for one in things for name in (one.naming.name, *one.naming.also)}
     phrases |= set(SYNONYMS) | {with_article(phrase) for phrase in phrases}
     ids = torch.from_numpy(encoder(tokenizer)(sorted(phrases))).long().to(machine.device)
-    heads = [taught.of_text.weight.detach(), taught.of_word.weight.detach()]
     anchor = Anchor(tower, ids, heads)
     process = processes.create(recipe.process)
     assert isinstance(process, DiscreteVP)
@@ -857,8 +917,7 @@ def finish(
     def save() -> None:
         for number, part in enumerate(shards(half(unet), 14_000_000)):
             save_tensors(part, out / f"unet-{number}.safetensors", {}, replace=True)
-        values = {k.removeprefix("text_model."): v for k, v in half(tower).items()}
-        save_tensors(values, out / "text.safetensors", {}, replace=True)
+        save_tensors(half(tower), out / "text.safetensors", {}, replace=True)
         clock.say("weights saved")
 
     train_denoiser(recipe, model, lessons, anchor, process, machine, clock, save)
@@ -866,68 +925,14 @@ def finish(
     return model, process
 
 
-def measure(
-    bundle: Bundle, judge: Judge, out: Path, clock: Clock, most: int, steps: int, scale: float
-) -> None:
-    """Draw for every kind of question, count what is right, write numbers and a sheet."""
-    pipe = LatentDiffusionPipeline(bundle)
-
-    def draw(prompts: list[str], seed: int = 0) -> Tensor:
-        parts = [
-            pipe(prompts[at : at + 256], num_inference_steps=steps, guidance_scale=scale,
-                 seed=seed, first=at, output_type="pt", progress=False).images.cpu().float()
-            for at in range(0, len(prompts), 256)
-        ]  # fmt: skip
-        return torch.cat(parts) * 2 - 1
-
-    asked = {
-        "colour x thing": judge.coloured(), "synonyms": judge.synonyms(),
-        "train": judge.captions("train", 2 * most), "counts": judge.counts(most // 3),
-        "pairs": judge.pairs(most), "test_style": judge.captions("test_style", 4 * most),
-        "test_tone": judge.captions("test_tone", 2 * most),
-        "test_colour": judge.captions("test_colour", most),
-    }  # fmt: skip
-    report: dict[str, object] = {"steps": steps, "guidance_scale": scale}
-    tiles: list[Image.Image] = []
-    for name, questions in asked.items():
-        if not questions:
-            continue
-        drawn = draw([question.prompt for question in questions])
-        marks = judge.right(drawn, questions)
-        report[name] = {"of": len(questions)} | {
-            kind: round(sum(own) / len(own), 4) for kind, own in marks.items()
-        }
-        clock.say(f"{name}: {report[name]}")
-        shown = 48 if name in ("colour x thing", "synonyms", "pairs", "counts", "train") else 16
-        row = [to_pil(picture) for picture in drawn[:shown]]
-        row += [to_pil(torch.ones(3, *drawn.shape[2:]))] * (-len(row) % 16)
-        tiles += row
-    report["diversity"] = round(judge.diversity(draw, most // 3), 4)
-    tiles += [to_pil(picture) for picture in draw(list(GALLERY))]
-    clock.say(f"diversity of seeds: {report['diversity']}")
-    with writing(out / "sheet.webp", replace=True) as stage:
-        grid(tiles, 16).save(stage, quality=88)
-    write_json(out / "report.json", report | clock.notes, replace=True)
-
-
-GALLERY = (
-    "a blue car", "a cat with sunglasses", "a pink elephant", "two red apples", "a sad robot",
-    "a tree", "a cup of coffee", "a green dragon", "three yellow stars",
-    "a small key in the corner",
-    "a dog next to a house", "a purple octopus", "a hat above a face", "a kitten", "a fast car",
-    "a birthday cake on a blue background",
-)  # fmt: skip
-"""Prompts that were chosen before any picture was seen."""
-
-
-def measure_autoencoder(vae: Any, pictures: np.ndarray, machine: Machine) -> float:
+def measure_autoencoder(vae: KLAutoencoder, pictures: np.ndarray, machine: Machine) -> float:
     """Mean PSNR in dB of reconstructions of uint8 pictures [N, H, W, 3]."""
     scores: list[Tensor] = []
     for part in torch.from_numpy(pictures).split(64):
         real = to_range(part.to(machine.device))
         mean = DiffusersAutoencoder(vae).moments(real).chunk(2, 1)[0]
         with torch.no_grad():
-            fake = vae.decode(mean).sample.float().clamp(-1, 1)
+            fake = vae.decode(mean).float().clamp(-1, 1)
         scores.append(psnr(real, fake).cpu())
     return float(torch.cat(scores).mean())
 

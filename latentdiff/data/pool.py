@@ -93,6 +93,7 @@ class Pool:
         parent = os.getpid()
 
         def make(first: int) -> None:
+            os.nice(10)  # whoever waits for the pictures trains meanwhile
             for block in range(first, self.blocks, workers):
                 if self.stopped[0] or os.getppid() != parent:
                     return

@@ -7,6 +7,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
+from latentdiff.models.kl_autoencoder import KLAutoencoder
+
 VAE = AutoencoderKL | VQModel
 
 
@@ -38,7 +40,7 @@ def build_vae(
 class Autoencoding(nn.Module):
     """One training pass of an autoencoder, as a module so that Accelerate can wrap it."""
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: VAE | KLAutoencoder) -> None:
         super().__init__()
         self.vae = vae
 
@@ -68,7 +70,7 @@ class Autoencoding(nn.Module):
 
 
 @torch.no_grad()
-def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+def standardise_latents(vae: AutoencoderKL | KLAutoencoder, mean: Tensor, std: Tensor) -> None:
     """Make each latent channel have mean 0 and std 1 by folding both into the two 1x1 convolutions.
 
     The autoencoder's pictures stay the same; its latents become (z - mean) / std. So no
