@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SDEdit,
         TiledDiffusion,
     )
+    from latentdiff.formats.autoencoder_files import load_autoencoder
     from latentdiff.guidance import (
         PAG,
         SEG,
@@ -67,6 +68,7 @@ __all__ = [
     "TiledDiffusion",
     "UserError",
     "__version__",
+    "load_autoencoder",
 ]
 
 # Imported when first asked for: `latentdiff --help` shall not wait for torch.
@@ -85,6 +87,7 @@ _ROOMS = {
         "Hires",
         "TiledDiffusion",
     ),
+    "latentdiff.formats.autoencoder_files": ("load_autoencoder",),
     "latentdiff.guidance": (
         "PAG",
         "SEG",

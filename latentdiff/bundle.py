@@ -94,8 +94,9 @@ class Bundle:
             )
         if self.kind == "instruct-pix2pix" and self.autoencoder.scaling_factor is None:
             raise UserError(
-                "vae: it has a shift_factor, latents_mean or latents_std, and so nothing says "
-                "which numbers its InstructPix2Pix U-Net was shown; such a pair does not work here."
+                "vae: it is a tiny one, or has a shift_factor, latents_mean or latents_std, and so "
+                "nothing says which numbers its InstructPix2Pix U-Net was shown; such a pair does "
+                "not work here."
             )
 
     def __repr__(self) -> str:

@@ -33,7 +33,7 @@ from latentdiff.data.examples import load_picture
 from latentdiff.data.folder import list_folder
 from latentdiff.data.parquet import fields_of_parquet
 from latentdiff.files import make_folder, write_bytes, write_json
-from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.learning.batches import latent_cache, to_range
 from latentdiff.pictures import encode_png
 from latentdiff.pipeline.prompts import check_prompts

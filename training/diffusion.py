@@ -23,7 +23,7 @@ from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.scheduler_steps import usual_steps
 from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples

@@ -345,7 +345,7 @@ def _draw(
     paths: list[Path] = []
     images: list[Image] = []
     size = round(height * width * run.enlargement)
-    drawn = draw_in_parts(pipe, [prompt] * number, request, size, run.preview)
+    drawn = draw_in_parts(pipe, [prompt] * number, request, size, run.show(pipe.bundle))
     for place, (_, index, image) in enumerate(drawn):
         own = {"seed": seed, "index": index} | place_of(request, place)
         own.pop("first", None)

@@ -99,9 +99,8 @@ def generate(
     seed = seed_or_fresh(run.seed)
     wanted = [prompt for prompt in prompts for _ in range(number)]
     request = replace(request, seed=seed, first=run.first)
-    drawn = draw_in_parts(
-        pipe, wanted, request, round(height * width * run.enlargement), run.preview
-    )
+    pixels = round(height * width * run.enlargement)
+    drawn = draw_in_parts(pipe, wanted, request, pixels, run.show(pipe.bundle))
 
     def about() -> dict[str, object] | None:
         return None if run.no_metadata else about_request(pipe.bundle, request) | run.about()

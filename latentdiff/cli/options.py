@@ -24,7 +24,7 @@ from latentdiff.errors import UserError
 if TYPE_CHECKING:
     from latentdiff.bundle import Bundle
     from latentdiff.diffusion.edits import Edit
-    from latentdiff.pipeline import Request
+    from latentdiff.pipeline import Request, Run
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the pictures go.")]
@@ -315,6 +315,15 @@ class RunOptions:
             help="A PNG that shows what is being drawn, written anew after each step.",
         ),
     ] = None
+    preview_vae: Annotated[
+        str | None,
+        typer.Option(
+            "--preview-vae",
+            metavar="FILE_OR_FOLDER",
+            help="An autoencoder of the same latents to decode the previews with, as TAESD. "
+            "Default: none; colours are estimated.",
+        ),
+    ] = None
 
     def check(self) -> None:
         """Check the names and settings before anything is loaded.
@@ -322,7 +331,7 @@ class RunOptions:
         Raises:
             UserError: a name is unknown, or a setting makes no sense.
         """
-        from latentdiff.formats.location import find_file
+        from latentdiff.formats.location import find_file, is_hub_id
         from latentdiff.guidance import methods
         from latentdiff.guidance.from_text import check_text
         from latentdiff.pipeline.prompt_syntax import Syntax
@@ -344,6 +353,11 @@ class RunOptions:
                 find_file(words[0], f"folder of a {name}")
         if self.preview is not None and self.preview.suffix.lower() != ".png":
             raise UserError(f"--preview writes a PNG: name it so, not {self.preview}.")
+        if self.preview_vae is not None:
+            if self.preview is None:
+                raise UserError("--preview-vae decodes what --preview FILE shows: give that, too.")
+            if not is_hub_id(self.preview_vae):
+                find_file(self.preview_vae, "autoencoder")
         check_also([*(self.also or []), *map(read_region, self.region or [])])
         check_name("prompt syntax", self.syntax, get_args(Syntax))
         resolve_both(self.solver, self.timetable)
@@ -421,6 +435,26 @@ class RunOptions:
                 f"--interval reads LOW,HIGH, as 0.3,5, not '{self.interval!s:.40}'."
             ) from None
         return low, high
+
+    def show(self, bundle: "Bundle") -> "Callable[[Run], None] | None":
+        """What --preview asks to be done after each step of a run of this model.
+
+        Raises:
+            UserError: the autoencoder of --preview-vae is damaged, or of other latents.
+        """
+        from latentdiff.cli.output import previewing
+
+        if self.preview is None or self.preview_vae is None:
+            return None if self.preview is None else previewing(self.preview, None)
+        import torch
+
+        from latentdiff.formats.autoencoder_files import load_autoencoder
+        from latentdiff.models.preview import check_same_latents
+
+        by = load_autoencoder(self.preview_vae, bundle.autoencoder.scaling_factor or 0.18215)
+        check_same_latents(by, bundle.autoencoder)
+        torch.nn.Module.to(by.module, bundle.device)  # diffusers' own has no types
+        return previewing(self.preview, by)
 
     def request(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
         """The request of these options, but for the prompt and what else one command alone has."""

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from latentdiff.models.autoencoder import Autoencoder
     from latentdiff.pipeline import LatentDiffusionPipeline, Request, Run
 
 # Pixels drawn at once: enough to keep a processor busy, few enough for its memory, and on a CPU
@@ -32,7 +33,7 @@ def draw_in_parts(
     prompts: Sequence[str],
     request: "Request",
     pixels: int,
-    preview: Path | None = None,
+    show: "Callable[[Run], None] | None" = None,
 ) -> Iterator["tuple[str, int, Image]"]:
     """Draw a picture for each prompt, some at once, and hand each on as soon as it is there.
 
@@ -44,7 +45,7 @@ def draw_in_parts(
         prompts: one for each picture.
         request: of all of them, but for the prompts.
         pixels: of one picture.
-        preview: a file to show after each step what is being drawn.
+        show: called after each step.
 
     Yields:
         A prompt, its picture's index within the seed, and the picture.
@@ -61,20 +62,28 @@ def draw_in_parts(
         run = pipe.prepare(part)
         hidden = not sys.stderr.isatty()
         for _ in tqdm(run.steps(), total=len(run), disable=hidden, leave=False):
-            if preview is not None:
-                _show(run, preview)
+            if show is not None:
+                show(run)
         output = run.finish()
         yield from zip(chunk, output.indices, output.images, strict=True)
         start += len(chunk)
 
 
-def _show(run: "Run", file: Path) -> None:
-    """Write what a run is drawing, all its pictures in one."""
+def previewing(file: Path, by: "Autoencoder | None") -> "Callable[[Run], None]":
+    """What writes to a file what a run is drawing, all its pictures in one.
+
+    Args:
+        file: a PNG, written anew each time.
+        by: the autoencoder that previews are decoded with; None decodes none.
+    """
     from latentdiff.pictures import grid, save_png
 
-    images = run.preview(quick=True)
-    assert isinstance(images, list)
-    save_png(grid(images, 8), file, replace=True)
+    def show(run: "Run") -> None:
+        images = run.preview(quick=by is None, by=by)
+        assert isinstance(images, list)
+        save_png(grid(images, 8), file, replace=True)
+
+    return show
 
 
 def place_of(request: "Request", number: int) -> dict[str, int]:

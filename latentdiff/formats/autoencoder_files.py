@@ -3,13 +3,36 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from latentdiff.errors import UserError
 from latentdiff.formats import single_file_names as ldm
+from latentdiff.formats.location import find_autoencoder
 from latentdiff.formats.single_file import vae_config, vae_files
-from latentdiff.formats.weights import WeightFiles, blaming
+from latentdiff.formats.tiny_autoencoder_files import is_tiny, open_tiny
+from latentdiff.formats.weights import WeightFiles, blaming, fill
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 
 if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import VAE
+
+
+def load_autoencoder(where: str | Path, scale: float = 0.18215) -> DiffusersAutoencoder:
+    """An autoencoder alone, in float32 on the CPU, frozen.
+
+    Args:
+        where: see `open_autoencoder`; or a hub id as "owner/name".
+        scale: see `open_autoencoder`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = find_autoencoder(where)
+    module, files = open_autoencoder(path, scale)
+    with blaming(path):
+        autoencoder = DiffusersAutoencoder(module)
+    fill(module, files, torch.float32, torch.device("cpu"))
+    return autoencoder
 
 
 def open_autoencoder(where: Path, scale: float = 0.18215) -> "tuple[VAE, WeightFiles]":
@@ -17,8 +40,9 @@ def open_autoencoder(where: Path, scale: float = 0.18215) -> "tuple[VAE, WeightF
 
     Args:
         where: a folder in the diffusers layout, of an autoencoder or of a whole model; or a
-            .safetensors file of either, as A1111 and ComfyUI have them. Latents are scaled as its
-            config, its header or the .yaml beside it says, else by `scale`.
+            .safetensors file of either, as A1111 and ComfyUI have them, or of a tiny autoencoder:
+            see `formats.tiny_autoencoder_files`. Latents are scaled as its config, its header or
+            the .yaml beside it says, else by `scale`.
         scale: by default that of Stable Diffusion 1 and 2.
 
     Raises:
@@ -32,6 +56,8 @@ def open_autoencoder(where: Path, scale: float = 0.18215) -> "tuple[VAE, WeightF
     with blaming(where):
         stored = WeightFiles([where])
         shapes = stored.shapes
+        if is_tiny(shapes):
+            return open_tiny(where, scale)
         if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in shapes):
             if (where.parent / "config.json").is_file():
                 return parts.vae(where.parent)

@@ -24,7 +24,14 @@ DIFFUSERS_TYPES: dict[str, Any] = {
     "conditioning_channels": int,
     "conditioning_embedding_out_channels": tuple[int, ...],
     "global_pool_conditions": bool,
-    "block_out_channels": tuple[int, ...],
+    **dict.fromkeys(
+        (
+            *("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels"),
+            *("num_encoder_blocks", "num_decoder_blocks"),
+        ),
+        tuple[int, ...],
+    ),
+    **dict.fromkeys(("latent_magnitude", "latent_shift"), float),
     "transformer_layers_per_block": _Size | tuple[tuple[int, ...], ...],
     "mid_block_add_attention": bool,
     "norm_eps": float,

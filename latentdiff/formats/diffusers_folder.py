@@ -28,13 +28,11 @@ from latentdiff.formats.weights import (
     blaming,
     build,
     check_numbers,
-    fill,
     first_line,
     read_json,
     warn_left_out,
     weight_files,
 )
-from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.clip_text import (
     ClipTextConfig,
     ClipTextEncoder,
@@ -44,6 +42,7 @@ from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
+from latentdiff.models.tiny_autoencoder import TinyAutoencoder
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 UNet = Union[CrossAttentionUNet, "UNet2DConditionModel"]
-VAE = Union[KLAutoencoder, "AutoencoderKL", "VQModel"]
+VAE = Union[KLAutoencoder, TinyAutoencoder, "AutoencoderKL", "VQModel"]
 
 _STEM = "diffusion_pytorch_model"
 
@@ -142,19 +141,6 @@ def vae(folder: Path, variant: str | None = None) -> tuple[VAE, WeightFiles]:
     return vae_of(config, str(path), files), files
 
 
-def load_autoencoder(folder: Path) -> DiffusersAutoencoder:
-    """The autoencoder of a folder alone, in float32 on the CPU, frozen.
-
-    Raises:
-        UserError: missing, damaged, or not what its config says.
-    """
-    module, files = vae(folder)
-    with blaming(folder):
-        autoencoder = DiffusersAutoencoder(module)
-    fill(module, files, torch.float32, torch.device("cpu"))
-    return autoencoder
-
-
 def vae_of(config: Config, name: str, files: WeightFiles) -> VAE:
     """The autoencoder of a config, without memory yet.
 
@@ -165,7 +151,23 @@ def vae_of(config: Config, name: str, files: WeightFiles) -> VAE:
         "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
         "VQModel": "diffusers.models.autoencoders.vq_model",
     }
+    if config.get("_class_name") == TinyAutoencoder.diffusers_name:
+        return _tiny(config, name, files)
     return _network(config, name, files, KLAutoencoder, modules)
+
+
+def _tiny(config: Config, name: str, files: WeightFiles) -> TinyAutoencoder:
+    """A tiny autoencoder of a config, without memory yet.
+
+    Raises:
+        UserError: the config, called `name`, is of another network, or not that of the files.
+    """
+    check_types(config, DIFFUSERS_TYPES, name)
+    check_above_zero(config, _SIZES, name)
+    if odd := TinyAutoencoder.odd(config):
+        raise UserError(f"{name}: {odd} is for another kind of {TinyAutoencoder.diffusers_name}.")
+    blocks = [count for key in config if key.startswith("num_") for count in config[key]]
+    return build(lambda: TinyAutoencoder(config), name, files, sum(blocks))
 
 
 def _network(
@@ -178,9 +180,10 @@ def _network(
     """Our class or that of diffusers, without memory yet; `modules` has theirs by their names."""
     kind = str(config.get("_class_name"))
     if kind not in modules:
+        tiny = [TinyAutoencoder.diffusers_name] if ours is KLAutoencoder else []
         raise UserError(
             f"{name}: it describes {config.get('_class_name')!s:.60}; only "
-            f"{' and '.join(modules)} work here."
+            f"{' and '.join([*modules, *tiny])} work here."
         )
     check_types(config, DIFFUSERS_TYPES, name)
     check_above_zero(config, _SIZES, name)
@@ -219,6 +222,7 @@ def _is_default(config: Config, parameter: inspect.Parameter) -> bool:
 
 _SIZES = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
 _SIZES += ("layers_per_block", "cross_attention_dim", "attention_head_dim", "num_attention_heads")
+_SIZES += ("encoder_block_out_channels", "decoder_block_out_channels")
 _SIZES += ("time_cond_proj_dim", "conditioning_channels", "conditioning_embedding_out_channels")
 # Keys that sound models set, and whose values the shapes of the weights or the nouns confirm.
 _CUSTOMARY = {

@@ -19,6 +19,7 @@ from latentdiff.models.clip_tokenizer import in_transformers
 from latentdiff.models.cross_attention_unet import Encoder
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, TextTower
+from latentdiff.models.tiny_autoencoder import TinyAutoencoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -70,7 +71,7 @@ def writing_model(folder: Path, config: str) -> Iterator[Path]:
 
 def config_of(network: "VAE | UNet | Encoder") -> dict[str, Any]:
     """The config of a U-Net, ControlNet or autoencoder as diffusers writes it, ours or theirs."""
-    if isinstance(network, Encoder | KLAutoencoder):
+    if isinstance(network, Encoder | KLAutoencoder | TinyAutoencoder):
         names = {"_class_name": network.diffusers_name, "_diffusers_version": version("diffusers")}
         return dict(sorted({**network.config, **names}.items()))
     return json.loads(network.to_json_string())
@@ -140,7 +141,8 @@ def is_kl(vae: "VAE") -> bool:
 
 def drawn_by_diffusers(vae: "VAE", schedule: dict[str, Any]) -> bool:
     """Whether a pipeline of diffusers draws with this autoencoder and schedule as here."""
-    known = is_kl(vae) and not bool(latent_affine(vae)[1].any())
+    known = is_kl(vae) or isinstance(vae, TinyAutoencoder)
+    known &= not bool(latent_affine(vae)[1].any())
     known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
     known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"
     return known and ("beta_schedule" in schedule or "trained_betas" in schedule)

@@ -199,6 +199,12 @@ class WeightFiles:
                 self.shapes[name] = self.shapes[stored]
                 self._source[name] = self._source[stored]
 
+    def include(self, other: "WeightFiles") -> None:
+        """Take in the tensors of another, none of whose names is here."""
+        self.shapes |= other.shapes
+        self._source |= other._source
+        self._open |= other._open
+
     def _tensor(self, name: str) -> Tensor:
         path, stored = self._source[name]
         try:

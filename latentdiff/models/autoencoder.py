@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError, warn
 from latentdiff.models.kl_autoencoder import Posterior
 from latentdiff.models.tiling import Tiling, can_tile, decode_tiled, encode_tiled, is_large
+from latentdiff.models.tiny_autoencoder import TinyAutoencoder
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -45,7 +46,8 @@ class Autoencoder(Protocol):
     @property
     def scaling_factor(self) -> float | None:
         """The one number that latents are divided by to be the module's own, as InstructPix2Pix
-        sees them; None where there is a shift or statistics for each channel, too."""
+        sees them; None where there is a shift or statistics for each channel, too, or where the
+        module's own are those of another autoencoder, scaled."""
         ...
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DiffusersAutoencoder:
-    """A KL or VQ autoencoder: ours, or one of diffusers.
+    """A KL, VQ or tiny autoencoder: ours, or one of diffusers.
 
     Attributes:
         module: an autoencoder of RGB pictures.
@@ -94,7 +96,7 @@ class DiffusersAutoencoder:
             and its blocks are others.
     """
 
-    module: "KLAutoencoder | AutoencoderKL | VQModel"
+    module: "KLAutoencoder | TinyAutoencoder | AutoencoderKL | VQModel"
     tiling: Tiling = "auto"
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class DiffusersAutoencoder:
     @property
     def scaling_factor(self) -> float | None:
         config = self.module.config
+        if isinstance(self.module, TinyAutoencoder):
+            return None  # another's scale is in its latents
         if any(config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")):
             return None
         return config["scaling_factor"]
@@ -155,7 +159,7 @@ class DiffusersAutoencoder:
         pictures = pictures.to(parameter.device, parameter.dtype)
         if self._tiles(pictures.shape[-2] * pictures.shape[-1]):
             told = encode_tiled(self.module, pictures)
-            if hasattr(self.module, "quantize"):
+            if isinstance(self.module, TinyAutoencoder) or hasattr(self.module, "quantize"):
                 return told
             mean, logvar = told.chunk(2, dim=1)
             return Posterior(mean, logvar.clamp(-30.0, 20.0))
@@ -183,12 +187,14 @@ class DiffusersAutoencoder:
         return (z - offset) / gain
 
 
-def latent_channels(vae: "KLAutoencoder | AutoencoderKL | VQModel") -> int:
+def latent_channels(vae: "KLAutoencoder | TinyAutoencoder | AutoencoderKL | VQModel") -> int:
     """C of the latents; in a VQ model they are what its codebook is looked up with."""
     return vae.config.get("vq_embed_dim") or vae.config["latent_channels"]
 
 
-def latent_affine(vae: "KLAutoencoder | AutoencoderKL | VQModel") -> tuple[Tensor, Tensor]:
+def latent_affine(
+    vae: "KLAutoencoder | TinyAutoencoder | AutoencoderKL | VQModel",
+) -> tuple[Tensor, Tensor]:
     """Gain and offset, each [1, C, 1, 1] or [1, 1, 1, 1], of z = gain * latents + offset.
 
     The config says latents = (z - shift_factor) * scaling_factor, or with statistics for each

@@ -1,4 +1,5 @@
-"""Previews: what latents look like, by one linear map that is fitted to an autoencoder."""
+"""Previews: what latents look like, by one linear map that is fitted to an autoencoder, or by
+another autoencoder of the same latents, such as a tiny one."""
 
 import threading
 import weakref
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import Autoencoder
 
 _PICTURES = 32
@@ -32,6 +34,20 @@ def preview(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     matrix = colours(autoencoder).to(latents.device)
     values = torch.einsum("bchw,cd->bdhw", latents.float(), matrix[:-1])
     return (values + matrix[-1, :, None, None]).clamp(-1, 1)
+
+
+def check_same_latents(other: Autoencoder, own: Autoencoder) -> None:
+    """Check that an autoencoder decodes latents of a model with another one.
+
+    Raises:
+        UserError: its latents have other channels, or stand for other squares of pixels.
+    """
+    if (other.channels, other.factor) != (own.channels, own.factor):
+        raise UserError(
+            f"preview: this autoencoder has latents of {other.channels} channels, each of "
+            f"{other.factor} x {other.factor} pixels; the model's have {own.channels}, of "
+            f"{own.factor} x {own.factor}."
+        )
 
 
 def colours(autoencoder: Autoencoder) -> Tensor:

@@ -5,7 +5,8 @@ whose mean and variance are those of a whole picture; and one attention, at the 
 where a large picture is small. So what lies at that size is computed at once. Of the rest, tiles
 are computed with as much around them as their convolutions see, and the statistics of each norm
 (Wu & He 2018, Group Normalization, eq. 2 and 7) are gathered over all tiles, one norm after the
-other, before they are used. Nothing is blended: no seam can arise.
+other, before they are used. Nothing is blended: no seam can arise. Tiny autoencoders are
+convolutions alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from latentdiff.models.tiny_autoencoder import TinyAutoencoder, TinyBlock
 
 Tiling = Literal["auto", "on", "off"]
 
@@ -30,11 +33,15 @@ _REACH: dict[str, Callable[[int], int]] = {
     "down": lambda reach: 2 * reach + 1,
     "norm": lambda reach: reach,
     "conv": lambda reach: reach + 1,
+    "tiny": lambda reach: reach + 3,
 }
 
 
 def can_tile(module: Any) -> bool:
-    """True of an autoencoder that is convolutions, group norms and an attention in the middle."""
+    """True of an autoencoder that is convolutions, group norms and an attention in the middle, or a
+    tiny one."""
+    if isinstance(module, TinyAutoencoder):
+        return True
     config = module.config
     levels = len(config["block_out_channels"])
     return (
@@ -55,6 +62,8 @@ def is_large(module: Any, pixels: int) -> bool:
 def encode_tiled(module: Any, pictures: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] -> what the encoder says of them [B, 2C or C, h, w]."""
     encoder = module.encoder
+    if isinstance(module, TinyAutoencoder):
+        return _in_tiles(_tiny_units(module.encoder.layers), encoder.inward(pictures))
     fine = [_Unit("conv", encoder.conv_in), *_units(encoder.down_blocks, "downsamplers")]
     last = max(place for place, unit in enumerate(fine) if unit.kind == "down")
     x = _in_tiles(fine[: last + 1], pictures)
@@ -66,6 +75,9 @@ def encode_tiled(module: Any, pictures: Tensor) -> Tensor:
 
 def decode_tiled(module: Any, latents: Tensor) -> Tensor:
     """The module's own latents [B, C, h, w] -> pictures [B, 3, H, W]."""
+    if isinstance(module, TinyAutoencoder):
+        inner = module.decoder
+        return inner.outward(_in_tiles(_tiny_units(inner.layers), inner.inward(latents)))
     if hasattr(module, "quantize"):
         latents = module.quantize(latents)[0]
     if module.post_quant_conv is not None:
@@ -85,12 +97,13 @@ class _Unit:
     """A part of an autoencoder that is done before the next begins.
 
     Attributes:
-        kind: a residual block, a change of size, a norm with its activation, or a convolution.
+        kind: a residual block, a change of size, a norm with its activation, a convolution, or a
+            block of a tiny autoencoder.
         module: the part.
         statistics: mean and mean square [B, groups] of each of its norms, as far as they are known.
     """
 
-    kind: Literal["block", "up", "down", "norm", "conv"]
+    kind: Literal["block", "up", "down", "norm", "conv", "tiny"]
     module: Any
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -138,6 +151,22 @@ def _units(blocks: Sequence[Any], change: Literal["upsamplers", "downsamplers"])
         units += [_Unit("block", resnet) for resnet in block.resnets]
         samplers = getattr(block, change, None) or ()
         units += [_Unit("up" if change == "upsamplers" else "down", each) for each in samplers]
+    return units
+
+
+def _tiny_units(layers: nn.Sequential) -> list[_Unit]:
+    """The layers of a tiny autoencoder, but for what is done to single values, which is with the
+    convolution before it."""
+    units: list[_Unit] = []
+    for layer in layers:
+        if isinstance(layer, TinyBlock):
+            units.append(_Unit("tiny", layer))
+        elif isinstance(layer, nn.Upsample):
+            units.append(_Unit("up", layer))
+        elif isinstance(layer, nn.Conv2d):
+            units.append(_Unit("conv" if layer.stride == (1, 1) else "down", layer))
+        else:
+            units[-1] = _Unit("conv", nn.Sequential(units[-1].module, layer))
     return units
 
 
@@ -231,6 +260,8 @@ def _bytes_after(units: Sequence[_Unit], x: Tensor) -> float:
         values *= {"up": 4.0, "down": 0.25}.get(unit.kind, 1.0)
         if unit.kind == "block":
             channels = unit.module.norm2.num_channels
-        elif unit.kind == "conv":
+        elif unit.kind == "tiny":
+            channels = len(unit.module.conv[0].bias)
+        elif unit.kind == "conv" and getattr(unit.module, "bias", None) is not None:
             channels = len(unit.module.bias)
     return values * channels * x.element_size()

@@ -28,10 +28,11 @@ from latentdiff.formats.embeddings import read_words
 from latentdiff.formats.location import find_file
 from latentdiff.guidance.methods import Method
 from latentdiff.models.attention import Attention
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.engines import Engine
 from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.learned_words import with_words
-from latentdiff.models.preview import preview
+from latentdiff.models.preview import check_same_latents, preview
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.tiling import Tiling
 from latentdiff.pictures import Picture, open_picture, to_pil, to_tensor
@@ -435,14 +436,23 @@ class LatentDiffusionPipeline(DiffusersNames):
                 run.latents = latents_of(returned, run.latents)
         return run.finish(output_type)
 
-    def preview(self, latents: Tensor) -> list[Image.Image]:
+    def preview(self, latents: Tensor, *, by: Autoencoder | None = None) -> list[Image.Image]:
         """Show what latents look like, quickly, as in a callback: one pixel for each latent.
 
         `Run.preview(quick=True)` shows a run's present estimate of the picture, in its size.
 
         Args:
             latents: [B, C, h, w], as a callback is given them.
+            by: instead of that, decode them with this autoencoder, as a tiny one that
+                `latentdiff.load_autoencoder` read.
+
+        Raises:
+            UserError: `by` is of other latents.
         """
+        if by is not None:
+            check_same_latents(by, self.bundle.autoencoder)
+            with torch.no_grad():
+                return [to_pil(picture) for picture in by.decode(latents)]
         return [to_pil(small) for small in preview(self.bundle.autoencoder, latents)]
 
     @torch.no_grad()

@@ -18,8 +18,9 @@ from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import Finish, RunContext
 from latentdiff.errors import UserError
 from latentdiff.guidance.prompt_schedule import StepCount
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.network import Network
-from latentdiff.models.preview import preview
+from latentdiff.models.preview import check_same_latents, preview
 from latentdiff.pipeline.output import OutputType, PipelineOutput, converted
 
 
@@ -111,18 +112,34 @@ class Run:
             yield move
             replaced = None if self.latents is move.x else self.latents
 
-    def preview(self, output_type: OutputType = "pil", *, quick: bool = False) -> object:
+    def preview(
+        self,
+        output_type: OutputType = "pil",
+        *,
+        quick: bool = False,
+        by: Autoencoder | None = None,
+    ) -> object:
         """Decode the present estimate, as pictures; the noise before the first step.
 
         Args:
             output_type: see `PipelineOutput.images`.
             quick: instead of decoding it, show its colours, one for each latent, by
                 `latentdiff.models.preview`; the pictures are as large, and blurred.
+            by: decode it with this autoencoder, as a tiny one that
+                `latentdiff.load_autoencoder` read, instead of the model's.
 
         Returns:
             See `PipelineOutput.images`.
+
+        Raises:
+            UserError: `by` is of other latents, or comes with `quick`, which decodes nothing.
         """
         latents = self.latents if self.x0 is None else self.x0
+        if by is not None:
+            if quick:
+                raise UserError("preview: quick decodes nothing: leave out it, or by.")
+            check_same_latents(by, self.context.autoencoder)
+            return self._pictures(latents, output_type, by)
         if not quick or output_type == "latent":
             return self._pictures(latents, output_type)
         autoencoder = self.context.autoencoder
@@ -155,10 +172,12 @@ class Run:
         )
 
     @torch.no_grad()
-    def _pictures(self, latents: Tensor, output_type: OutputType) -> object:
+    def _pictures(
+        self, latents: Tensor, output_type: OutputType, by: Autoencoder | None = None
+    ) -> object:
         if output_type == "latent":
             return latents
-        pictures = self.context.crop(self.context.autoencoder.decode(latents))
+        pictures = self.context.crop((by or self.context.autoencoder).decode(latents))
         return converted(self.ending(pictures), output_type)
 
 

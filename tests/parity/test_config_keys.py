@@ -27,6 +27,7 @@ from transformers.models.t5.modeling_t5 import T5EncoderModel
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
 from latentdiff.formats import diffusers_folder as parts
+from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.weights import fill
 from latentdiff.models.network import DiffusersUNet
 
@@ -52,7 +53,7 @@ def _their_unet(folder: Path) -> Tensor:
 
 
 def _our_vae(folder: Path) -> Tensor:
-    autoencoder = parts.load_autoencoder(folder / "vae")
+    autoencoder = load_autoencoder(folder / "vae")
     return autoencoder.decode(autoencoder.encode(PICTURES) + X[:1])
 
 

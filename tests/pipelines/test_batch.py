@@ -20,7 +20,7 @@ from tiny import tiny_bundle
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.data.folder import read_folder
-from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.learning.batches import encode_pictures
 from latentdiff.pictures import open_picture
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 from latentdiff.errors import UserError
-from latentdiff.formats.diffusers_folder import load_autoencoder
+from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.embeddings import read_words
 from latentdiff.formats.location import size_line
 from latentdiff.formats.weights import PICKLES, all_finite
