@@ -1,6 +1,7 @@
-"""ControlNets on disk: folders of diffusers, and single files in lllyasviel's names."""
+"""ControlNets on disk: folders of diffusers, and single files in lllyasviel's or its names."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def load_controlnet(
 
     Args:
         where: a folder in the diffusers layout (`config.json` and safetensors), or a .safetensors
-            file, with `control_model.` before its names or without it, or beside its `config.json`.
+            file, with `control_model.` before its names, without it, or in the names of diffusers,
+            whose config.json is read where it lies beside it.
         device: where it shall compute; that of the model saves a copy at each call.
         dtype: precision; likewise.
         variant: weights to take where a folder has several, as "fp16".
@@ -58,9 +60,11 @@ def load_controlnet(
 def save_controlnet(
     control: ControlNetwork | ControlNet, where: str | Path, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write a ControlNet, which diffusers opens, too: a folder, or one .safetensors file.
+    """Write a ControlNet: a folder of diffusers, or one .safetensors file in lllyasviel's names.
 
-    Another one that is there already is replaced, and anything else left alone.
+    Of such files diffusers opens those of Stable Diffusion 1 and 2; those of XL, which have the
+    `label_emb` of Stability's files, ComfyUI does. Another one that is there already is replaced,
+    and anything else left alone.
 
     Args:
         control: the network.
@@ -96,12 +100,15 @@ def _open(path: Path, variant: str | None) -> tuple[ControlNet, WeightFiles]:
         raise UserError(pickle_refusal(path))
     with blaming(path):
         stored = WeightFiles([path])
+        if "lora_controlnet" in stored.shapes:
+            raise UserError("it is a Control-LoRA; a whole ControlNet is needed.")
         if "controlnet_cond_embedding.conv_in.weight" in stored.shapes:
             beside = path.parent / "config.json"
-            if not beside.is_file():
-                raise UserError("it has the names of diffusers, which need config.json beside it.")
-            config = parts.read_config(beside)
-            return parts.controlnet_of(config, str(beside), stored), stored
+            if beside.is_file():
+                config = parts.read_config(beside)
+                return parts.controlnet_of(config, str(beside), stored), stored
+            config = infer.control_config(_original_names(stored.shapes), "")
+            return parts.controlnet_of(config, "controlnet", stored), stored
         prefix = ldm.CONTROL if any(n.startswith(ldm.CONTROL) for n in stored.shapes) else ""
         if f"{prefix}input_hint_block.0.weight" not in stored.shapes:
             raise UserError("it holds no ControlNet (control_model.*).")
@@ -109,6 +116,17 @@ def _open(path: Path, variant: str | None) -> tuple[ControlNet, WeightFiles]:
         files = PartFiles(path, [prefix], _table(config))
         warn_left_out(path, [name for name in stored.shapes if not name.startswith(prefix)])
         return parts.controlnet_of(config, "controlnet", files), files
+
+
+def _original_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file in the names of diffusers, by those that its table gives them."""
+    part = infer.Shapes(shapes, "")
+    levels = part.count("down_blocks.{}.resnets.0.conv1.weight")
+    attention = [f"down_blocks.{n}.attentions.0.proj_in.weight" in part for n in range(levels)]
+    layers = part.count("down_blocks.0.resnets.{}.conv1.weight")
+    embedding = part.count("controlnet_cond_embedding.blocks.{}.weight") // 2 + 1
+    table = ldm.control_table(layers, attention, embedding)
+    return {ldm.renamed(name, table) or name: shape for name, shape in shapes.items()}
 
 
 def _config(stored: WeightFiles, prefix: str) -> dict[str, Any]:

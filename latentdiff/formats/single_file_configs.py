@@ -1,7 +1,7 @@
 """Configs of a single-file checkpoint, inferred from the shapes of its tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from latentdiff.errors import UserError
 from latentdiff.formats.single_file_names import CLIP, OPEN_CLIP, UNET, VAE
@@ -14,6 +14,8 @@ V_PREDICTION_STD = 0.09
 
 XL_WAVES = 256
 """Sines and cosines of each number that a U-Net of Stable Diffusion XL is told."""
+XL_CONTEXT = 2048
+"""Width of the text states that networks of Stable Diffusion XL attend to."""
 XL_SCALE = 0.13025
 """The scale of the latents of Stable Diffusion XL."""
 
@@ -74,24 +76,14 @@ def unet_config(
         told: the "number" or the "width" of attention heads, where something tells it.
     """
     part = Shapes(shapes, UNET)
-    levels: list[list[tuple[int, int]]] = [[]]  # width and depth of attention, layer by layer
-    number = 1
-    while f"input_blocks.{number}.0.op.weight" in part or _resnet(number) in part:
-        if f"input_blocks.{number}.0.op.weight" in part:
-            levels.append([])
-        else:
-            depth = part.count(f"input_blocks.{number}.1.transformer_blocks.{{}}.norm1.weight")
-            levels[-1].append((part.side(_resnet(number), 0), depth))
-        number += 1
-    if len({len(level) for level in levels}) > 1 or any(len(set(level)) != 1 for level in levels):
-        raise UserError("the layers of its U-Net differ within a level, which does not load here.")
+    levels = _levels(part)
     widths = [level[0][0] for level in levels]
     depths = [level[0][1] for level in levels]
     middle = part.count("middle_block.1.transformer_blocks.{}.norm1.weight")
     sized = "label_emb.0.0.weight" in part
     if not middle or (not sized and {depth for depth in depths if depth} - {middle}):
         raise UserError("its U-Net is not that of Stable Diffusion 1.x or 2.x.")
-    if sized and depths[-1] not in (0, middle):
+    if sized and depths[-1] not in (None, middle):
         raise UserError("the middle of its U-Net is not as deep as its last level.")
     linear = len(part.known.get("middle_block.1.proj_in.weight", ())) == 2
     distilled = "time_embed.cond_proj.weight" in part
@@ -103,7 +95,7 @@ def unet_config(
         "out_channels": part.side("out.2.weight", 0),
         "block_out_channels": widths,
         "layers_per_block": len(levels[0]),
-        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
+        "down_block_types": _down_types(depths),
         "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths[::-1]],
         "transformer_layers_per_block": [*(depth or 1 for depth in depths[:-1]), middle]
         if sized
@@ -112,11 +104,7 @@ def unet_config(
             "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1
         ),
         "use_linear_projection": linear,
-        "addition_embed_type": "text_time" if sized else None,
-        "addition_time_embed_dim": XL_WAVES if sized else None,
-        "projection_class_embeddings_input_dim": part.side("label_emb.0.0.weight", 1)
-        if sized
-        else None,
+        **_told_sizes(part),
         "time_cond_proj_dim": part.side("time_embed.cond_proj.weight", 1) if distilled else None,
         # Heads leave no trace in the shapes: 64 wide in version 2 and XL, eight of them in 1.
         # diffusers reads `attention_head_dim` as the number of heads (its issue 2011).
@@ -127,19 +115,83 @@ def unet_config(
 
 
 def control_config(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Config:
-    """Infer the config of `ControlNetModel`, whose way down has the shapes of a U-Net's."""
+    """Infer the config of `ControlNetModel`, by the rules of Stable Diffusion 1, 2 and XL.
+
+    Of those of XL smaller ones have attention in some levels only, or transformers without blocks.
+    """
     part = Shapes(shapes, prefix)
-    unet = {UNET + name: shape for name, shape in part.known.items()}
-    inside = part.side("input_blocks.0.0.weight", 1)
-    config = unet_config(unet | {f"{UNET}out.2.weight": (inside,)}, 64)
-    widths = [part.side("input_hint_block.0.weight", 0)]
-    while f"input_hint_block.{4 * len(widths) + 2}.weight" in part:  # behind them one more
-        widths.append(part.side(f"input_hint_block.{4 * len(widths)}.weight", 0))
-    leave = ("out_channels", "up_block_types", "sample_size", "time_cond_proj_dim")
-    return {key: value for key, value in config.items() if key not in leave} | {
+    levels = _levels(part)
+    widths = [level[0][0] for level in levels]
+    depths = [level[0][1] for level in levels]
+    sized = "label_emb.0.0.weight" in part
+    middle = _depth(part, "middle_block.1")
+    block = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    known = middle is not None and not {*depths} - {None, middle}
+    if depths[-1] not in (None, middle) or not (sized or known):
+        raise UserError("its layers are not those of Stable Diffusion 1.x, 2.x or XL.")
+    linear = sized or len(part.known.get("middle_block.1.proj_in.weight", ())) == 2
+    embedding = [part.side("input_hint_block.0.weight", 0)]
+    while f"input_hint_block.{4 * len(embedding) + 2}.weight" in part:  # behind them one more
+        embedding.append(part.side(f"input_hint_block.{4 * len(embedding)}.weight", 0))
+    return {
         "_class_name": "ControlNetModel",
+        "in_channels": part.side("input_blocks.0.0.weight", 1),
+        "block_out_channels": widths,
+        "layers_per_block": len(levels[0]),
+        "down_block_types": _down_types(depths),
+        "mid_block_type": "UNetMidBlock2D" if middle is None else "UNetMidBlock2DCrossAttn",
+        "transformer_layers_per_block": [1 if d is None else d for d in (*depths[:-1], middle)]
+        if sized
+        else middle,
+        "cross_attention_dim": part.side(block, 1) if middle else XL_CONTEXT,
+        "use_linear_projection": linear,
+        **_told_sizes(part),
+        "attention_head_dim": [max(1, width // 64) for width in widths] if linear else 8,
         "conditioning_channels": part.side("input_hint_block.0.weight", 1),
-        "conditioning_embedding_out_channels": widths,
+        "conditioning_embedding_out_channels": embedding,
+    }
+
+
+def _levels(part: Shapes) -> list[list[tuple[int, int | None]]]:
+    """Width and depth of attention of a U-Net's way down, layer by layer; None is no attention.
+
+    Raises:
+        UserError: the layers of a level differ.
+    """
+    levels: list[list[tuple[int, int | None]]] = [[]]
+    number = 1
+    while f"input_blocks.{number}.0.op.weight" in part or _resnet(number) in part:
+        if f"input_blocks.{number}.0.op.weight" in part:
+            levels.append([])
+        else:
+            depth = _depth(part, f"input_blocks.{number}.1")
+            levels[-1].append((part.side(_resnet(number), 0), depth))
+        number += 1
+    if len({len(level) for level in levels}) > 1 or any(len(set(level)) != 1 for level in levels):
+        raise UserError("the layers of its U-Net differ within a level, which does not load here.")
+    return levels
+
+
+def _depth(part: Shapes, transformer: str) -> int | None:
+    """The number of blocks of a transformer; None where there is none."""
+    if f"{transformer}.proj_in.weight" not in part:
+        return None
+    return part.count(transformer + ".transformer_blocks.{}.norm1.weight")
+
+
+def _down_types(depths: Sequence[int | None]) -> list[str]:
+    return ["DownBlock2D" if depth is None else "CrossAttnDownBlock2D" for depth in depths]
+
+
+def _told_sizes(part: Shapes) -> Config:
+    """What a network is told besides times and states: sizes, in those of XL."""
+    sized = "label_emb.0.0.weight" in part
+    return {
+        "addition_embed_type": "text_time" if sized else None,
+        "addition_time_embed_dim": XL_WAVES if sized else None,
+        "projection_class_embeddings_input_dim": part.side("label_emb.0.0.weight", 1)
+        if sized
+        else None,
     }
 
 

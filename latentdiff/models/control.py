@@ -149,6 +149,9 @@ def check_control(control: ControlNetwork, network: "Network", factor: int) -> N
     added = unet.config["addition_embed_type"]
     context = config["cross_attention_dim"]
     wide = {*context} if isinstance(context, list | tuple) else {context}
+    attends = "CrossAttn" in " ".join((config["mid_block_type"], *config["down_block_types"]))
+    if not attends:
+        wide = {network.width}  # it reads none
     widths = [[*each["block_out_channels"]] for each in (config, unet.config)]
     layers = [
         [*count]

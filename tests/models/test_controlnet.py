@@ -9,13 +9,16 @@ import pytest
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from safetensors.torch import load_file, save_file
-from tiny import WIDTH, draw_weights, sd_unet, tiny_control, tiny_unet
+from tiny import WIDTH, draw_weights, sd_unet, tiny_bundle, tiny_control, tiny_unet
 from torch import Tensor
+from xl import UNET
 
 from latentdiff import UserError
 from latentdiff.diffusion.condition import Condition, Hint, joined
+from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.controlnet import load_controlnet, save_controlnet
-from latentdiff.models.control import ControlNetwork, residuals
+from latentdiff.formats.single_file import part_tensors
+from latentdiff.models.control import ControlNetwork, check_control, residuals
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 
@@ -122,6 +125,86 @@ def test_files_are_those_of_diffusers_and_lllyasviel(tmp_path: Path) -> None:
         assert heads == 8 or set(heads) == {8}
 
 
+XL_KINDS: dict[str, dict[str, Any]] = {  # as diffusers/controlnet-canny-sdxl-1.0, -mid and -small
+    "whole": {},
+    "middle": {"transformer_layers_per_block": [0, 0, 1]},
+    "small": {"down_block_types": ["DownBlock2D"] * 3, "mid_block_type": "UNetMidBlock2D"},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", XL_KINDS)
+def test_files_of_stable_diffusion_xl_tell_their_config(kind: str, tmp_path: Path) -> None:
+    """In lllyasviel's names with Stability's `label_emb`, with the prefix and without; and in those
+    of diffusers, as most are published. What each says is what diffusers' says."""
+    crossing = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    config: dict[str, Any] = {
+        "block_out_channels": [32, 64, 128],
+        "down_block_types": crossing,
+        "transformer_layers_per_block": [1, 2, 3],
+        "attention_head_dim": [1, 1, 2],
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 32,
+    }
+    theirs = tiny_control(
+        **config | {"conditioning_embedding_out_channels": [8, 8, 8, 8]} | XL_KINDS[kind],
+        layers_per_block=2,
+        norm_num_groups=32,
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = save_controlnet(load_controlnet(tmp_path / "theirs"), tmp_path / "one.safetensors")
+    prefixed = load_file(file)
+    assert "control_model.label_emb.0.2.bias" in prefixed
+    bare = {name.removeprefix("control_model."): value for name, value in prefixed.items()}
+    for name, values in {"prefixed": prefixed, "bare": bare, "theirs": theirs.state_dict()}.items():
+        save_file(dict(values), tmp_path / f"{name}.safetensors")
+    single: Any = ControlNetModel.from_single_file(
+        str(tmp_path / "theirs.safetensors"), config=str(tmp_path / "theirs")
+    )
+    assert torch.equal(single.controlnet_mid_block.weight, theirs.controlnet_mid_block.weight)
+    x, states, picture = noise(2, 4, 8, 8), noise(2, 5, 2048, seed=1), noise(2, 3, 64, 64, seed=2)
+    t = torch.tensor([20.0, 700.0])
+    added = {"text_embeds": noise(2, 32, seed=3), "time_ids": 100 * noise(2, 6, seed=4)}
+    wanted = theirs(x, t, states, picture, added_cond_kwargs=added, return_dict=False)
+    for name in ("one", "prefixed", "bare", "theirs"):
+        control = load_controlnet(tmp_path / f"{name}.safetensors")
+        hint = Hint(control, control.embed(picture), torch.ones(2))
+        skips, middle = control(x, t, states, None, added, hint)
+        for ours, other in zip([*skips, middle], [*wanted[0], wanted[1]], strict=True):
+            assert (ours - other).abs().max() <= 1e-6 * other.abs().max(), name
+        assert control.module.config["cross_attention_dim"] == 2048
+
+
+def test_one_without_attention_reads_no_text() -> None:
+    """And so any width of text states fits it, which no shape of its file tells."""
+    network = tiny_bundle().network
+    plain = {"down_block_types": ["DownBlock2D"] * 2, "mid_block_type": "UNetMidBlock2D"}
+    check_control(own(tiny_control(**plain, cross_attention_dim=2048)), network, 2)
+    with pytest.raises(UserError, match="text states of width 2048"):
+        check_control(own(tiny_control(cross_attention_dim=2048)), network, 2)
+
+
+def test_names_of_xl_are_those_of_its_unet() -> None:
+    """The way down of a ControlNet of Stable Diffusion XL, and what it has of its own."""
+    with torch.device("meta"):
+        unet = CrossAttentionUNet(UNET)
+        kept = {key: value for key, value in unet.config.items() if key in ControlNet.choices}
+        control = ControlNet(kept)
+    nothing = torch.zeros((), dtype=torch.int8)
+    shaped = {name: nothing.expand(v.shape) for name, v in unet.state_dict().items()}
+    whole = part_tensors("unet", shaped, unet.config, "", None).keys()
+    table = ldm.control_table(2, [False, True, True], 4)
+    names = {ldm.renamed(name, table) for name in control.state_dict()}
+    assert None not in names
+    own = ("zero_convs.", "middle_block_out.", "input_hint_block.")
+    down = {name for name in whole if not name.startswith(("output_blocks.", "out."))}
+    assert {str(name) for name in names if not str(name).startswith(own)} == down
+    assert len(names) - len(down) == 2 * (9 + 1 + 8)
+
+
 def test_what_is_no_control_network_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such ControlNet"):
         load_controlnet(tmp_path / "none")
@@ -131,6 +214,14 @@ def test_what_is_no_control_network_is_one_line(tmp_path: Path) -> None:
     save_file({"control_model.x": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="holds no ControlNet"):
         load_controlnet(tmp_path / "a.safetensors")
+    save_file({"lora_controlnet": torch.ones(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="Control-LoRA"):
+        load_controlnet(tmp_path / "b.safetensors")
+    save_file(
+        {"controlnet_cond_embedding.conv_in.weight": torch.ones(1)}, tmp_path / "b.safetensors"
+    )
+    with pytest.raises(UserError, match="layers of its U-Net"):
+        load_controlnet(tmp_path / "b.safetensors")
     (tmp_path / "a.pth").write_bytes(b"")
     with pytest.raises(UserError, match="pickle"):
         load_controlnet(tmp_path / "a.pth")
