@@ -20,8 +20,13 @@ STAGES = {
     "diffusion": "DiffusionConfig",
     "finetune": "FinetuneConfig",
     "distill": "DistillConfig",
+    "denoising_gan": "GanConfig",
+    "energy": "EnergyConfig",
 }
-NEEDS = {"diffusion": "vae", "finetune": "model", "distill": "model"}
+NEEDS = {
+    "diffusion": "vae",
+    **dict.fromkeys(("finetune", "distill", "denoising_gan", "energy"), "model"),
+}
 """What a stage starts from: the result of stage 1 or of stage 2, by its name in a config."""
 SCRIPTS = {stage: script(stage) for stage in STAGES}
 STEPS = 8  # three epochs of stage 1's ten pictures would be 7.5
@@ -43,6 +48,21 @@ CONFIGS: dict[str, dict[str, object]] = {
         "data": {"size": 16, "flip": True},
         "lora": {"rank": 2, "text_encoder": True},
         "held_out": {"fraction": 0.2, "every": 2},
+        "sample_prompts": ["a red disc"],
+    },
+    "denoising_gan": {
+        "steps": 2,
+        "noise": 4,
+        "width": 16,
+        "penalty_every": 3,
+        "data": {"size": 16, "held_out_fraction": 0.0},
+        "sample_prompts": ["a red disc"],
+    },
+    "energy": {
+        "unet": {"channels": [64], "attention": [True], "head_dim": 32},
+        "levels": 3,
+        "langevin": 3,
+        "data": {"size": 16, "held_out_fraction": 0.0},
         "sample_prompts": ["a red disc"],
     },
     "distill": {  # the student teaches from step 4 on

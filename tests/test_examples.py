@@ -31,6 +31,11 @@ PAGES = sorted(
     [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("assets/*/README.md")]
 )
 PAGES.remove(ROOT / "docs/server.md")  # its clients need the server that tests/server starts
+CONFIGS = {
+    **{stage: f"{stage.capitalize()}Config" for stage in ("autoencoder", "diffusion", "distill")},
+    "denoising_gan": "GanConfig",
+    "energy": "EnergyConfig",
+}
 # Runs of minutes, of machines or without an end, and where else they are run.
 ELSEWHERE = {
     "pip": ".ci/run",
@@ -89,7 +94,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
     for name in (
         *("bundled/emoji64", "path/to/stable-diffusion", "models/mine", "runs/mine/model"),
         *("runs/emoji64-diffusion/model", "runs/emoji128/model", "v1-5-pruned-emaonly.safetensors"),
-        "runs/emoji64-distill/model",
+        *(f"runs/emoji64-{run}/model" for run in ("distill", "gan", "energy")),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         bundle.save(folder / name)
@@ -203,9 +208,9 @@ def test_every_training_command_is_understood(page: Path) -> None:
             if word.startswith("training/configs/"):
                 assert (ROOT / word).is_file(), words
         changes = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
-        if path.stem in ("autoencoder", "diffusion", "distill"):
+        if path.stem in CONFIGS:
             module = script(path.stem)
-            kind = getattr(module, f"{path.stem.capitalize()}Config")
+            kind = getattr(module, CONFIGS[path.stem])
             config = ROOT / arguments[arguments.index("--config") + 1]
             if path.stem == "diffusion" and not any(word.startswith("vae=") for word in changes):
                 changes.append("vae=vae")

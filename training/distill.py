@@ -30,8 +30,7 @@ from latentdiff.diffusion.prediction import to_x0
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
 from latentdiff.learning.accumulate import in_parts
-from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
-from latentdiff.learning.captions import Captions, CaptionStates
+from latentdiff.learning.captioned_latents import CaptionedLatents
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.checkpoint import Tensors
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
@@ -52,7 +51,7 @@ from latentdiff.learning.distillation import (
 )
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.methods import without_lora
-from latentdiff.learning.order import Key, columns, sample_noise, spread_uniform
+from latentdiff.learning.order import Key, columns, spread_uniform
 from latentdiff.learning.results import LORA_FILE
 from latentdiff.learning.run import Run
 from latentdiff.learning.trained import Trained, averages
@@ -129,23 +128,14 @@ class Distillation(Objective[Key]):
     """A student that learns the answers of a teacher, which in the end may be itself."""
 
     def __init__(self, config: DistillConfig, run: Run) -> None:
-        self.config, self.run, data = config, run, config.data
+        self.config, self.run = config, run
         teacher = Bundle.load(config.model, dtype="float32", device=run.device)
         check_teacher(teacher, config)
         self.teacher, self.round = teacher, 0
         told = teacher.network.guidance_width is not None
         self.former = Conditioned(teacher) if told else None
-        self.examples = split_examples(data)[0]
-        self.order = sample_order(self.examples, data, config.seed)
-        run.say(f"{len(self.examples)} pictures; the teacher: {teacher.about}")
-        cache = config.out / "cache"
-        self.moments = encode_pictures(
-            teacher.autoencoder, self.examples, data.size, data.latents or cache, run.accelerator
-        )
-        texts = [example.captions for example in self.examples]
-        captions = Captions(teacher.conditioner, texts, 0.0, config.seed)
-        run.say(*captions.warnings())
-        self.states = CaptionStates(captions, teacher.conditioner, cache)
+        self.pictures = CaptionedLatents(teacher, config.data, run)
+        self.examples, self.order = self.pictures.examples, self.pictures.order
         with torch.no_grad():
             self.nothing = teacher.conditioner.states(teacher.conditioner.tokenize([""]))
         for network in teacher.modules.values():
@@ -157,14 +147,10 @@ class Distillation(Objective[Key]):
         self.trained = [self.model]
 
     def terms(self, items: Sequence[Key]) -> dict[str, Tensor]:
-        config, autoencoder = self.config, self.teacher.autoencoder
+        config = self.config
         step, places, samples = columns(items)
-        at, device = (config.seed, step, places), self.run.device
-        moments = self.moments[samples].to(device)
-        shape = moments.shape[1] // 2, *moments.shape[2:]
-        posterior, noise = sample_noise(*at, shape, 2).to(device)
-        latents = autoencoder.draw(moments, posterior)
-        words = self.states.of(step, places, samples)
+        at = config.seed, step, places
+        latents, (noise,), words = self.pictures.draw(step, places, samples, 1)
         scales = draw_scales(*at, config.guidance)
         here, middle, there = self.levels(spread_uniform(*at, config.optim.batch_size))
         x = noised(latents, noise, here)
@@ -335,6 +321,8 @@ def check_teacher(teacher: Bundle, config: DistillConfig) -> None:
     """
     if teacher.kind != "text-to-image":
         raise UserError(f"{teacher.name} is an {teacher.kind} model, which is not distilled here")
+    if teacher.network.noise_width is not None:
+        raise UserError(f"{teacher.name} is a generator of few steps, which is not distilled here")
     unit = teacher.factor * teacher.network.multiple
     if config.data.size % unit:
         raise UserError(

@@ -62,6 +62,7 @@ class Condition:
         pooled: one vector of a prompt [B, P].
         sizes: sizes of the picture, its crop and its target, in pixels [B, 6].
         guidance_embedding: the guidance scale [B, G], of networks with their guidance in them.
+        noise: standard normal numbers [B, Z], anew at each call, of generators.
         beside: further channels behind those of x [B, extra, h, w].
         control: controls of other networks, as ControlNets, which add up.
     """
@@ -71,6 +72,7 @@ class Condition:
     pooled: Tensor | None = None
     sizes: Tensor | None = None
     guidance_embedding: Tensor | None = None
+    noise: Tensor | None = None
     beside: Tensor | None = None
     control: tuple[Hint, ...] = ()
 

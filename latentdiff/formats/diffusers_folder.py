@@ -39,7 +39,7 @@ from latentdiff.models.clip_text import (
     ClipTextEncoderWithProjection,
 )
 from latentdiff.models.controlnet import ControlNet
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet, GeneratorUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
 from latentdiff.models.tiny_autoencoder import TinyAutoencoder
@@ -93,7 +93,26 @@ def unet_of(config: Config, name: str, files: WeightFiles) -> UNet:
         UserError: the config, called `name`, describes none, or not that of the files.
     """
     modules = {"UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition"}
+    for kind in (GeneratorUNet, EnergyUNet):
+        if config.get("_class_name") == kind.diffusers_name:
+            return _own(config, name, files, kind)
     return _network(config, name, files, CrossAttentionUNet, modules)
+
+
+def _own(
+    config: Config, name: str, files: WeightFiles, kind: type[CrossAttentionUNet]
+) -> CrossAttentionUNet:
+    """A U-Net of a kind that diffusers does not have, without memory yet.
+
+    Raises:
+        UserError: its config says what such a network does not know.
+    """
+    check_types(config, DIFFUSERS_TYPES, name)
+    check_above_zero(config, _SIZES, name)
+    if not kind.understands(config) or (kind.draws and not config.get("time_cond_proj_dim")):
+        raise UserError(f"{name}: it describes no {kind.diffusers_name} that works here.")
+    _check_heads(config, name)
+    return build(lambda: kind(config), name, files, _count_blocks(config))
 
 
 def controlnet(folder: Path, variant: str | None = None) -> tuple[ControlNet, WeightFiles]:

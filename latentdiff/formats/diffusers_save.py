@@ -16,7 +16,7 @@ from latentdiff.formats.weights import may_replace, read_json, save_weights
 from latentdiff.models.autoencoder import latent_affine, latent_channels
 from latentdiff.models.clip_text import ClipTextEncoder
 from latentdiff.models.clip_tokenizer import in_transformers
-from latentdiff.models.cross_attention_unet import Encoder
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet, Encoder
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import ClipTower, TextTower
 from latentdiff.models.tiny_autoencoder import TinyAutoencoder
@@ -139,9 +139,10 @@ def is_kl(vae: "VAE") -> bool:
     return config_of(vae)["_class_name"] == KLAutoencoder.diffusers_name
 
 
-def drawn_by_diffusers(vae: "VAE", schedule: dict[str, Any]) -> bool:
-    """Whether a pipeline of diffusers draws with this autoencoder and schedule as here."""
+def drawn_by_diffusers(vae: "VAE", unet: "UNet", schedule: dict[str, Any]) -> bool:
+    """Whether a pipeline of diffusers draws with this autoencoder, U-Net and schedule as here."""
     known = is_kl(vae) or isinstance(vae, TinyAutoencoder)
+    known &= config_of(unet)["_class_name"] == CrossAttentionUNet.diffusers_name
     known &= not bool(latent_affine(vae)[1].any())
     known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
     known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"

@@ -148,7 +148,7 @@ def _index(nouns: Nouns, schedule: Config) -> Config:
 
     vae, text = _vae(nouns), _tower(nouns)
     kind = nouns.network.kind
-    known = isinstance(text, ClipTower) and drawn_by_diffusers(vae, schedule)
+    known = isinstance(text, ClipTower) and drawn_by_diffusers(vae, _unet(nouns), schedule)
     known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
     return {
         "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",

@@ -183,7 +183,7 @@ def _index(nouns: Nouns, schedule: Config) -> Config:
     unet: Any = nouns.network.module
     kind, conditioner = nouns.network.kind, _conditioner(nouns)
     name = _REFINER if conditioner.aesthetic and kind == "text-to-image" else _PIPELINES[kind]
-    known = drawn_by_diffusers(vae, schedule)
+    known = drawn_by_diffusers(vae, unet, schedule)
     known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
     index: Config = {
         "_class_name": name if known else "LatentDiffusionPipeline",

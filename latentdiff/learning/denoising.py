@@ -18,6 +18,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.losses import min_snr_weight
 from latentdiff.learning.order import Stream, generator
 from latentdiff.models.control import ControlNetwork
+from latentdiff.models.cross_attention_unet import EnergyUNet
 from latentdiff.models.engines.compiling import training_code
 from latentdiff.models.guidance_embedding import DISTILLED_SCALE, told_scale
 from latentdiff.models.text_encoders import TextStates, Tokens
@@ -35,13 +36,15 @@ class Conditioned(nn.Module):
         compiled: whether `torch.compile` makes the code of the network, for this module alone.
 
     Raises:
-        UserError: there is no compiler for that.
+        UserError: there is no compiler for that, or the model is an energy.
     """
 
     def __init__(
         self, bundle: Bundle, control: ControlNetwork | None = None, *, compiled: bool = False
     ) -> None:
         super().__init__()
+        if isinstance(bundle.network.module, EnergyUNet) and type(self) is Conditioned:
+            raise UserError(f"{bundle.name} is an energy, which training/energy.py alone trains")
         if compiled:
             fast = training_code(bundle.network.module)
             bundle = replace(bundle, network=bundle.network.with_module(fast))
@@ -59,17 +62,19 @@ class Conditioned(nn.Module):
         beside: Tensor | None = None,
         scales: float | Sequence[float] = DISTILLED_SCALE,
         pictures: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Predict [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
         Tokens go through the text encoders, for them to be trained; states, made before, do not. A
         network that is told its guidance scale is trained at `scales`, by default the one that it
-        draws with by default. Control pictures [B, 3, H, W] in [0, 1] are for the ControlNet.
+        draws with by default. Control pictures [B, 3, H, W] in [0, 1] are for the ControlNet,
+        noise [B, Z] for a generator.
         """
         (bundle,) = self._bundle
         text = bundle.conditioner.states(words) if isinstance(words, Tokens) else words
         size = x.shape[-2] * bundle.factor, x.shape[-1] * bundle.factor
-        condition = replace(bundle.conditioner.condition(text, size), beside=beside)
+        condition = replace(bundle.conditioner.condition(text, size), beside=beside, noise=noise)
         (network,) = self._network
         if network is not None and pictures is not None:
             hint = Hint(network, network.module.embed(pictures), torch.ones(len(x)))

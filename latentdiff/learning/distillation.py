@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.process import NoiseLevel, Process
+from latentdiff.errors import UserError
 from latentdiff.learning.order import Stream, generator
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet, GeneratorUNet
 
 LCM_SCALING = 10.0
 """Factor of the times in c_skip and c_out, as the solver "lcm" has it."""
@@ -158,8 +159,27 @@ def with_guidance_input(bundle: Bundle) -> Bundle:
     plain: Any = bundle.network.module
     config = {**plain.config, "time_cond_proj_dim": GUIDANCE_WIDTH}
     ours = isinstance(plain, CrossAttentionUNet)
-    unet: Any = CrossAttentionUNet(config) if ours else type(plain).from_config(config)
-    unet.load_state_dict(plain.state_dict(), strict=False)
+    made: Any = CrossAttentionUNet if ours else type(plain).from_config
+    return _begun_as(bundle, made(config))
+
+
+def with_noise_input(bundle: Bundle, width: int) -> Bundle:
+    """The model with a generator as its U-Net, told noise [B, width]; at first it does not hear it.
+
+    Raises:
+        UserError: its U-Net is not one of our own.
+    """
+    plain = bundle.network.module
+    if type(plain) is not CrossAttentionUNet or bundle.network.guidance_width is not None:
+        raise UserError(
+            f"{bundle.name}: a generator begins as a plain U-Net of our own class alone"
+        )
+    return _begun_as(bundle, GeneratorUNet({**plain.config, "time_cond_proj_dim": width}))
+
+
+def _begun_as(bundle: Bundle, unet: Any) -> Bundle:
+    """The model with this U-Net of one more input, which begins as its own."""
+    unet.load_state_dict(bundle.network.module.state_dict(), strict=False)
     nn.init.zeros_(unet.time_embedding.cond_proj.weight)
     nn.Module.to(unet, bundle.device, bundle.network.dtype)
     return replace(bundle, network=bundle.network.with_module(unet.eval()))

@@ -43,6 +43,7 @@ class Stream(IntEnum):
     GUIDANCE = 16  # step, place: the guidance scale that a distilled network is told
     MEASURE = 12  # number of a held-out picture, of its time: noise to measure with
     TAGS = 13  # sample number, place among its captions: the order of tags and which are left out
+    CODE = 30  # step, place: the noise that a generator is told
     SHARDS = 20  # epoch, 0: the order of the shards
     WINDOW = 21  # epoch, window: the order of its samples
 

@@ -19,7 +19,7 @@ _FREE = {
 }
 # Say what is trained: with other ones a checkpoint is another model's.
 _SHAPE = ("method.", "model.", "lora.", "inversion.", "inpaint.", "train_text.", "vae.", "unet.")
-_SHAPE += ("text.", "task.", "optimizer.", "objective.learned_variance.")
+_SHAPE += ("noise.", "width.", "text.", "task.", "optimizer.", "objective.learned_variance.")
 
 
 def settings_of(config: RunConfig) -> Settings:

@@ -37,6 +37,10 @@ class LatentClassifier(nn.Module):
 
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         """Latents [B, C, h, w] at unit power and their log-SNR [B] -> logits [B, labels]."""
+        return self.end(self.features(x, log_snr))
+
+    def features(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        """What the logits are linear in [B, 2 width]."""
         time = gelu(self.time(_embed(log_snr).to(x.dtype)))
         x = self.begin(x)
         for block in self.blocks:
@@ -44,7 +48,7 @@ class LatentClassifier(nn.Module):
         x = self.down(x)
         for block in self.deeper:
             x = block(x, time)
-        return self.end(gelu(self.norm(x)).mean((2, 3)))
+        return gelu(self.norm(x)).mean((2, 3))
 
 
 class _Block(nn.Module):

@@ -218,6 +218,7 @@ class CrossAttentionUNet(Encoder):
     diffusers_name = "UNet2DConditionModel"
     choices = _CHOICES
     fixed = _FIXED
+    draws = False  # whether `timestep_cond` is noise
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -258,7 +259,8 @@ class CrossAttentionUNet(Encoder):
             timestep: times [B] or a number.
             encoder_hidden_states: text states [B, S, D].
             encoder_attention_mask: bool [B, S], True where the network may look.
-            timestep_cond: the guidance scale [B, G] of a network that was distilled with it.
+            timestep_cond: the guidance scale [B, G] of a network that was distilled with it; of a
+                generator its noise.
             cross_attention_kwargs: "spoilt": see `latentdiff.models.perturbation`.
             added_cond_kwargs: "text_embeds" [B, P] and "time_ids" [B, 6], as of SDXL.
             down_block_additional_residuals: added to the skips, in their order: of a ControlNet.
@@ -280,6 +282,44 @@ class CrossAttentionUNet(Encoder):
         for block in self.up_blocks:
             x = block(x, time, skips, *given)
         return self.conv_out(silu(self.conv_norm_out(x)))
+
+
+class GeneratorUNet(CrossAttentionUNet):
+    """A U-Net that makes one of many x_0 of x_t, as the noise says that it is told beside the time.
+
+    The generator of a denoising diffusion GAN: Xiao et al. 2022, section 3.2. The noise [B, Z] is
+    where other networks have their guidance scale, and `time_cond_proj_dim` is Z. No class of
+    diffusers is one, so its config has a name of ours.
+    """
+
+    diffusers_name = "GeneratorUNet"
+    draws = True
+
+
+class EnergyUNet(CrossAttentionUNet):
+    """A U-Net with a scalar head: the unnormalised log-density of x_t, whose gradient it gives.
+
+    f(x) = <x, u(x) - x> / 2 with the U-Net's output u: for u = 0 it is standard normal, as standard
+    latents nearly are in much noise. A network of homogeneous u is the score itself. No class of
+    diffusers is one, so its config has a name of ours; its prediction is "score".
+    """
+
+    diffusers_name = "EnergyUNet"
+
+    def log_density(self, sample: Tensor, *told: Any, **more: Any) -> Tensor:
+        """f [B], up to a constant for each time, of x_t [B, C, H, W]; further arguments as those of
+        `forward`."""
+        inside = super().forward(sample, *told, **more)
+        return 0.5 * (sample * (inside - sample)).flatten(1).sum(1)
+
+    def forward(self, sample: Tensor, *told: Any, **more: Any) -> Tensor:
+        """df / dx [B, C, H, W]; differentiable again where the sample requires its gradient."""
+        again = torch.is_grad_enabled() and sample.requires_grad
+        with torch.enable_grad():
+            x = sample if again else sample.detach().requires_grad_()
+            density = self.log_density(x, *told, **more)
+            (score,) = torch.autograd.grad(density.sum(), x, create_graph=again)
+        return score
 
 
 class TimeEmbedding(nn.Module):

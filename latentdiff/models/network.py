@@ -71,6 +71,11 @@ class Network(Protocol):
         ...
 
     @property
+    def noise_width(self) -> int | None:
+        """Z of `Condition.noise` where it is a generator, which makes one of many x_0 of x_t."""
+        ...
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """Height and width, in latents, that it was trained on."""
         ...
@@ -191,7 +196,15 @@ class DiffusersUNet:
 
     @property
     def guidance_width(self) -> int | None:
-        return self.module.config["time_cond_proj_dim"]
+        return None if self._draws else self.module.config["time_cond_proj_dim"]
+
+    @property
+    def noise_width(self) -> int | None:
+        return self.module.config["time_cond_proj_dim"] if self._draws else None
+
+    @property
+    def _draws(self) -> bool:
+        return getattr(self.module, "draws", False)  # diffusers' own class has no such thing
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -237,11 +250,17 @@ class DiffusersUNet:
                 "the U-Net is told the guidance scale, by Condition.guidance_embedding, where its "
                 "time_cond_proj_dim says so, and only there."
             )
+        if (condition.noise is None) != (self.noise_width is None):
+            raise UserError(
+                "a generator is told noise, by Condition.noise, at each call, and no other U-Net "
+                "is: it is drawn with, and neither inverted nor trained as others are."
+            )
+        beside_time = condition.noise if scale is None else scale
         module: Any = self.module if self.compiled is None else self.compiled
         output = module(
             x.to(self.dtype),
             t,
-            timestep_cond=None if scale is None else scale.to(x.device, self.dtype),
+            timestep_cond=None if beside_time is None else beside_time.to(x.device, self.dtype),
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
             cross_attention_kwargs=spoilt,

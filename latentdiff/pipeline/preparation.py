@@ -90,7 +90,7 @@ def prepare(bundle: Bundle, request: Request) -> Run:
             latent_shape(bundle, *edit.size, texts.pictures)
     levels = visited(timetable, edits)
     _warn_of_moves(stepper, len(levels) - 1, len(timetable) - 1)
-    network = CountedNetwork(bundle.network)
+    network = CountedNetwork(bundle.network, noise)
     hints = hints_of(
         request.controls, bundle, context, levels, len(texts.prompts), texts.per_prompt
     )
@@ -278,8 +278,11 @@ def _guided(
 
 
 def _settings(bundle: Bundle, request: Request, image_scale: float) -> dict[str, float]:
-    """The numbers of guidance; a network with its guidance in it has none from outside."""
-    scale = 1.0 if bundle.network.guidance_width is not None else request.scale
+    """The numbers of guidance; a network with its guidance in it has none from outside, and a
+    generator, which was trained without any, only what is asked for."""
+    network = bundle.network
+    unasked = network.noise_width is not None and request.guidance_scale is None
+    scale = 1.0 if unasked or network.guidance_width is not None else request.scale
     return {"scale": scale, "rescale": request.guidance_rescale, "image_scale": image_scale}
 
 

@@ -1,7 +1,7 @@
 """One call of the pipeline, prepared: it can be stepped, watched, cancelled and finished."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,15 +26,22 @@ from latentdiff.pipeline.output import OutputType, PipelineOutput, converted
 
 @dataclass(eq=False)
 class CountedNetwork:
-    """A network that counts its calls."""
+    """A network that counts its calls; a generator is told noise out of the pictures' streams.
+
+    Under all conditions of a picture it is the same noise.
+    """
 
     network: Network
+    noise: NoiseStreams
     calls: int = 0
 
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int]
     ) -> Tensor:
         self.calls += 1
+        if (width := self.network.noise_width) is not None:
+            told = self.noise.draw((width,)).repeat(len(x) // len(self.noise), 1)
+            condition = replace(condition, noise=told)
         return self.network(x, t, condition, perturbed)
 
 

@@ -4,6 +4,7 @@ Only of such networks do equal pictures prove that both sides were told the same
 channel a group, for one, knows no time: its norms subtract the time embedding again.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from tiny import (
 )
 from torch import Tensor
 
+from latentdiff.models.cross_attention_unet import GeneratorUNet
 from latentdiff.models.guidance_embedding import embedded_scale
 from latentdiff.models.text_encoders import TextTower
 from latentdiff.models.unet import build_unet
@@ -169,6 +171,18 @@ def test_a_unet_of_guidance_scales() -> None:
     for scale in (8.5, 1.0):
         changes[f"scale {scale}"] = {"timestep_cond": embedded_scale([scale] * 2, 32)}
     sees(output_of(tiny_unet(guidance_width=32)), told, changes)
+
+
+@torch.no_grad()
+def test_a_generator() -> None:
+    """Its noise, number by number."""
+    unet = GeneratorUNet(json.loads(tiny_unet(guidance_width=8).to_json_string()))
+    unet.load_state_dict(tiny_unet(guidance_width=8).state_dict())
+    told, changes = latents_and_text(tiny_clip().encode(PROMPTS).states, 4)
+    told["timestep_cond"] = torch.zeros(2, 8)
+    for number in range(8):
+        changes[f"number {number}"] = {"timestep_cond": torch.eye(8)[[number] * 2]}
+    sees(output_of(unet), told, changes)
 
 
 @torch.no_grad()

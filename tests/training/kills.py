@@ -35,6 +35,8 @@ RESULT = {
     "diffusion": "model",
     "finetune": "pytorch_lora_weights.safetensors",
     "distill": "model",
+    "denoising_gan": "model",
+    "energy": "model",
 }
 
 

@@ -48,6 +48,10 @@ class AroundNetwork:
         return self.inner.guidance_width
 
     @property
+    def noise_width(self) -> int | None:
+        return self.inner.noise_width
+
+    @property
     def native_size(self) -> tuple[int, int]:
         return self.inner.native_size
 

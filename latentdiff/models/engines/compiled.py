@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import warn
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
 from latentdiff.models.engines.packages import (
     cache_folder,
@@ -80,6 +80,8 @@ def cannot_compile(module: nn.Module) -> str | None:
         return "it computes on a CPU alone"
     if not isinstance(module, CrossAttentionUNet | KLAutoencoder):
         return f"it does not know networks such as this {type(module).__name__}"
+    if isinstance(module, EnergyUNet):
+        return "an energy is computed with its gradient"
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         return f"it does not compute in {str(parameter.dtype).removeprefix('torch.')}"
     return None

@@ -19,7 +19,7 @@ from latentdiff.diffusion.condition import Condition
 from latentdiff.models.attention import AttentionLayer, auto, sdpa
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import ResnetBlock2D
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
 from latentdiff.models.engines.state import Checks, is_adapted, state_of, tensors_of
 from latentdiff.models.kl_autoencoder import KLAutoencoder
@@ -38,6 +38,8 @@ def cannot_pack(module: nn.Module) -> str | None:
         return "it computes on a CPU alone"
     if not isinstance(module, CrossAttentionUNet | KLAutoencoder):
         return f"it does not know networks such as this {type(module).__name__}"
+    if isinstance(module, EnergyUNet):
+        return "an energy is computed with its gradient"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "this torch has no oneDNN"
     halves = parameter.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
