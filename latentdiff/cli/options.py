@@ -188,9 +188,9 @@ class RunOptions:
     hires: Annotated[
         str | None,
         typer.Option(
-            metavar="FACTOR[:STRENGTH]",
+            metavar="FACTOR[:STRENGTH[:STEPS]]",
             help="Draw, enlarge so many times, and draw the last steps again, as 2 or 2:0.5; of "
-            "the strength, 0.5 where none is given.",
+            "the strength, 0.5 where none is given. 2:0.5:15 makes 15 steps for it.",
         ),
     ] = None
     control: Annotated[
@@ -416,8 +416,10 @@ class RunOptions:
     @property
     def enlargement(self) -> float:
         """Factor by which the pixels of a picture grow during the run: 4 with --hires 2."""
-        factors = [float(text.split(":")[1]) for text in self.guides if text.startswith("hires:")]
-        return math.prod(factors) ** 2
+        from latentdiff.guidance.from_text import second_pass
+
+        second = second_pass(self.guides)
+        return 1.0 if second is None else second.factor**2
 
     @property
     def guidance_interval(self) -> tuple[float, float]:

@@ -13,6 +13,8 @@ from latentdiff.editing.jumps import first_visits
 from latentdiff.editing.run_context import Finish, RunContext, padded_size, unchanged
 from latentdiff.errors import UserError
 
+_MOST = 1000  # steps of a timetable
+
 
 @dataclass(frozen=True, eq=False)
 class Hires:
@@ -28,6 +30,8 @@ class Hires:
             autoencoder's factor.
         strength: of the second pass, above 0 and up to 1: the last int(n * strength) of n steps are
             made again. Small ones sharpen, large ones invent.
+        steps: of the second pass, as A1111 counts them: the last so many of int(steps / strength).
+            None makes the run's own steps again.
         context: the run; the pipeline puts it there.
 
     Raises:
@@ -36,6 +40,7 @@ class Hires:
 
     factor: float
     strength: float = 0.5
+    steps: int | None = None
     context: RunContext | None = None
     _end: list[NoiseLevel] = field(default_factory=list, init=False, repr=False)
 
@@ -44,6 +49,11 @@ class Hires:
             raise UserError(f"hires: enlarge more than 1 and up to 8 times, not {self.factor:g}.")
         if not 0 < self.strength <= 1:
             raise UserError(f"hires: a strength is above 0 and up to 1, not {self.strength:g}.")
+        if self.steps is not None and not 1 <= self.steps <= _MOST * self.strength:
+            raise UserError(
+                f"hires: {self.steps} steps at a strength of {self.strength:g}: at least 1 is "
+                f"needed, and at most {int(_MOST * self.strength)} are made."
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -59,6 +69,9 @@ class Hires:
     def timetable(self, timetable: Timetable) -> Timetable:
         """The levels, and the last of them once more; the loop jumps back up in between."""
         steps = first_visits(timetable)
+        if self.steps is not None:
+            self._end[:] = steps[-1:]
+            return [*timetable, *self._finer(self.steps)]
         made = int((len(steps) - 1) * self.strength)
         if made == 0:
             raise UserError(
@@ -67,6 +80,12 @@ class Hires:
             )
         self._end[:] = steps[-1:]
         return [*timetable, *steps[-1 - made :]]
+
+    def _finer(self, steps: int) -> Timetable:
+        """The levels of a second pass of its own number of steps."""
+        if self._context.levels is None:
+            raise UserError("hires: steps: a timetable given level by level has no other number.")
+        return self._context.levels(int(steps / self.strength))[-1 - steps :]
 
     def after(self, x: Tensor, level: NoiseLevel, noise: NoiseStreams) -> Tensor:
         """The picture enlarged at the end of the first pass; its pixels, not its latents, which

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from latentdiff.diffusion.process import Process
+from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.pictures import Picture, open_picture, to_tensor
@@ -28,6 +29,8 @@ class RunContext:
         prompts: the prompt of each of the B pictures; "" where ready-made states were given.
         process: the model's process; None outside a pipeline.
         native_size: height and width of the latents that the network was trained on; likewise.
+        levels: the run's levels, before edits, for another number of steps; None outside a pipeline
+            and where they were given one by one.
     """
 
     height: int
@@ -36,6 +39,7 @@ class RunContext:
     prompts: Sequence[str] = ()
     process: Process | None = None
     native_size: tuple[int, int] | None = None
+    levels: Callable[[int], Timetable] | None = None
 
     @property
     def padded(self) -> tuple[int, int]:

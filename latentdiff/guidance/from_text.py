@@ -23,7 +23,7 @@ _KINDS = ("pag", "seg", "threshold", "autoguidance", "clip", "classifier", "hire
 _READING = ("autoguidance", "clip", "classifier")  # those that read a file, the word after SCALE
 FORM = (
     "pag:SCALE, seg:SCALE, threshold:QUANTILE, autoguidance:SCALE:MODEL, clip:SCALE:FOLDER, "
-    "classifier:SCALE:FOLDER:LABEL, hires:FACTOR:STRENGTH or tiled:OVERLAP"
+    "classifier:SCALE:FOLDER:LABEL, hires:FACTOR:STRENGTH[:STEPS] or tiled:OVERLAP"
 )
 
 
@@ -40,15 +40,27 @@ def check_text(text: str) -> tuple[str, float, list[str]]:
     if name == "classifier" and rest:
         folder, _, label = rest[0].rpartition(":")
         words = [folder, label]
-    wanted = {"autoguidance": 1, "clip": 1, "classifier": 2, "hires": 1}.get(name, 0)
+    if name == "hires" and rest:
+        words = rest[0].split(":", 1)
+    wanted = {"autoguidance": 1, "clip": 1, "classifier": 2, "hires": len(words[:2]) or 1}
     value = _number(number)
-    if value is None or len(words) != wanted or not all(words):
+    if value is None or len(words) != wanted.get(name, 0) or not all(words):
         raise UserError(f"a guide reads {FORM}, not {text!r:.80}.")
     if name == "hires":
-        Hires(value, _strength(words[0], text))
+        _hires(value, words, text)
     if name == "tiled":
         TiledDiffusion(value)
     return name, value, words
+
+
+def second_pass(edits: Sequence[Edit | str]) -> Hires | None:
+    """The first of the guides in words that enlarges the picture, for its factor and its steps."""
+    for edit in edits:
+        if isinstance(edit, str):
+            name, value, words = check_text(edit)
+            if name == "hires":
+                return _hires(value, words, edit)
+    return None
 
 
 def file_of(text: str) -> str | None:
@@ -88,7 +100,7 @@ def _create(text: str, device: torch.device) -> Edit:
     if name == "threshold":
         return DynamicThresholding(value)
     if name == "hires":
-        return Hires(value, _strength(words[0], text))
+        return _hires(value, words, text)
     if name == "tiled":
         return TiledDiffusion(value)
     if name == "autoguidance":
@@ -98,11 +110,11 @@ def _create(text: str, device: torch.device) -> Edit:
     return ClassifierGuide(Classifier.load(words[0], device), words[1], value)
 
 
-def _strength(word: str, text: str) -> float:
-    value = _number(word)
-    if value is None:
+def _hires(factor: float, words: list[str], text: str) -> Hires:
+    strength = _number(words[0])
+    if strength is None or not all(word.isdecimal() for word in words[1:]):
         raise UserError(f"a guide reads {FORM}, not {text!r:.80}.")
-    return value
+    return Hires(factor, strength, int(words[1]) if words[1:] else None)
 
 
 def _number(text: str) -> float | None:

@@ -1,6 +1,6 @@
 """Preparation of a run from the arguments of a call: all are checked and encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -82,7 +82,13 @@ def prepare(bundle: Bundle, request: Request) -> Run:
         warn_of_size(bundle, shape[0] * branches, height, width)
     prompts = texts.said(request)
     context = RunContext(
-        height, width, bundle.autoencoder, prompts, bundle.process, bundle.network.native_size
+        height,
+        width,
+        bundle.autoencoder,
+        prompts,
+        bundle.process,
+        bundle.network.native_size,
+        _levels(request, bundle),
     )
     edits, ending = bind(edits, context)
     for edit in edits:
@@ -181,6 +187,14 @@ def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     finite(request.scale, "guidance_scale")
     finite(request.guidance_rescale, "guidance_rescale")
     return run_of(request.solver, request.timetable, bundle, steps)
+
+
+def _levels(request: Request, bundle: Bundle) -> Callable[[int], Timetable] | None:
+    """See `RunContext.levels`."""
+    given = request.timetable
+    if not (given is None or isinstance(given, str)):
+        return None
+    return lambda steps: run_of(request.solver, given, bundle, steps)[1]
 
 
 def warn_of_size(bundle: Bundle, rows: int, height: int, width: int) -> None:

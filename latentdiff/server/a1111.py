@@ -1,6 +1,7 @@
 """A1111's calls, as clients of its web UI make them: `/sdapi/v1/txt2img` and the like."""
 
 import json
+import secrets
 import time
 from typing import Annotated, Any, Literal
 from weakref import WeakSet
@@ -13,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
+from latentdiff.guidance.from_text import check_text
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.pipeline import Request
+from latentdiff.pipeline.arguments import MAX_SEED
 from latentdiff.server.jobs import Job
 from latentdiff.server.studio import (
     Editing,
@@ -24,21 +27,23 @@ from latentdiff.server.studio import (
     encoded,
     open_image,
     open_white,
+    refusing,
     within,
 )
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+UPSCALER = "Bicubic"
+"""What enlarges a picture between two passes: its pixels, not its latents."""
 _PREVIEWED = 5  # steps from one preview to the next
 
 # Arguments that clients send with every call, by the values that ask for nothing. Another value is
-# refused by the argument's name. Those of a second pass (hr_...) mean nothing without enable_hr.
+# refused by the argument's name.
 NOTHING: dict[str, tuple[object, ...]] = {
     "alwayson_scripts": ({},),
     "comments": ({},),
     "disable_extra_networks": (False, True),
     "do_not_save_grid": (False, True),
     "do_not_save_samples": (False, True),
-    "enable_hr": (False,),
     "eta": (0, 1),
     "firstphase_height": (0,),
     "firstphase_width": (0,),
@@ -67,9 +72,19 @@ NOTHING: dict[str, tuple[object, ...]] = {
     "seed_resize_from_w": (0, -1),
     "send_images": (True,),
     "styles": ([],),
-    "subseed": (-1,),
-    "subseed_strength": (0,),
     "tiling": (False,),
+}
+# Those of the second pass, which mean nothing without it.
+NOTHING_OF_HIRES: dict[str, tuple[object, ...]] = {
+    "hr_cfg": (1,),
+    "hr_checkpoint_name": ("", "Use same checkpoint"),
+    "hr_negative_prompt": ("",),
+    "hr_prompt": ("",),
+    "hr_resize_x": (0,),
+    "hr_resize_y": (0,),
+    "hr_sampler_name": ("", "Use same sampler"),
+    "hr_scheduler": ("", "Use same scheduler"),
+    "hr_upscaler": (UPSCALER,),
 }
 
 
@@ -91,6 +106,12 @@ class TextToImage(BaseModel):
     sampler_index: str | None = None
     scheduler: str | None = None
     override_settings: dict[str, Any] | None = None
+    denoising_strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    enable_hr: bool = False
+    hr_scale: Finite = 2.0
+    hr_second_pass_steps: int = 0
+    subseed: int = -1
+    subseed_strength: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def request(self, studio: Studio) -> Request:
         """The request of one of its pictures.
@@ -98,10 +119,11 @@ class TextToImage(BaseModel):
         Raises:
             Refused: it asks for what there is not.
         """
+        nothing = NOTHING | (NOTHING_OF_HIRES if self.enable_hr else {})
         for name, value in (self.model_extra or {}).items():
-            if value is None or name.startswith("hr_"):
+            if value is None or (name.startswith("hr_") and not self.enable_hr):
                 continue
-            if name not in NOTHING or value not in NOTHING[name]:
+            if name not in nothing or value not in nothing[name]:
                 raise Refused(
                     422, f"{name}: {value!r:.80} is not to be had here: leave it out", name
                 )
@@ -119,7 +141,30 @@ class TextToImage(BaseModel):
             timetable=self.scheduler or None,
             height=self.height or bundle.size[0],
             width=self.width or bundle.size[1],
+            edits=self.second_pass(studio.limits.steps),
+            variation_seed=self._subseed() if self.subseed_strength else None,
+            variation_strength=self.subseed_strength,
         )
+
+    def second_pass(self, most: int) -> list[str]:
+        """The edit that draws again what is enlarged, of at most so many steps; none without
+        `enable_hr`.
+
+        Raises:
+            Refused: a number is out of its range.
+        """
+        if not self.enable_hr:
+            return []
+        steps = within(self.hr_second_pass_steps, "hr_second_pass_steps", 0, most) or self.steps
+        strength = 0.75 if self.denoising_strength is None else self.denoising_strength
+        text = f"hires:{self.hr_scale}:{strength}:{steps}"
+        with refusing("enable_hr"):
+            check_text(text)
+        return [text]
+
+    def _subseed(self) -> int:
+        drawn = secrets.randbelow(2**32)
+        return drawn if self.subseed == -1 else within(self.subseed, "subseed", 0, MAX_SEED)
 
     @property
     def number(self) -> int:
@@ -131,7 +176,6 @@ class ImageToImage(TextToImage):
     """The body of `/sdapi/v1/img2img`."""
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
-    denoising_strength: Annotated[float, Field(ge=0, le=1)] = 0.75
     mask: str | None = None
     mask_blur: Annotated[float, Field(ge=0, le=64)] = 4
     inpainting_mask_invert: Literal[0, 1] = 0
@@ -143,6 +187,10 @@ class ImageToImage(TextToImage):
         Raises:
             Refused: it names one of width and height, or a size that is too large.
         """
+        if self.enable_hr:
+            raise Refused(
+                422, "enable_hr: is not to be had for a picture: leave it out", "enable_hr"
+            )
         size = None
         if self.width or self.height:
             if not (self.width and self.height):
@@ -158,7 +206,8 @@ class ImageToImage(TextToImage):
             hole = ImageOps.invert(hole) if self.inpainting_mask_invert else hole
             return image, hole.filter(ImageFilter.GaussianBlur(self.mask_blur))
 
-        return Editing(read, self.denoising_strength, size, self.inpaint_full_res)
+        strength = 0.75 if self.denoising_strength is None else self.denoising_strength
+        return Editing(read, strength, size, self.inpaint_full_res)
 
 
 class Options(BaseModel):
@@ -216,6 +265,10 @@ def _draw(router: APIRouter, studio: Studio, jobs: WeakSet[Job]) -> None:
             "sampler_name": asked.sampler_name,
             "sd_model_name": studio.name,
         }
+        if asked.subseed_strength:
+            subseeds = [job.variation_seed(number) for number in range(len(job.seeds))]
+            info |= {"subseed": subseeds[0], "all_subseeds": subseeds}
+            info["subseed_strength"] = asked.subseed_strength
         sent = asked.model_dump(exclude={"init_images", "mask"})
         return {
             "images": [encoded(png) for png in pictures],
@@ -272,6 +325,10 @@ def _describe(router: APIRouter, studio: Studio) -> None:
     @router.get("/schedulers")
     async def schedulers() -> list[dict[str, Any]]:
         return [{"name": name, "label": name} for name in timetables.names()]
+
+    @router.get("/upscalers")
+    async def upscalers() -> list[dict[str, Any]]:
+        return [{"name": UPSCALER, "model_name": None, "model_path": None, "scale": 4}]
 
     @router.get("/sd-models")
     async def models() -> list[dict[str, Any]]:

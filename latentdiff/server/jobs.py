@@ -32,7 +32,7 @@ class Job:
     `preview_every`.
 
     Attributes:
-        request: of each of its pictures: one prompt, no seed.
+        request: of each of its pictures: one prompt, no seed; of variations the first one's.
         seeds: seed of each picture.
         pixels: of each of its pictures, as it is drawn, for each of its prompts.
         preview_every: number of steps between two previews; 0 is none.
@@ -77,6 +77,12 @@ class Job:
     def fraction(self) -> float:
         """The part of its steps that is made, in [0, 1]."""
         return 1.0 if self.state == "done" else min(self.steps_done / max(self.steps, 1), 1.0)
+
+    def variation_seed(self, number: int) -> int:
+        """The seed that one of its pictures is turned towards, where they are variations."""
+        first = self.request.variation_seed
+        assert isinstance(first, int)
+        return (first + number) % 2**64
 
     def warned(self, said: Sequence[warnings.WarningMessage]) -> None:
         """Tell warnings that came of it alone."""
@@ -286,7 +292,11 @@ class JobQueue:
             prompt=[f"{job.request.prompt}" for job, _ in places],
             negative_prompt=[f"{job.request.negative_prompt or ''}" for job, _ in places],
             seed=[job.seeds[number] for job, number in places],
+            variation_seed=None,
         )
+        if request.variation_strength:
+            varied = [job.variation_seed(number) for job, number in places]
+            request = replace(request, variation_seed=varied)
         run = self.pipe.prepare(request)
         for job in jobs:
             count = sum(one is job for one, _ in places)
@@ -307,7 +317,10 @@ class JobQueue:
         if job.over:
             return
         record = about_request(self.pipe.bundle, request)
-        text = png_text(record, prompt=request.prompt, seed=job.seeds[number], index=0)
+        own: dict[str, object] = {"seed": job.seeds[number], "index": 0}
+        if request.variation_strength:
+            own["variation_seed"] = job.variation_seed(number)
+        text = png_text(record, prompt=request.prompt, **own)
         data = encode_png(picture if region is None else region.paste(picture), text)
         with self._changed:
             if job.over:

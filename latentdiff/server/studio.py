@@ -17,7 +17,7 @@ from latentdiff.editing import Inpaint, Instruct, Region, RePaint, SDEdit, padde
 from latentdiff.editing.masks import open_mask, resize_mask
 from latentdiff.errors import UserError
 from latentdiff.guidance import methods
-from latentdiff.guidance.from_text import check_text, file_of
+from latentdiff.guidance.from_text import check_text, file_of, second_pass
 from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.arguments import MAX_SEED, latent_shape
 from latentdiff.pipeline.prompt_syntax import parse
@@ -116,7 +116,8 @@ class Studio:
         preview_every: int = 0,
         editing: Editing | None = None,
     ) -> Job:
-        """Check a request and put its pictures in the queue; picture i has the seed `seed + i`.
+        """Check a request and put its pictures in the queue; picture i has the seed `seed + i`, or,
+        where they are variations, all have one, and picture i the `variation_seed + i`.
 
         Without a seed, or with -1, the first is a fresh one.
 
@@ -126,10 +127,14 @@ class Studio:
         within(number, "n", 1, self.limits.pictures)
         within(request.num_inference_steps, "steps", 1, self.limits.steps)
         check_words(request)
+        second = second_pass(request.edits)
+        within((second and second.steps) or 1, "steps of the second pass", 1, self.limits.steps)
         first = secrets.randbelow(2**32)
         if seed is not None and seed != -1:
             first = within(seed, "seed", 0, MAX_SEED)
         seeds = [(first + number) % (MAX_SEED + 1) for number in range(number)]
+        if request.variation_strength:
+            seeds = [first] * number  # of one picture
         if editing is None:
             return self._queued(Job(request, seeds, self._pixels(request, number), preview_every))
         async with self._opening:
@@ -159,7 +164,12 @@ class Studio:
         within(width, "width", bundle.factor, most)
         with refusing("size"):
             latent_shape(bundle, height, width, number)
-        return height * width * prompts_of(request)
+        second = second_pass(request.edits)
+        factor = 1.0 if second is None else second.factor
+        if max(height, width) * factor > most:
+            told = f"size: {max(height, width) * factor:g} pixels a side in the second pass"
+            raise Refused(400, f"{told}; at most {most} are drawn", "size")
+        return round(height * width * factor**2) * prompts_of(request)
 
     async def finished(self, job: Job, http: HTTPRequest) -> list[bytes]:
         """The PNG files of a job; it is cancelled when the client goes away.
@@ -255,7 +265,7 @@ def check_words(request: Request) -> None:
     for edit in request.edits:
         with refusing("edits"):
             name, path = check_text(f"{edit}")[0], file_of(f"{edit}")
-        if name in ("hires", "tiled"):  # one call of the network becomes many
+        if name == "tiled":  # one call of the network becomes many
             raise Refused(400, f"edits: {name} is not for clients: ask for a larger size", "edits")
         if path is not None:
             told = f"edits: the guide {name!r} reads files of the server, which no client may name"

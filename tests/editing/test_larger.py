@@ -96,14 +96,19 @@ def test_windows_go_with_guidance_and_see_no_more_than_the_model_knows() -> None
     assert torch.equal(small, pipe("a cat", **run).images)
 
 
+@pytest.mark.parametrize("steps", [None, 6])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "unipc"])
-def test_the_second_pass_is_sdedit_of_the_enlarged_first(solver: str) -> None:
-    """Against the two passes made by hand, to the bit."""
+def test_the_second_pass_is_sdedit_of_the_enlarged_first(solver: str, steps: int | None) -> None:
+    """Against the two passes made by hand, to the bit. Of its own steps, as A1111's
+    `setup_img2img_steps` counts: int(6 / 0.7) = 8, the last 6 of which are made."""
     pipe = LatentDiffusionPipeline(tiny_bundle())
-    asked = {"prompt": "a cat", "num_inference_steps": 5, "solver": solver, "seed": 3, "first": 2}
-    output = pipe.draw(Request(**asked, edits=[Hires(1.5, 0.7)]), output_type="pt", progress=False)
+    asked: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 5, "solver": solver}
+    asked |= {"seed": 3, "first": 2}
+    edits = [Hires(1.5, 0.7, steps)]
+    output = pipe.draw(Request(**asked, edits=edits), output_type="pt", progress=False)
     assert output.images.shape == (1, 3, 24, 24)
-    assert output.nfe == 5 + 3
+    assert output.nfe == 5 + (steps or 3)
+    finer = pipe.prepare(Request(**asked | {"num_inference_steps": 8})).levels
 
     run = pipe.prepare(Request(**asked))
     autoencoder = pipe.bundle.autoencoder
@@ -113,9 +118,10 @@ def test_the_second_pass_is_sdedit_of_the_enlarged_first(solver: str) -> None:
         clean = autoencoder.encode(large)
         streams = NoiseStreams(3, 2, 1)
         streams.draw((4, 8, 8))
-        start = run.levels[-4]
+        levels = run.levels[-4:] if steps is None else finer[-7:]
+        start = levels[0]
         x = start.alpha * clean + start.sigma * streams.draw((4, 12, 12))
-        x = sample(run.denoise, run.solver, run.levels[-4:], x, noise=streams)
+        x = sample(run.denoise, run.solver, levels, x, noise=streams)
     assert (output.latents - x).abs().max() < 1e-5
 
 
@@ -139,6 +145,12 @@ def test_what_does_not_go_with_a_second_pass_is_one_line() -> None:
     for edits in (["hires:2:0.5", ILVR(picture)], ["hires:2:0.5", "hires:2:0.5"]):
         with pytest.raises(UserError, match="edits: "):
             pipe("a cat", edits=edits, progress=False)
+    levels = pipe.bundle.timetable(None, 5)
+    with pytest.raises(UserError, match="level by level"):
+        pipe("a cat", edits=["hires:2:0.5:3"], timetable=levels, progress=False)
+    for text in ("hires:2:0.5:0", "hires:2:0.5:501", "hires:2:0.5:x", "hires:2:0.5:3:1"):
+        with pytest.raises(UserError):
+            pipe("a cat", edits=[text], progress=False)
     for text in ("hires:2", "hires:0.5:0.5", "hires:2:x", "hires:2:0", "tiled:1", "tiled"):
         with pytest.raises(UserError):
             pipe("a cat", edits=[text], progress=False)

@@ -149,8 +149,9 @@ def test_files_of_stable_diffusion_xl_tell_their_config(kind: str, tmp_path: Pat
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 6 * 256 + 32,
     }
+    config["conditioning_embedding_out_channels"] = [8, 8, 8, 8]
     theirs = tiny_control(
-        **config | {"conditioning_embedding_out_channels": [8, 8, 8, 8]} | XL_KINDS[kind],
+        **config | XL_KINDS[kind],
         layers_per_block=2,
         norm_num_groups=32,
     )

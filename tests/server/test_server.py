@@ -191,6 +191,68 @@ def test_an_a1111_client_draws_edits_watches_and_interrupts(
         assert long.result().status_code == 409
 
 
+def test_an_a1111_clients_second_pass_and_variations_are_the_pipelines(
+    client: TestClient, pipe: LatentDiffusionPipeline
+) -> None:
+    """`hr_second_pass_steps` of 0 are the first pass's; subseeds count up beside one seed."""
+    body = {
+        "prompt": "a cat", "seed": 7, "steps": 4, "cfg_scale": 4, "denoising_strength": 0.5,
+        "enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Bicubic", "hr_prompt": "",
+        "hr_resize_x": 0, "hr_sampler_name": None,
+    }  # fmt: skip
+    call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4, "progress": False}
+    for second, wanted in ((0, 4), (6, 6)):
+        answer = client.post("/sdapi/v1/txt2img", json=body | {"hr_second_pass_steps": second})
+        image = opened(answer.json()["images"][0])
+        expected = pipe("a cat", seed=7, edits=[f"hires:1.5:0.5:{wanted}"], **call).images[0]
+        assert image.shape == (24, 24, 3)
+        assert same(image, np.asarray(expected).astype(int))
+    off = body | {"enable_hr": False, "hr_upscaler": "Latent", "hr_scale": 9}
+    plain = opened(client.post("/sdapi/v1/txt2img", json=off).json()["images"][0])
+    assert same(plain, np.asarray(pipe("a cat", seed=7, **call).images[0]).astype(int))
+
+    asked = off | {"subseed": 3, "subseed_strength": 0.4, "batch_size": 2}
+    answer = client.post("/sdapi/v1/txt2img", json=asked).json()
+    variation: dict[str, Any] = {"variation_seed": 3, "variation_strength": 0.4}
+    varied = pipe(["a cat"] * 2, seed=7, **variation, **call).images
+    drawn = [opened(image) for image in answer["images"]]
+    for one, other in zip(drawn, varied, strict=True):
+        assert same(one, np.asarray(other).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() > 8
+    info = json.loads(answer["info"])
+    assert (info["all_seeds"], info["all_subseeds"]) == ([7, 7], [3, 4])
+    file = Image.open(io.BytesIO(base64.b64decode(answer["images"][1])))
+    kept = json.loads(file.info["latentdiff"])
+    assert [kept[name] for name in ("seed", "index", "variation_seed")] == [7, 0, 4]
+    upscalers = client.get("/sdapi/v1/upscalers").json()
+    assert [one["name"] for one in upscalers] == ["Bicubic"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"hr_upscaler": "Latent"}, "hr_upscaler"),
+        ({"hr_resize_x": 40}, "hr_resize_x"),
+        ({"hr_prompt": "a dog"}, "hr_prompt"),
+        ({"hr_scale": 5}, "size"),
+        ({"hr_scale": 1}, "enable_hr"),
+        ({"denoising_strength": 0}, "enable_hr"),
+        ({"hr_second_pass_steps": 151}, "hr_second_pass_steps"),
+        ({"enable_hr": False, "subseed_strength": 0.5, "subseed": -7}, "subseed"),
+    ],
+)
+def test_what_a_second_pass_cannot_be_is_refused_by_name(
+    asked: dict[str, Any], param: str, client: TestClient, studio: Studio
+) -> None:
+    body = {"prompt": "a cat", "steps": 2, "seed": 1, "enable_hr": True}
+    refused = client.post("/sdapi/v1/txt2img", json=body | asked)
+    assert refused.status_code in (400, 422)
+    assert refused.json()["error"]["param"] == param
+    edit = {"prompt": "a", "edits": ["hires:2:0.9:200"], "num_inference_steps": 2}
+    assert client.post("/jobs", json=edit).status_code == 400
+    assert not studio.queue.jobs
+
+
 def events(client: TestClient, job: str) -> list[dict]:
     with client.stream("GET", f"/jobs/{job}/events") as answer:
         lines = [line for line in answer.iter_lines() if line]
