@@ -38,7 +38,14 @@ if TYPE_CHECKING:
         ClipGuide,
         DynamicThresholding,
     )
-    from latentdiff.pipeline import Control, LatentDiffusionPipeline, PipelineOutput, Request, Run
+    from latentdiff.pipeline import (
+        Control,
+        ImagePrompt,
+        LatentDiffusionPipeline,
+        PipelineOutput,
+        Request,
+        Run,
+    )
 
 __all__ = [
     "ILVR",
@@ -57,6 +64,7 @@ __all__ = [
     "Differential",
     "DynamicThresholding",
     "Hires",
+    "ImagePrompt",
     "Inpaint",
     "Instruct",
     "LatentDiffusionPipeline",
@@ -100,6 +108,7 @@ _ROOMS = {
     ),
     "latentdiff.pipeline": (
         "Control",
+        "ImagePrompt",
         "LatentDiffusionPipeline",
         "PipelineOutput",
         "Request",

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from scripts import ROOT, script
 from shapes import shape_folder
-from tiny import tiny_bundle, tiny_clip_of_pictures, tiny_control, tiny_xl
+from tiny import tiny_bundle, tiny_clip_of_pictures, tiny_control, tiny_ip_adapter, tiny_xl
 
 from latentdiff import Bundle
 from latentdiff.cli import main
@@ -104,6 +104,8 @@ def bring(folder: Path, bundle: Bundle) -> None:
     tiny_bundle(in_channels=8).save(folder / "path/to/instruct-pix2pix-model")
     tiny_clip_of_pictures().save(folder / "path/to/clip")
     tiny_control().save_pretrained(folder / "path/to/controlnet-canny")
+    adapter = tiny_ip_adapter(folder / "path/to", tiny_bundle().network)
+    adapter.rename(adapter.with_name("ip-adapter_sd15.safetensors"))
     taught = Bundle.load(folder / "models/mine", device="cpu")
     for parameter in add_lora(taught, rank=2):
         torch.nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(1))

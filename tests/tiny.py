@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,9 +18,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
-from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.configuration_clip import CLIPTextConfig, CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -41,9 +43,10 @@ from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.fresh_clip import build_clip
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
+from latentdiff.models.image_prompts import AdapterSizes, IPAdapter, Projecting
 from latentdiff.models.joined_conditioner import JoinedConditioner
 from latentdiff.models.kl_autoencoder import KLAutoencoder
-from latentdiff.models.network import DiffusersUNet, SizedUNet
+from latentdiff.models.network import DiffusersUNet, Network, SizedUNet
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
 from latentdiff.models.vae import build_vae
 
@@ -368,6 +371,48 @@ def tiny_control(*, sizes: bool = False, seed: int = 10, **config: Any) -> Contr
     with torch.random.fork_rng([]):
         control = ControlNetModel(**given)
     return draw_weights(control, seed)
+
+
+def tiny_ip_adapter(
+    folder: Path,
+    network: Network,
+    kind: Projecting = "pooled",
+    *,
+    seed: int = 30,
+) -> Path:
+    """An IP-Adapter for a model, as it is published: its file, with `image_encoder` beside it.
+
+    Pictures are seen at 12 x 12 pixels in 9 patches and a class token; "pooled" makes 4 tokens of
+    them, "plus" 3 and "full" 10.
+    """
+    seen = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=10,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=4,
+        hidden_act="gelu",
+    )
+    unet: Any = network.module
+    theirs = isinstance(unet, UNet2DConditionModel)
+    own = CrossAttentionUNet(json.loads(unet.to_json_string())) if theirs else unet
+    inside = 10 if kind == "pooled" else 16
+    sizes = AdapterSizes(
+        kind,
+        inside,
+        network.width,
+        3 if kind == "plus" else 4,
+        [layer.width for layer in own.cross_attention()],
+        *((16, 1, 4, 64) if kind == "plus" else ()),  # whose depth and feed-forward diffusers fixes
+    )
+    with torch.random.fork_rng([]):
+        encoder, adapter = CLIPVisionModelWithProjection(seen), IPAdapter(sizes)
+    draw_weights(encoder, seed).save_pretrained(folder / "image_encoder")
+    file = folder / "ip-adapter.safetensors"
+    save_file(draw_weights(adapter, seed + 1).state_dict(), file)
+    return file
 
 
 def tiny_vae(

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import Control
 
 
-def parse_control(text: str) -> tuple[Path, Path, float]:
-    """The network, the picture and the scale of `--control`.
+def parse_control(
+    text: str, option: str = "--control", example: str = "models/canny:photo.png:0.8"
+) -> tuple[Path, Path, float]:
+    """The network, the picture and the scale of `--control`, or of an option like it.
 
     Raises:
         UserError: it does not name both.
@@ -26,8 +28,8 @@ def parse_control(text: str) -> tuple[Path, Path, float]:
     network, _, picture = rest.rpartition(":")
     if not network or not picture or not math.isfinite(scale):
         raise UserError(
-            f"--control {text!s:.200}: NETWORK:PICTURE or NETWORK:PICTURE:SCALE is meant, as "
-            "models/canny:photo.png:0.8."
+            f"{option} {text!s:.200}: NETWORK:PICTURE or NETWORK:PICTURE:SCALE is meant, as "
+            f"{example}."
         )
     return Path(network), Path(picture), scale
 
@@ -86,9 +88,11 @@ def fitted(controls: "Sequence[Control]", side: int) -> "list[Control]":
 
 
 def about(controls: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:
-    """Record the controls for the text chunk of a picture, by the last parts of their paths."""
-    named = [
-        (net.name, picture.name, scale) for net, picture, scale in map(parse_control, controls)
-    ]
-    record: dict[str, object] = {"controls": [f"{n}:{p}:{s:g}" for n, p, s in named]}
+    """Record the controls for the text chunk of a picture."""
+    record: dict[str, object] = {"controls": [by_name(*parse_control(one)) for one in controls]}
     return record | ({"control_from": [*kinds]} if kinds else {}) if controls else {}
+
+
+def by_name(network: Path, picture: Path, scale: float) -> str:
+    """What `parse_control` read, with the last parts of the paths alone."""
+    return f"{network.name}:{picture.name}:{scale:g}"

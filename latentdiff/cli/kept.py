@@ -98,6 +98,8 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str | None]] = {
     "embeddings": (_listed(_text), None),
     "controls": (_listed(_text), None),
     "control_from": (_listed(_text), "control_from"),
+    "image_prompts": (_listed(_text), None),
+    "image_encoder": (_text, None),
     "version": (_text, None),
 }
 # What says how a picture was drawn that no options of `generate` draw.
@@ -191,6 +193,10 @@ def _missing(settings: Mapping[str, Any], run: RunOptions) -> list[tuple[str, st
         missing += [("--embedding", name) for name in settings.get("embeddings", ())]
     if not run.control:
         missing += [("--control", text) for text in settings.get("controls", ())]
+    if not run.image_prompt:
+        missing += [("--image-prompt", text) for text in settings.get("image_prompts", ())]
+    if run.image_encoder is None and "image_encoder" in settings:
+        missing.append(("--image-encoder", settings["image_encoder"]))
     if not run.region:  # where none names a file, they are there
         missing += [("--region", text) for text in settings.get("regions", ())]
     if not run.guide:  # likewise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_type_hints
 
 import typer
 
-from latentdiff.cli import controls
+from latentdiff.cli import controls, image_prompts
 from latentdiff.cli.models import (
     AttentionName,
     DtypeName,
@@ -211,6 +211,24 @@ class RunOptions:
             "palette, tile; or picture, as it is, the default. Once for all, or for each.",
         ),
     ] = None
+    image_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image-prompt",
+            metavar="ADAPTER:PICTURE[:SCALE]",
+            help="Draw after PICTURE by an IP-Adapter, as ip-adapter_sd15.safetensors:cat.png, "
+            "with the folder image_encoder beside it; with :0.6 behind, less so. May be given "
+            "again: they add up.",
+        ),
+    ] = None
+    image_encoder: Annotated[
+        Path | None,
+        typer.Option(
+            "--image-encoder",
+            metavar="FOLDER",
+            help="The image encoder of --image-prompt, where it is another.",
+        ),
+    ] = None
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt.")] = None
     also: Annotated[
         list[str] | None,
@@ -362,6 +380,7 @@ class RunOptions:
         check_name("prompt syntax", self.syntax, get_args(Syntax))
         resolve_both(self.solver, self.timetable)
         controls.check_controls(self.control or (), self.control_from or ())
+        image_prompts.check_image_prompts(self.image_prompt or (), self.image_encoder)
         self.models.check()
 
     def naming(self, prompts: Sequence[str]) -> Self:
@@ -390,6 +409,7 @@ class RunOptions:
         """Record what is beside the model, and its attention, for the text chunk of a picture."""
         record = self.models.about()
         record |= controls.about(self.control or (), self.control_from or ())
+        record |= image_prompts.about(self.image_prompt or (), self.image_encoder)
         return record if self.attention == "auto" else record | {"attention": self.attention}
 
     @property
@@ -488,6 +508,7 @@ class RunOptions:
             timetable=timetable or bundle.steps.spacing,
             edits=[*(edits or []), *self.guides],
             controls=controls.opened(self.control or (), self.control_from or ()),
+            image_prompts=image_prompts.opened(self.image_prompt or (), self.image_encoder),
         )
 
 

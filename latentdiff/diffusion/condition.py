@@ -48,8 +48,35 @@ class Hint:
 
     def take(self, rows: Sequence[int] | Tensor) -> Self:
         """The hint of these pictures, in this order."""
-        rows = rows if isinstance(rows, Tensor) else torch.tensor(list(rows))
+        rows = _places(rows)
         return replace(self, embedded=self.embedded[rows], scale=self.scale[rows])
+
+
+class ReadsTokens(Protocol):
+    """An image adapter: see `latentdiff.models.image_prompts`."""
+
+    def keys_and_values(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, W] of tokens [B, S, D], for a cross-attention layer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageTokens:
+    """Pictures that B pictures are drawn after, as the network attends to them beside the text.
+
+    Attributes:
+        adapter: gives each cross-attention layer keys and values of them.
+        tokens: the pictures as an image encoder, and the adapter, see them [B, S, D].
+        scale: strength of what is attended to; 0 is off.
+    """
+
+    adapter: ReadsTokens
+    tokens: Tensor
+    scale: float = 1.0
+
+    def take(self, rows: Sequence[int] | Tensor) -> Self:
+        """The tokens of these pictures, in this order."""
+        return replace(self, tokens=self.tokens[_places(rows)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +92,7 @@ class Condition:
         noise: standard normal numbers [B, Z], anew at each call, of generators.
         beside: further channels behind those of x [B, extra, h, w].
         control: controls of other networks, as ControlNets, which add up.
+        images: pictures to attend to beside the states, as IP-Adapters show them, which add up.
     """
 
     states: Tensor | None = None
@@ -75,6 +103,7 @@ class Condition:
     noise: Tensor | None = None
     beside: Tensor | None = None
     control: tuple[Hint, ...] = ()
+    images: tuple[ImageTokens, ...] = ()
 
     def given(self) -> dict[str, Tensor]:
         """The tensors that are not None, by name."""
@@ -84,7 +113,9 @@ class Condition:
     def take(self, rows: Sequence[int]) -> Self:
         """The condition of these rows, in this order; a row may be named twice."""
         taken = {name: value[list(rows)] for name, value in self.given().items()}
-        return replace(self, **taken, control=tuple(hint.take(rows) for hint in self.control))
+        control = tuple(hint.take(rows) for hint in self.control)
+        images = tuple(tokens.take(rows) for tokens in self.images)
+        return replace(self, **taken, control=control, images=images)
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:
@@ -106,7 +137,15 @@ def joined(conditions: Sequence[Condition]) -> Condition:
             f"conditions of one call must have the same fields and shapes, not {shapes}."
         )
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Condition(**values, control=_joined_hints([each.control for each in conditions]))
+    return Condition(
+        **values,
+        control=_joined_hints([each.control for each in conditions]),
+        images=_joined_images([each.images for each in conditions]),
+    )
+
+
+def _places(rows: Sequence[int] | Tensor) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.tensor(list(rows))
 
 
 def _joined_hints(told: Sequence[tuple[Hint, ...]]) -> tuple[Hint, ...]:
@@ -119,6 +158,16 @@ def _joined_hints(told: Sequence[tuple[Hint, ...]]) -> tuple[Hint, ...]:
             embedded=torch.cat([hint.embedded for hint in same]),
             scale=torch.cat([hint.scale for hint in same]),
         )
+        for same in zip(*told, strict=True)
+    )
+
+
+def _joined_images(told: Sequence[tuple[ImageTokens, ...]]) -> tuple[ImageTokens, ...]:
+    kinds = [[(one.adapter, one.scale, one.tokens.shape[1]) for one in images] for images in told]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError("conditions of one call must have the same image prompts.")
+    return tuple(
+        replace(same[0], tokens=torch.cat([one.tokens for one in same]))
         for same in zip(*told, strict=True)
     )
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers.models.clip.modeling_clip import CLIPTextModel
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionModelWithProjection
     from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 Config = dict[str, Any]
@@ -143,6 +143,33 @@ def controlnet_of(config: Config, name: str, files: WeightFiles) -> ControlNet:
         raise UserError(f"{name}: {ControlNet.odd(config)} is for another kind of ControlNet.")
     _check_heads(config, name)
     return build(lambda: ControlNet(config), name, files, _count_blocks(config))
+
+
+def image_encoder(folder: Path) -> "tuple[CLIPVisionModelWithProjection, WeightFiles]":
+    """The picture tower of a CLIP in a folder, without memory yet, and its weights.
+
+    Raises:
+        UserError: missing, damaged, or not what its config says.
+    """
+    from transformers.models.clip.configuration_clip import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPVisionModelWithProjection
+
+    path = folder / "config.json"
+    config = read_config(path)
+    inner = config.get("vision_config")
+    if config.get("model_type") == "clip" and isinstance(inner, dict):
+        width = {key: config[key] for key in ("projection_dim",) if key in config}
+        config = {**inner, **width, "model_type": "clip_vision_model"}
+    if config.get("model_type") != "clip_vision_model":
+        raise UserError(f"{path}: '{config.get('model_type')!s:.40}' is no CLIP of pictures.")
+    arguments = _text_arguments(config, CLIPVisionConfig, {}, str(path))
+    if not isinstance(arguments.get("image_size", 224), int):
+        raise UserError(f"{path}: its image_size must be one number, of square pictures.")
+    if arguments.get("num_channels", 3) != 3:
+        raise UserError(f"{path}: its num_channels must be 3, of RGB pictures.")
+    files = WeightFiles(weight_files(folder, "model"), _vision_name)
+    layers, kind = _count(config, "num_hidden_layers", 12), CLIPVisionModelWithProjection
+    return build(lambda: kind(CLIPVisionConfig(**arguments)), str(path), files, layers), files
 
 
 def vae(folder: Path, variant: str | None = None) -> tuple[VAE, WeightFiles]:
@@ -494,6 +521,12 @@ def _clip_name(stored: str) -> str | None:
     name = stored.removeprefix("text_model.")
     unused = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
     return None if name.startswith(unused) or name == "embeddings.position_ids" else name
+
+
+def _vision_name(stored: str) -> str | None:
+    unused = ("text_model.", "text_projection.", "logit_scale")
+    left_out = stored.startswith(unused) or stored.endswith("embeddings.position_ids")
+    return None if left_out else stored
 
 
 def _projection_name(stored: str) -> str | None:

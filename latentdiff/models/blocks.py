@@ -69,9 +69,11 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, states: Any, mask: Tensor | None, spoilt: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, states: Any, mask: Tensor | None, spoilt: Any, images: Any
+    ) -> Tensor:
         x = self.attn1(self.norm1(x), spoilt=spoilt) + x
-        x = self.attn2(self.norm2(x), states, mask, spoilt) + x
+        x = self.attn2(self.norm2(x), states, mask, spoilt, images) + x
         return self.ff(self.norm3(x)) + x
 
 
@@ -90,7 +92,9 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, states: Any, mask: Tensor | None, spoilt: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, states: Any, mask: Tensor | None, spoilt: Any, images: Any
+    ) -> Tensor:
         batch, channels, height, width = x.shape
         h = self.norm(x)
         if not self.linear:
@@ -99,7 +103,7 @@ class Transformer(nn.Module):
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = run(block, h, states, mask, spoilt)
+            h = run(block, h, states, mask, spoilt, images)
         if self.linear:
             h = self.proj_out(h)
         h = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2)

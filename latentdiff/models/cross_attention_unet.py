@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from latentdiff.models.attention import AttentionLayer
 from latentdiff.models.blocks import (
     BasicTransformerBlock,
     Downsample,
@@ -165,11 +166,12 @@ class Encoder(nn.Module):
         states: Any,
         mask: Tensor | None,
         spoilt: Any,
-    ) -> tuple[Any, Tensor | None, Any]:
+        images: Any = (),
+    ) -> tuple[Any, Tensor | None, Any, Any]:
         """What every block is told of states [B, S, D] and their mask, bool [B, S]."""
         if mask is not None:
             mask = (1 - mask.to(sample.dtype))[:, None, None] * -10000.0
-        return states, mask, spoilt
+        return states, mask, spoilt, images
 
     def _time(
         self, sample: Tensor, t: Any, scale: Tensor | None, added: Mapping[str, Tensor] | None
@@ -239,6 +241,13 @@ class CrossAttentionUNet(Encoder):
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=eps)
         self.conv_out = nn.Conv2d(widths[0], self.config["out_channels"], 3, padding=1)
         self._upcast()
+        for number, layer in enumerate(self.cross_attention()):
+            layer.number = number
+
+    def cross_attention(self) -> list[AttentionLayer]:
+        """The layers that attend to states, in the order of diffusers' `attn_processors`."""
+        layers = (each for each in self.modules() if isinstance(each, AttentionLayer))
+        return [layer for layer in layers if layer.is_cross_attention]
 
     def forward(
         self,
@@ -261,7 +270,8 @@ class CrossAttentionUNet(Encoder):
             encoder_attention_mask: bool [B, S], True where the network may look.
             timestep_cond: the guidance scale [B, G] of a network that was distilled with it; of a
                 generator its noise.
-            cross_attention_kwargs: "spoilt": see `latentdiff.models.perturbation`.
+            cross_attention_kwargs: "spoilt": see `latentdiff.models.perturbation`; "images":
+                `ImageTokens` that it attends to beside the states.
             added_cond_kwargs: "text_embeds" [B, P] and "time_ids" [B, 6], as of SDXL.
             down_block_additional_residuals: added to the skips, in their order: of a ControlNet.
             mid_block_additional_residual: added behind the middle block.
@@ -269,8 +279,9 @@ class CrossAttentionUNet(Encoder):
         Returns:
             [B, out_channels, H, W].
         """
-        spoilt = (cross_attention_kwargs or {}).get("spoilt")
-        given = self._given(sample, encoder_hidden_states, encoder_attention_mask, spoilt)
+        told = cross_attention_kwargs or {}
+        spoilt, images = told.get("spoilt"), told.get("images", ())
+        given = self._given(sample, encoder_hidden_states, encoder_attention_mask, spoilt, images)
         time = self.time_act(self._time(sample, timestep, timestep_cond, added_cond_kwargs))
         skips = self._down(self.conv_in(sample), time, given)
         x = skips[-1]

@@ -1,7 +1,7 @@
 """The network of a model: (x_t, t, condition) -> its prediction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -230,10 +230,14 @@ class DiffusersUNet:
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
     ) -> Tensor:
-        spoilt = None
+        attention: dict[str, object] = {}
         if perturbed:
             rows = torch.tensor(perturbed).repeat_interleave(len(x) // len(perturbed))
-            spoilt = {"spoilt": Spoilt(rows.to(x.device), (x.shape[-2], x.shape[-1]))}
+            attention["spoilt"] = Spoilt(rows.to(x.device), (x.shape[-2], x.shape[-1]))
+        if condition.images:
+            attention["images"] = [
+                replace(one, tokens=one.tokens.to(x.device, self.dtype)) for one in condition.images
+            ]
         added = self.added(condition)
         told = residuals(condition, x.to(self.dtype), t, added)
         if condition.beside is not None:
@@ -263,7 +267,7 @@ class DiffusersUNet:
             timestep_cond=None if beside_time is None else beside_time.to(x.device, self.dtype),
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
-            cross_attention_kwargs=spoilt,
+            cross_attention_kwargs=attention or None,
             added_cond_kwargs=added,
             down_block_additional_residuals=None if told is None else told[0],
             mid_block_additional_residual=None if told is None else told[1],

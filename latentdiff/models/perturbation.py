@@ -145,8 +145,9 @@ class _Spoiling:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         spoilt: Spoilt | None = None,
+        **shown: Any,
     ) -> Tensor:
-        out = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask)
+        out = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **shown)
         if spoilt is None or not self.perturbations:
             return out
         size = _grid(spoilt.size, hidden_states.shape[1])

@@ -69,6 +69,10 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "control_image guess_mode",
         "ControlNets come in as controls=[Control(folder, picture, scale, start, end, guess)]",
     ),
+    (
+        "load_ip_adapter set_ip_adapter_scale ip_adapter_image unload_ip_adapter",
+        "IP-Adapters come in as image_prompts=[ImagePrompt(file, picture, scale)]",
+    ),
     ("image_guidance_scale", "it is an edit's: edits=[Instruct(image, image_guidance_scale)]"),
     ("pag_scale pag_adaptive_scale", "perturbed attention is an edit: edits=['pag:3']"),
     (
@@ -104,8 +108,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "leave it out: HF_TOKEN, HF_HOME and HF_HUB_OFFLINE say how the Hub is asked",
     ),
     (
-        "custom_pipeline enable_freeu disable_freeu load_ip_adapter set_ip_adapter_scale "
-        "ip_adapter_image ip_adapter_image_embeds prompt_2 negative_prompt_2",
+        "custom_pipeline enable_freeu disable_freeu ip_adapter_image_embeds prompt_2 "
+        "negative_prompt_2",
         "this toolkit has nothing of the kind",
     ),
 )

@@ -45,6 +45,7 @@ from latentdiff.pipeline.diffusers_names import (
     check_step_inputs,
     latents_of,
 )
+from latentdiff.pipeline.image_prompts import ImagePrompt
 from latentdiff.pipeline.output import OutputType, PipelineOutput
 from latentdiff.pipeline.preparation import prepare, warn_of_size
 from latentdiff.pipeline.prompt_syntax import Syntax
@@ -286,6 +287,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         latents: Tensor | None = None,
         edits: Sequence[Edit | str] = (),
         controls: Sequence[Control] = (),
+        image_prompts: Sequence[ImagePrompt] = (),
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepEnd | None = None,
@@ -349,6 +351,8 @@ class LatentDiffusionPipeline(DiffusersNames):
                 are no multiple of the autoencoder's factor are padded and cropped.
             controls: pictures that ControlNets hold the run to: `Control(folder, picture)`; they
                 add up, and go with every solver, guidance and edit.
+            image_prompts: pictures that are drawn after, by IP-Adapters, as `ImagePrompt(file,
+                picture)`; they add up, and go with every solver, guidance and edit, too.
             output_type: see `PipelineOutput.images`.
             return_dict: of diffusers; either way the output is also the pair (images, None).
             callback_on_step_end: called after every step as by diffusers, with the pipeline, the
@@ -394,6 +398,7 @@ class LatentDiffusionPipeline(DiffusersNames):
             latents=latents,
             edits=edits,
             controls=controls,
+            image_prompts=image_prompts,
         )
         del return_dict  # either way the output has both forms
         return self.draw(

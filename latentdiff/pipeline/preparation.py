@@ -44,6 +44,7 @@ from latentdiff.pipeline.arguments import (
     whole,
 )
 from latentdiff.pipeline.controls import check_controls, controls_size, hints_of, unguided
+from latentdiff.pipeline.image_prompts import check_image_prompts, shown
 from latentdiff.pipeline.request import Request
 from latentdiff.pipeline.run import CountedNetwork, Run
 from latentdiff.pipeline.texts import Conditions, Texts, check_loras, encoded, texts_of
@@ -63,6 +64,8 @@ def prepare(bundle: Bundle, request: Request) -> Run:
     edits = _edits(request, bundle)
     listed(request.controls, "controls", "Control(folder, picture)")
     check_controls(request.controls)
+    listed(request.image_prompts, "image_prompts", "ImagePrompt(file, picture)")
+    check_image_prompts(request.image_prompts)
     texts = texts_of(request)
     check_sizes(request.sizes)
     check_loras(texts, bundle)
@@ -250,6 +253,9 @@ def _conditions(
         told = replace(told, blind=[replace(each, beside=blank) for each in told.negative])
     if hints:
         told = told.with_fields({"control": hints}, {"control": unguided(hints)})
+    if request.image_prompts:
+        toward, away = shown(request.image_prompts, bundle, len(x), guided=bool(told.negative))
+        told = told.with_fields({"images": toward}, {"images": away})
     return told
 
 

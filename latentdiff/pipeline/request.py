@@ -17,6 +17,7 @@ from latentdiff.models.guidance_embedding import DISTILLED_SCALE
 from latentdiff.models.network import Network
 from latentdiff.models.text_encoders import Reading
 from latentdiff.pipeline.controls import Control
+from latentdiff.pipeline.image_prompts import ImagePrompt
 from latentdiff.pipeline.prompt_syntax import Syntax
 from latentdiff.pipeline.prompts import Also
 
@@ -57,6 +58,7 @@ class Request:
     latents: Tensor | None = None
     edits: Sequence[Edit | str] = ()
     controls: Sequence[Control] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
 
     @property
     def sizes(self) -> SizeConditions:

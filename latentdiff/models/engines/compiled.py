@@ -198,8 +198,9 @@ class _Decoder:
 class CompiledNetwork(AroundNetwork):
     """A network that draws with compiled code.
 
-    Gradients, spoilt attention, controls, LoRAs and shapes that no code was made for are left to
-    the engine inside. The first answer of each package is compared with that of the network itself.
+    Gradients, spoilt attention, controls, image prompts, LoRAs and shapes that no code was made for
+    are left to the engine inside. The first answer of each package is compared with that of the
+    network itself.
 
     Attributes:
         fast: the network itself, around its code.
@@ -222,7 +223,8 @@ class CompiledNetwork(AroundNetwork):
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
     ) -> Tensor:
         # a control is computed before the network is, in vain where there is no code
-        if not (perturbed or condition.control or torch.is_grad_enabled()):
+        shown = condition.control or condition.images
+        if not (perturbed or shown or torch.is_grad_enabled()):
             try:
                 return self.fast(x, t, condition)
             except Missing:

@@ -13,10 +13,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.diffusion.condition import Condition
-from latentdiff.models.attention import AttentionLayer, auto, sdpa
+from latentdiff.models.attention import (
+    AttentionLayer,
+    Shown,
+    auto,
+    by_heads,
+    fused,
+    sdpa,
+    with_shown,
+)
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import ResnetBlock2D
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
@@ -135,21 +142,25 @@ class CrossAttention:
         return self  # a perturbed copy of the layer has the same weights
 
     def __call__(
-        self, attn: Any, x: Tensor, states: Tensor | None = None, mask: Tensor | None = None
+        self,
+        attn: Any,
+        x: Tensor,
+        states: Tensor | None = None,
+        mask: Tensor | None = None,
+        shown: Shown = (),
     ) -> Tensor:
         """See `latentdiff.models.attention.sdpa`."""
         assert states is not None
-        q = attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        q = by_heads(attn, attn.to_q(x))
         k, v = self._keys_and_values(attn, states)
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = with_shown(fused, attn, q, fused(attn, q, k, v, mask), shown)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
     def _keys_and_values(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         key = id(states), 0 if states.is_inference() else states._version
         if key not in self._known:
             k, v = (
-                project(states).unflatten(2, (attn.heads, -1)).transpose(1, 2).contiguous()
-                for project in (attn.to_k, attn.to_v)
+                by_heads(attn, project(states)).contiguous() for project in (attn.to_k, attn.to_v)
             )
             self._known[key] = k, v
             weakref.finalize(states, self._known.pop, key, None)

@@ -1,0 +1,58 @@
+"""`--image-prompt ADAPTER:PICTURE[:SCALE]` and `--image-encoder`: IP-Adapters of a command."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentdiff.cli.controls import by_name, parse_control
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.models.image_prompts import ImageAdapter
+    from latentdiff.pipeline import ImagePrompt
+
+
+def check_image_prompts(prompts: Sequence[str], encoder: Path | None) -> None:
+    """Check the options before anything is loaded.
+
+    Raises:
+        UserError: no such adapter, picture or encoder, or an encoder without an adapter.
+    """
+    from latentdiff.formats.location import find_file
+
+    for text in prompts:
+        adapter, picture, _ = _parsed(text)
+        find_file(adapter, "IP-Adapter")
+        find_file(picture, "picture")
+    if encoder is not None:
+        find_file(encoder, "image encoder")
+        if not prompts:
+            raise UserError("--image-encoder is for --image-prompt: give both, or neither.")
+
+
+def opened(prompts: Sequence[str], encoder: Path | None) -> "list[ImagePrompt]":
+    """The image prompts, each of their adapters read once and their pictures opened.
+
+    Raises:
+        UserError: as `ImagePrompt`.
+    """
+    from latentdiff.formats.ip_adapter import load_ip_adapter
+    from latentdiff.pipeline import ImagePrompt
+
+    loaded: dict[Path, ImageAdapter] = {}
+    made: list[ImagePrompt] = []
+    for adapter, picture, scale in map(_parsed, prompts):
+        if adapter not in loaded:
+            loaded[adapter] = load_ip_adapter(adapter, encoder=encoder)
+        made.append(ImagePrompt(loaded[adapter], picture, scale))
+    return made
+
+
+def about(prompts: Sequence[str], encoder: Path | None) -> dict[str, object]:
+    """Record the image prompts for the text chunk of a picture."""
+    record: dict[str, object] = {"image_prompts": [by_name(*_parsed(one)) for one in prompts]}
+    return record | ({} if encoder is None else {"image_encoder": encoder.name}) if prompts else {}
+
+
+def _parsed(text: str) -> tuple[Path, Path, float]:
+    return parse_control(text, "--image-prompt", "models/ip-adapter_sd15.safetensors:photo.png:0.6")
