@@ -92,9 +92,14 @@ def bring(folder: Path, bundle: Bundle) -> None:
         picture = fit(open_picture(path), max(bundle.size))
         save_png(picture, folder / path.relative_to(ROOT))
     for name in (
-        *("bundled/emoji64", "path/to/stable-diffusion", "models/mine", "runs/mine/model"),
-        *("runs/emoji64-diffusion/model", "runs/emoji128/model", "v1-5-pruned-emaonly.safetensors"),
-        *(f"runs/emoji64-{run}/model" for run in ("distill", "gan", "energy")),
+        *("bundled/emoji128", "path/to/stable-diffusion", "models/mine", "runs/mine/model"),
+        *(
+            "runs/emoji64-diffusion/model",
+            "runs/emoji128/model",
+            "runs/emoji128-distill/model",
+            "v1-5-pruned-emaonly.safetensors",
+        ),
+        *(f"runs/emoji64-{run}/model" for run in ("gan", "energy")),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         bundle.save(folder / name)
@@ -149,10 +154,8 @@ def run_page(page: Path) -> int:
     return count
 
 
-# 100 steps of inversion and as many pictures; thirty solvers and guides; a second model.
-LONG = tuple(
-    ROOT / page for page in ("docs/editing.md", "docs/methods.md", "assets/emoji128/README.md")
-)
+# 100 steps of inversion and as many pictures; thirty solvers and guides.
+LONG = tuple(ROOT / page for page in ("docs/editing.md", "docs/methods.md"))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_every_example_runs(page: Path, tiny_world: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tiny_world)
     shutil.rmtree("outputs", ignore_errors=True)  # of other pages: names on a page are its own
     if "assets" not in page.parts:  # a card is of its own model
-        monkeypatch.setattr(location, "_bundled", lambda: tiny_world / "bundled/emoji64")
+        monkeypatch.setattr(location, "_bundled", lambda: tiny_world / "bundled/emoji128")
     run_page(page)
 
 

@@ -1,6 +1,6 @@
 """Distil a model into one that draws in few steps, and in one call of the network a step.
 
-    latentdiff train distill --config training/configs/emoji64-distill.yaml
+    latentdiff train distill --config training/configs/emoji128-distill.yaml
 
 The teacher is any model that loads, guided; the student learns its answers for captioned pictures,
 and is told the guidance scale. Methods: guided (two calls become one), progressive (two steps

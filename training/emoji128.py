@@ -846,6 +846,7 @@ def train(
         DiffusersUNet(model.unet.eval(), recipe.latent_channels),
         process,
         "v",
+        captions=known_captions(rows, recipe.seed),
     )
     bundle.save(folder, dtype=torch.float16)
     write_json(out / "report.json", clock.notes, replace=True)
@@ -881,6 +882,18 @@ def lessons_of(
     ids = torch.from_numpy(told).to(machine.device)
     empty = torch.from_numpy(encode([""])).to(machine.device)
     return Lessons(stock, *latents, ids, empty)
+
+
+def known_captions(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[str, ...]:
+    """One caption of every emoji without a skin tone, in any of its styles; in random order."""
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        if not row["skin_tone"]:
+            told.setdefault(row["codepoints"], []).append(row["captions"][0])  # with its style
+            told[row["codepoints"]].append(with_article(row["name"]))
+    random = philox(seed, 24)
+    chosen = {random.choice(captions).replace("-", " ") for captions in told.values()}
+    return tuple(random.permutation(sorted(chosen)).tolist())
 
 
 def _moved(thing: Thing, row: int) -> Thing:

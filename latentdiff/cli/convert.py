@@ -23,7 +23,7 @@ def convert(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder, a .safetensors file, a Hugging Face name, or emoji64; or a LoRA file.",
+            help="A folder, a .safetensors file, a Hugging Face name, or emoji128; or a LoRA file.",
         ),
     ],
     out: Annotated[

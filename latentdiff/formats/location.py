@@ -12,7 +12,8 @@ from latentdiff.formats.weights import PICKLES, first_line, pickle_refusal
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
 
-BUNDLED = "emoji64"
+BUNDLED = "emoji128"
+_FORMER = "emoji64"  # bundled until emoji128 was
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -27,7 +28,7 @@ def find(where: str | Path | None) -> Path:
     """The folder of a model, or its file.
 
     Args:
-        where: None or "emoji64" for the bundled model, a folder, a .safetensors file, or a hub id
+        where: None or "emoji128" for the bundled model, a folder, a .safetensors file, or a hub id
             as "owner/name".
 
     Raises:
@@ -38,6 +39,11 @@ def find(where: str | Path | None) -> Path:
     if not str(where):
         raise UserError("the name of the model is empty.")
     folder = expanded(where)
+    if folder.name == _FORMER and not folder.exists():
+        raise UserError(
+            f"{where}: this model is bundled no more; '{BUNDLED}', which needs no name, draws what "
+            "it drew at 128 pixels and more, but other pictures for the same seed."
+        )
     try:
         if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
             return folder

@@ -126,7 +126,7 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
         tags=["latentdiff", "text-to-image", *([] if outcome.kind == "model" else [outcome.kind])],
         base_model=outcome.base if on_hub else None,
     )
-    base = "the bundled emoji64" if outcome.base is None else public_name(outcome.base)
+    base = "the bundled emoji128" if outcome.base is None else public_name(outcome.base)
     made = f"from {base}" if base else "from nothing"
     what = _WHAT[outcome.kind]
     parts = [

@@ -32,7 +32,7 @@ from latentdiff.pictures import grid, open_picture, save_png, to_pil, to_tensor
 from latentdiff.pipeline.interpolation import between_prompts
 from latentdiff.pipeline.swapping import swapped
 
-SIDE = 64
+SIDE = 128
 PHOTO = Path(__file__).parents[2] / "docs/pictures/photo.png"
 
 
@@ -53,7 +53,7 @@ def draw(
 
 def strokes(paint: Callable[[ImageDraw.ImageDraw], object]) -> Image.Image:
     """A scribble drawn large and made small, so that its edges are smooth."""
-    image = Image.new("RGB", (8 * SIDE, 8 * SIDE), "white")
+    image = Image.new("RGB", (4 * SIDE, 4 * SIDE), "white")
     paint(ImageDraw.Draw(image))
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
@@ -114,10 +114,10 @@ def box(x0: int, y0: int, x1: int, y1: int) -> Image.Image:
 def holes(pipe: LatentDiffusionPipeline) -> Image.Image:
     """The picture, the hole, Blend and RePaint, of pictures that the model drew."""
     cases = [
-        ("a grinning face", box(4, 4, 60, 35), "smiling face with sunglasses"),
-        ("a cat face", box(0, 0, 64, 31), "a cat face"),
-        ("a red heart", box(32, 4, 61, 61), "a red heart"),
-        ("a grinning face", box(4, 34, 60, 60), "angry face"),
+        ("a grinning face", box(8, 8, 120, 70), "smiling face with sunglasses"),
+        ("a cat face", box(0, 0, 128, 62), "a cat face"),
+        ("a red heart", box(64, 8, 122, 122), "a red heart"),
+        ("a grinning face", box(8, 68, 120, 120), "angry face"),
     ]
     row: list[Image.Image] = []
     for prompt, mask, wanted in cases:
@@ -185,7 +185,7 @@ def border_step(picture: Image.Image, mask: Image.Image) -> float:
 
 
 def larger(pipe: LatentDiffusionPipeline) -> Image.Image:
-    """Two prompts at 128 pixels: the model's own size enlarged, plainly, in windows, two passes."""
+    """Two prompts at 256 pixels: the model's own size enlarged, plainly, in windows, two passes."""
     cells: list[Image.Image] = []
     for prompt in ("a red heart", "a cat face"):
         small = pipe(prompt, seed=0, progress=False).images[0]
@@ -216,7 +216,7 @@ def beyond(pipe: LatentDiffusionPipeline) -> Image.Image:
 
 def regions(pipe: LatentDiffusionPipeline) -> Image.Image:
     """A wide heart; a cat in its right half; the cat, and no heart there."""
-    right = "box:64,0,128,64"
+    right = "box:128,0,256,128"
     cat, no_heart = ("a cat face", 1.0, right), ("a red heart", -1.0, right)
     cells: list[Image.Image] = []
     for also in ([], [cat], [cat, no_heart]):
@@ -272,7 +272,7 @@ INPUTS: dict[str, Callable[[LatentDiffusionPipeline], Image.Image]] = {
     "cat": lambda pipe: pipe("a cat face", seed=0, progress=False).images[0],
     "face": lambda pipe: pipe("a grinning face", seed=0, progress=False).images[0],
     "ramp": lambda _: Image.linear_gradient("L").rotate(90).resize((SIDE, SIDE)),
-    "eyes": lambda _: box(8, 18, 56, 39),
+    "eyes": lambda _: box(16, 36, 112, 78),
 }
 
 

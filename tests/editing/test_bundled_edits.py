@@ -34,17 +34,17 @@ def pipe() -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
 
 
-def scribble(width: int = 30, height: int = 27) -> Image.Image:
-    """A red disc on white; its sides are no multiples of 8."""
+def scribble(width: int = 60, height: int = 54) -> Image.Image:
+    """A red disc on white; its sides are no multiples of 16."""
     image = Image.new("RGB", (width, height), "white")
     box = (width // 5, height // 5, width - width // 5, height - height // 5)
     ImageDraw.Draw(image).ellipse(box, fill=(220, 30, 40))
     return image
 
 
-def hole(width: int = 30, height: int = 27) -> Image.Image:
+def hole(width: int = 60, height: int = 54) -> Image.Image:
     mask = Image.new("L", (width, height), 0)
-    ImageDraw.Draw(mask).ellipse((9, 7, 22, 20), fill=255)
+    ImageDraw.Draw(mask).ellipse((18, 14, 44, 40), fill=255)
     return mask
 
 
@@ -113,14 +113,14 @@ def test_every_edit_with_every_solver_and_guidance(name: str, solver: str, scale
         known = torch.from_numpy(np.asarray(hole()) == 0)
         assert torch.equal(output.images[0][:, known], (given / 2 + 0.5)[:, known])
     if "ILVR" in name or name == "all":
-        padded = torch.nn.functional.pad(given[None], (0, 2, 0, 5), mode="replicate")
+        padded = torch.nn.functional.pad(given[None], (0, 4, 0, 10), mode="replicate")
         reference = pipe().bundle.autoencoder.encode(padded)
         gap = low_pass(output.latents, 2) - low_pass(reference, 2)
-        assert gap.square().mean().sqrt() < 1e-4
+        assert gap.square().mean().sqrt() < 3e-4
 
 
 @pytest.mark.parametrize(
-    ("side", "refinements"), [(32, 0), pytest.param(64, 3, marks=pytest.mark.slow)]
+    ("side", "refinements"), [(64, 1), pytest.param(128, 3, marks=pytest.mark.slow)]
 )
 def test_invert_and_return(side: int, refinements: int) -> None:
     """At least 35 dB against the autoencoder's own reconstruction, 50 steps of second order."""
@@ -152,7 +152,7 @@ def random_control() -> ControlNetwork:
     """A ControlNet beside the bundled model, of its own weights, that says something."""
     unet = pipe().bundle.network.module
     assert isinstance(unet, CrossAttentionUNet)
-    made = ControlNet.beside(unet, [8, 8, 8, 8], 16, attention=False)
+    made = ControlNet.beside(unet, [8] * 5, 32, attention=False)
     random = torch.Generator().manual_seed(0)
     for layer in (*made.controlnet_down_blocks, made.controlnet_cond_embedding.conv_out):
         weight = layer.weight
@@ -178,8 +178,8 @@ def test_controls_with_every_edit(edit: str, solver: str, count: int) -> None:
     call |= {"seed": 1, "output_type": "pt", "progress": False}
     output = pipe()("a red heart", controls=controls, **call)
     assert bool(torch.isfinite(output.images).all())
-    size: dict[str, Any] = {} if edits else {"height": 32, "width": 32}
-    without = pipe()("a red heart", **call, **size).images[..., :27, :30]
+    size: dict[str, Any] = {} if edits else {"height": 64, "width": 64}
+    without = pipe()("a red heart", **call, **size).images[..., :54, :60]
     assert output.images.shape == without.shape
     assert (output.images - without).abs().max() > 0.01
     given = to_tensor(scribble())
@@ -187,7 +187,7 @@ def test_controls_with_every_edit(edit: str, solver: str, count: int) -> None:
         known = torch.from_numpy(np.asarray(hole()) == 0)
         assert torch.equal(output.images[0][:, known], (given / 2 + 0.5)[:, known])
     if edit == "ILVR":
-        padded = torch.nn.functional.pad(given[None], (0, 2, 0, 5), mode="replicate")
+        padded = torch.nn.functional.pad(given[None], (0, 4, 0, 10), mode="replicate")
         reference = pipe().bundle.autoencoder.encode(padded)
         gap = low_pass(output.latents, 2) - low_pass(reference, 2)
-        assert gap.square().mean().sqrt() < 1e-4
+        assert gap.square().mean().sqrt() < 3e-4

@@ -8,12 +8,12 @@ from torch import Tensor
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.pictures import grid, save_png, to_pil
 
-GOLDEN = Path(__file__).with_name("emoji64.png")
+GOLDEN = Path(__file__).with_name("emoji128.png")
 PROMPTS = ("a red heart", "a grinning face", "a rocket", "a slice of pizza")
 
 
 def draw() -> Tensor:
-    """The four pictures [4, 3, 64, 64] in [0, 1], at the default settings and seed 0."""
+    """The four pictures [4, 3, 128, 128] in [0, 1], at the default settings and seed 0."""
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
     return pipe(PROMPTS, seed=0, output_type="pt", progress=False).images
 

@@ -184,7 +184,7 @@ HOSTILE_NAME = "x; rm -rf ~"
 def test_files_that_only_the_picture_names_are_not_opened(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundled: dict[str, object] = {"prompt": "a", "model": "emoji64"}
+    bundled: dict[str, object] = {"prompt": "a", "model": "emoji128"}
     for more, told in [
         ({"model": "dreams.safetensors"}, "--model dreams.safetensors"),
         ({"model": str(model)}, f"--model {model}"),

@@ -317,7 +317,7 @@ def test_the_telltale_of_version_2(tmp_path: Path) -> None:
 
 def test_the_bundled_model_fits_in_one_file(tmp_path: Path) -> None:
     """Levels, layers and channels are not those of Stable Diffusion; the table has them all."""
-    bundle = Bundle.load("emoji64")
+    bundle = Bundle.load("emoji128")
     opened = Bundle.load(bundle.save(tmp_path / "a.safetensors"))
     assert same(tensors(bundle), tensors(opened))
     assert (opened.prediction, opened.size) == (bundle.prediction, bundle.size)

@@ -1,6 +1,6 @@
 """Measure a model on fixed prompts and seeds, and write the numbers into its card.
 
-    python training/measure/evaluate.py --model assets/emoji64 --data data/emoji128 --styles noto
+    python training/measure/evaluate.py --model assets/emoji128 --data data/emoji128 --styles noto
 
 Per split: of the generated pictures, how many have as their nearest real picture (root mean square
 of 32x32 blurred RGB, over all pictures of the folder) one of the emoji that was asked for; the
@@ -105,7 +105,7 @@ def measure_vae(pipe: LatentDiffusionPipeline, pictures: Tensor) -> float:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("assets/emoji64"),
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("assets/emoji128"),
     data: Annotated[Path, typer.Option(help="Picture folder.")] = Path("data/emoji128"),
     styles: Annotated[
         str, typer.Option(help="Styles the model was trained on, a comma between.")

@@ -1,6 +1,6 @@
 """Measure how closely a ControlNet of edges holds a model to the edges that it is shown.
 
-    python training/measure/evaluate_control.py --control runs/emoji64-edges/controlnet
+    python training/measure/evaluate_control.py --control runs/emoji128-edges/controlnet
 
 Of pictures that it has not learned from, the edges are shown to it with their captions; the same is
 drawn without it. `f1` is the mean agreement of the edges of what is drawn with those that were

@@ -1,6 +1,6 @@
 """Measure RePaint against plain replacement on held-out pictures.
 
-    python training/measure/evaluate_inpainting.py --model assets/emoji64 --data data/emoji128
+    python training/measure/evaluate_inpainting.py --model assets/emoji128 --data data/emoji128
 
 With `--card docs/editing.md` the tables go into the how-to.
 
@@ -82,7 +82,7 @@ Method = tuple[Callable[[Tensor, Tensor], Edit], int]
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("assets/emoji64"),
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("assets/emoji128"),
     data: Annotated[Path, typer.Option(help="Picture folder.")] = Path("data/emoji128"),
     styles: Annotated[str, typer.Option(help="Style of the held-out pictures.")] = "noto",
     out: Annotated[Path, typer.Option(help="A new file for pictures.")] = Path(

@@ -42,7 +42,7 @@ def main(
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     embedding: Annotated[Path | None, typer.Option(help="A new word learned with it.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
-    model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji64"),
+    model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji128"),
     known: Annotated[str, typer.Option(help="The style that it knows.")] = "noto",
     prior: Annotated[
         Path | None,
