@@ -504,6 +504,7 @@ def test_every_door_refuses_a_pickle_by_its_name(suffix: str, folder: Path, tmp_
     ("where", "expected"),
     [
         ("no/such/folder", "no such model folder"),
+        ("emoji64", "bundled no more; 'emoji128'"),
         ("nobody/nothing", "not to be had from the Hugging Face Hub"),
         ("missing.ckpt", "no such model file"),
         ("x" * 5000, "not a model"),
