@@ -84,13 +84,13 @@ class Bundle:
         check_name("solver", self.solver, solvers.names())
         if self.network.width != self.conditioner.width:
             raise UserError(
-                f"unet: it attends to text states of width {self.network.width}, but the text "
-                f"encoder's have {self.conditioner.width}."
+                f"{self.network.part}: it attends to text states of width {self.network.width}, "
+                f"but the text encoder's have {self.conditioner.width}."
             )
         if self.network.channels != self.autoencoder.channels:
             raise UserError(
-                f"unet: it is of latents of {self.network.channels} channels, but the vae's have "
-                f"{self.autoencoder.channels}."
+                f"{self.network.part}: it is of latents of {self.network.channels} channels, but "
+                f"the vae's have {self.autoencoder.channels}."
             )
         if self.kind == "instruct-pix2pix" and self.autoencoder.scaling_factor is None:
             raise UserError(
@@ -197,7 +197,7 @@ class Bundle:
     def modules(self) -> Mapping[str, nn.Module]:
         """Every network by the name of its folder."""
         return {
-            "unet": self.network.module,
+            self.network.part: self.network.module,
             "vae": self.autoencoder.module,
             **self.conditioner.modules,
         }

@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import save_file
 from scripts import ROOT, script
 from shapes import shape_folder
-from tiny import tiny_bundle, tiny_clip_of_pictures, tiny_control, tiny_ip_adapter, tiny_xl
+from tiny import (
+    tiny_bundle,
+    tiny_clip_of_pictures,
+    tiny_control,
+    tiny_ip_adapter,
+    tiny_pixart,
+    tiny_xl,
+)
 
 from latentdiff import Bundle
 from latentdiff.cli import main
@@ -107,6 +114,10 @@ def bring(folder: Path, bundle: Bundle) -> None:
     tiny_xl(refiner=True).save(folder / "path/to/sdxl-refiner")
     tiny_bundle(in_channels=9).save(folder / "path/to/inpainting-model")
     tiny_bundle(in_channels=8).save(folder / "path/to/instruct-pix2pix-model")
+    pixart = tiny_pixart()
+    pixart.save(folder / "path/to/pixart")
+    add_lora(pixart, rank=2)
+    save_lora(lora_of(pixart), folder / "runs/pixart/pytorch_lora_weights.safetensors")
     tiny_clip_of_pictures().save(folder / "path/to/clip")
     tiny_control().save_pretrained(folder / "path/to/controlnet-canny")
     adapter = tiny_ip_adapter(folder / "path/to", tiny_bundle().network)

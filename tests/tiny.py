@@ -31,6 +31,7 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import Process
+from latentdiff.formats import scheduler_config
 from latentdiff.guidance import Classifier, Clip
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.classifier import LatentClassifier
@@ -47,6 +48,8 @@ from latentdiff.models.image_prompts import AdapterSizes, IPAdapter, Projecting
 from latentdiff.models.joined_conditioner import JoinedConditioner
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import DiffusersUNet, Network, SizedUNet
+from latentdiff.models.pixart import PixArtConditioner, PixArtNetwork
+from latentdiff.models.pixart_transformer import PixArtTransformer
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
 from latentdiff.models.vae import build_vae
 
@@ -72,6 +75,31 @@ GAINS = {
     "controlnet_cond_embedding.": 2.0,  # after SiLU, of values in [0, 1]
     "add_embedding.": 1.5,
     "SelfAttention.q.": 0.35,  # T5 does not divide its logits by the root of a head's width of 8
+}
+# As published with PixArt-alpha.
+PIXART_SCHEDULER: dict[str, object] = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "algorithm_type": "dpmsolver++",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "dynamic_thresholding_ratio": 0.995,
+    "euler_at_final": False,
+    "lambda_min_clipped": -math.inf,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+    "use_lu_lambdas": False,
+    "variance_type": None,
 }
 # What the config of an autoencoder says of its latents; diffusers' pipelines read the scale alone.
 STATISTICS: dict[str, dict[str, Any]] = {
@@ -153,6 +181,51 @@ def tiny_xl(
         steps=steps or Steps("leading", 1),
         solver="euler",
         family="stable-diffusion-xl",
+    )
+
+
+def tiny_pixart(
+    *,
+    sigma: bool = False,
+    sizes: bool = False,
+    side: int | None = None,
+    window: int | None = None,
+    seed: int = 0,
+) -> Bundle:
+    """A model of the PixArt family, of 16 x 16 pictures in 8 x 8 latents.
+
+    Its transformer has two blocks over patches of 2 x 2 and attends to states of T5 [B, L, WIDTH].
+
+    Args:
+        sigma: whether it is PixArt-Sigma, whose prompts may be longer.
+        sizes: whether it is told three numbers about the picture, as alpha's of 1024 pixels.
+        side: of the latents that it was trained on, by its config; by default 8, but 128 with
+            sizes, of which diffusers' pipelines tell no other.
+        window: the most tokens of a prompt, if others.
+        seed: of its weights.
+    """
+    autoencoder, text = tiny_vae(seed=seed), tiny_t5(seed)
+    module = PixArtTransformer(
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "cross_attention_dim": 24,
+            "caption_channels": WIDTH,
+            "sample_size": side or (128 if sizes else 8),
+            "use_additional_conditions": sizes,
+            "interpolation_scale": 1,
+        }
+    )
+    for network in (autoencoder, draw_weights(module, seed), text.model):
+        network.requires_grad_(False)
+    tower = T5Tower(text.model, text.tokenizer, window or (300 if sigma else 120))
+    return Bundle(
+        DiffusersAutoencoder(autoencoder),
+        PixArtConditioner(tower, sizes),
+        PixArtNetwork(module, 4),
+        *scheduler_config.read(PIXART_SCHEDULER, "scheduler"),
+        family="pixart",
     )
 
 

@@ -41,7 +41,9 @@ def convert(
     embedding: options.Embeddings = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="Of a LoRA: kohya, for ComfyUI and A1111, or diffusers. Default: kohya."),
+        typer.Option(
+            help="Of a LoRA: kohya, for ComfyUI and A1111, diffusers or peft. Default: kohya."
+        ),
     ] = None,
     base: Annotated[
         str | None,

@@ -87,7 +87,8 @@ class Condition:
         states: text states for cross-attention [B, L, D].
         mask: bool [B, L], True where the network may look; None: it looks everywhere.
         pooled: one vector of a prompt [B, P].
-        sizes: sizes of the picture, its crop and its target, in pixels [B, 6].
+        sizes: numbers about the picture [B, n], such as its size, its crop and its target in
+            pixels: what they are is the conditioner's.
         guidance_embedding: the guidance scale [B, G], of networks with their guidance in them.
         noise: standard normal numbers [B, Z], anew at each call, of generators.
         beside: further channels behind those of x [B, extra, h, w].

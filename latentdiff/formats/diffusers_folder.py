@@ -41,6 +41,7 @@ from latentdiff.models.clip_text import (
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet, GeneratorUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.t5_text import T5TextConfig, T5TextEncoder
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
 from latentdiff.models.tiny_autoencoder import TinyAutoencoder
 
@@ -66,7 +67,7 @@ def check_variant(folder: Path, variant: str) -> None:
     """
     if not re.fullmatch(r"\w[\w-]{0,63}", variant):
         raise UserError(f"variant: '{variant!s:.80}' is no name of one; bf16 is.")
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2"):
         if any((folder / part).glob(f"*.{variant}.*")):
             return
     raise UserError(f"{folder}: no part of it has weights of the variant {variant}.")
@@ -455,14 +456,20 @@ def _build_clip(
     return network
 
 
-def _build_t5(kind: str, config: Config, name: str, files: WeightFiles) -> "T5EncoderModel":
+def _build_t5(
+    kind: str, config: Config, name: str, files: WeightFiles
+) -> "T5TextEncoder | T5EncoderModel":
+    layers = _count(config, "num_layers", 6)
+    # Both follow from feed_forward_proj, but where a file has them they beat it.
+    further = {"dense_act_fn": str, "is_gated_act": bool}
+    if kind == "t5":
+        told = T5TextConfig(**_text_arguments(config, T5TextConfig, further, name))
+        if T5TextEncoder.understands(told):
+            return build(lambda: T5TextEncoder(told), name, files, layers)
     library = import_module(f"transformers.models.{kind}")
     configuration = getattr(library, f"{_T5_KINDS[kind]}Config")
     encoder = getattr(library, f"{_T5_KINDS[kind]}EncoderModel")
-    # Both follow from feed_forward_proj, but where a file has them they beat it.
-    further = {"dense_act_fn": str, "is_gated_act": bool}
     arguments = _text_arguments(config, configuration, further, name) | {"num_decoder_layers": 1}
-    layers = _count(config, "num_layers", 6)
     network = build(lambda: encoder(configuration(**arguments)), name, files, layers)
     buckets = ("relative_attention_num_buckets", "relative_attention_max_distance")
     if [arguments.get(key) for key in buckets] != [32, 128]:

@@ -18,6 +18,8 @@ from latentdiff.models.clip_text import ClipTextEncoder
 from latentdiff.models.clip_tokenizer import in_transformers
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, Encoder
 from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.pixart_transformer import PixArtTransformer
+from latentdiff.models.t5_text import T5TextEncoder
 from latentdiff.models.text_encoders import ClipTower, TextTower
 from latentdiff.models.tiny_autoencoder import TinyAutoencoder
 
@@ -69,9 +71,9 @@ def writing_model(folder: Path, config: str) -> Iterator[Path]:
         yield stage
 
 
-def config_of(network: "VAE | UNet | Encoder") -> dict[str, Any]:
-    """The config of a U-Net, ControlNet or autoencoder as diffusers writes it, ours or theirs."""
-    if isinstance(network, Encoder | KLAutoencoder | TinyAutoencoder):
+def config_of(network: "VAE | UNet | Encoder | PixArtTransformer") -> dict[str, Any]:
+    """The config of a network or autoencoder as diffusers writes it, ours or theirs."""
+    if isinstance(network, Encoder | KLAutoencoder | TinyAutoencoder | PixArtTransformer):
         names = {"_class_name": network.diffusers_name, "_diffusers_version": version("diffusers")}
         return dict(sorted({**network.config, **names}.items()))
     return json.loads(network.to_json_string())
@@ -79,15 +81,24 @@ def config_of(network: "VAE | UNet | Encoder") -> dict[str, Any]:
 
 def text_config_of(network: Any) -> "PreTrainedConfig":
     """A copy of the config of a text encoder, as an object of transformers."""
-    if not isinstance(network, ClipTextEncoder):
-        return copy.deepcopy(network.config)
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    if isinstance(network, ClipTextEncoder):
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
 
-    return CLIPTextConfig(**vars(network.config))
+        return CLIPTextConfig(**vars(network.config))
+    if isinstance(network, T5TextEncoder):
+        from transformers.models.t5.configuration_t5 import T5Config
+
+        derived = ("dense_act_fn", "is_gated_act")  # which beat feed_forward_proj where they are
+        told: dict[str, Any] = vars(network.config)
+        told = {k: v for k, v in told.items() if v is not None or k not in derived}
+        return T5Config(**told)
+    return copy.deepcopy(network.config)
 
 
-def save_diffusers(network: "VAE | UNet | Encoder", stage: Path, dtype: torch.dtype | None) -> None:
-    """Write a U-Net or autoencoder, config and weights, into a folder that is staged.
+def save_diffusers(
+    network: "VAE | UNet | Encoder | PixArtTransformer", stage: Path, dtype: torch.dtype | None
+) -> None:
+    """Write a network or autoencoder, config and weights, into a folder that is staged.
 
     Raises:
         UserError: a weight is not finite in that precision.
@@ -139,10 +150,13 @@ def is_kl(vae: "VAE") -> bool:
     return config_of(vae)["_class_name"] == KLAutoencoder.diffusers_name
 
 
-def drawn_by_diffusers(vae: "VAE", unet: "UNet", schedule: dict[str, Any]) -> bool:
-    """Whether a pipeline of diffusers draws with this autoencoder, U-Net and schedule as here."""
+def drawn_by_diffusers(
+    vae: "VAE", network: "UNet | PixArtTransformer", schedule: dict[str, Any]
+) -> bool:
+    """Whether a pipeline of diffusers draws with this autoencoder, network and schedule as here."""
     known = is_kl(vae) or isinstance(vae, TinyAutoencoder)
-    known &= config_of(unet)["_class_name"] == CrossAttentionUNet.diffusers_name
+    named = (CrossAttentionUNet.diffusers_name, PixArtTransformer.diffusers_name)
+    known &= config_of(network)["_class_name"] in named
     known &= not bool(latent_affine(vae)[1].any())
     known &= schedule.get("prediction_type") in ("epsilon", "sample", "v_prediction")
     known &= "variance_type" not in schedule or schedule["_class_name"] == "DDPMScheduler"

@@ -26,6 +26,7 @@ Config = dict[str, object]
 # The last one takes what no other claims, and says why it cannot.
 _FAMILIES = {
     "stable-diffusion-xl": "latentdiff.formats.stable_diffusion_xl",
+    "pixart": "latentdiff.formats.pixart",
     "stable-diffusion": "latentdiff.formats.stable_diffusion",
 }
 DEFAULT_FAMILY = "stable-diffusion"

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 BUNDLED = "emoji128"
 _FORMER = "emoji64"  # bundled until emoji128 was
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = ("unet", "transformer", "vae", "scheduler")
+PARTS += ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = {*PICKLES, ".safetensors"}
@@ -54,7 +55,7 @@ def find(where: str | Path | None) -> Path:
     except (OSError, ValueError) as error:  # a name too long for a path, or with a NUL in it
         raise UserError(f"{where!s:.100}: not a model ({first_line(error)}).") from error
     if isinstance(where, str) and _HUB_ID.fullmatch(where):
-        kinds = ("*.json", "*.txt", "*.safetensors")
+        kinds = ("*.json", "*.txt", "*.safetensors", "spiece.model")
         return download(
             where, ["model_index.json", "captions.txt", *(f"{p}/{k}" for p in PARTS for k in kinds)]
         )

@@ -6,20 +6,28 @@ list of those that cannot, and how much longer they can make a text is bounded.
 """
 
 import base64
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
+
 from latentdiff.errors import UserError
+from latentdiff.formats.sentencepiece_file import read_vocabulary
 from latentdiff.formats.weights import first_line, read_json
 from latentdiff.models.clip_tokenizer import ClipTokenizer
+from latentdiff.models.t5_tokenizer import END, PAD, UNKNOWN, T5Tokenizer
 from latentdiff.reading import open_regular, reason
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+    from latentdiff.models.text_encoders import Tokenizer
+
 _MOST_PARTS = 32
+_MOST_SENTINELS = 1000
 _MOST_BYTES = 64 * 2**20
 # A prompt of 10,000 characters then has some millions. T5's normalizers are bounded by about 66.
 _MOST_GROWTH = 256
@@ -37,14 +45,14 @@ _GROWTH = {"BertNormalizer": 3, "ByteLevel": 4, "Lowercase": 3, "NFC": 3, "NFD":
 _GROWTH |= {"NFKD": 18, "Nmt": 1, "Strip": 1, "StripAccents": 1}
 
 
-def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersBackend":
+def load_tokenizer(folder: Path, customary: str) -> "Tokenizer":
     """The tokenizer of tokenizer/.
 
     BPE's dropout and Unigram's sampling, which are for training, are left out: with them a seed
     would draw another picture each time.
 
     Args:
-        folder: with tokenizer.json, or with vocab.json and merges.txt.
+        folder: with tokenizer.json, or with vocab.json and merges.txt, or T5's with spiece.model.
         customary: transformers' class of a folder that does not name its own.
 
     Raises:
@@ -55,14 +63,17 @@ def load_tokenizer(folder: Path, customary: str) -> "ClipTokenizer | TokenizersB
     told = read_json(config) if config.is_file() else {}
     named = str(told.get("tokenizer_class") or "").removesuffix("Fast") or customary
     whole = folder / "tokenizer.json"
-    if not whole.is_file() and not (folder / "merges.txt").is_file():
+    others = ("merges.txt", "spiece.model") if named == "T5Tokenizer" else ("merges.txt",)
+    if not whole.is_file() and not any((folder / name).is_file() for name in others):
         raise UserError(f"{whole}: no such file; a model folder needs it.")
 
-    def read() -> "ClipTokenizer | TokenizersBackend":
+    def read() -> "Tokenizer":
         if named == "CLIPTokenizer" and (own := ClipTokenizer.read(folder, told)):
             return own
         if whole.is_file():
             _check(read_json(whole))
+        if named == "T5Tokenizer" and (own := read_t5(folder, told)):
+            return own
         return _tokenizer_class(named).from_pretrained(folder, local_files_only=True)
 
     tokenizer = _refusing(read, folder)
@@ -86,9 +97,7 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"{path}: {reason(error)}.") from error
 
 
-def _refusing(
-    read: Callable[[], "ClipTokenizer | TokenizersBackend"], folder: Path
-) -> "ClipTokenizer | TokenizersBackend":
+def _refusing(read: Callable[[], "Tokenizer"], folder: Path) -> "Tokenizer":
     try:
         return read()
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -110,6 +119,103 @@ def _tokenizer_class(name: str) -> "type[TokenizersBackend]":
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     return TokenizersBackend
+
+
+# Of a tokenizer_config.json of T5; they change nothing, or only calls that are not made here.
+_IDLE = {"backend", "is_local", "local_files_only", "tokenizer_class", "name_or_path", "legacy"}
+_IDLE |= {"clean_up_tokenization_spaces", "special_tokens_map_file", "truncation_side"}
+_T5_TOKENS = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
+_FURTHER = ("extra_special_tokens", "additional_special_tokens")
+_DECODER, _ADDED = "added_tokens_decoder", "added_tokens.json"
+
+
+def read_t5(folder: Path, config: Mapping[str, Any]) -> T5Tokenizer | None:
+    """T5's own tokenizer of a folder with this `tokenizer_config.json`.
+
+    None where transformers' class would make another one of a `tokenizer.json`, or might.
+
+    Raises:
+        UserError, ValueError, KeyError, TypeError: the files hold no tokenizer, or settings beside
+            a `spiece.model` that are not T5's.
+    """
+    window = config.get("model_max_length", int(1e30))
+    usual = [*_T5_TOKENS.values(), *_sentinels(config)]
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _of_sentencepiece(folder, config, usual, window)
+    whole = json.loads(path.read_text("utf-8"))
+    normalizer = whole["normalizer"] or {"type": None}
+    if whole["model"]["type"] != "Unigram" or normalizer["type"] not in (None, "Precompiled"):
+        return None
+    added = {str(token.pop("id")): token for token in whole["added_tokens"]}
+    named = [token["content"] for token in added.values()]
+    same = all(added.get(key) == token for key, token in config.get(_DECODER, {}).items())
+    plain = not _odd(folder, config) and not (folder / _ADDED).exists()
+    if not plain or not same or sorted(named) != sorted(usual):
+        return None
+    packed = normalizer.get("precompiled_charsmap")
+    charsmap = None if packed is None else base64.b64decode(packed)
+    vocabulary = [(piece, score) for piece, score in whole["model"]["vocab"]]
+    own = T5Tokenizer(vocabulary, charsmap, named, window)
+    told = tokenizers.Tokenizer.from_file(str(path))  # in the spelling of today
+    return own if own.backend_tokenizer.to_str() == told.to_str() else None
+
+
+def _of_sentencepiece(
+    folder: Path, config: Mapping[str, Any], usual: list[str], window: int
+) -> T5Tokenizer:
+    """The tokenizer of a `spiece.model`, behind whose pieces the sentinels stand, the last first.
+
+    Raises:
+        UserError, ValueError, KeyError, TypeError: see `read_t5`.
+    """
+    if odd := _odd(folder, config):
+        raise UserError(f"its {odd} does not load here beside a spiece.model")
+    read = read_vocabulary(folder / "spiece.model")
+    vocabulary = [*read.pieces, *((piece, 0.0) for piece in reversed(usual[3:]))]
+    beside = folder / _ADDED
+    told: dict[Any, Any]
+    told = {int(key): token["content"] for key, token in config.get(_DECODER, {}).items()}
+    told |= {key: token for token, key in (read_json(beside) if beside.is_file() else {}).items()}
+    for number, piece in told.items():
+        if not 0 <= number < len(vocabulary) or vocabulary[number][0] != piece:
+            raise UserError(f"its token {piece!r:.40} has an id that is not T5's")
+    own = T5Tokenizer(vocabulary, read.charsmap, usual, window)
+    _check(json.loads(own.backend_tokenizer.to_str()))
+    return own
+
+
+def _sentinels(config: Mapping[str, Any]) -> list[str]:
+    """T5's own special tokens beside those of `_T5_TOKENS`, in their order.
+
+    Raises:
+        UserError: their count makes no sense.
+    """
+    count = config.get("extra_ids", 100)
+    if not isinstance(count, int) or not 0 <= count <= _MOST_SENTINELS:
+        raise UserError(f"extra_ids is {count!r:.40}; it must be 0 .. {_MOST_SENTINELS}")
+    return [f"<extra_id_{number}>" for number in range(count)]
+
+
+def _odd(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The key by which a folder asks for another tokenizer than T5's; None if none does."""
+    beside = folder / "special_tokens_map.json"
+    for told in (config, read_json(beside) if beside.is_file() else {}):
+        for name, usual in _T5_TOKENS.items():
+            if _content(told.get(name, usual)) != usual:
+                return name
+        for name in _FURTHER:
+            listed: Any = told.get(name)
+            if listed and sorted(map(_content, listed)) != sorted(_sentinels(config)):
+                return name
+    if config.get("sp_model_kwargs"):
+        return "sp_model_kwargs"
+    known = {*_IDLE, *_FURTHER, *_T5_TOKENS, _DECODER, "sp_model_kwargs", "extra_ids"}
+    return next((key for key in config if key not in known | {"model_max_length"}), None)
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _check(whole: Mapping[str, Any]) -> None:

@@ -153,9 +153,14 @@ def with_guidance_input(bundle: Bundle) -> Bundle:
 
     As Meng et al. 2023 tell their w, in stage one; the layout is that of latent consistency models,
     `time_cond_proj_dim`.
+
+    Raises:
+        UserError: it has a transformer.
     """
     if bundle.network.guidance_width is not None:
         return bundle
+    if bundle.network.part != "unet":
+        raise UserError(f"{bundle.name} has a transformer, which is not told its guidance scale")
     plain: Any = bundle.network.module
     config = {**plain.config, "time_cond_proj_dim": GUIDANCE_WIDTH}
     ours = isinstance(plain, CrossAttentionUNet)

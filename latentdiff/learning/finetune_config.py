@@ -11,7 +11,6 @@ from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
 from latentdiff.learning.optimizers import OptimizerName
 from latentdiff.learning.presets import OPTIM, Method, Preset, optim_of, preset_of, prior_of
-from latentdiff.lora.file import Layout
 from latentdiff.lora.training import Kind
 from latentdiff.reading import decode
 
@@ -40,7 +39,7 @@ class LoraConfig(Strict):
     blocks: list[str] | None = None
     text_encoder: bool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    layout: Layout = "diffusers"
+    layout: Literal["diffusers", "kohya"] = "diffusers"
 
 
 class CaptionsConfig(Strict):

@@ -63,10 +63,12 @@ def with_mask_input(bundle: Bundle) -> Bundle:
     At first the new model draws as the old one does, whatever it is shown.
 
     Raises:
-        UserError: it is an InstructPix2Pix model.
+        UserError: it is an InstructPix2Pix model, or has a transformer.
     """
     if bundle.kind == "inpainting":
         return bundle
+    if bundle.network.part != "unet":
+        raise UserError(f"{bundle.name} has a transformer, which is not given an input for masks")
     if bundle.kind != "text-to-image":
         raise UserError(f"{bundle.name} is an {bundle.kind} model: it cannot learn to inpaint")
     narrow: Any = bundle.network.module

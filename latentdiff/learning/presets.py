@@ -6,7 +6,7 @@ from typing import Literal
 from latentdiff.bundle import Bundle, open_nouns
 
 Method = Literal["lora", "full", "dreambooth", "textual-inversion", "controlnet"]
-Preset = Literal["emoji", "sd1", "sd2", "sdxl"]
+Preset = Literal["emoji", "sd1", "sd2", "sdxl", "pixart"]
 Values = dict[str, object]
 
 _WIDTHS: dict[int, Preset] = {
@@ -39,6 +39,7 @@ OPTIM: dict[str, dict[str, Values]] = {
     "sd1": _STABLE_DIFFUSION,
     "sd2": _STABLE_DIFFUSION,
     "sdxl": _SDXL,
+    "pixart": _STABLE_DIFFUSION,
 }
 
 # Prodigy finds the rate, of which it takes 1; an average takes the place of a schedule.
@@ -59,6 +60,8 @@ def preset_of(model: str | None) -> Preset:
     family, nouns = open_nouns(model)
     if family == "stable-diffusion-xl":
         return "sdxl"
+    if family == "pixart":
+        return "pixart"
     return _WIDTHS.get(nouns.conditioner.width, "emoji")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 
-Part = Literal["unet", "text_encoder", "text_encoder_2"]
+Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 MAX_RANK = 4096
@@ -60,6 +60,7 @@ class Lora:
         ldm: latent-diffusion's names of the U-Net's layers, where kohya's layout has them: of
             Stable Diffusion XL.
         changes: changes of weights that are no plain product (LoHa, LoKr, DoRA), by part and layer.
+        transformer: factors by module of the transformer that some models have for a U-Net.
     """
 
     unet: Mapping[str, Factors] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Lora:
     text_encoder_2: Mapping[str, Factors] = field(default_factory=dict)
     ldm: Mapping[str, str] = field(default_factory=dict)
     changes: Mapping[Part, Mapping[str, Change]] = field(default_factory=dict)
+    transformer: Mapping[str, Factors] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[Part, Mapping[str, Factors]]]:
         """The parts of the model that it changes."""

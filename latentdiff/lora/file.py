@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError, warn
+from latentdiff.files import writing
 from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.embeddings import BUNDLED, packed_words
 from latentdiff.formats.location import expanded
@@ -46,6 +47,7 @@ from latentdiff.lora.layouts import (
     NORMS,
     SECOND,
     SPELLINGS,
+    TRANSFORMER,
     Kind,
     Spelling,
     parse,
@@ -53,7 +55,7 @@ from latentdiff.lora.layouts import (
 from latentdiff.reading import parse_json
 from latentdiff.registry import check_name
 
-Layout = Literal["diffusers", "kohya"]
+Layout = Literal["diffusers", "kohya", "peft"]
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
@@ -62,9 +64,9 @@ _SYNTAX = re.compile(r"[][\\^$|*+?(){}]")
 _MOST_REGEXES, _MOST_REPEATS, _LONGEST_REGEX = 32, 2, 200
 _METADATA = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
-_DIFFUSERS, _DIFFUSERS_TEXT, _KOHYA, _SUMS = (
+_DIFFUSERS, _DIFFUSERS_TEXT, _PEFT, _KOHYA, _SUMS = (
     next(spelling for spelling in SPELLINGS if spelling.name.startswith(name))
-    for name in ("diffusers", "diffusers, text", "kohya", "sums")
+    for name in ("diffusers", "diffusers, text", "peft", "kohya", "sums")
 )
 # Settings of peft that make more of a file than W + alpha / rank * up @ down.
 _REFUSED = (
@@ -197,6 +199,9 @@ def _grouped(stored: WeightFiles, known: Known) -> dict[tuple[Part, str], Kinds]
     second = next((name for name in stored.shapes if name.startswith(SECOND)), None)
     if second is not None and "text_encoder_2" not in known:
         raise UserError(f"{second} is of Stable Diffusion XL, and this model is not.")
+    other = next((name for name in stored.shapes if name.startswith(TRANSFORMER)), None)
+    if other is not None and "transformer" not in known:
+        raise UserError(f"{other} is of a transformer, and this model has a U-Net.")
     for name in stored.shapes:
         if name.startswith(BUNDLED):
             continue
@@ -344,7 +349,7 @@ def _known_layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 def kohya_names(bundle: Bundle) -> dict[str, str]:
     """Latent-diffusion's names of the U-Net's layers, where kohya's layout has them: see `Lora`."""
     xl = "text_encoder_2" in bundle.modules
-    return ldm_names(network(bundle, "unet")) if xl else {}
+    return ldm_names(bundle.network.module) if xl else {}
 
 
 def ldm_names(model: nn.Module) -> dict[str, str]:
@@ -472,7 +477,9 @@ def save_lora(
         path: the file to be. `StableDiffusionPipeline.load_lora_weights` looks in a folder for
             `pytorch_lora_weights.safetensors`.
         layout: "diffusers" (peft's names), or "kohya", of which A1111 and ComfyUI take every
-            tensor; of diffusers' ComfyUI reads no alpha and leaves some layers out.
+            tensor; of diffusers' ComfyUI reads no alpha and leaves some layers out. Or "peft", a
+            folder with `adapter_model.safetensors`, the path, and `adapter_config.json`, which
+            `peft.PeftModel.from_pretrained` opens around one network.
         dtype: of the factors in the file; None keeps theirs.
         metadata: further text for the file's header.
 
@@ -485,11 +492,16 @@ def save_lora(
         raise UserError("the LoRA changes nothing, so there is nothing to save.")
     path = expanded(path)
     replace = may_replace(path, "a LoRA that opens here", recognise)
-    write = _kohya if layout == "kohya" else _diffusers
-    values, header = write(lora)
+    values, header = {"kohya": _kohya, "diffusers": _diffusers, "peft": _peft}[layout](lora)
+    config = header.pop(_PEFT_CONFIG, None)
+    if config is not None and path.name != FILE_NAMES[1]:
+        raise UserError(f"{path}: peft opens {FILE_NAMES[1]} alone; name it so.")
     if dtype is not None:
         values = {n: v if n.endswith(".alpha") else v.to(dtype) for n, v in values.items()}
     save_tensors(values, path, {**header, **(metadata or {})}, replace=replace)
+    if config is not None:
+        with writing(path.parent / _PEFT_CONFIG, replace=True) as stage:
+            stage.write_text(config, "utf-8")
     return path
 
 
@@ -527,10 +539,36 @@ def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: it holds what diffusers has no names for.
     """
+    values, config = _named_by_peft(lora, _DIFFUSERS, _DIFFUSERS_TEXT)
+    told = {f"{part}.{key}": value for part in config for key, value in config[part].items()}
+    return values, {_METADATA: json.dumps(told, sort_keys=True)}
+
+
+def _peft(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As peft's own `save_pretrained` writes it; the config stands under its file's name.
+
+    Raises:
+        UserError: it is of several networks, or holds what peft's LoRA has no names for.
+    """
+    values, config = _named_by_peft(lora, _PEFT, _PEFT)
+    if len(config) != 1:
+        raise UserError("a LoRA of several networks: the layout 'peft' is for one.")
+    told = next(iter(config.values())) | {"peft_type": "LORA", "bias": "none"}
+    return values, {_PEFT_CONFIG: json.dumps(told, indent=2, sort_keys=True) + "\n"}
+
+
+def _named_by_peft(
+    lora: Lora, spelled: Spelling, spelled_text: Spelling
+) -> tuple[dict[str, Tensor], dict[Part, dict[str, object]]]:
+    """The tensors, and for each part the arguments of peft's LoraConfig.
+
+    Raises:
+        UserError: it holds what diffusers has no names for.
+    """
     if any(lora.sums.values()):
         raise UserError("it changes norms or biases, which only the layout 'kohya' has names for.")
     values: dict[str, Tensor] = {}
-    config: dict[str, object] = {}
+    config: dict[Part, dict[str, object]] = {}
     for part in PARTS:
         plain, norms_of = dict(getattr(lora, part)), _norms_of(lora.changes.get(part, {}))
         if plain and norms_of:
@@ -538,7 +576,7 @@ def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
         factors = plain or {module: pair for module, (pair, _) in norms_of.items()}
         if not factors:
             continue
-        spelling = _DIFFUSERS if part == "unet" else _DIFFUSERS_TEXT
+        spelling = spelled_text if part.startswith("text_encoder") else spelled
         for module, pair in factors.items():
             values[spelling.spelled(part, module, "down")] = pair.down
             values[spelling.spelled(part, module, "up")] = pair.up
@@ -546,9 +584,8 @@ def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
                 name = spelling.spelled(part, module, "down")
                 name = name.removesuffix(spelling.ends["down"]) + ".lora_magnitude_vector"
                 values[name] = norms_of[module][1]
-        settings = peft_settings(factors) | ({"use_dora": True} if norms_of else {})
-        config |= {f"{part}.{key}": value for key, value in settings.items()}
-    return values, {_METADATA: json.dumps(config, sort_keys=True)}
+        config[part] = peft_settings(factors) | ({"use_dora": True} if norms_of else {})
+    return values, config
 
 
 def _norms_of(changes: Mapping[str, Change]) -> dict[str, tuple[Factors, Tensor]]:

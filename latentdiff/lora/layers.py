@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,8 @@ def add_lora(
     if others := lora_names(bundle):
         raise UserError(f"the model has a LoRA already ('{others[0]}'): remove or fuse it first.")
     named = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else targets
-    chosen: dict[Part, Sequence[str]] = {"unet": named}
+    denoiser = cast(Part, bundle.network.part)
+    chosen: dict[Part, Sequence[str]] = {denoiser: named}
     for part in parts_of(bundle) if text_encoder else ():
         chosen.setdefault(part, _TEXT_TARGETS)
     random = torch.Generator().manual_seed(seed)
@@ -114,9 +115,9 @@ def add_lora(
             module: layer
             for module, layer in layers(network(bundle, part)).items()
             if any(f".{module}".endswith(f".{end}") for end in ends)
-            and (part != "unet" or blocks is None or _begins(module, blocks))
+            and (part != denoiser or blocks is None or _begins(module, blocks))
         }
-        if not matching and part != "unet":
+        if not matching and part != denoiser:
             raise UserError("only a CLIP text encoder can have a LoRA; leave text_encoder off.")
         if not matching:
             where = "" if blocks is None else f" and begins with {blocks}"

@@ -35,7 +35,7 @@ class Spelling:
 
     Attributes:
         name: for people.
-        unet: prefix of the U-Net's layers.
+        unet: prefix of the U-Net's layers; with "transformer" for "unet", that of a transformer's.
         text: prefix of the text encoder's; None where it has none of its own.
         blocks: names of layers as in diffusers, or as in latent-diffusion's U-Net (LDM).
         ends: the end of each tensor's name.
@@ -57,7 +57,9 @@ class Spelling:
         Args:
             module: the layer's name, in the names of blocks of this spelling.
         """
-        prefix = self.unet if part == "unet" else self.text or ""
+        prefix = self.unet if part in _DENOISERS else self.text or ""
+        if part == "transformer":
+            prefix = prefix.replace("unet", part)
         if part == "text_encoder_2":
             prefix = prefix.replace(*_SECOND_OF[self.joint], 1)
             if module == "text_projection":  # which stands outside of the text model
@@ -70,6 +72,7 @@ class Spelling:
         return f"{prefix}{module.replace('.', self.joint)}{end}"
 
 
+_DENOISERS: tuple[Part, ...] = ("unet", "transformer")
 _PEFT: dict[Kind, str] = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
 _KOHYA: dict[Kind, str] = {
     "down": ".lora_down.weight",
@@ -114,7 +117,7 @@ SPELLINGS: tuple[Spelling, ...] = (
         "base_model.model.text_model.",
         "diffusers",
         _PEFT,
-        note="alpha in adapter_config.json",
+        note="alpha in adapter_config.json; written with it",
     ),
     Spelling("diffusers' paths, kohya's ends", "unet.", _TEXT, "diffusers", _KOHYA),
     Spelling(
@@ -172,12 +175,14 @@ _ENDS: dict[str, Kind] = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
-_EITHER: tuple[Part, ...] = ("unet", "text_encoder")
+_EITHER: tuple[Part, ...] = (*_DENOISERS, "text_encoder")
 # With underscores only, which is all that kohya's files tell; the longest first.
 _PREFIXES: list[tuple[str, tuple[Part, ...]]] = sorted(
     {
         ("lora_unet_", ("unet",)),
         ("unet_", ("unet",)),
+        ("lora_transformer_", ("transformer",)),
+        ("transformer_", ("transformer",)),
         ("diffusion_model_", ("unet",)),
         ("model_diffusion_model_", ("unet",)),
         ("lora_te_", ("text_encoder",)),
@@ -195,7 +200,10 @@ _PREFIXES: list[tuple[str, tuple[Part, ...]]] = sorted(
 SECOND = ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.")
 """Beginnings of names of the second text encoder's layers."""
 
-_LATER = ("lora_te3_", "text_encoder_3.", "transformer.")
+_LATER = ("lora_te3_", "text_encoder_3.")
+TRANSFORMER = ("lora_transformer_", "transformer.")
+"""Beginnings of names of a transformer's layers."""
+
 # Of prefixes with dots and with underscores: what names the first text encoder, and the second.
 _SECOND_OF = {".": ("text_encoder.", "text_encoder_2."), "_": ("lora_te1_", "lora_te2_")}
 _TEXT_OF_2023 = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -221,7 +229,7 @@ class Name:
                 continue
             for part in parts:
                 rest = flat.removeprefix(prefix)
-                if part != "unet":
+                if part not in _DENOISERS:
                     rest = rest.removeprefix("text_model_")
                     head, _, last = rest.rpartition("_to_")
                     rest = (

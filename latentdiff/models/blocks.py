@@ -4,6 +4,7 @@ They compute what diffusers' blocks compute, operation by operation, so that flo
 equal to the last bit; what no checkpoint of the family uses is left out.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -163,6 +164,42 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x.shape[-2:]
         return self.conv(interpolate(x, size=size or (2 * height, 2 * width), mode="nearest"))
+
+
+def sinusoids(t: Tensor, width: int, *, flip: bool = True, shift: float = 0) -> Tensor:
+    """Sines and cosines of numbers [N], float32 [N, width]: Vaswani et al. 2017, sec. 3.5.
+
+    Args:
+        flip: whether cosines come first.
+        shift: subtracted from the count of frequencies.
+    """
+    half = width // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = torch.exp(exponent / (half - shift)) * t[:, None].float()
+    sine, cosine = torch.sin(angles), torch.cos(angles)
+    first, second = (cosine, sine) if flip else (sine, cosine)
+    return pad(torch.cat([first, second], -1), (0, width % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """Embeds times, or pooled text and sizes, by two linear layers.
+
+    Args:
+        inside: D of the numbers.
+        outside: D of what the blocks are told.
+        beside: D of what is added to the numbers first; None for nothing.
+    """
+
+    def __init__(self, inside: int, outside: int, beside: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(inside, outside)
+        self.cond_proj = None if beside is None else nn.Linear(beside, inside, bias=False)
+        self.linear_2 = nn.Linear(outside, outside)
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        if beside is not None and self.cond_proj is not None:
+            x = x + self.cond_proj(beside)
+        return self.linear_2(silu(self.linear_1(x)))
 
 
 def run(block: nn.Module, *given: Any) -> Tensor:

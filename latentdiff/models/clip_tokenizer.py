@@ -22,6 +22,7 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from latentdiff.files import scratch_folder
+from latentdiff.models.t5_tokenizer import T5Tokenizer
 
 if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -158,9 +159,11 @@ class ClipTokenizer:
             return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
 
 
-def in_transformers(tokenizer: "ClipTokenizer | TokenizersBackend") -> "TokenizersBackend":
+def in_transformers(
+    tokenizer: "ClipTokenizer | T5Tokenizer | TokenizersBackend",
+) -> "TokenizersBackend":
     """A copy of a tokenizer as an object of transformers, to be changed or saved."""
-    if isinstance(tokenizer, ClipTokenizer):
+    if isinstance(tokenizer, ClipTokenizer | T5Tokenizer):
         return tokenizer.in_transformers()
     return copy.deepcopy(tokenizer)
 

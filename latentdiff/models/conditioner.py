@@ -1,8 +1,8 @@
 """The conditioner of a model: prompts to the condition of its network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 from torch import nn
 
@@ -208,13 +208,7 @@ class TextConditioner:
         return Encoded(self.condition(text, size), text.cut)
 
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Self:
-        return type(self)(with_model(self.tower, modules["text_encoder"]))
+        return replace(self, tower=self.tower.with_model(modules["text_encoder"]))
 
     def with_towers(self, towers: Mapping[str, TextTower]) -> Self:
-        return type(self)(towers["text_encoder"])
-
-
-def with_model(tower: TextTower, model: nn.Module) -> TextTower:
-    """The same text encoder with other weights."""
-    kind: Any = type(tower)
-    return kind(model, tower.tokenizer)
+        return replace(self, tower=towers["text_encoder"])

@@ -144,6 +144,8 @@ def check_control(control: ControlNetwork, network: "Network", factor: int) -> N
     Raises:
         UserError: it does not.
     """
+    if network.part != "unet":
+        raise UserError(f"control: {control.name} stands beside a U-Net, and this model has none.")
     config = control.module.config
     unet: Any = network.module
     added = unet.config["addition_embed_type"]

@@ -1,6 +1,5 @@
 """The U-Net of Stable Diffusion, with the tensor names of diffusers' UNet2DConditionModel."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,9 +12,11 @@ from latentdiff.models.blocks import (
     BasicTransformerBlock,
     Downsample,
     ResnetBlock2D,
+    TimeEmbedding,
     Transformer,
     Upsample,
     run,
+    sinusoids,
 )
 
 _CROSSING = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -190,13 +191,9 @@ class Encoder(nn.Module):
         return time + self.add_embedding(torch.cat([added["text_embeds"], sizes], -1).to(time))
 
     def _waves(self, t: Tensor, width: int) -> Tensor:
-        """Sines and cosines of numbers [N]: Vaswani et al. 2017, sec. 3.5; [N, width]."""
-        half = width // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = torch.exp(exponent / (half - self.config["freq_shift"])) * t[:, None].float()
-        sine, cosine = torch.sin(angles), torch.cos(angles)
-        first, second = (cosine, sine) if self.config["flip_sin_to_cos"] else (sine, cosine)
-        return nn.functional.pad(torch.cat([first, second], -1), (0, width % 2))
+        """See `sinusoids`."""
+        flip, shift = self.config["flip_sin_to_cos"], self.config["freq_shift"]
+        return sinusoids(t, width, flip=flip, shift=shift)
 
     def _down(self, x: Tensor, time: Tensor, given: Sequence[Any]) -> list[Tensor]:
         """The skips of the way down, from x behind the first convolution: the last is the end."""
@@ -331,27 +328,6 @@ class EnergyUNet(CrossAttentionUNet):
             density = self.log_density(x, *told, **more)
             (score,) = torch.autograd.grad(density.sum(), x, create_graph=again)
         return score
-
-
-class TimeEmbedding(nn.Module):
-    """Embeds times, or pooled text and sizes, by two linear layers.
-
-    Args:
-        inside: D of the numbers.
-        outside: D of what the blocks are told.
-        beside: D of what is added to the numbers first; None for nothing.
-    """
-
-    def __init__(self, inside: int, outside: int, beside: int | None = None) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(inside, outside)
-        self.cond_proj = None if beside is None else nn.Linear(beside, inside, bias=False)
-        self.linear_2 = nn.Linear(outside, outside)
-
-    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
-        if beside is not None and self.cond_proj is not None:
-            x = x + self.cond_proj(beside)
-        return self.linear_2(silu(self.linear_1(x)))
 
 
 class _Block(nn.Module):

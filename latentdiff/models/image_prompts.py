@@ -274,8 +274,8 @@ def check_adapter(adapter: ImageAdapter, network: "Network") -> None:
     unet, sizes = network.module, adapter.module.sizes
     if not isinstance(unet, CrossAttentionUNet):
         raise UserError(
-            f"image_prompts: this model's U-Net is a {type(unet).__name__} of diffusers, which is "
-            "shown no pictures here."
+            f"image_prompts: this model's network is a {type(unet).__name__}, which is shown no "
+            "pictures here."
         )
     layers = [layer.width for layer in unet.cross_attention()]
     for what, own, wanted in (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
-from latentdiff.models.conditioner import Encoded, SizeConditions, with_model
+from latentdiff.models.conditioner import Encoded, SizeConditions
 from latentdiff.models.long_prompts import long_states
 from latentdiff.models.prompt_weights import window_states
 from latentdiff.models.text_encoders import (
@@ -140,7 +140,7 @@ class JoinedConditioner:
         return Encoded(self.condition(text, size), text.cut)
 
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Self:
-        towers: Any = {n: with_model(tower, modules[n]) for n, tower in self.towers.items()}
+        towers: Any = {n: tower.with_model(modules[n]) for n, tower in self.towers.items()}
         return replace(self, towers=towers)
 
     def with_towers(self, towers: Mapping[str, Any]) -> Self:

@@ -22,7 +22,7 @@ Kind = Literal["text-to-image", "inpainting", "instruct-pix2pix"]
 change."""
 
 # What a run must give it, and what a user does about it.
-_NEEDS: dict[Kind, str] = {
+NEEDS: dict[Kind, str] = {
     "text-to-image": "this model sees x_t alone: use RePaint or Blend in place of Inpaint, and "
     "SDEdit in place of Instruct.",
     "inpainting": "this is an inpainting model: it needs edits=[Inpaint(image, mask)], which is "
@@ -38,6 +38,11 @@ class Network(Protocol):
     @property
     def module(self) -> nn.Module:
         """The network's weights, to train, to save and to put a LoRA into."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """Name of its folder in the diffusers layout: "unet" or "transformer"."""
         ...
 
     @property
@@ -173,6 +178,10 @@ class DiffusersUNet:
         }
 
     @property
+    def part(self) -> str:
+        return "unet"
+
+    @property
     def in_channels(self) -> int:
         return self.module.config["in_channels"]
 
@@ -230,10 +239,7 @@ class DiffusersUNet:
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
     ) -> Tensor:
-        attention: dict[str, object] = {}
-        if perturbed:
-            rows = torch.tensor(perturbed).repeat_interleave(len(x) // len(perturbed))
-            attention["spoilt"] = Spoilt(rows.to(x.device), (x.shape[-2], x.shape[-1]))
+        attention: dict[str, object] = {**spoilt_rows(x, perturbed)}
         if condition.images:
             attention["images"] = [
                 replace(one, tokens=one.tokens.to(x.device, self.dtype)) for one in condition.images
@@ -244,8 +250,7 @@ class DiffusersUNet:
             x = torch.cat([x, condition.beside.to(x)], dim=1)
         if x.shape[1] != self.in_channels:
             raise UserError(
-                f"the U-Net takes {self.in_channels} channels, not {x.shape[1]}: "
-                f"{_NEEDS[self.kind]}"
+                f"the U-Net takes {self.in_channels} channels, not {x.shape[1]}: {NEEDS[self.kind]}"
             )
         states, mask, scale = condition.states, condition.mask, condition.guidance_embedding
         assert states is not None
@@ -330,6 +335,20 @@ class SizedUNet(DiffusersUNet):
             )
         device = next(self.module.parameters()).device
         return {"text_embeds": pooled.to(device, self.dtype), "time_ids": sizes.to(device)}
+
+
+def spoilt_rows(x: Tensor, perturbed: Sequence[int], patch: int = 1) -> dict[str, Spoilt]:
+    """Of a module's `cross_attention_kwargs` for x [B, C, H, W] the perturbations of its parts.
+
+    Args:
+        perturbed: see `latentdiff.diffusion.denoiser.CallsNetwork`.
+        patch: side of the patches that become the network's places.
+    """
+    if not perturbed:
+        return {}
+    rows = torch.tensor(perturbed).repeat_interleave(len(x) // len(perturbed))
+    height, width = (-(-side // patch) for side in x.shape[-2:])
+    return {"spoilt": Spoilt(rows.to(x.device), (height, width))}
 
 
 def _each(value: object) -> list[Any]:

@@ -22,7 +22,8 @@ class Perturbation(Protocol):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Prefixes of the names of the layers: "mid_block" or "up_blocks.1.attentions.0"."""
+        """Prefixes of the names of the layers: "mid_block", which is the middle block of a
+        transformer too, or "up_blocks.1.attentions.0"."""
         ...
 
     def mix(self, attention: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -104,18 +105,29 @@ def perturbable(unet: Module, perturbations: Sequence[Perturbation]) -> Module:
     twin = copy.deepcopy(unet, shared)
     layers: dict[str, Any] = {n: m for n, m in twin.named_modules() if hasattr(m, "processor")}
     selves = [n for n in layers if n.endswith(".attn1") and not layers[n].is_cross_attention]
-    for wanted in (layer for perturbation in perturbations for layer in perturbation.layers):
+    chosen = [tuple(_middle(layer, selves) for layer in each.layers) for each in perturbations]
+    for wanted in (layer for each in chosen for layer in each):
         if not any(name.startswith(wanted) for name in selves):
             known = ", ".join(sorted({name.split(".transformer_blocks")[0] for name in selves}))
             raise UserError(f"no self-attention layer is called '{wanted}'; there are: {known}.")
     for name, layer in layers.items():
         own = {
             number: perturbation
-            for number, perturbation in enumerate(perturbations, 1)
-            if name in selves and name.startswith(perturbation.layers)
+            for number, (perturbation, wanted) in enumerate(
+                zip(perturbations, chosen, strict=True), 1
+            )
+            if name in selves and name.startswith(wanted)
         }
         layer.processor = _Spoiling(layer.processor, own)
     return twin
+
+
+def _middle(layer: str, selves: Sequence[str]) -> str:
+    """The prefix of a layer's name, where "mid_block" is the middle block of a transformer, too."""
+    blocks = [name for name in selves if name.startswith("transformer_blocks.")]
+    if layer not in MID or not blocks:
+        return layer
+    return blocks[len(blocks) // 2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from latentdiff.models.clip_text import ClipTextEncoder
     from latentdiff.models.clip_tokenizer import ClipTokenizer
+    from latentdiff.models.t5_text import T5TextEncoder
+    from latentdiff.models.t5_tokenizer import T5Tokenizer
 
-Tokenizer = Union["ClipTokenizer", "TokenizersBackend"]
+Tokenizer = Union["ClipTokenizer", "T5Tokenizer", "TokenizersBackend"]
 
 _PROBE = "a photo of 2 cats, \u00fcber \u732b's!\n"
 # T5 has no longest text; this is what it was trained on, when its tokenizer does not say.
@@ -93,7 +95,7 @@ class TextTower(Protocol):
     """Prompts in, `TextStates` out."""
 
     @property
-    def model(self) -> "ClipTextEncoder | CLIPTextModel | T5EncoderModel":
+    def model(self) -> "ClipTextEncoder | CLIPTextModel | T5TextEncoder | T5EncoderModel":
         """The network, for its weights, its device and training it along."""
         ...
 
@@ -128,6 +130,10 @@ class TextTower(Protocol):
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
         """`tokenize`, then `states`."""
+        ...
+
+    def with_model(self, model: nn.Module) -> Self:
+        """The same text encoder with other weights."""
         ...
 
 
@@ -165,6 +171,9 @@ class ClipTower:
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
         return self.states(self.tokenize(prompts), clip_skip)
+
+    def with_model(self, model: Any) -> Self:
+        return type(self)(model, self.tokenizer)
 
 
 class PenultimateTower(ClipTower):
@@ -213,13 +222,23 @@ class T5Tower:
 
     Prompts are padded to the longest of the batch; neither the encoder nor the denoiser sees the
     padding.
+
+    Args:
+        model: the encoder.
+        tokenizer: of its words.
+        window: the most tokens of one prompt; None for what the tokenizer's files say, else 512.
     """
 
-    def __init__(self, model: "T5EncoderModel", tokenizer: "Tokenizer") -> None:
+    def __init__(
+        self,
+        model: "T5TextEncoder | T5EncoderModel",
+        tokenizer: "Tokenizer",
+        window: int | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.width: int = model.config.d_model
-        self.window: int = _declared_window(tokenizer, _T5_WINDOW)
+        self.window: int = window or _declared_window(tokenizer, _T5_WINDOW)
         _check_tokenizer(tokenizer, model.config.vocab_size)
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
@@ -234,6 +253,9 @@ class T5Tower:
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
         return self.states(self.tokenize(prompts), clip_skip)
+
+    def with_model(self, model: Any) -> Self:
+        return type(self)(model, self.tokenizer, self.window)
 
 
 def token_spans(tower: TextTower, prompt: str) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from latentdiff.errors import UserError, warn
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.long_prompts import most_chunks
 from latentdiff.models.prompt_weights import has_weights, without_weights
-from latentdiff.models.text_encoders import PLAIN, Reading
+from latentdiff.models.text_encoders import PLAIN, ClipTower, Reading
 from latentdiff.pictures import Picture
 
 MAX_PROMPT = 10_000  # characters
@@ -200,12 +200,13 @@ def encode_prompts(
             "a prompt holds (text:number), which is read as plain words; "
             "prompt_weights=True (--weights) reads it as a weight"
         )
+    clips = all(isinstance(tower, ClipTower) for tower in conditioner.towers.values())
+    more = " (long_prompts=True, --long, reads all of it)" if clips else ""
     for text, lost in zip(texts, encoded.cut, strict=True):
         if lost:
             warn(
                 f"the prompt {text[:40]!r}... is longer than the model's window of "
-                f"{conditioner.window} tokens; not used: {lost!r} (long_prompts=True, --long, "
-                "reads all of it)"
+                f"{conditioner.window} tokens; not used: {lost!r}{more}"
             )
     place = {text: number for number, text in enumerate(texts)}
     shared = {

@@ -29,6 +29,8 @@ from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 from latentdiff.bundle import Bundle
 from latentdiff.cli import main
@@ -37,6 +39,7 @@ from latentdiff.models.clip_text import ClipTextConfig, ClipTextEncoder
 from latentdiff.models.clip_tokenizer import ClipTokenizer
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.t5_text import T5TextConfig, T5TextEncoder
 from latentdiff.models.unet import build_unet
 from latentdiff.models.working_memory import unet_bytes
 
@@ -190,6 +193,83 @@ def test_the_text_encoder_is_that_of_transformers() -> None:
         ids = tower.tokenize(CAPTIONS).ids
         wanted: Any = tower.model(input_ids=ids)
         assert torch.equal(own(ids).last_hidden_state, wanted.last_hidden_state)
+
+
+T5S: dict[str, dict[str, Any]] = {
+    "as T5": {},
+    "as T5 1.1": {"feed_forward_proj": "gated-gelu"},
+    "far": {"relative_attention_num_buckets": 9, "relative_attention_max_distance": 17},
+    "told apart": {"dense_act_fn": "gelu_new", "is_gated_act": True},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", T5S)
+def test_the_t5_encoder_is_that_of_transformers(kind: str) -> None:
+    """With masks and without, over more tokens than there are buckets; in bfloat16 too."""
+    config: dict[str, Any] = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24}
+    config |= {"num_layers": 3, "num_heads": 2, **T5S[kind]}
+    with torch.random.fork_rng([]):
+        theirs = draw_weights(T5EncoderModel(T5Config(**config)), 0)
+    told = T5TextConfig(**config)
+    assert T5TextEncoder.understands(told)
+    own = T5TextEncoder(told).eval()
+    own.load_state_dict(theirs.state_dict())
+    ids = torch.randint(0, 40, (3, 150), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(150) < torch.tensor([[150], [9], [70]])
+    for length in (1, 12, 150):
+        for seen in (None, mask[:, :length], torch.ones_like(mask[:, :length])):
+            wanted: Any = theirs(ids[:, :length], attention_mask=seen)
+            got = own(ids[:, :length], seen).last_hidden_state
+            assert torch.equal(got, wanted.last_hidden_state)
+    low: Any = theirs.bfloat16()(ids, attention_mask=mask)
+    own.bfloat16()
+    assert torch.equal(own(ids, mask).last_hidden_state, low.last_hidden_state)
+
+
+def test_the_t5_encoder_learns_as_that_of_transformers() -> None:
+    """Gradients within rounding; and what is dropped is, from the same random state."""
+    config: dict[str, Any] = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24}
+    config |= {"num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    with torch.random.fork_rng([]):
+        theirs, own = T5EncoderModel(T5Config(**config)), T5TextEncoder(T5TextConfig(**config))
+        own.load_state_dict(draw_weights(theirs, 0).state_dict())
+        ids = torch.arange(20).view(2, 10)
+        answers: list[Tensor] = []
+        for model in (theirs, own):
+            torch.manual_seed(3)
+            said: Any = model.train()(ids)
+            answers.append(said.last_hidden_state)
+            answers[-1].square().mean().backward()
+            assert (model.eval()(ids).last_hidden_state - answers[-1]).abs().max() > 0.1
+        torch.testing.assert_close(*answers)
+    other = dict(theirs.named_parameters())
+    assert [name for name, _ in own.named_parameters()] == list(other)
+    for name, parameter in own.named_parameters():
+        torch.testing.assert_close(parameter.grad, other[name].grad)
+
+
+def test_what_is_another_t5_is_left_to_transformers(tmp_path: Path) -> None:
+    """Defaults are theirs, too; a folder opens as ours or as theirs, and is saved alike."""
+    own_keys = {"dense_act_fn", "is_gated_act"}
+    assert T5TextConfig.__annotations__.keys() - own_keys == T5Config.__annotations__.keys() - {
+        "model_type"
+    }
+    defaults, named = T5Config(), [f for f in fields(T5TextConfig) if f.name not in own_keys]
+    assert all(getattr(defaults, f.name) == f.default for f in named if "layers" not in f.name)
+    others: list[dict[str, Any]] = [{"feed_forward_proj": "gated-silu"}, {"is_decoder": True}]
+    for change in others:
+        assert not T5TextEncoder.understands(T5TextConfig(**change))
+    folder = tiny_bundle(tower="t5").save(tmp_path / "model")
+    ours = Bundle.load(folder)
+    assert isinstance(tower_of(ours).model, T5TextEncoder)
+    again = ours.save(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        path = Path("text_encoder") / name
+        assert (folder / path).read_bytes() == (again / path).read_bytes()
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dense_act_fn": "gelu"}))
+    assert isinstance(tower_of(Bundle.load(folder)).model, T5EncoderModel)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from tiny import (
     tiny_clip_of_pictures,
     tiny_control,
     tiny_penultimate,
+    tiny_pixart,
     tiny_t5,
     tiny_unet,
     tiny_vae,
@@ -216,6 +217,46 @@ def test_a_unet_of_stable_diffusion_xl(refiner: bool, in_channels: int) -> None:
         another[:, number] += 2 if refiner and number == 4 else 256
         changes[f"size {number}"] = added(time_ids=another)
     sees(output_of(bundle.network.module), told | added(), changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [False, True])
+def test_a_transformer_of_pixart(sizes: bool) -> None:
+    """Each state that is not hidden, each number alone, and the place of every patch."""
+    bundle = tiny_pixart(sizes=sizes, window=WINDOW)
+    prompts = [f"{prompt}, flat style with pizza" for prompt in PROMPTS]
+    condition = bundle.conditioner.encode(prompts, (64, 48)).condition
+    states, mask, numbers = condition.states, condition.mask, condition.sizes
+    assert states is not None
+    assert mask is not None
+    told, changes = latents_and_text(states, 4)
+    changes |= positions(states)
+    told["encoder_attention_mask"] = mask
+    for place in range(WINDOW):
+        hidden = torch.arange(WINDOW) == place
+        changes[f"hidden {place}"] = {"encoder_attention_mask": mask & ~hidden}
+
+    def added(sizes: Tensor) -> dict[str, Any]:
+        return {"added_cond_kwargs": {"resolution": sizes[:, :2], "aspect_ratio": sizes[:, 2:]}}
+
+    if sizes:
+        assert numbers is not None
+        assert numbers.shape == (2, 3)
+        for number in range(3):
+            another = numbers.clone()
+            another[:, number] *= 2
+            changes[f"number {number}"] = added(another)
+        told |= added(numbers)
+    module: Any = bundle.network.module
+
+    def network(x: Tensor, t: Tensor, states: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        return module(x, states, t, **more).split(4, dim=1)
+
+    sees(network, told, changes)
+    prediction, variance = network(**told)
+    assert moved(prediction, variance) > 1
+    turned = network(**told | {"x": told["x"].flip(2, 3)})[0].flip(2, 3)
+    assert moved(prediction, turned) > ENOUGH
 
 
 @torch.no_grad()

@@ -221,6 +221,7 @@ SWEPT: dict[str, object] = {
     "shift_factor": 0.2,
     "attention_dropout": 0.5,
     "eos_token_id": 3,
+    "dropout_rate": 0.5,
 }
 # What each key does to a network of ours that goes on to be ours; any other key leads to the class
 # of diffusers or transformers, which `_compare` holds to its own picture, or is refused by name.
@@ -240,6 +241,12 @@ OURS: dict[str, dict[str, set[str]]] = {
         "unmoved": {"bos_token_id", "eos_token_id", "initializer_factor", "initializer_range"}
         | {"pad_token_id", "projection_dim"},
     },
+    "t5": {
+        "moved": {"layer_norm_epsilon"},
+        "unmoved": {"classifier_dropout", "dropout_rate", "eos_token_id", "initializer_factor"}
+        | {"is_encoder_decoder", "num_decoder_layers", "pad_token_id", "use_cache"}
+        | {"relative_attention_max_distance"},  # of prompts so short
+    },
 }
 
 
@@ -257,7 +264,7 @@ def _other(key: str, default: object) -> object:
 def _is_ours(network: str) -> bool:
     """Whether the network of the changed folder is of a class of ours."""
     folder = SOUND[network].parent / "changed" / network
-    if network == "clip":
+    if network in ("clip", "t5"):
         module = parts.text(folder / "text_encoder", folder / "tokenizer")[0].model
     else:
         module = (parts.unet if network == "unet" else parts.vae)(folder / NETWORKS[network][0])[0]

@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from latentdiff.errors import UserError
 from latentdiff.formats.tokenizer_files import load_tokenizer
+from latentdiff.models.t5_tokenizer import T5Tokenizer as OwnT5Tokenizer
 from latentdiff.models.text_encoders import _check_tokenizer, encode_tokens
 
 Change = dict[str, Any]
@@ -128,7 +131,122 @@ def test_what_transformers_writes_is_read_the_same(tmp_path: Path) -> None:
         for caption in CAPTIONS:
             ids = tokenizer.backend_tokenizer.encode(caption).ids
             assert again.backend_tokenizer.encode(caption).ids == ids
-        assert isinstance(again, T5Tokenizer) == (kind == "T5Tokenizer")
+        assert isinstance(again, OwnT5Tokenizer) == (kind == "T5Tokenizer")
+
+
+def number(value: int) -> bytes:
+    """A whole number of protocol buffers."""
+    digits = [value >> shift & 127 for shift in range(0, max(1, value.bit_length()), 7)]
+    return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+
+def message(fields: list[tuple[int, int | float | bytes]]) -> bytes:
+    """A message of protocol buffers, as SentencePiece writes its vocabularies."""
+    parts: list[bytes] = []
+    for field, value in fields:
+        if isinstance(value, float):
+            parts.append(number(field << 3 | 5) + struct.pack("<f", value))
+        elif isinstance(value, int):
+            parts.append(number(field << 3) + number(value))
+        else:
+            parts.append(number(field << 3 | 2) + number(len(value)) + value)
+    return b"".join(parts)
+
+
+def spiece(
+    trainer: tuple[tuple[int, int], ...] = (), normalizer: tuple[tuple[int, int | bytes], ...] = ()
+) -> bytes:
+    """The vocabulary of the tests' T5 as a `spiece.model`, with these further fields."""
+    whole = json.loads(t5_tokenizer().backend_tokenizer.to_str())["model"]["vocab"]
+    pieces = [(1, message([(1, p.encode()), (2, float(s)), (3, 1)])) for p, s in whole]
+    trained = message([(3, 1), (4, len(pieces)), (10, 0.9995), *trainer])
+    return message([*pieces, (2, trained), (3, message([(1, b"nmt"), *normalizer]))])
+
+
+TEXTS = [*CAPTIONS, "", "  two\tpeople \n holding  hands ", "</s> é日本🎉 <extra_id_0>", "x" * 99]
+
+
+@pytest.mark.parametrize("extra", [0, 3, 100])
+def test_t5s_own_tokenizer_is_that_of_transformers(extra: int, tmp_path: Path) -> None:
+    """Of `tokenizer.json`, and of the `spiece.model` that is all that many a folder has."""
+    vocab = [tuple(pair) for pair in json.loads(spiece_json())["model"]["vocab"]]
+    theirs = T5Tokenizer(vocab=vocab, extra_ids=extra, model_max_length=20)
+    theirs.save_pretrained(tmp_path / "json")
+    own = load_tokenizer(tmp_path / "json", "T5Tokenizer")
+    assert isinstance(own, OwnT5Tokenizer)
+    again = T5Tokenizer.from_pretrained(tmp_path / "json")
+    assert own.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
+    assert (own.pad_token_id, own.model_max_length) == (again.pad_token_id, 20)
+    back = own.in_transformers()
+    assert back.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
+    assert back.model_max_length == 20
+    packed = tmp_path / "spiece"
+    packed.mkdir()
+    (packed / "spiece.model").write_bytes(spiece())
+    told: dict[str, Any] = {"extra_ids": extra, "legacy": True, "sp_model_kwargs": {}}
+    told["added_tokens_decoder"] = {"1": {"content": "</s>", "lstrip": True}}
+    (packed / "tokenizer_config.json").write_text(json.dumps(told))
+    last = len(vocab) + extra - 1
+    added = {"<extra_id_0>": last} if extra else {}
+    (packed / "added_tokens.json").write_text(json.dumps(added))
+    read = load_tokenizer(packed, "T5Tokenizer")
+    assert isinstance(read, OwnT5Tokenizer)
+    assert read.added_tokens_encoder.get("<extra_id_0>", last) == last  # as T5 was trained
+    for text in TEXTS:
+        ids = again.backend_tokenizer.encode(text).ids
+        assert own.backend_tokenizer.encode(text).ids == ids
+        if "extra_id" not in text:
+            assert read.backend_tokenizer.encode(text).ids == ids
+
+
+def spiece_json() -> str:
+    return t5_tokenizer().backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pad_token": "<unk>"},
+        {"extra_special_tokens": ["<cat>"]},
+        {"something_new": 1},
+        {"added_tokens_decoder": {"1": {"content": "</s>", "lstrip": True}}},
+    ],
+)
+def test_what_is_not_plainly_t5_is_left_to_transformers(change: Change, tmp_path: Path) -> None:
+    t5_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    assert isinstance(load_tokenizer(tmp_path, "T5Tokenizer"), OwnT5Tokenizer)
+    path.write_text(json.dumps(config | change))
+    assert isinstance(load_tokenizer(tmp_path, "T5Tokenizer"), T5Tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("data", "config", "told"),
+    [
+        (spiece()[:-1], {}, "damaged or cut short"),
+        (b"\xff" * 12, {}, "damaged or cut short"),
+        (b"\x08\x01", {}, "of another message"),
+        (message([(1, message([(1, b"\xff"), (2, 0.0)]))]), {}, "can't decode"),
+        (message([(1, message([(1, b"<s>"), (2, 0.0)]))]), {}, "does not begin with <pad>"),
+        (spiece(trainer=((3, 2),)), {}, "its model_type is 2, which is not T5's"),
+        (spiece(trainer=((35, 1),)), {}, "its byte_fallback is 1"),
+        (spiece(normalizer=((4, 0),)), {}, "its remove_extra_whitespaces is 0"),
+        (spiece(normalizer=((2, b"\4\0\0\0...."),)), {}, "tokenizer"),
+        (spiece(), {"eos_token": "<end>"}, "its eos_token does not load here"),
+        (spiece(), {"extra_ids": 10**9}, "extra_ids is 1000000000"),
+        (spiece(), {"sp_model_kwargs": {"alpha": 0.1}}, "its sp_model_kwargs does not load"),
+        (spiece(), {"added_tokens_decoder": {"9": {"content": "</s>"}}}, "an id that is not T5's"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_of_sentencepiece_that_is_not_t5s(
+    data: bytes, config: Change, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "spiece.model").write_bytes(data)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        load_tokenizer(tmp_path, "T5Tokenizer")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_seed_means_the_same_tokens_each_time(tmp_path: Path) -> None:

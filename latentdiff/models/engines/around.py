@@ -24,6 +24,10 @@ class AroundNetwork:
         return self.inner.module
 
     @property
+    def part(self) -> str:
+        return self.inner.part
+
+    @property
     def channels(self) -> int:
         return self.inner.channels
 
