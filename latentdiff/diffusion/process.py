@@ -49,6 +49,15 @@ class NoiseLevel:
         """sigma / alpha, the "sigma" of variance-exploding samplers; inf for pure noise."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
+    @property
+    def is_noise(self) -> bool:
+        """True for pure noise, and where hardly any signal is left: sigma / alpha above 1,000.
+
+        The cosine schedule begins at 20,000. From there what a second evaluation corrects, divided
+        by alpha, is rounding and error alone, so solvers take a step that is exact for one x_0.
+        """
+        return self.ratio > 1000
+
 
 def transition(clean: NoiseLevel, noisy: NoiseLevel) -> tuple[float, float]:
     """Scale and standard deviation of the forward kernel q(x_noisy | x_clean).

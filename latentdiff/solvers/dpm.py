@@ -56,7 +56,7 @@ class DPM2:
         std = self.eta * posterior_std(here, there)
         x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there, std)
-        if there.sigma > 0 and here.alpha > 0:
+        if there.sigma > 0 and not here.is_noise:
             ratio = math.sqrt(there.sigma**2 - std**2) / there.alpha
             middle = self.process.level_of_ratio(math.sqrt(here.ratio * ratio))
             x_middle = ddim_move(x, x0, here, middle)

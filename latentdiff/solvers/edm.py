@@ -48,9 +48,7 @@ class Euler:
 class Heun:
     """Heun's method: Karras et al. 2022 (EDM), algorithm 2. Two evaluations a step.
 
-    The step to clean data, and a step from pure noise (where sigma / alpha is infinite), are
-    Euler steps. From a level with hardly any signal (the cosine schedule's first sigma / alpha
-    is 20,000) the correction extrapolates far: there take a solver in log-SNR.
+    The step to clean data, and a step from noise with hardly any signal, are Euler steps.
 
     Args:
         churn: the noise to add before each step, if any.
@@ -83,7 +81,7 @@ class Heun:
             x, here = self.churn.raise_level(x, here, noise)
         x0 = denoise(x, here).x0
         euler = ddim_move(x, x0, here, there)
-        if there.sigma == 0 or (here.alpha == 0 and not self.velocity):
+        if there.sigma == 0 or (here.is_noise and not self.velocity):
             return euler, None
         if self.velocity:
             slopes = (x - x0) / here.sigma + (euler - denoise(euler, there).x0) / there.sigma

@@ -56,7 +56,7 @@ class GDDIM:
     ) -> tuple[Tensor, History]:
         x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there)
-        if here.alpha == 0:
+        if here.is_noise:
             return moved, state
         eps = eps_of(x, x0, here)
         history = ((here, eps), *state)[: self.degree]

@@ -64,7 +64,7 @@ class IPNDM:
     ) -> tuple[Tensor, History]:
         x0 = denoise(x, here).x0
         history = (eps_of(x, x0, here), *state)[:4]
-        if here.alpha == 0:
+        if here.is_noise:
             return ddim_move(x, x0, here, there), history
         return transfer(x, adams(history), here, there), history
 
@@ -94,7 +94,7 @@ class PLMS:
     ) -> tuple[Tensor, History]:
         x0 = denoise(x, here).x0
         moved = ddim_move(x, x0, here, there)
-        if here.alpha == 0:
+        if here.is_noise:
             return moved, state
         eps = eps_of(x, x0, here)
         history = (eps, *state)[:4]
@@ -110,9 +110,8 @@ class PLMS:
 class PNDM:
     """PNDM: Liu et al. 2022 (PNDM), algorithm 2: three Runge-Kutta steps, then Adams steps.
 
-    Four evaluations in each of the first three steps, one in all others. A Runge-Kutta step divides
-    by alpha four times: from a level with hardly any signal (the cosine schedule's first
-    sigma / alpha is 20,000) rounding alone grows to the size of x. There take another solver.
+    Four evaluations in each of the first three steps, one in all others. From noise with hardly any
+    signal a step is DDIM's: a Runge-Kutta step divides by alpha four times.
 
     Args:
         process: the process of the half steps, which are even in t.
@@ -135,7 +134,7 @@ class PNDM:
         noise: NoiseStreams,
     ) -> tuple[Tensor, History]:
         x0 = denoise(x, here).x0
-        if here.alpha == 0:
+        if here.is_noise:
             return ddim_move(x, x0, here, there), state
         eps = eps_of(x, x0, here)
         history = (eps, *state)[:4]

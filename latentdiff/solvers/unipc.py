@@ -85,7 +85,7 @@ class UniPC:
         if state.predicted is not None and state.made - 1 not in self.uncorrected:
             x = x + here.alpha * (self._correct(x0, now, state.history) - state.predicted)
         made = state.made + 1
-        if now == -math.inf:
+        if here.is_noise:
             return ddim_move(x, x0, here, there), UniPCState((), None, made)
         history = ((now, x0), *state.history)[: lowered(self.degree, self.ending, here)]
         moved = ddim_move(x, x0, here, there)

@@ -22,8 +22,8 @@ SETTINGS = (("heun", 0), ("heun", 1), ("heun", 3), ("dpm-solver-2", 1), ("ddim",
 
 def scribble() -> Image.Image:
     """A red disc, flat and hard-edged, as no emoji is."""
-    image = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(image).ellipse((12, 12, 51, 51), fill=(220, 30, 40))
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).ellipse((24, 24, 103, 103), fill=(220, 30, 40))
     return image
 
 
