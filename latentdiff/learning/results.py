@@ -49,8 +49,10 @@ def save_outcome(
     folder, kind = (config.out, "lora") if lora else (config.out / "model", "model")
     inpaints = bundle.kind == "inpainting"
     words = word_files(config.inversion.tokens) if lora else []
-    # diffusers has no names for a LoHa or a LoKr, and reads words of one text encoder at a time
+    # diffusers has no names for a LoHa or a LoKr, reads words of one text encoder at a time, and
+    # LoRAs into U-Nets
     unread = config.lora.kind in ("loha", "lokr") or (words and len(bundle.conditioner.modules) > 1)
+    unread = unread or bundle.network.part != "unet"
     outcome = Outcome(
         folder,
         kind,

@@ -25,7 +25,8 @@ R = TypeVar("R")
 
 _TABLE: tuple[tuple[str, str], ...] = (
     (
-        "unet vae text_encoder tokenizer components config register_modules from_pipe from_config",
+        "unet transformer vae text_encoder tokenizer components config register_modules "
+        "from_pipe from_config",
         "parts are replaced in a model: LatentDiffusionPipeline(dataclasses.replace(pipe.bundle, "
         "network=..., autoencoder=..., conditioner=...))",
     ),
@@ -174,7 +175,25 @@ class DiffusersNames:
 
     @property
     def unet(self) -> nn.Module:
-        """The module of the network, to look at."""
+        """The module of the network, to look at.
+
+        Raises:
+            AttributeError: it is a transformer.
+        """
+        return self._network("unet")
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The module of the network, to look at.
+
+        Raises:
+            AttributeError: it is a U-Net.
+        """
+        return self._network("transformer")
+
+    def _network(self, part: str) -> nn.Module:
+        if self.bundle.network.part != part:
+            raise AttributeError(f"{part}: this model has none, but a {self.bundle.network.part}.")
         return self.bundle.network.module
 
     @property

@@ -249,7 +249,9 @@ def test_the_t5_encoder_learns_as_that_of_transformers() -> None:
         torch.testing.assert_close(parameter.grad, other[name].grad)
 
 
-def test_what_is_another_t5_is_left_to_transformers(tmp_path: Path) -> None:
+def test_what_is_another_t5_is_left_to_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Defaults are theirs, too; a folder opens as ours or as theirs, and is saved alike."""
     own_keys = {"dense_act_fn", "is_gated_act"}
     assert T5TextConfig.__annotations__.keys() - own_keys == T5Config.__annotations__.keys() - {
@@ -270,6 +272,8 @@ def test_what_is_another_t5_is_left_to_transformers(tmp_path: Path) -> None:
     path = folder / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dense_act_fn": "gelu"}))
     assert isinstance(tower_of(Bundle.load(folder)).model, T5EncoderModel)
+    assert main(["info", str(folder)]) == 0
+    assert "T5EncoderModel of transformers, " in capsys.readouterr().out
 
 
 @torch.no_grad()

@@ -253,6 +253,13 @@ def test_what_a_transformer_does_not_take() -> None:
             draw(**call)
 
 
+def test_what_users_of_diffusers_look_at() -> None:
+    pipe = LatentDiffusionPipeline(BUNDLE)
+    assert pipe.transformer is BUNDLE.modules["transformer"]
+    with pytest.raises(AttributeError, match="unet: parts are replaced in a model"):
+        _ = pipe.unet
+
+
 def made(seed: int = 0) -> Lora:
     """A LoRA as training would leave it: no factor is zero."""
     random, bundle = torch.Generator().manual_seed(seed), tiny_pixart(sizes=True)

@@ -60,6 +60,7 @@ def test_a_lora_of_its_transformer(work: Path, checkpoints: bool, tmp_path: Path
     # The last layer's second half is a variance, which no loss is told.
     assert all(bool(value.any()) for value in ups)
     assert not values["transformer.proj_out.lora_B.weight"].view(2, 2, 8, 2)[:, :, 4:].any()
+    assert "Diffusers does not read these files." in (out / "README.md").read_text()
     pipe = LatentDiffusionPipeline.from_pretrained(work / "model")
     call: dict[str, Any] = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
     plain = pipe("a red disc", progress=False, **call).images
