@@ -14,10 +14,11 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import WIDTH, tiny_bundle
+from tiny import WIDTH, tiny_bundle, tiny_pixart
 from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
@@ -27,14 +28,17 @@ from transformers.models.t5.modeling_t5 import T5EncoderModel
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
 from latentdiff.formats import diffusers_folder as parts
+from latentdiff.formats import pixart
 from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.weights import fill
 from latentdiff.models.network import DiffusersUNet
+from latentdiff.models.pixart import PixArtNetwork
 
 RANDOM = torch.Generator().manual_seed(1)
 X = torch.randn(2, 4, 8, 8, generator=RANDOM)
 STATES = torch.randn(2, 5, WIDTH, generator=RANDOM)
 T = torch.tensor([3.0, 700.0])
+SIZES = torch.tensor([[64.0, 32, 2]] * 2)
 PICTURES = torch.rand(1, 3, 16, 16, generator=RANDOM)
 PROMPTS = ["a red heart", "a cat"]
 CPU = torch.device("cpu")
@@ -50,6 +54,19 @@ def _our_unet(folder: Path) -> Tensor:
 def _their_unet(folder: Path) -> Tensor:
     unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet")
     return unet(X, T, STATES).sample
+
+
+def _our_transformer(folder: Path) -> Tensor:
+    module, files = pixart.transformer(folder / "transformer", None)
+    network = PixArtNetwork(fill(module, files, torch.float32, CPU), 4)
+    return network(X, T, Condition(states=STATES, sizes=SIZES))
+
+
+def _their_transformer(folder: Path) -> Tensor:
+    """As their pipelines take the first half of its output."""
+    module: Any = PixArtTransformer2DModel.from_pretrained(folder / "transformer")
+    sizes = {"resolution": SIZES[:, :2], "aspect_ratio": SIZES[:, 2:]}
+    return module(X, STATES, T, sizes).sample[:, :4]
 
 
 def _our_vae(folder: Path) -> Tensor:
@@ -87,6 +104,7 @@ def _their_text(folder: Path) -> Tensor:
 # Model, the folder of the network, its class, what it does here and in diffusers or transformers.
 NETWORKS: dict[str, tuple[str, type, Theirs, Theirs]] = {
     "unet": ("unet", UNet2DConditionModel, _our_unet, _their_unet),
+    "pixart": ("transformer", PixArtTransformer2DModel, _our_transformer, _their_transformer),
     "vae": ("vae", AutoencoderKL, _our_vae, _their_vae),
     "vq": ("vae", VQModel, _our_vae, _their_vae),
     "clip": ("text_encoder", CLIPTextConfig, _our_text, _their_text),
@@ -114,6 +132,8 @@ OBEYED: list[tuple[str, str, object]] = [
     ("unet", "downsample_padding", 0),
     ("unet", "mid_block_scale_factor", 2.0),
     ("unet", "timestep_post_act", "silu"),
+    ("pixart", "sample_size", 128),
+    ("pixart", "interpolation_scale", 3),
     ("vae", "act_fn", "gelu"),
     ("vae", "norm_num_groups", 2),
     ("vae", "scaling_factor", 0.3),
@@ -141,6 +161,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> None:
         bundle = tiny_bundle(
             vae="vq" if name == "vq" else "kl", tower="t5" if name == "t5" else "clip"
         )
+        bundle = tiny_pixart() if name == "pixart" else bundle
         SOUND[name] = bundle.save(root / name)
         shutil.copytree(SOUND[name], root / "changed" / name)
 
@@ -232,6 +253,10 @@ OURS: dict[str, dict[str, set[str]]] = {
         "unmoved": {"sample_size", "upcast_attention", "addition_embed_type_num_heads"}
         | {"addition_time_embed_dim", "projection_class_embeddings_input_dim"},
     },
+    "pixart": {
+        "moved": {"interpolation_scale", "norm_eps", "sample_size"},
+        "unmoved": {"norm_num_groups", "num_embeds_ada_norm", "upcast_attention"},
+    },
     "vae": {
         "moved": {"norm_num_groups", "scaling_factor"},
         "unmoved": {"force_upcast", "sample_size"},
@@ -264,6 +289,8 @@ def _other(key: str, default: object) -> object:
 def _is_ours(network: str) -> bool:
     """Whether the network of the changed folder is of a class of ours."""
     folder = SOUND[network].parent / "changed" / network
+    if network == "pixart":
+        return True  # or refused
     if network in ("clip", "t5"):
         module = parts.text(folder / "text_encoder", folder / "tokenizer")[0].model
     else:
