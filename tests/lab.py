@@ -22,10 +22,11 @@ STAGES = {
     "distill": "DistillConfig",
     "denoising_gan": "GanConfig",
     "energy": "EnergyConfig",
+    "joint": "JointConfig",
 }
 NEEDS = {
     "diffusion": "vae",
-    **dict.fromkeys(("finetune", "distill", "denoising_gan", "energy"), "model"),
+    **dict.fromkeys(("finetune", "distill", "denoising_gan", "energy", "joint"), "model"),
 }
 """What a stage starts from: the result of stage 1 or of stage 2, by its name in a config."""
 SCRIPTS = {stage: script(stage) for stage in STAGES}
@@ -56,6 +57,10 @@ CONFIGS: dict[str, dict[str, object]] = {
         "width": 16,
         "penalty_every": 3,
         "data": {"size": 16, "held_out_fraction": 0.0},
+        "sample_prompts": ["a red disc"],
+    },
+    "joint": {
+        "data": {"size": 16, "held_out_fraction": 0.2},
         "sample_prompts": ["a red disc"],
     },
     "energy": {

@@ -42,6 +42,7 @@ CONFIGS = {
     **{stage: f"{stage.capitalize()}Config" for stage in ("autoencoder", "diffusion", "distill")},
     "denoising_gan": "GanConfig",
     "energy": "EnergyConfig",
+    "joint": "JointConfig",
 }
 # Runs of minutes, of machines or without an end, and where else they are run.
 ELSEWHERE = {
@@ -103,10 +104,9 @@ def bring(folder: Path, bundle: Bundle) -> None:
         *(
             "runs/emoji64-diffusion/model",
             "runs/emoji128/model",
-            "runs/emoji128-distill/model",
             "v1-5-pruned-emaonly.safetensors",
         ),
-        *(f"runs/emoji64-{run}/model" for run in ("gan", "energy")),
+        *(f"runs/emoji128-{run}/model" for run in ("distill", "gan", "energy", "joint")),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         bundle.save(folder / name)

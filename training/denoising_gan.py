@@ -1,6 +1,6 @@
 """Train a denoising diffusion GAN: a model becomes a generator that draws in a few steps.
 
-    python training/denoising_gan.py --config training/configs/emoji64-gan.yaml
+    python training/denoising_gan.py --config training/configs/emoji128-gan.yaml
 
 After Xiao et al. 2022: each of a few long steps draws from a distribution of many shapes, which a
 Gaussian would blur. The generator begins as the U-Net of `model`, with an input for noise, and
@@ -146,7 +146,7 @@ class Adversarial(Objective[Key]):
         values = {"generator": loss.detach(), "discriminator": of_critic.detach()}
         # no parameter is in both sums, so each network gets its own gradient of the total
         total = loss + of_critic
-        if penalised:  # lazily: Karras et al. 2020 (StyleGAN2), appendix B
+        if penalised:  # lazily, as Karras et al. 2020 (StyleGAN2)
             penalty = gradient_penalty(logits, real)
             total = total + config.penalty * config.penalty_every * penalty
             values["penalty"] = penalty.detach()

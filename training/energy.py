@@ -1,6 +1,6 @@
 """Train an energy-based model of a model's latents by recovery likelihood.
 
-    python training/energy.py --config training/configs/emoji64-energy.yaml
+    python training/energy.py --config training/configs/emoji128-energy.yaml
 
 After Gao et al. 2021: at each of a few levels an energy learns from data and from draws of Langevin
 dynamics, both given the same noisier picture. The autoencoder and the text encoder are those of
@@ -68,7 +68,7 @@ class EnergyConfig(RunConfig):
         model: whose autoencoder, text encoder and process are used; null: the bundled model's.
         levels: noise levels, along the timetable "trailing".
         langevin: K, the steps by which a draw is made.
-        size: of these steps, as a share of the variance between two levels.
+        size: of these steps, as a share of the variance of what is drawn.
     """
 
     data: DataConfig

@@ -74,7 +74,7 @@ def generator_loss(made: Tensor) -> Tensor:
 
 
 def gradient_penalty(logits: Tensor, real: Tensor) -> Tensor:
-    """R1: half the squared norm of d logit / d real, a mean (Mescheder et al. 2018, section 4.1).
+    """R1: half the squared norm of d logit / d real, a mean (Mescheder et al. 2018).
 
     Args:
         logits: of real pairs [B].

@@ -52,31 +52,37 @@ def recovery_langevin(
 ) -> Tensor:
     """Draw from p(x_there | x_here), proportional to exp f(x_there) q(x_here | x_there).
 
-    Gao et al. 2021, section 3.2: in y = a x_there, with q(x_here | x_there) = N(y, s^2), steps
-    y + b^2 / 2 (d f / dy + (x_here - y) / s^2) + b z, from y = x_here on; b^2 = size s^2.
+    Gao et al. 2021, section 3, with q(x_here | x_there) = N(a x_there, s^2): K steps
+    x + b^2 / 2 (df / dx + a (x_here - a x) / s^2) + b z. Theirs are from x_here on, with b^2 a
+    share of s^2. Where the noisier level has hardly any signal left, that share would be far too
+    much, and x_here far away; so here both are those of data of unit variance: b^2 = size v from
+    a x_here / (s^2 + a^2) on, with v = s^2 / (s^2 + a^2).
 
     Args:
         log_density: f at `there`, [B, C, h, w] -> [B].
         x: x_here [B, C, h, w].
         here, there: the noisier and the cleaner level of each picture.
         noise: standard normal [K, B, C, h, w], a draw for each step.
-        size: b^2 / s^2.
+        size: b^2 / v.
 
     Returns:
         x_there [B, C, h, w], without a graph.
     """
-    scale, std = (part.to(x) for part in kernel(there, here))
-    step = size * std.square()
-    y = x.detach()
+    a, s = kernel(there, here)
+    whole = s.square() + a.square()
+    step, pull = (size * s.square() / whole).to(x), (a / s.square()).to(x)
+    scale = a.to(x)
+    made = (a / whole).to(x) * x.detach()
     for z in noise:
         with torch.enable_grad():
-            cleaner = (y / scale).requires_grad_()
-            (score,) = torch.autograd.grad(log_density(cleaner).sum(), cleaner)
-        y = y + 0.5 * step * (score / scale + (x - y) / std.square()) + step.sqrt() * z
-    return (y / scale).detach()
+            made.requires_grad_()
+            (score,) = torch.autograd.grad(log_density(made).sum(), made)
+        made = made.detach()
+        made = made + 0.5 * step * (score + pull * (x - scale * made)) + step.sqrt() * z
+    return made.detach()
 
 
 def recovery_loss(of_data: Tensor, of_draws: Tensor) -> Tensor:
     """The mean of f [B] over draws less that over data, whose gradient is that of the negative
-    recovery log-likelihood: Gao et al. 2021, section 3.1."""
+    recovery log-likelihood: Gao et al. 2021, section 3."""
     return of_draws.mean() - of_data.mean()

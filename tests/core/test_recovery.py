@@ -13,6 +13,7 @@ from latentdiff.learning.recovery import recovery_langevin, recovery_loss
 
 MEAN, STD, SIGMA, NOISY = 0.7, 0.5, 0.4, 1.3
 VP = DiscreteVP(beta_schedule("scaled-linear"))
+COSINE = DiscreteVP(beta_schedule("cosine"))  # which begins with hardly any signal
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -38,27 +39,30 @@ def draws(here: NoiseLevel, there: NoiseLevel, x: float, size: float, steps: int
 
 
 def test_langevin_ends_with_the_mean_and_the_variance_of_the_conditional() -> None:
-    """x + noise of 0.4: N(1.0659, 0.0976). Steps of finite size widen it by 1 / (1 - h P / 4)."""
+    """x + noise of 0.4: N(1.0659, 0.0976). Steps of size h widen it by 1 / (1 - h P / 4)."""
     here, there = NoiseLevel(1.0, 1.0, SIGMA), NoiseLevel(0.0, 1.0, 0.0)
     precision = 1 / STD**2 + 1 / SIGMA**2
     mean = (MEAN / STD**2 + NOISY / SIGMA**2) / precision
     assert (mean, 1 / precision) == pytest.approx((1.0659, 0.0976), abs=5e-5)
     for size, steps in ((0.02, 400), (0.2, 60)):
         x = draws(here, there, NOISY, size, steps)
-        wide = 1 / (1 - size * SIGMA**2 * precision / 4)
+        wide = 1 / (1 - size * SIGMA**2 / (1 + SIGMA**2) * precision / 4)
         assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(0.1 / 40_000))
         assert x.var().item() * precision == pytest.approx(wide, rel=5 * math.sqrt(2 / 40_000))
 
 
 @pytest.mark.parametrize("times", [(999.0, 832.0), (332.0, 165.0)])
-def test_so_it_does_where_the_signal_is_scaled(times: tuple[float, float]) -> None:
+@pytest.mark.parametrize("process", [VP, COSINE], ids=["scaled-linear", "cosine"])
+def test_so_it_does_where_the_signal_is_scaled(
+    process: DiscreteVP, times: tuple[float, float]
+) -> None:
     """Between levels of a variance-preserving process: Bayes' rule for two Gaussians."""
-    here, there = (VP.level(t) for t in times)
+    here, there = (process.level(t) for t in times)
     scale, std = (part.item() for part in kernel(Levels.of([there]), Levels.of([here])))
     prior = (there.alpha * STD) ** 2 + there.sigma**2
     precision = 1 / prior + (scale / std) ** 2
     mean = (there.alpha * MEAN / prior + scale * 0.4 / std**2) / precision
-    x = draws(here, there, 0.4, 0.02 * scale**2, 600)
+    x = draws(here, there, 0.4, 0.05, 200)
     assert x.mean().item() == pytest.approx(mean, abs=0.01)
     assert x.var().item() * precision == pytest.approx(1, abs=0.05)
 
@@ -111,7 +115,7 @@ def test_an_energy_learns_a_gaussian_by_its_own_draws() -> None:
         x0 = MEAN + STD * normal(seed, batch, 1, 1, 1)
         noise = normal(seed + 1, 32, batch, 1, 1, 1)
         real, x = forward_pair(x0, noise[0], noise[1], many, few)
-        made = recovery_langevin(density, x, many, few, noise[2:], 0.1)
+        made = recovery_langevin(density, x, many, few, noise[2:], 0.2)
         optimizer.zero_grad()
         recovery_loss(density(real), density(made)).backward()
         optimizer.step()

@@ -37,6 +37,7 @@ RESULT = {
     "distill": "model",
     "denoising_gan": "model",
     "energy": "model",
+    "joint": "model",
 }
 
 

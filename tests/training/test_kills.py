@@ -33,7 +33,7 @@ def test_a_run_killed_again_and_again_is_the_run_left_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["distill", "denoising_gan", "energy"])
+@pytest.mark.parametrize("stage", ["distill", "denoising_gan", "energy", "joint"])
 def test_a_further_objective_killed_again_and_again_is_the_one_left_alone(stage: str) -> None:
     said = alone("kills.py", "--kills", "20", "--every-step", "--stages", stage)
     assert f"{stage}: {{'inside a save': 10, 'from outside': 10}}: equal" in said, said
