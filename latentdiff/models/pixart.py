@@ -1,11 +1,11 @@
 """PixArt: its transformer as a network, and prompts, with sizes, as its condition."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from latentdiff.diffusion.condition import Condition
@@ -28,6 +28,8 @@ class PixArtNetwork:
     Attributes:
         module: the transformer.
         channels: C of the latents.
+        compiled: what is called in place of the module, if that came out of `torch.compile`: then
+            the module is the one inside it.
 
     Raises:
         UserError: it takes or gives other numbers of channels.
@@ -35,8 +37,12 @@ class PixArtNetwork:
 
     module: PixArtTransformer
     channels: int
+    compiled: nn.Module | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if (inside := getattr(self.module, "_orig_mod", None)) is not None:
+            object.__setattr__(self, "compiled", self.module)
+            object.__setattr__(self, "module", inside)
         inside, outside = self.module.config["in_channels"], self.module.out_channels
         if inside != self.channels or outside not in (self.channels, 2 * self.channels):
             raise UserError(
@@ -109,7 +115,8 @@ class PixArtNetwork:
         assert states is not None
         height, width = x.shape[-2:]
         rest = (0, -width % self.multiple, 0, -height % self.multiple)
-        output = self.module(
+        module: Any = self.module if self.compiled is None else self.compiled
+        output = module(
             pad(x, rest, mode="replicate").to(self.dtype),
             encoder_hidden_states=states.to(x.device, self.dtype),
             timestep=t,
@@ -136,7 +143,7 @@ class PixArtNetwork:
         return self.with_module(perturbable(self.module, perturbations))
 
     def with_module(self, module: Any) -> Self:
-        return replace(self, module=module)
+        return type(self)(module, self.channels)
 
 
 @dataclass(frozen=True, eq=False)

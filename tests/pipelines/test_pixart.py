@@ -1,6 +1,7 @@
 """A model of PixArt is as any other: files, edits, guidance, the command line, LoRAs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -116,6 +118,8 @@ def test_a_folder_as_it_was_published_first(tmp_path: Path) -> None:
     module: Any = bundle.network.module
     assert module.config["interpolation_scale"] is None
     assert bundle.solver == "dpmpp-2m"
+    theirs = Transformer2DModel.from_pretrained(folder / "transformer")  # which makes the other
+    assert torch.equal(answer(theirs), answer(module))
     assert float((draw(bundle) - wanted).abs().max()) > 0.01  # places are twice as dense
     changed(folder, "transformer/config.json", {"interpolation_scale": 1})
     assert torch.equal(draw(Bundle.load(folder)), wanted)
@@ -251,6 +255,27 @@ def test_what_a_transformer_does_not_take() -> None:
     for call, line in cases:
         with pytest.raises(UserError, match=line):
             draw(**call)
+
+
+def test_a_compiled_transformer_is_called_and_the_one_inside_saved() -> None:
+    called: list[int] = []
+
+    class Around(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, *given: Any, **named: Any) -> Tensor:
+            called.append(len(given))
+            return self._orig_mod(*given, **named)
+
+    network = BUNDLE.network.with_module(Around(BUNDLE.network.module))
+    assert network.module is BUNDLE.network.module
+    assert torch.equal(
+        draw(replace(BUNDLE, network=network), guidance_scale=1.0), draw(guidance_scale=1.0)
+    )
+    assert len(called) == 3
+    assert network.with_module(network.module).compiled is None  # pyright: ignore
 
 
 def test_what_users_of_diffusers_look_at() -> None:
