@@ -1,4 +1,4 @@
-"""Seconds for edits of a 64-pixel picture on the bundled model.
+"""Seconds for edits of a 128-pixel picture on the bundled model.
 
     python pipelines/measure/time_edits.py
 
@@ -58,9 +58,9 @@ def main() -> None:
         pipe = LatentDiffusionPipeline.from_pretrained(given.model)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    picture, mask = Image.new("RGB", (64, 64), "white"), Image.new("L", (64, 64), 0)
-    ImageDraw.Draw(picture).ellipse((8, 8, 55, 55), fill="red")
-    ImageDraw.Draw(mask).rectangle((16, 16, 47, 47), fill=255)
+    picture, mask = Image.new("RGB", (128, 128), "white"), Image.new("L", (128, 128), 0)
+    ImageDraw.Draw(picture).ellipse((16, 16, 111, 111), fill="red")
+    ImageDraw.Draw(mask).rectangle((32, 32, 95, 95), fill=255)
     print("| after loading | seconds | CPU seconds | network calls |\n|---|---|---|---|")
     for name, edit in edits(picture, mask).items():
         nfe = pipe(PROMPT, edits=[edit], seed=0, progress=False).nfe
