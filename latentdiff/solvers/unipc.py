@@ -85,7 +85,8 @@ class UniPC:
         if state.predicted is not None and state.made - 1 not in self.uncorrected:
             x = x + here.alpha * (self._correct(x0, now, state.history) - state.predicted)
         made = state.made + 1
-        if here.is_noise:
+        # B1(h) = h knows no bound; B2(h) is at most 1, however long the first step.
+        if here.is_noise if self.variant == "bh1" else here.alpha == 0:
             return ddim_move(x, x0, here, there), UniPCState((), None, made)
         history = ((now, x0), *state.history)[: lowered(self.degree, self.ending, here)]
         moved = ddim_move(x, x0, here, there)
