@@ -23,6 +23,7 @@ from tiny import (
     tiny_control,
     tiny_ip_adapter,
     tiny_pixart,
+    tiny_upscaler,
     tiny_xl,
 )
 
@@ -118,6 +119,8 @@ def bring(folder: Path, bundle: Bundle) -> None:
     pixart.save(folder / "path/to/pixart")
     add_lora(pixart, rank=2)
     save_lora(lora_of(pixart), folder / "runs/pixart/pytorch_lora_weights.safetensors")
+    tiny_upscaler().save(folder / "path/to/upscaler")
+    tiny_upscaler("waves").save(folder / "runs/enlarge/model")
     tiny_clip_of_pictures().save(folder / "path/to/clip")
     tiny_control().save_pretrained(folder / "path/to/controlnet-canny")
     adapter = tiny_ip_adapter(folder / "path/to", tiny_bundle().network)
@@ -228,7 +231,9 @@ def test_every_training_command_is_understood(page: Path) -> None:
             module = script(path.stem)
             kind = getattr(module, CONFIGS[path.stem])
             config = ROOT / arguments[arguments.index("--config") + 1]
-            if path.stem == "diffusion" and not any(word.startswith("vae=") for word in changes):
+            encoded = [*changes, *config.read_text("utf-8").splitlines()]
+            told = any(line.startswith(("vae=", "vae:", "haar:")) for line in encoded)
+            if path.stem == "diffusion" and not told:
                 changes.append("vae=vae")
             module.load_config(kind, config, changes)
         if path.stem == "finetune":

@@ -47,7 +47,13 @@ from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
 from latentdiff.models.image_prompts import AdapterSizes, IPAdapter, Projecting
 from latentdiff.models.joined_conditioner import JoinedConditioner
 from latentdiff.models.kl_autoencoder import KLAutoencoder
-from latentdiff.models.network import DiffusersUNet, Network, SizedUNet
+from latentdiff.models.network import (
+    DiffusersUNet,
+    LowResolution,
+    Network,
+    SizedUNet,
+    UpscalingUNet,
+)
 from latentdiff.models.pixart import PixArtConditioner, PixArtNetwork
 from latentdiff.models.pixart_transformer import PixArtTransformer
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
@@ -74,6 +80,8 @@ GAINS = {
     "cond_proj.": 1.5,
     "controlnet_cond_embedding.": 2.0,  # after SiLU, of values in [0, 1]
     "add_embedding.": 1.5,
+    "class_embedding.linear": 1.5,
+    "class_embedding.weight": 11.0,  # a table, whose rows nothing multiplies
     "SelfAttention.q.": 0.35,  # T5 does not divide its logits by the root of a head's width of 8
 }
 # As published with PixArt-alpha.
@@ -146,6 +154,15 @@ def tiny_bundle(
         prediction=prediction,
         steps=steps or Steps(),
     )
+
+
+def tiny_upscaler(labels: Literal["table", "waves"] = "table", *, seed: int = 0) -> Bundle:
+    """A model that makes 16 x 16 pictures of 8 x 8 ones, as Stable Diffusion's x4 upscaler does."""
+    plain = tiny_bundle(prediction="v", seed=seed)
+    vae_of(plain).register_to_config(scaling_factor=0.08333)
+    made = LowResolution(processes.create("vp-linear"), 350, 2)
+    unet = tiny_unet(7, labels=labels, seed=seed).requires_grad_(False)
+    return replace(plain, network=UpscalingUNet(unet, 4, made), solver="ddim")
 
 
 def tiny_xl(
@@ -387,6 +404,7 @@ def tiny_unet(
     *,
     sizes: bool = False,
     guidance_width: int | None = None,
+    labels: Literal["table", "waves"] | None = None,
     seed: int = 0,
 ) -> UNet2DConditionModel:
     """A U-Net of two levels whose first, last and middle blocks attend to states [B, L, WIDTH].
@@ -397,6 +415,7 @@ def tiny_unet(
         sizes: whether it is also told pooled text "text_embeds" [B, WIDTH] and six numbers
             "time_ids" [B, 6] in `added_cond_kwargs`, as that of Stable Diffusion XL.
         guidance_width: G of the guidance scale [B, G] that it is told as "timestep_cond".
+        labels: how it embeds the "class_labels" [B] that it is told; None where it is told none.
         seed: of its weights.
     """
     added = {
@@ -404,6 +423,8 @@ def tiny_unet(
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
     }
+    told: dict[str, Any] = {"table": {"num_class_embeds": 1000}}
+    told["waves"] = {"class_embed_type": "timestep"}
     with torch.random.fork_rng([]):
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -419,6 +440,7 @@ def tiny_unet(
             time_cond_proj_dim=guidance_width,
             norm_num_groups=8,  # a group of one channel alone would erase the time
             **(added if sizes else {}),
+            **told.get(labels or "", {}),
         )
     return draw_weights(unet, seed)
 

@@ -5,6 +5,10 @@
 Reads the autoencoder of stage 1, encodes the pictures once, trains a U-Net and, unless one is
 given, a small CLIP text tower of its own along with it (as Rombach et al. 2022, sec. 4.3, do with
 theirs). Ends by writing `OUT/model` in the diffusers layout. Run the same command again to resume.
+
+With `data.low_resolution` the network learns to enlarge pictures of that size to `data.size`, which
+it sees beside x_t, as the later stages of a cascade do (`latentdiff enlarge` draws with it). With
+`haar` in place of `vae` it denoises pixels: a wavelet transform stands for the autoencoder.
 """
 
 from collections.abc import Sequence
@@ -18,15 +22,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from latentdiff.bundle import Bundle
-from latentdiff.data.examples import Example
+from latentdiff.data.examples import Example, load_picture
 from latentdiff.data.stream import ShardStream, find_shards
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
+from latentdiff.editing import Enlarge
 from latentdiff.errors import UserError
 from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.scheduler_steps import usual_steps
 from latentdiff.learning.accumulate import in_parts
-from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
+from latentdiff.learning.batches import encode_pictures, sample_order, split_examples, to_range
 from latentdiff.learning.captions import Captions
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
@@ -41,6 +46,7 @@ from latentdiff.learning.denoising import (
 )
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.losses import min_snr_gamma, weighted_mse
+from latentdiff.learning.low_resolution import Pairs
 from latentdiff.learning.order import Key, WindowOrder, columns, sample_noise, spread_uniform
 from latentdiff.learning.run import Run
 from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
@@ -49,11 +55,14 @@ from latentdiff.models.attention import set_attention
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.conditioner import Conditioner, TextConditioner
 from latentdiff.models.fresh_text import build_text_encoder, train_tokenizer
-from latentdiff.models.network import DiffusersUNet
+from latentdiff.models.haar import MOST_LEVELS, fitted_transform
+from latentdiff.models.network import DiffusersUNet, LowResolution, UpscalingUNet
 from latentdiff.models.text_encoders import ClipTower
 from latentdiff.models.unet import build_unet
-from latentdiff.pictures import grid
+from latentdiff.pictures import grid, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
+
+_FITTED = 256  # pictures that a wavelet transform has its statistics of
 
 
 class UNetConfig(Strict):
@@ -105,9 +114,17 @@ class ObjectiveConfig(Strict):
     bound_weight: PositiveFloat = 0.001
 
 
+class LargeConfig(DataConfig):
+    """Pictures, and for a network that enlarges them the size of what it is shown."""
+
+    low_resolution: PositiveInt | None = None
+    max_noise_level: int = Field(default=350, ge=0, lt=1000)  # of what is shown, of 1000
+
+
 class DiffusionConfig(RunConfig):
-    data: DataConfig
-    vae: Path
+    data: LargeConfig
+    vae: Path | None = None
+    haar: int | None = Field(default=None, ge=0, le=MOST_LEVELS)
     unet: UNetConfig = UNetConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -115,6 +132,24 @@ class DiffusionConfig(RunConfig):
     shards_at_hand: PositiveInt | None = None  # of data.root, for more than the disk holds
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _pictures_are_encoded(self) -> Self:
+        if (self.vae is None) == (self.haar is None):
+            raise ValueError("give vae, the folder of an autoencoder, or haar, levels; one of them")
+        small, data = self.data.low_resolution, self.data
+        if small is None:
+            if "max_noise_level" in data.model_fields_set:
+                raise ValueError("data.max_noise_level is of data.low_resolution: give both")
+            return self
+        if data.size % small or data.size == small:
+            raise ValueError(f"data.low_resolution={small} must divide data.size={data.size}")
+        if self.shards_at_hand is not None or data.latents is not None:
+            raise ValueError(
+                "data.low_resolution shows pictures, which are kept in memory: not with "
+                "shards_at_hand or data.latents"
+            )
+        return self
 
 
 def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
@@ -145,17 +180,23 @@ class Denoising(Objective[Key]):
         run.say(f"{count} pictures for training")
 
         torch.manual_seed(seed)  # the initial weights
-        self.autoencoder = autoencoder = load_autoencoder(config.vae)
+        self.autoencoder = autoencoder = open_autoencoder(config, self.examples)
         torch.nn.Module.to(autoencoder.module, run.device)  # diffusers' own `to` has no types
         factor = autoencoder.factor
         if size % factor:
-            raise UserError(f"data.size={size} is no multiple of {factor}, as {config.vae} needs")
+            where = config.vae or f"haar={config.haar}"
+            raise UserError(f"data.size={size} is no multiple of {factor}, as {where} needs")
         self.latent_shape = (autoencoder.channels, size // factor, size // factor)
         bundle = build(config, autoencoder, self.examples, size // factor)
+        self.low, self.pairs = bundle.network.low_resolution, None
         dropout = objective.caption_dropout
         if stream is None:
-            cache = config.data.latents or config.out / "cache"
-            self.moments = encode_pictures(autoencoder, self.examples, size, cache, run.accelerator)
+            if config.data.low_resolution is not None:
+                self.pairs = Pairs(self.examples, size, config.data.low_resolution)
+            else:
+                cache = config.data.latents or config.out / "cache"
+                accelerator = run.accelerator
+                self.moments = encode_pictures(autoencoder, self.examples, size, cache, accelerator)
             self.order = sample_order(self.examples, config.data, seed)
             texts = [example.captions for example in self.examples]
             self.captions = Captions(bundle.conditioner, texts, dropout, seed)
@@ -178,12 +219,13 @@ class Denoising(Objective[Key]):
         step, places, samples = columns(items)
         at, device = (self.config.seed, step, places), self.run.device
         posterior, noise = sample_noise(*at, self.latent_shape, 2).to(device)
-        latents = self.autoencoder.draw(self.moments[samples].to(device), posterior)
+        moments, shown = self.moments_of(step, places, samples)
+        latents = self.autoencoder.draw(moments.to(device), posterior)
         uniform = spread_uniform(*at, self.config.optim.batch_size).to(device)
         t = draw_times(process, uniform, objective.times)
         batch = noised_batch(process, objective.prediction, latents, noise, t, self.gamma)
         words = self.captions.tokens(step, places, samples)
-        output = self.model.network(batch.x, batch.t, words)
+        output = self.model.network(batch.x, batch.t, words, **shown)
         loss = weighted_mse(output[:, : latents.shape[1]], batch.target, batch.weights)
         if not objective.learned_variance:
             return {"loss": loss}
@@ -191,10 +233,25 @@ class Denoising(Objective[Key]):
         # Nichol & Dhariwal 2021, eq. 16
         return {"loss": loss + objective.bound_weight * bits, "bound": bits.detach()}
 
+    def moments_of(
+        self, step: int, places: list[int], samples: list[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The moments of some samples [b, 2C, h, w], and what the network is shown beside x_t."""
+        if self.pairs is None or self.low is None:
+            return self.moments[samples], {}
+        moments = self.autoencoder.moments(self.pairs.pictures(samples))
+        at = self.config.seed, step, places, samples
+        small, levels = self.pairs.shown(self.low, *at, self.latent_shape[1:])
+        device = self.run.device
+        return moments, {"beside": small.to(device), "noise_level": levels.to(device)}
+
     def evaluate(self, step: int) -> None:
         """A grid of pictures at a fixed seed, for the configured prompts or the first captions."""
         with self.shown.whole() as bundle:
             if not self.run.main:
+                return
+            if self.pairs is not None:
+                self.run.picture(step, "samples", self.enlarged(bundle, self.pairs))
                 return
             prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
             pipe = LatentDiffusionPipeline(bundle)
@@ -206,6 +263,18 @@ class Denoising(Objective[Key]):
             images = list(in_parts(range(len(prompts)), len(prompts), draw))
             self.run.picture(step, "samples", grid(images, 8))
 
+    def enlarged(self, bundle: Bundle, pairs: Pairs) -> Image.Image:
+        """Some small pictures, what becomes of each, and the large ones."""
+        pipe = LatentDiffusionPipeline(bundle)
+        rows: list[Image.Image] = []
+        for number in range(0, len(pairs.large), max(1, len(pairs.large) // 8)):
+            small = to_pil(to_range(pairs.small[number]))
+            large = to_pil(to_range(pairs.large[number]))
+            options = {"guidance_scale": 1.0, "num_inference_steps": 8, "progress": False}
+            drawn = pipe("", edits=[Enlarge(small)], seed=self.config.seed, **options).images[0]
+            rows += [small.resize(large.size, Image.Resampling.LANCZOS), drawn, large]
+        return grid(rows, 6)
+
     def finish(self) -> None:
         """Write the model's folder, with its card."""
         folder, config = self.run.out / "model", self.config
@@ -215,8 +284,21 @@ class Denoising(Objective[Key]):
             bundle.save(folder, dtype=getattr(torch, config.save_dtype))
             self.run.say(f"wrote {folder}")
         count = None if self.stream is None else self.stream.starts[-1]
-        outcome = Outcome(folder, "model", "", self.examples, config.data.root, count)
+        ratio = None if self.low is None else self.low.ratio
+        root = config.data.root
+        outcome = Outcome(folder, "model", "", self.examples, root, count, enlarges=ratio)
         self.run.say(*share(outcome, config))
+
+
+def open_autoencoder(config: DiffusionConfig, examples: Sequence[Example]) -> Autoencoder:
+    """The autoencoder of stage 1, or a wavelet transform with the statistics of some pictures."""
+    if config.vae is not None:
+        return load_autoencoder(config.vae)
+    assert config.haar is not None
+    every = max(1, len(examples) // _FITTED)
+    size = config.data.size // 2**config.haar * 2**config.haar
+    some = (load_picture(example, max(size, 1)) for example in examples[::every][:_FITTED])
+    return fitted_transform(config.haar, [to_range(picture)[None] for picture in some])
 
 
 def open_stream(config: DiffusionConfig, run: Run) -> ShardStream | None:
@@ -257,12 +339,24 @@ def build(
         config.unet.head_dim,
         conditioner.width,
         config.objective.learned_variance,
+        config.data.low_resolution is not None,
     )
+    if (small := config.data.low_resolution) is None:
+        network = DiffusersUNet(unet, autoencoder.channels)
+    else:
+        ratio, noising = config.data.size // small, processes.create("vp-linear")
+        if ratio % autoencoder.factor:
+            raise UserError(
+                f"data.low_resolution={small} is {ratio} times smaller than data.size, which must "
+                f"be a multiple of the autoencoder's factor, {autoencoder.factor}"
+            )
+        made = LowResolution(noising, config.data.max_noise_level, ratio)
+        network = UpscalingUNet(unet, autoencoder.channels, made)
     process = processes.create(config.objective.process)
     return Bundle(
         autoencoder=autoencoder,
         conditioner=conditioner,
-        network=DiffusersUNet(unet, autoencoder.channels),
+        network=network,
         process=process,
         prediction=config.objective.prediction,
         steps=usual_steps(process),

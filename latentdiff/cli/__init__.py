@@ -1,4 +1,4 @@
-"""`latentdiff generate | edit | inpaint | ilvr | swap | ...`: the pipeline from a shell.
+"""`latentdiff generate | edit | inpaint | ilvr | swap | enlarge | ...`: the pipeline from a shell.
 
 Nothing heavy is imported before a command needs it, so `--help` answers at once. A user's mistake
 is one line on stderr and exit code 2; Ctrl-C is exit code 130.
@@ -19,6 +19,7 @@ from latentdiff.cli.compile import compile_model
 from latentdiff.cli.convert import convert
 from latentdiff.cli.data import emoji, shard
 from latentdiff.cli.edit import edit, ilvr, inpaint
+from latentdiff.cli.enlarge import enlarge
 from latentdiff.cli.generate import generate
 from latentdiff.cli.grid import grid
 from latentdiff.cli.info import info
@@ -43,6 +44,7 @@ app.command()(edit)
 app.command()(inpaint)
 app.command()(ilvr)
 app.command()(swap)
+app.command()(enlarge)
 app.command()(interpolate)
 app.command()(grid)
 app.command()(convert)

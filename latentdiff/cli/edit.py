@@ -106,7 +106,7 @@ def edit(
         scale = 1.5 if image_guidance_scale is None else image_guidance_scale
         edits.append(Instruct(image, scale))
         about |= {"edit": f"{about['edit']}, Instruct", "image_guidance_scale": scale}
-    _draw(pipe, edits, prompt, number, run, given if grid else None, about)
+    draw(pipe, edits, prompt, number, run, given if grid else None, about)
     times = f", {repeats} times" if repeats > 1 else ""
     print(f"{int(run.steps * strength)} of {run.steps} steps{times}", file=sys.stderr)
 
@@ -210,7 +210,7 @@ def inpaint(
         about |= {"jump_length": jump_length, "resamples": resamples}
     about["edit"] = ", ".join(type(each).__name__ for each in edits)
     finish = None if region is None else region.paste
-    _draw(pipe, edits, prompt, number, run, [image, hole] if grid else None, about, finish)
+    draw(pipe, edits, prompt, number, run, [image, hole] if grid else None, about, finish)
 
 
 @with_run_options
@@ -256,7 +256,7 @@ def ilvr(
         "until": until,
         "space": space,
     }
-    _draw(pipe, edits, prompt, number, run, [image] if grid else None, about)
+    draw(pipe, edits, prompt, number, run, [image] if grid else None, about)
 
 
 def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionPipeline, Image]":
@@ -316,7 +316,7 @@ def sized(mask: "Image", image: "Image") -> "Image":
     return mask if mask.size == image.size else resize_mask(mask, image.size)
 
 
-def _draw(
+def draw(
     pipe: "LatentDiffusionPipeline",
     edits: "list[Edit | str]",
     prompt: str,

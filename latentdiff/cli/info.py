@@ -48,6 +48,7 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
     latent = f"{bundle.latent_channels} x {height // bundle.factor} x {width // bundle.factor}"
     return [
         ("kind", bundle.kind),
+        *_enlarges(bundle),
         *[(name, _part(module)) for name, module in bundle.modules.items()],
         ("window", f"{bundle.conditioner.window} tokens"),
         ("size", f"{height} x {width} pixels, latents {latent}"),
@@ -56,6 +57,13 @@ def _describe(bundle: "Bundle") -> list[tuple[str, str]]:
         ("timetable", bundle.steps.spacing),
         ("solver", bundle.solver),
     ]
+
+
+def _enlarges(bundle: "Bundle") -> list[tuple[str, str]]:
+    low = bundle.network.low_resolution
+    if low is None:
+        return []
+    return [("enlarges", f"{low.ratio} times, noise levels 0 .. {low.max_noise_level}")]
 
 
 def _part(network: "nn.Module") -> str:

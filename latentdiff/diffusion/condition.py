@@ -92,6 +92,7 @@ class Condition:
         guidance_embedding: the guidance scale [B, G], of networks with their guidance in them.
         noise: standard normal numbers [B, Z], anew at each call, of generators.
         beside: further channels behind those of x [B, extra, h, w].
+        noise_level: level of the noise in a small picture that stands beside x, int64 [B].
         control: controls of other networks, as ControlNets, which add up.
         images: pictures to attend to beside the states, as IP-Adapters show them, which add up.
     """
@@ -103,6 +104,7 @@ class Condition:
     guidance_embedding: Tensor | None = None
     noise: Tensor | None = None
     beside: Tensor | None = None
+    noise_level: Tensor | None = None
     control: tuple[Hint, ...] = ()
     images: tuple[ImageTokens, ...] = ()
 

@@ -70,7 +70,7 @@ class EditsConditioned(Protocol):
 
 @runtime_checkable
 class EditsInput(Protocol):
-    """An edit that shows the network more than x [B, C, H, W] (`Inpaint`, `Instruct`).
+    """An edit that shows the network more than x [B, C, H, W] (`Inpaint`, `Instruct`, `Enlarge`).
 
     This is part of the condition, which guidance takes, and so known before the run: the pipeline
     asks for it.
@@ -83,6 +83,15 @@ class EditsInput(Protocol):
 
     def beside(self, x: Tensor) -> Tensor:
         """[B, extra, H, W], behind the channels of x in the network's input."""
+        ...
+
+
+@runtime_checkable
+class EditsNoiseLevel(EditsInput, Protocol):
+    """An edit that also tells the network how much noise is in what it shows (`Enlarge`)."""
+
+    def noise_levels(self, x: Tensor) -> Tensor:
+        """The level of each row: int64 [B]."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Editing: constraints on a run, as small values in a list. No edit knows a solver."""
 
 from latentdiff.editing.differential import Differential
+from latentdiff.editing.enlarge import Enlarge
 from latentdiff.editing.handing_over import DenoisingEnd, DenoisingStart
 from latentdiff.editing.hires import Hires
 from latentdiff.editing.ilvr import ILVR
@@ -27,6 +28,7 @@ __all__ = [
     "DenoisingEnd",
     "DenoisingStart",
     "Differential",
+    "Enlarge",
     "Finish",
     "Hires",
     "HoldsPicture",

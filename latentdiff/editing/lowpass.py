@@ -1,4 +1,5 @@
-"""ILVR's low-pass filter: an antialiased cubic down and up again, as two small matrices."""
+"""ILVR's low-pass filter, an antialiased cubic down and up again, and an enlargement that agrees
+with the picture it is of, both as two small matrices."""
 
 from functools import cache
 
@@ -31,6 +32,49 @@ def projection(x: Tensor, factor: int) -> Tensor:
         torch.from_numpy(projection_matrix(side, factor)).to(x) for side in x.shape[-2:]
     )
     return rows @ x @ columns.T
+
+
+def agreeing(large: Tensor, small: Tensor) -> Tensor:
+    """The nearest to `large` that, made smaller by Lanczos's filter, is `small`.
+
+    The back-projection x + U (y - D x), with D Pillow's Lanczos filter and U = D^T (D D^T)^-1, so
+    that one step is enough: D of the result is y, before it is clamped and rounded.
+
+    Args:
+        large: x [B, C, H, W].
+        small: y [1 or B, C, h, w], with h <= H and w <= W.
+    """
+    heights = small.shape[-2], large.shape[-2]
+    widths = small.shape[-1], large.shape[-1]
+    rows, columns = (
+        torch.from_numpy(lanczos_matrix(one[1], one[0])).to(large) for one in (heights, widths)
+    )
+    back_rows, back_columns = (
+        torch.from_numpy(lanczos_inverse(one[1], one[0])).to(large) for one in (heights, widths)
+    )
+    lacking = small - rows @ large @ columns.T
+    return large + back_rows @ lacking @ back_columns.T
+
+
+@cache
+def lanczos_inverse(before: int, after: int) -> NDArray[np.floating]:
+    """[before, after], U with D U = 1: see `agreeing`."""
+    return np.linalg.pinv(lanczos_matrix(before, after))
+
+
+@cache
+def lanczos_matrix(before: int, after: int) -> NDArray[np.floating]:
+    """[after, before]: Pillow's antialiased Lanczos filter along one axis (Turkowski 1990).
+
+    The kernel is sinc(x) sinc(x / 3), stretched by before / after; what of it lies beyond the edges
+    is left out, and every row sums to 1.
+    """
+    scale = before / after
+    stretch = max(scale, 1.0)
+    centres = (np.arange(after) + 0.5) * scale - 0.5
+    distance = (np.arange(before) - centres[:, None]) / stretch
+    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
+    return weights / weights.sum(1, keepdims=True)
 
 
 @cache

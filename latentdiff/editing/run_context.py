@@ -8,10 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import Process
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.network import LowResolution
 from latentdiff.pictures import Picture, open_picture, to_tensor
 
 Finish = Callable[[Tensor], Tensor]
@@ -31,6 +33,8 @@ class RunContext:
         native_size: height and width of the latents that the network was trained on; likewise.
         levels: the run's levels, before edits, for another number of steps; None outside a pipeline
             and where they were given one by one.
+        low_resolution: of a network that enlarges small pictures, how those were made; likewise.
+        noise: the streams of the B pictures, for noise that a run draws once; likewise.
     """
 
     height: int
@@ -40,6 +44,8 @@ class RunContext:
     process: Process | None = None
     native_size: tuple[int, int] | None = None
     levels: Callable[[int], Timetable] | None = None
+    low_resolution: LowResolution | None = None
+    noise: NoiseStreams | None = None
 
     @property
     def padded(self) -> tuple[int, int]:

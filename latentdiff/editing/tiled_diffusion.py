@@ -56,7 +56,7 @@ class TiledDiffusion:
             if list(x.shape[-2:]) == sides:
                 return denoise(x, level, branches)
             starts = [
-                _starts(side, part, self.overlap)
+                window_starts(side, part, self.overlap)
                 for side, part in zip(x.shape[-2:], sides, strict=True)
             ]
             weight = (_ramp(sides[0])[:, None] * _ramp(sides[1])).to(x)
@@ -96,7 +96,7 @@ def _cropped(branches: Sequence[Branch], place: tuple[slice, slice]) -> Sequence
     return cropped
 
 
-def _starts(side: int, window: int, overlap: float) -> list[int]:
+def window_starts(side: int, window: int, overlap: float) -> list[int]:
     """Where windows begin, evenly spaced from one border to the other."""
     room = side - window
     if room == 0:

@@ -11,13 +11,14 @@ from latentdiff.formats.location import find_autoencoder
 from latentdiff.formats.single_file import vae_config, vae_files
 from latentdiff.formats.tiny_autoencoder_files import is_tiny, open_tiny
 from latentdiff.formats.weights import WeightFiles, blaming, fill
-from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.haar import autoencoder_of
 
 if TYPE_CHECKING:
     from latentdiff.formats.diffusers_folder import VAE
 
 
-def load_autoencoder(where: str | Path, scale: float = 0.18215) -> DiffusersAutoencoder:
+def load_autoencoder(where: str | Path, scale: float = 0.18215) -> Autoencoder:
     """An autoencoder alone, in float32 on the CPU, frozen.
 
     Args:
@@ -30,7 +31,7 @@ def load_autoencoder(where: str | Path, scale: float = 0.18215) -> DiffusersAuto
     path = find_autoencoder(where)
     module, files = open_autoencoder(path, scale)
     with blaming(path):
-        autoencoder = DiffusersAutoencoder(module)
+        autoencoder = autoencoder_of(module)
     fill(module, files, torch.float32, torch.device("cpu"))
     return autoencoder
 

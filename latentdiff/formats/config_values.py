@@ -39,6 +39,8 @@ DIFFUSERS_TYPES: dict[str, Any] = {
     "scaling_factor": float,
     "shift_factor": float | None,
     "addition_embed_type": str | None,
+    "class_embed_type": str | None,
+    "num_class_embeds": int | None,
 }
 """Types of the keys that our own networks read, whose diffusers' classes are then not imported."""
 

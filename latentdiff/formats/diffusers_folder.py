@@ -40,6 +40,7 @@ from latentdiff.models.clip_text import (
 )
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet, GeneratorUNet
+from latentdiff.models.haar import HaarTransform
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.t5_text import T5TextConfig, T5TextEncoder
 from latentdiff.models.text_encoders import ClipTower, PenultimateTower, T5Tower, TextTower
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 UNet = Union[CrossAttentionUNet, "UNet2DConditionModel"]
-VAE = Union[KLAutoencoder, TinyAutoencoder, "AutoencoderKL", "VQModel"]
+VAE = Union[KLAutoencoder, TinyAutoencoder, HaarTransform, "AutoencoderKL", "VQModel"]
 
 _STEM = "diffusion_pytorch_model"
 
@@ -194,6 +195,8 @@ def vae_of(config: Config, name: str, files: WeightFiles) -> VAE:
     Raises:
         UserError: the config, called `name`, describes none, or not that of the files.
     """
+    if config.get("_class_name") == HaarTransform.diffusers_name:
+        return build(lambda: HaarTransform(config), name, files, 1)
     modules = {
         "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
         "VQModel": "diffusers.models.autoencoders.vq_model",
@@ -269,14 +272,14 @@ def _is_default(config: Config, parameter: inspect.Parameter) -> bool:
 
 _SIZES = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
 _SIZES += ("layers_per_block", "cross_attention_dim", "attention_head_dim", "num_attention_heads")
-_SIZES += ("encoder_block_out_channels", "decoder_block_out_channels")
+_SIZES += ("encoder_block_out_channels", "decoder_block_out_channels", "num_class_embeds")
 _SIZES += ("time_cond_proj_dim", "conditioning_channels", "conditioning_embedding_out_channels")
 # Keys that sound models set, and whose values the shapes of the weights or the nouns confirm.
 _CUSTOMARY = {
     *("sample_size", "in_channels", "out_channels", "latent_channels", "block_out_channels"),
     *("down_block_types", "up_block_types", "layers_per_block", "norm_num_groups"),
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "use_linear_projection"),
-    "time_cond_proj_dim",
+    *("time_cond_proj_dim", "num_class_embeds"),
     *("upcast_attention", "scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     *("num_vq_embeddings", "vq_embed_dim", "use_quant_conv", "use_post_quant_conv", "force_upcast"),
 }
@@ -300,6 +303,8 @@ def _try_out(network: Any, name: str, keys: list[str]) -> None:
             width = width[0] if isinstance(width, list | tuple) else width
             inputs += [torch.empty(1, device="meta"), torch.empty(1, 2, width, device="meta")]
             added = _added(config)
+            if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
+                added["class_labels"] = torch.zeros(1, dtype=torch.int64, device="meta")
     try:
         network(*inputs, **added)
     except Exception as error:  # anything at all

@@ -17,6 +17,7 @@ from latentdiff.models.autoencoder import latent_affine, latent_channels
 from latentdiff.models.clip_text import ClipTextEncoder
 from latentdiff.models.clip_tokenizer import in_transformers
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, Encoder
+from latentdiff.models.haar import HaarTransform
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.pixart_transformer import PixArtTransformer
 from latentdiff.models.t5_text import T5TextEncoder
@@ -73,7 +74,9 @@ def writing_model(folder: Path, config: str) -> Iterator[Path]:
 
 def config_of(network: "VAE | UNet | Encoder | PixArtTransformer") -> dict[str, Any]:
     """The config of a network or autoencoder as diffusers writes it, ours or theirs."""
-    if isinstance(network, Encoder | KLAutoencoder | TinyAutoencoder | PixArtTransformer):
+    if isinstance(
+        network, Encoder | KLAutoencoder | TinyAutoencoder | HaarTransform | PixArtTransformer
+    ):
         names = {"_class_name": network.diffusers_name, "_diffusers_version": version("diffusers")}
         return dict(sorted({**network.config, **names}.items()))
     return json.loads(network.to_json_string())
@@ -154,6 +157,8 @@ def drawn_by_diffusers(
     vae: "VAE", network: "UNet | PixArtTransformer", schedule: dict[str, Any]
 ) -> bool:
     """Whether a pipeline of diffusers draws with this autoencoder, network and schedule as here."""
+    if isinstance(vae, HaarTransform):
+        return False
     known = is_kl(vae) or isinstance(vae, TinyAutoencoder)
     named = (CrossAttentionUNet.diffusers_name, PixArtTransformer.diffusers_name)
     known &= config_of(network)["_class_name"] in named
@@ -167,7 +172,11 @@ def without_offset(vae: "VAE") -> "VAE":
     """The same autoencoder, with any latent mean folded into its 1x1 convolutions."""
     from latentdiff.models.vae import standardise_latents
 
-    if not is_kl(vae) or not (vae.quant_conv and vae.post_quant_conv):
+    if (
+        isinstance(vae, HaarTransform)
+        or not is_kl(vae)
+        or not (vae.quant_conv and vae.post_quant_conv)
+    ):
         return vae
     if not (vae.config["shift_factor"] or vae.config["latents_mean"]):
         return vae

@@ -12,7 +12,7 @@ from latentdiff.formats import scheduler_config
 from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
 from latentdiff.formats.single_file_configs import XL_SCALE
 from latentdiff.formats.weights import WeightFiles, blaming, build, read_json, weight_files
-from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.haar import autoencoder_of
 from latentdiff.models.pixart import PixArtConditioner, PixArtNetwork
 from latentdiff.models.pixart_transformer import PixArtTransformer
 from latentdiff.models.text_encoders import T5Tower
@@ -77,7 +77,7 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
         raise UserError(f"{folder / 'text_encoder'}: PixArt reads the states of a T5 encoder.")
     described = scheduler_config.read_folder(folder)
     with blaming(folder):
-        autoencoder = DiffusersAutoencoder(vae[0])
+        autoencoder = autoencoder_of(vae[0])
         network = PixArtNetwork(module, autoencoder.channels)
         tower = T5Tower(text.model, text.tokenizer, window)
         conditioner = PixArtConditioner(tower, module.told_sizes)

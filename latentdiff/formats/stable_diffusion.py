@@ -1,19 +1,21 @@
 """Stable Diffusion 1 and 2, and models of their shape: U-Net, autoencoder, one text encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
 from latentdiff.formats import scheduler_config
 from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
 from latentdiff.formats.scheduler_config import Described
 from latentdiff.formats.weights import blaming, read_json
-from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.conditioner import TextConditioner
-from latentdiff.models.network import DiffusersUNet, Kind
+from latentdiff.models.haar import HaarTransform, autoencoder_of
+from latentdiff.models.network import DiffusersUNet, Kind, LowResolution, UpscalingUNet
 from latentdiff.models.text_encoders import ClipTower, TextTower
 
 if TYPE_CHECKING:
@@ -27,7 +29,16 @@ _PIPELINES: dict[Kind, str] = {
     "text-to-image": "StableDiffusionPipeline",
     "inpainting": "StableDiffusionInpaintPipeline",
     "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
+    "upscaling": "StableDiffusionUpscalePipeline",
 }
+_NOTHING = (None, [None, None])
+# StableDiffusionUpscalePipeline sets this scale, whatever the files say.
+_UPSCALING_SCALE = 0.08333
+_MOST_LEVEL = 350  # that pipeline's own default
+_RATIO = "latentdiff_ratio"
+# The keys of low_res_scheduler that say how noise is added: nothing else is done with it.
+_NOISING = ("_class_name", "_use_default_values", "num_train_timesteps", "trained_betas")
+_NOISING += ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
 
 
 def claims_folder(index: Mapping[str, object]) -> bool:
@@ -66,7 +77,43 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
     text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer", variant)
     described = scheduler_config.read_folder(folder)
     with blaming(folder):
-        return _opened((unet, unet_files), (vae, vae_files), (text, text_files), described)
+        network: Callable[..., DiffusersUNet] = DiffusersUNet
+        if index.get("low_res_scheduler") not in _NOTHING:
+            made = _low_resolution(folder, index, autoencoder_of(vae).factor)
+            network = partial(UpscalingUNet, made=made)
+            named = index.get("_class_name") == _PIPELINES["upscaling"]
+            if named and not isinstance(vae, HaarTransform):
+                kl: Any = vae
+                kl.register_to_config(scaling_factor=_UPSCALING_SCALE)
+        return _opened((unet, unet_files), (vae, vae_files), (text, text_files), described, network)
+
+
+def _low_resolution(folder: Path, index: Mapping[str, object], factor: int) -> LowResolution:
+    """What the files of an upscaling model say of the small pictures that it enlarges.
+
+    Raises:
+        UserError: a value that does not work here.
+    """
+    path = folder / "low_res_scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    told = {key: value for key, value in config.items() if key in _NOISING}
+    told["clip_sample"] = False  # of its steps, of which none is made
+    process = scheduler_config.read(told, str(path), pipeline="")[0]
+    if not isinstance(process, DiscreteVP):
+        raise UserError(f"{path}: its times must be whole, as those of DDPMScheduler are.")
+    levels = process.num_train_timesteps
+    most = _whole(index, "max_noise_level", _MOST_LEVEL, 0, levels - 1)
+    ratio = _whole(index, _RATIO, factor, factor, 64)
+    if ratio % factor:
+        raise UserError(f"{_RATIO} must be a multiple of {factor}, the vae's factor, not {ratio}.")
+    return LowResolution(process, most, ratio)
+
+
+def _whole(index: Mapping[str, object], key: str, default: int, low: int, high: int) -> int:
+    value = index.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"{key} must be a whole number from {low} to {high}, not {value!r:.40}.")
+    return value
 
 
 def open_file(file: Path, choices: Choices) -> Opened:
@@ -91,9 +138,10 @@ def _opened(
     vae: "tuple[VAE, WeightFiles]",
     text: "tuple[TextTower, WeightFiles]",
     described: Described,
+    network_of: Callable[..., DiffusersUNet] = DiffusersUNet,
 ) -> Opened:
-    autoencoder = DiffusersAutoencoder(vae[0])
-    network = DiffusersUNet(unet[0], autoencoder.channels)
+    autoencoder = autoencoder_of(vae[0])
+    network = network_of(unet[0], autoencoder.channels)
     weights = [
         Weights(unet[0], unet[1], steady=False),
         Weights(vae[0], vae[1], steady=True),
@@ -113,17 +161,31 @@ def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype
     )
 
     vae = without_offset(_vae(nouns))
-    nouns = Nouns(DiffusersAutoencoder(vae), nouns.conditioner, nouns.network)
+    nouns = Nouns(autoencoder_of(vae), nouns.conditioner, nouns.network)
     save_diffusers(vae, stage / "vae", dtype)
     save_diffusers(_unet(nouns), stage / "unet", dtype)
     save_text(_tower(nouns), stage, dtype)
-    write_config(_index(nouns, schedule), stage / "model_index.json")
+    index = _index(nouns, schedule)
+    if (low := nouns.network.low_resolution) is not None:
+        own = scheduler_config.read({"_class_name": "DDPMScheduler", "clip_sample": False}, "")[2:]
+        noising = scheduler_config.write(low.process, "eps", *own)
+        write_config(noising, stage / "low_res_scheduler" / "scheduler_config.json")
+        del index["requires_safety_checker"]  # which that pipeline does not know
+        index["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
+        index["max_noise_level"] = low.max_noise_level
+        if low.ratio != nouns.autoencoder.factor:
+            index[_RATIO] = low.ratio
+    write_config(index, stage / "model_index.json")
 
 
 def write_file(path: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype | None) -> None:
     """See `Family.write_file`."""
     from latentdiff.formats.single_file import save_single
 
+    if nouns.network.kind == "upscaling":
+        raise UserError(f"{path}: an upscaling model is saved as a folder; name one.")
+    if isinstance(nouns.autoencoder.module, HaarTransform):
+        raise UserError(f"{path}: a model of pixels is saved as a folder; name one.")
     save_single(path, _vae(nouns), _unet(nouns), _tower(nouns), schedule, dtype)
 
 
@@ -148,12 +210,16 @@ def _index(nouns: Nouns, schedule: Config) -> Config:
 
     vae, text = _vae(nouns), _tower(nouns)
     kind = nouns.network.kind
+    pixels = isinstance(vae, HaarTransform)
     known = isinstance(text, ClipTower) and drawn_by_diffusers(vae, _unet(nouns), schedule)
+    if nouns.network.low_resolution is not None:
+        known &= nouns.autoencoder.scaling_factor == _UPSCALING_SCALE
+        known &= nouns.network.low_resolution.ratio == nouns.autoencoder.factor
     known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
     return {
         "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",
         "_diffusers_version": version("diffusers"),
-        "vae": ["diffusers", config_of(vae)["_class_name"]],
+        "vae": ["latentdiff" if pixels else "diffusers", config_of(vae)["_class_name"]],
         "unet": ["diffusers", config_of(_unet(nouns))["_class_name"]],
         "text_encoder": ["transformers", transformers_name(text.model)],
         "tokenizer": ["transformers", transformers_name(text.tokenizer)],

@@ -13,7 +13,7 @@ from latentdiff.formats.families import Choices, Config, Nouns, Opened, Weights
 from latentdiff.formats.scheduler_config import Described
 from latentdiff.formats.single_file_configs import XL_SCALE
 from latentdiff.formats.weights import blaming, read_json
-from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.haar import autoencoder_of
 from latentdiff.models.joined_conditioner import JoinedConditioner
 from latentdiff.models.network import Kind, SizedUNet
 from latentdiff.models.text_encoders import PenultimateTower
@@ -126,7 +126,7 @@ def _opened(
     zero_empty: bool,
     aesthetic: bool,
 ) -> Opened:
-    autoencoder = DiffusersAutoencoder(vae[0])
+    autoencoder = autoencoder_of(vae[0])
     network = SizedUNet(unet[0], autoencoder.channels)
     towers = {name: tower for name, (tower, _) in texts.items()}
     conditioner = JoinedConditioner(towers, zero_empty, aesthetic)
@@ -155,7 +155,7 @@ def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype
     conditioner = _conditioner(nouns)
     for name, tower in conditioner.towers.items():
         save_text(tower, stage, dtype, name.removeprefix("text_encoder"))
-    nouns = Nouns(DiffusersAutoencoder(vae), conditioner, nouns.network)
+    nouns = Nouns(autoencoder_of(vae), conditioner, nouns.network)
     write_config(_index(nouns, schedule), stage / "model_index.json")
 
 

@@ -41,6 +41,7 @@ class Outcome:
         inpaints: whether the model fills holes of pictures.
         words: names of the files of new words that a LoRA was learned with.
         control: of a ControlNet, the kind of its pictures: `editing.control_pictures` has names.
+        enlarges: how many times larger the model makes pictures; None where it draws from words.
         in_diffusers: whether diffusers reads the files of a LoRA, as they are.
     """
 
@@ -53,6 +54,7 @@ class Outcome:
     inpaints: bool = False
     words: tuple[str, ...] = ()
     control: str = "picture"
+    enlarges: int | None = None
     in_diffusers: bool = True
 
     @property
@@ -119,11 +121,12 @@ def card(outcome: Outcome, config: RunConfig, samples: bool, command: Sequence[s
     """The text: YAML for the Hub, then Markdown for people."""
     title = config.out.name or "model"
     on_hub = outcome.base and "/" in outcome.base and not Path(outcome.base).exists()
+    task = "text-to-image" if outcome.enlarges is None else "image-to-image"
     head = ModelCardData(
         license=config.card.licence,
         library_name="diffusers" if _their_class(outcome) else "latentdiff",
-        pipeline_tag="text-to-image",
-        tags=["latentdiff", "text-to-image", *([] if outcome.kind == "model" else [outcome.kind])],
+        pipeline_tag=task,
+        tags=["latentdiff", task, *([] if outcome.kind == "model" else [outcome.kind])],
         base_model=outcome.base if on_hub else None,
     )
     base = "the bundled emoji128" if outcome.base is None else public_name(outcome.base)
@@ -191,6 +194,10 @@ def _use(outcome: Outcome) -> str:
         command = f"inpaint picture.png {words} --mask mask.png"
         given, imported = ", image=picture, mask_image=mask", "from PIL import Image\n"
         opened = 'picture, mask = Image.open("picture.png"), Image.open("mask.png")\n'
+    if outcome.enlarges is not None:
+        command = f"enlarge picture.png {outcome.enlarges}"
+        given, imported = ", image=picture", "from PIL import Image\n"
+        opened = 'picture = Image.open("picture.png")\n'
     drawn = f"{opened}image = pipe({said}{given}).images[0]\n```"
     if outcome.kind == "lora":
         base = "" if outcome.base is None else f" --model {shlex.quote(public_name(outcome.base))}"

@@ -63,18 +63,21 @@ class Conditioned(nn.Module):
         scales: float | Sequence[float] = DISTILLED_SCALE,
         pictures: Tensor | None = None,
         noise: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> Tensor:
         """Predict [B, C or 2C, h, w] for scaled x_t [B, C, h, w] at times [B].
 
         Tokens go through the text encoders, for them to be trained; states, made before, do not. A
         network that is told its guidance scale is trained at `scales`, by default the one that it
         draws with by default. Control pictures [B, 3, H, W] in [0, 1] are for the ControlNet,
-        noise [B, Z] for a generator.
+        noise [B, Z] for a generator, the levels [B] of the noise in what is shown beside x_t for a
+        network that enlarges that.
         """
         (bundle,) = self._bundle
         text = bundle.conditioner.states(words) if isinstance(words, Tokens) else words
         size = x.shape[-2] * bundle.factor, x.shape[-1] * bundle.factor
-        condition = replace(bundle.conditioner.condition(text, size), beside=beside, noise=noise)
+        condition = bundle.conditioner.condition(text, size)
+        condition = replace(condition, beside=beside, noise=noise, noise_level=noise_level)
         (network,) = self._network
         if network is not None and pictures is not None:
             hint = Hint(network, network.module.embed(pictures), torch.ones(len(x)))

@@ -45,6 +45,7 @@ class Stream(IntEnum):
     TAGS = 13  # sample number, place among its captions: the order of tags and which are left out
     CODE = 30  # step, place: the noise that a generator is told
     SHARDS = 20  # epoch, 0: the order of the shards
+    LOW_RESOLUTION = 22  # step, place: level and noise of a small picture to be enlarged
     WINDOW = 21  # epoch, window: the order of its samples
 
 

@@ -21,7 +21,7 @@ _SHARED = (
 _SAME = (
     *("only_cross_attention", "downsample_padding", "mid_block_scale_factor"),
     *("act_fn", "encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads"),
-    *("class_embed_type", "num_class_embeds", "resnet_time_scale_shift"),
+    "resnet_time_scale_shift",
 )
 
 
@@ -44,7 +44,11 @@ class ControlNet(Encoder):
         "global_pool_conditions": False,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
     }
-    fixed: ClassVar[Mapping[str, Any]] = {key: CrossAttentionUNet.fixed[key] for key in _SAME}
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **{key: CrossAttentionUNet.fixed[key] for key in _SAME},
+        "class_embed_type": None,
+        "num_class_embeds": None,
+    }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

@@ -45,6 +45,8 @@ _CHOICES: dict[str, Any] = {
     "projection_class_embeddings_input_dim": None,
     "addition_embed_type_num_heads": 64,
     "time_cond_proj_dim": None,
+    "class_embed_type": None,
+    "num_class_embeds": None,
 }
 _FIXED: dict[str, Any] = {
     "center_input_sample": False,
@@ -59,8 +61,6 @@ _FIXED: dict[str, Any] = {
     "encoder_hid_dim_type": None,
     "num_attention_heads": None,
     "dual_cross_attention": False,
-    "class_embed_type": None,
-    "num_class_embeds": None,
     "resnet_time_scale_shift": "default",
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
@@ -104,6 +104,7 @@ class Encoder(nn.Module):
         if self.config["addition_embed_type"] is not None:
             inside = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = TimeEmbedding(inside, self._time_width)
+        self.class_embedding = _class_embedding(self.config, widths[0], self._time_width)
         self.time_act = nn.SiLU()
         self.down_blocks = nn.ModuleList()
         self.up_blocks = nn.ModuleList()  # of U-Nets alone; parameters keep their order so
@@ -150,6 +151,7 @@ class Encoder(nn.Module):
             and all(name in _CROSSING for name in types)
             and config.get("mid_block_type", _MIDDLES[0]) in _MIDDLES
             and config.get("addition_embed_type") in (None, "text_time")
+            and config.get("class_embed_type") in (None, "timestep")
             and config.get("norm_num_groups", 32) is not None
             and all(key in known or key.startswith("_") for key in config)
             and all(_depths_are_numbers(config.get("transformer_layers_per_block", 1)))
@@ -175,20 +177,36 @@ class Encoder(nn.Module):
         return states, mask, spoilt, images
 
     def _time(
-        self, sample: Tensor, t: Any, scale: Tensor | None, added: Mapping[str, Tensor] | None
+        self,
+        sample: Tensor,
+        t: Any,
+        scale: Tensor | None,
+        added: Mapping[str, Tensor] | None,
+        label: Tensor | None = None,
     ) -> Tensor:
-        """The embedding of time, and of guidance, pooled text and sizes where there are any:
+        """The embedding of time, and of guidance, label, pooled text and sizes where there are any:
         [B, time]."""
         t = torch.as_tensor(t, device=sample.device).expand(len(sample))
         time = self.time_embedding(
             self._waves(t, self.config["block_out_channels"][0]).to(sample.dtype), scale
         )
+        if self.class_embedding is not None:
+            time = time + self.class_embedding(self._label(label, sample)).to(time)
         if added is None or self.config["addition_embed_type"] is None:
             return time
         sizes = self._waves(
             added["time_ids"].flatten(), self.config["addition_time_embed_dim"]
         ).reshape(len(sample), -1)
         return time + self.add_embedding(torch.cat([added["text_embeds"], sizes], -1).to(time))
+
+    def _label(self, label: Tensor | None, sample: Tensor) -> Tensor:
+        """A label [B] as its embedding takes it: its waves [B, width], or the label itself."""
+        if label is None:
+            raise ValueError("class_labels must be given to a network with a class embedding")
+        label = label.to(sample.device).expand(len(sample))
+        if self.config["class_embed_type"] is None:
+            return label
+        return self._waves(label, self.config["block_out_channels"][0]).to(sample.dtype)
 
     def _waves(self, t: Tensor, width: int) -> Tensor:
         """See `sinusoids`."""
@@ -253,6 +271,7 @@ class CrossAttentionUNet(Encoder):
         encoder_hidden_states: Any,
         encoder_attention_mask: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        class_labels: Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
@@ -267,6 +286,7 @@ class CrossAttentionUNet(Encoder):
             encoder_attention_mask: bool [B, S], True where the network may look.
             timestep_cond: the guidance scale [B, G] of a network that was distilled with it; of a
                 generator its noise.
+            class_labels: labels [B], whole numbers, of a network with a class embedding.
             cross_attention_kwargs: "spoilt": see `latentdiff.models.perturbation`; "images":
                 `ImageTokens` that it attends to beside the states.
             added_cond_kwargs: "text_embeds" [B, P] and "time_ids" [B, 6], as of SDXL.
@@ -279,7 +299,8 @@ class CrossAttentionUNet(Encoder):
         told = cross_attention_kwargs or {}
         spoilt, images = told.get("spoilt"), told.get("images", ())
         given = self._given(sample, encoder_hidden_states, encoder_attention_mask, spoilt, images)
-        time = self.time_act(self._time(sample, timestep, timestep_cond, added_cond_kwargs))
+        numbers = timestep_cond, added_cond_kwargs, class_labels
+        time = self.time_act(self._time(sample, timestep, *numbers))
         skips = self._down(self.conv_in(sample), time, given)
         x = skips[-1]
         if down_block_additional_residuals is not None:
@@ -328,6 +349,14 @@ class EnergyUNet(CrossAttentionUNet):
             density = self.log_density(x, *told, **more)
             (score,) = torch.autograd.grad(density.sum(), x, create_graph=again)
         return score
+
+
+def _class_embedding(config: Mapping[str, Any], inside: int, outside: int) -> nn.Module | None:
+    """What embeds a label: two linear layers behind its waves, or a table with a row for each."""
+    if config.get("class_embed_type") == "timestep":
+        return TimeEmbedding(inside, outside)
+    count = config.get("num_class_embeds")  # which a ControlNet of ours has not
+    return None if count is None else nn.Embedding(count, outside)
 
 
 class _Block(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.process import Process
 from latentdiff.errors import UserError
 from latentdiff.models.control import residuals
 from latentdiff.models.perturbation import Perturbation, Spoilt, perturbable
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
     from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 
-Kind = Literal["text-to-image", "inpainting", "instruct-pix2pix"]
-"""The input of a network: x_t; x_t, a mask and the masked picture; or x_t and the picture to
-change."""
+Kind = Literal["text-to-image", "inpainting", "instruct-pix2pix", "upscaling"]
+"""The input of a network: x_t; x_t, a mask and the masked picture; x_t and the picture to change;
+or x_t and a small picture to enlarge."""
 
 # What a run must give it, and what a user does about it.
 NEEDS: dict[Kind, str] = {
@@ -29,7 +30,24 @@ NEEDS: dict[Kind, str] = {
     "`latentdiff inpaint`.",
     "instruct-pix2pix": "this is an InstructPix2Pix model: it needs edits=[Instruct(image)], which "
     "is `latentdiff edit`.",
+    "upscaling": "this is an upscaling model: it needs edits=[Enlarge(image)], which is "
+    "`latentdiff enlarge`.",
 }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowResolution:
+    """How the small pictures were made that an upscaling network was trained to enlarge.
+
+    Attributes:
+        process: the noise that is added to them: at level s, y_s = alpha_s y + sigma_s eps.
+        max_noise_level: the highest level; 0 is the lowest.
+        ratio: how many times larger what it draws is, along a side.
+    """
+
+    process: Process
+    max_noise_level: int
+    ratio: int
 
 
 class Network(Protocol):
@@ -63,6 +81,11 @@ class Network(Protocol):
     @property
     def kind(self) -> Kind:
         """The kind of model, by the image condition that it takes beside x_t."""
+        ...
+
+    @property
+    def low_resolution(self) -> LowResolution | None:
+        """What the small pictures were that it enlarges; None of a network that does not."""
         ...
 
     @property
@@ -154,7 +177,7 @@ class DiffusersUNet:
         if inside not in self._kinds() or outside not in (self.channels, 2 * self.channels):
             raise UserError(
                 f"unet: it takes {inside} and gives {outside} channels, but the vae's latents have "
-                f"{self.channels}; depth, upscaling and such checkpoints do not work here."
+                f"{self.channels}; depth and such checkpoints do not work here."
             )
         for key in self.refused:
             if config[key] is not None:
@@ -192,6 +215,10 @@ class DiffusersUNet:
     @property
     def kind(self) -> Kind:
         return self._kinds()[self.in_channels]
+
+    @property
+    def low_resolution(self) -> LowResolution | None:
+        return None
 
     @property
     def width(self) -> int:
@@ -232,6 +259,10 @@ class DiffusersUNet:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
+    def labels(self, condition: Condition) -> Tensor | None:
+        """The `class_labels` of the module; a network that is told any overrides this."""
+        return None
+
     def added(self, condition: Condition) -> dict[str, Tensor] | None:
         """The `added_cond_kwargs` of the module; a family whose U-Net takes any overrides this."""
         return None
@@ -269,6 +300,7 @@ class DiffusersUNet:
         output = module(
             x.to(self.dtype),
             t,
+            class_labels=self.labels(condition),
             timestep_cond=None if beside_time is None else beside_time.to(x.device, self.dtype),
             encoder_hidden_states=states.to(x.device, self.dtype),
             encoder_attention_mask=None if mask is None else mask.to(x.device),
@@ -284,6 +316,58 @@ class DiffusersUNet:
 
     def with_module(self, module: Any) -> Self:
         return type(self)(module, self.channels)
+
+
+@dataclass(frozen=True, eq=False)
+class UpscalingUNet(DiffusersUNet):
+    """A U-Net that sees a small RGB picture beside x_t and is told how much noise is in it.
+
+    Ho et al. 2022 (CDM), section 4, as in Stable Diffusion's x4 upscaler: C + 3 channels in, and
+    the level of the noise as a class label.
+
+    Attributes:
+        made: how its small pictures were made.
+
+    Raises:
+        UserError: the module is no such network.
+    """
+
+    refused: ClassVar[tuple[str, ...]] = ("addition_embed_type",)
+
+    made: LowResolution
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = self.module.config
+        if config["class_embed_type"] not in (None, "timestep") or (
+            config["class_embed_type"] is None and config["num_class_embeds"] is None
+        ):
+            raise UserError(
+                f"unet: its class_embed_type is {config['class_embed_type']!s:.40} and its "
+                f"num_class_embeds {config['num_class_embeds']!s:.40}; an upscaling model has "
+                "timestep, or a number of levels."
+            )
+        levels = config["num_class_embeds"]
+        if config["class_embed_type"] is None and levels <= self.made.max_noise_level:
+            raise UserError(
+                f"unet: its num_class_embeds is {levels}, so no max_noise_level of "
+                f"{self.made.max_noise_level} works."
+            )
+
+    def _kinds(self) -> dict[int, Kind]:
+        return {self.channels + 3: "upscaling"}
+
+    @property
+    def low_resolution(self) -> LowResolution | None:
+        return self.made
+
+    def labels(self, condition: Condition) -> Tensor | None:
+        if condition.noise_level is None:
+            raise UserError(f"the U-Net is told a noise level: {NEEDS[self.kind]}")
+        return condition.noise_level.to(self.device)
+
+    def with_module(self, module: Any) -> Self:
+        return type(self)(module, self.channels, self.made)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from latentdiff.diffusion.condition import Condition
 from latentdiff.errors import UserError
 from latentdiff.models.conditioner import Encoded, SizeConditions, TextConditioner
-from latentdiff.models.network import NEEDS, Kind, spoilt_rows
+from latentdiff.models.network import NEEDS, Kind, LowResolution, spoilt_rows
 from latentdiff.models.perturbation import Perturbation, perturbable
 from latentdiff.models.pixart_transformer import PixArtTransformer
 from latentdiff.models.text_encoders import PLAIN, Reading, TextStates, Tokens
@@ -70,6 +70,10 @@ class PixArtNetwork:
     def width(self) -> int:
         config = self.module.config
         return config["caption_channels"] or config["cross_attention_dim"]
+
+    @property
+    def low_resolution(self) -> LowResolution | None:
+        return None
 
     @property
     def guidance_width(self) -> int | None:

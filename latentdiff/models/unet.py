@@ -16,6 +16,7 @@ def build_unet(
     head_dim: int,
     text_width: int,
     learned_variance: bool = False,
+    low_resolution: bool = False,
 ) -> CrossAttentionUNet:
     """A fresh U-Net with cross-attention at the levels that `attention` says.
 
@@ -25,13 +26,14 @@ def build_unet(
         text_width: D of the text states [B, L, D].
         learned_variance: its output has 2C channels, of which the last C are v of eq. 15 of Nichol
             & Dhariwal 2021.
+        low_resolution: it also sees a small RGB picture and the level of its noise.
     """
     if len(channels) != len(attention):
         raise ValueError(f"{len(channels)} levels of channels but {len(attention)} of attention")
     heads = tuple(max(1, width // head_dim) for width in channels)
     theirs = UNet2DConditionModel(  # with its first weights
         sample_size=latent_size,
-        in_channels=latent_channels,
+        in_channels=latent_channels + (3 if low_resolution else 0),
         out_channels=latent_channels * (2 if learned_variance else 1),
         block_out_channels=channels,
         layers_per_block=layers,
@@ -41,6 +43,7 @@ def build_unet(
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
         norm_num_groups=32,
+        class_embed_type="timestep" if low_resolution else None,
     )
     unet = CrossAttentionUNet(json.loads(theirs.to_json_string()))
     unet.load_state_dict(theirs.state_dict(), assign=True)

@@ -9,12 +9,19 @@ from torch import Tensor
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Hint
 from latentdiff.diffusion.denoiser import Denoiser, conditioned_denoiser
-from latentdiff.diffusion.edits import Edit, EditsBranches, EditsConditioned, EditsInput
+from latentdiff.diffusion.edits import (
+    Edit,
+    EditsBranches,
+    EditsConditioned,
+    EditsInput,
+    EditsNoiseLevel,
+)
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.sampling import check_edits, visited
 from latentdiff.diffusion.solver import ChoosesSteps, Solver
 from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import (
+    Enlarge,
     Hires,
     HoldsPicture,
     RunContext,
@@ -92,6 +99,8 @@ def prepare(bundle: Bundle, request: Request) -> Run:
         bundle.process,
         bundle.network.native_size,
         _levels(request, bundle),
+        bundle.network.low_resolution,
+        noise,
     )
     edits, ending = bind(edits, context)
     for edit in edits:
@@ -131,12 +140,30 @@ def _sizes(
 ) -> tuple[tuple[int, int] | None, tuple[int, int, int, int]]:
     """Height and width of what edits or controls show, if they do, and the shape of all latents."""
     size = (request.height, request.width)
-    pictured = picture_size(edits, *size)
+    pictured = picture_size(edits, *size) or _enlarged_size(edits, bundle, *size)
     if pictured is None and size == (None, None):
         pictured = controls_size(request.controls)
     if pictured is not None:
         size = padded_size(pictured, bundle.factor)
     return pictured, latent_shape(bundle, *size, pictures)
+
+
+def _enlarged_size(
+    edits: Sequence[Edit], bundle: Bundle, height: int | None, width: int | None
+) -> tuple[int, int] | None:
+    """Height and width of what an upscaling model makes of the picture it is shown, if it is.
+
+    Raises:
+        UserError: another size is wanted.
+    """
+    low = bundle.network.low_resolution
+    sizes = [edit.run_size(low) for edit in edits if isinstance(edit, Enlarge) and low is not None]
+    if not sizes:
+        return None
+    if (height or sizes[0][0], width or sizes[0][1]) != sizes[0]:
+        told = f"{sizes[0][1]} x {sizes[0][0]}"
+        raise UserError(f"this model makes {told} of that picture: leave out height and width.")
+    return sizes[0]
 
 
 def _warn_of_moves(stepper: Solver, moves: int, steps: int) -> None:
@@ -247,9 +274,9 @@ def _conditions(
     own_scale = request.scale_for(bundle.network)
     positive = [told_scale(each, bundle.network, own_scale) for each in told.positive]
     told = replace(told, positive=positive)
-    if seen is not None:
-        told = told.with_fields({"beside": seen}, {"beside": seen})
-        blank = torch.zeros_like(seen)
+    if seen:
+        told = told.with_fields(seen, seen)
+        blank = torch.zeros_like(seen["beside"])
         told = replace(told, blind=[replace(each, beside=blank) for each in told.negative])
     if hints:
         told = told.with_fields({"control": hints}, {"control": unguided(hints)})
@@ -330,15 +357,21 @@ def _check_distilled(request: Request, texts: Texts, image_scale: float) -> None
         )
 
 
-def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[Tensor | None, float]:
-    """Build the image condition that an edit adds beside x, and its guidance scale.
+def _beside(edits: Sequence[Edit], x: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Build the fields of a condition that an edit with an image adds, and its guidance scale.
 
     Raises:
         UserError: more than one edit has an image condition.
     """
     showing = [edit for edit in edits if isinstance(edit, EditsInput)]
     if not showing:
-        return None, 1.0
+        return {}, 1.0
     if len(showing) > 1:
-        raise UserError("edits: one Inpaint or Instruct is all that a network can be shown.")
-    return showing[0].beside(x), showing[0].image_guidance_scale
+        raise UserError(
+            "edits: one Inpaint, Instruct or Enlarge is all that a network can be shown."
+        )
+    edit = showing[0]
+    fields = {"beside": edit.beside(x)}
+    if isinstance(edit, EditsNoiseLevel):
+        fields["noise_level"] = edit.noise_levels(x)
+    return fields, edit.image_guidance_scale

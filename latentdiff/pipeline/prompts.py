@@ -44,11 +44,16 @@ class Further:
     place: Image.Image | str | None = None
 
 
-def check_prompts(given: str | Sequence[str], name: str = "prompt") -> list[str]:
+def check_prompts(
+    given: str | Sequence[str], name: str = "prompt", *, needed: bool = True
+) -> list[str]:
     """The prompts as a list.
 
+    Args:
+        needed: whether they must say something, as a negative one need not.
+
     Raises:
-        UserError: one of them is empty (a negative one may be), too long, or no text.
+        UserError: one of them is empty, too long, or no text.
     """
     if not isinstance(given, Iterable):
         raise UserError(f"{name}: must be text or a list of texts, not {type(given).__name__}.")
@@ -58,7 +63,7 @@ def check_prompts(given: str | Sequence[str], name: str = "prompt") -> list[str]
     for text in prompts:
         if not isinstance(text, str):
             raise UserError(f"{name}: must be text, not {type(text).__name__}.")
-        if name != "negative_prompt" and not text.strip():
+        if needed and not text.strip():
             raise UserError(f"{name}: it is empty; say what to draw.")
         if len(text) > MAX_PROMPT:
             raise UserError(
@@ -75,7 +80,7 @@ def check_negatives(given: str | Sequence[str] | None, count: int) -> list[str]:
     Raises:
         UserError: as `check_prompts`, or there are neither one nor `count` of them.
     """
-    negatives = check_prompts("" if given is None else given, "negative_prompt")
+    negatives = check_prompts("" if given is None else given, "negative_prompt", needed=False)
     if len(negatives) not in (1, count):
         raise UserError(f"negative_prompt: {len(negatives)} were given for {count} prompts.")
     return negatives if len(negatives) == count else negatives * count

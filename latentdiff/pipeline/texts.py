@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff import lora
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
-from latentdiff.editing import RunContext
+from latentdiff.editing import Enlarge, RunContext
 from latentdiff.errors import UserError, warn
 from latentdiff.models.conditioner import SizeConditions
 from latentdiff.models.prompt_weights import without_weights
@@ -143,7 +143,8 @@ def texts_of(request: Request) -> Texts:
     if request.clip_skip is not None:
         whole(request.clip_skip, "clip_skip", 0, 100)
     if request.prompt is not None:
-        prompts = check_prompts(request.prompt)
+        shows = any(isinstance(edit, Enlarge) for edit in request.edits)
+        prompts = check_prompts(request.prompt, needed=not shows)
     else:
         prompts = [""] * condition_rows(request.prompt_embeds, "prompt_embeds")
     per_prompt = whole(request.num_images_per_prompt, "num_images_per_prompt", 1, MAX_PIXELS)

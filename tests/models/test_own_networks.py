@@ -47,6 +47,8 @@ UNETS = {
     "tiny": lambda: tiny_unet(),
     "inpainting, with variances": lambda: tiny_unet(9, 8),
     "guidance scales": lambda: tiny_unet(guidance_width=24),
+    "labels of a table": lambda: tiny_unet(7, labels="table"),
+    "labels in waves": lambda: tiny_unet(7, labels="waves"),
     "sizes and pooled text": lambda: tiny_unet(sizes=True),
     "xl": lambda: tiny_xl_unet(),
     "sd1": lambda: sd_unet(1),
@@ -88,6 +90,8 @@ def test_the_unet_is_that_of_diffusers(kind: str, backend: Any) -> None:
         given: dict[str, Any] = {"added_cond_kwargs": sizes if pooled > 6 * 8 else None}
         if own.config["time_cond_proj_dim"] is not None:
             given["timestep_cond"] = torch.randn(count, 24, generator=random)
+        if own.class_embedding is not None:
+            given["class_labels"] = torch.tensor([0, 349, 999])[:count]
         for seen in (None, mask):
             given["encoder_attention_mask"] = seen
             wanted = theirs(x, t, states, **given).sample

@@ -187,6 +187,18 @@ def test_a_generator() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("labels", ["table", "waves"])
+def test_a_unet_of_noise_levels(labels: Any) -> None:
+    """As that of Stable Diffusion's x4 upscaler, with a small picture beside x_t."""
+    told, changes = latents_and_text(tiny_clip().encode(PROMPTS).states, 7)
+    told["class_labels"] = torch.tensor([20, 20])
+    for level in (0, 100, 350):
+        changes[f"level {level}"] = {"class_labels": torch.full((2,), level)}
+    changes["next level"] = {"class_labels": torch.tensor([21, 21])}
+    sees(output_of(tiny_unet(7, labels=labels)), told, changes)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("refiner", "in_channels"), [(False, 4), (False, 8), (False, 9), (True, 4)]
 )

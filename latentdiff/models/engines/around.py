@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.network import Kind, Network
+from latentdiff.models.network import Kind, LowResolution, Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,10 @@ class AroundNetwork:
     @property
     def kind(self) -> Kind:
         return self.inner.kind
+
+    @property
+    def low_resolution(self) -> LowResolution | None:
+        return self.inner.low_resolution
 
     @property
     def width(self) -> int:
