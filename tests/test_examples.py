@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def bring(folder: Path, bundle: Bundle) -> None:
 @pytest.fixture(scope="module")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
-    bring(folder, tiny_bundle())
+    bring(folder, replace(tiny_bundle(), captions=("a red heart", "a flower")))
     return folder
 
 

@@ -29,6 +29,7 @@ from latentdiff.cli.show import show
 from latentdiff.cli.solvers import solvers
 from latentdiff.cli.swap import swap
 from latentdiff.cli.train import AS_THEY_ARE, autoencoder, diffusion, distill, finetune
+from latentdiff.cli.words import words
 from latentdiff.errors import UserError, shown
 from latentdiff.memory import keep_freed_memory, wait_passively
 from latentdiff.version import __version__
@@ -52,6 +53,7 @@ app.command("compile")(compile_model)
 app.command()(info)
 app.command()(show)
 app.command()(solvers)
+app.command()(words)
 app.command()(serve)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")
 data.command()(emoji)

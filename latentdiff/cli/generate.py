@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +13,13 @@ from latentdiff.cli.controls import fitted
 from latentdiff.cli.kept import is_given, settled, take_settings
 from latentdiff.cli.options import RunOptions, seed_or_fresh, with_run_options
 from latentdiff.cli.output import check_writable, draw_in_parts, place_of
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, warn
 from latentdiff.reading import read_text, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from latentdiff.bundle import Bundle
     from latentdiff.pipeline import Request
 
 
@@ -106,6 +107,8 @@ def generate(
         return None if run.no_metadata else about_request(pipe.bundle, request) | run.about()
 
     _write(drawn, request, run.out, about, number, grid=grid)
+    if not run.lora and not run.embedding:  # whose words no caption tells
+        _tell_of_far(pipe.bundle, prompts)
 
 
 def _prompts(word: str) -> list[str]:
@@ -124,6 +127,18 @@ def _prompts(word: str) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read the prompts of {file}: {reason(error)}") from None
     return [line.strip() for line in lines if line.strip()]
+
+
+def _tell_of_far(bundle: "Bundle", prompts: Sequence[str]) -> None:
+    """Warn of prompts that are far from all that a model knows, after they are drawn: it takes a
+    second to find out."""
+    from latentdiff.pipeline.vocabulary import far
+
+    for prompt, nearest in far(bundle, prompts):
+        warn(
+            f"{prompt!r:.60} is far from all captions of {bundle.name}; the nearest are "
+            f"{'; '.join(nearest)} (`latentdiff words` lists more)"
+        )
 
 
 def _write(
