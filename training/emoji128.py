@@ -886,15 +886,9 @@ def lessons_of(
 
 
 def known_captions(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[str, ...]:
-    """One caption of every emoji without a skin tone, in any of its styles; in random order."""
-    told: dict[str, list[str]] = {}
-    for row in rows:
-        if not row["skin_tone"]:
-            told.setdefault(row["codepoints"], []).append(row["captions"][0])  # with its style
-            told[row["codepoints"]].append(with_article(row["name"]))
-    random = philox(seed, 24)
-    chosen = {random.choice(captions).replace("-", " ") for captions in told.values()}
-    return tuple(random.permutation(sorted(chosen)).tolist())
+    """The name of every emoji without a skin tone, as a caption says it; in random order."""
+    names = sorted({with_article(row["name"]) for row in rows if not row["skin_tone"]})
+    return tuple(philox(seed, 24).permutation(names).tolist())
 
 
 def _moved(thing: Thing, row: int) -> Thing:

@@ -11,6 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from latentdiff.bundle import Bundle
 from latentdiff.cli import main
+from latentdiff.data.captions import with_article
+from latentdiff.data.held_out import SYNONYMS
 from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.pipeline import vocabulary
 from latentdiff.pipeline.vocabulary import cosines, far, near
@@ -148,3 +150,11 @@ def test_words_lists_captions_and_refuses_a_model_that_carries_none(
     assert capsys.readouterr().err == told
     assert main(["words", " ", "--model", str(model)]) == 2
     assert capsys.readouterr().err.startswith("error: WORD: it is empty")
+
+
+def test_the_bundled_model_knows_its_captions_and_most_other_words_for_its_things() -> None:
+    bundle = Bundle.load(device="cpu")
+    assert not list(far(bundle, bundle.captions))
+    unknown = [text for text, _ in far(bundle, [with_article(word) for word in SYNONYMS])]
+    assert 1 <= len(unknown) <= 10
+    assert list(far(bundle, ["quantum chromodynamics"]))
