@@ -1,7 +1,8 @@
 """Weights packed once into the layout that oneDNN computes with, instead of at every call.
 
 Activations are channels-last, keys and values of a prompt are computed once a run, and all of a
-network's projections of time at once.
+network's projections of time at once. Weights that are mapped from their file need no memory beside
+the packed ones: they are read from it again for a LoRA, or for what is not computed packed.
 """
 
 import copy
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion.condition import Condition
+from latentdiff.memory import let_go_of_pages
 from latentdiff.models.attention import (
     AttentionLayer,
     Shown,
@@ -79,6 +81,7 @@ class PackedConv(_Packed):
         if packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
             packed = pack(self.weight.detach(), *self.settings, x.shape)
+            let_go_of_pages(self.weight.data_ptr(), self.weight.nbytes)
             others = list(self._packed.items())[1 - _SHAPES :]
             self._packed = dict([*others, (x.shape, packed)])  # at once, for other threads' sake
         x = x.contiguous(memory_format=torch.channels_last)
@@ -93,6 +96,7 @@ class PackedLinear(_Packed):
         super().__init__()
         pack = torch.ops.mkldnn._reorder_linear_weight
         self.register_buffer("weight", pack(layer.weight.detach()))
+        let_go_of_pages(layer.weight.data_ptr(), layer.weight.nbytes)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,6 +192,10 @@ class Packing:
         """True where the network can be packed, and no answer was found to differ."""
         return cannot_pack(self._module) is None and not self.checks.failed()
 
+    def usable(self) -> bool:
+        """See `works`; where it does not, nothing of the twin is kept."""
+        return self.works or self.twin() is not None
+
     def twin(self) -> Any:
         """The packed network; None where there is none, and then nothing of one is kept."""
         with self._lock:
@@ -233,6 +241,10 @@ class Spoiling:
     def works(self) -> bool:
         """See `Packing.works`."""
         return self._packing.works
+
+    def usable(self) -> bool:
+        """See `Packing.usable`."""
+        return self._packing.usable()
 
     def twin(self) -> Any:
         """See `Packing.twin`."""
@@ -327,13 +339,15 @@ class PackedNetwork(AroundNetwork):
     def __call__(
         self, x: Tensor, t: Tensor, condition: Condition, perturbed: Sequence[int] = ()
     ) -> Tensor:
-        twin = None if torch.is_grad_enabled() else self.packing.twin()
-        if twin is None:
-            return self.inner(x, t, condition, perturbed)
         given = x, t, condition, perturbed
-        fast = self.inner.with_module(twin)
-        answer = self.packing.answer("predict", lambda: fast(*given), lambda: self.inner(*given))
-        return answer.contiguous()
+
+        def fast() -> Tensor:
+            twin = self.packing.twin()
+            return (self.inner if twin is None else self.inner.with_module(twin))(*given)
+
+        if torch.is_grad_enabled() or not self.packing.usable():
+            return self.inner(*given)
+        return self.packing.answer("predict", fast, lambda: self.inner(*given)).contiguous()
 
     def perturbable(self, perturbations: Sequence[Perturbation]) -> Self:
         inner = self.inner.perturbable(perturbations)
@@ -376,11 +390,15 @@ class PackedAutoencoder(AroundAutoencoder):
         return self._compute("moments", pictures, _CHECKED * self.factor)
 
     def _compute(self, what: str, x: Tensor, side: int) -> Tensor:
-        twin = None if torch.is_grad_enabled() else self.packing.twin()
         slow = getattr(self.inner, what)
-        if twin is None:
+
+        def fast(x: Tensor) -> Tensor:
+            twin = self.packing.twin()
+            inner = self.inner if twin is None else replace(self.inner, module=twin)
+            return getattr(inner, what)(x)
+
+        if torch.is_grad_enabled() or not self.packing.usable():
             return slow(x)
-        fast = getattr(replace(self.inner, module=twin), what)
         part = x[:1, :, :side, :side]
         if part.shape != x.shape:
             self.packing.compare(what, lambda: fast(part), lambda: slow(part))
