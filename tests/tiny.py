@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from diffusers.models.adapter import T2IAdapter
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.controlnets.controlnet import ControlNetModel
@@ -79,6 +80,7 @@ GAINS = {
     "time_embedding.": 1.5,
     "cond_proj.": 1.5,
     "controlnet_cond_embedding.": 2.0,  # after SiLU, of values in [0, 1]
+    "adapter.conv_in.": 4.0,  # of values in [0, 1], whose means alone are large
     "add_embedding.": 1.5,
     "class_embedding.linear": 1.5,
     "class_embedding.weight": 11.0,  # a table, whose rows nothing multiplies
@@ -466,6 +468,14 @@ def tiny_control(*, sizes: bool = False, seed: int = 10, **config: Any) -> Contr
     with torch.random.fork_rng([]):
         control = ControlNetModel(**given)
     return draw_weights(control, seed)
+
+
+def tiny_t2i_adapter(*, seed: int = 50, **config: Any) -> T2IAdapter:
+    """A T2I-Adapter beside `tiny_unet`, of control pictures of twice the side of the latents."""
+    given: dict[str, Any] = {"channels": [32, 32], "num_res_blocks": 2, "downscale_factor": 2}
+    with torch.random.fork_rng([]):
+        adapter = T2IAdapter(**given | config)
+    return draw_weights(adapter, seed)
 
 
 def tiny_ip_adapter(

@@ -198,8 +198,9 @@ class RunOptions:
         typer.Option(
             "--control",
             metavar="NETWORK:PICTURE[:SCALE]",
-            help="Hold to PICTURE by a ControlNet, a folder or a file, as models/canny:photo.png; "
-            "models/depth:depth.png:0.7 less. May be given again: they add up.",
+            help="Hold to PICTURE by a ControlNet, a folder or a file, or a T2I-Adapter, as "
+            "models/canny:photo.png; models/depth:depth.png:0.7 less. May be given again: they "
+            "add up.",
         ),
     ] = None
     control_from: Annotated[

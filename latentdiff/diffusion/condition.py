@@ -10,8 +10,28 @@ from torch import Tensor
 
 from latentdiff.errors import UserError
 
-Residuals = tuple[list[Tensor], Tensor]
-"""Tensors [B, C, h, w] to add to the skips of a U-Net, in their order, and behind its middle."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residuals:
+    """Maps [B, C, h, w] to add to those of a U-Net; each list may be empty.
+
+    Attributes:
+        skips: for each of its skips, in their order, and for what its middle gives: of ControlNets.
+        levels: for the end of each level on the way down, and of the middle where there is one
+            more: of T2I-Adapters.
+    """
+
+    skips: Sequence[Tensor] = ()
+    levels: Sequence[Tensor] = ()
+
+    def __add__(self, other: "Residuals") -> "Residuals":
+        return Residuals(_sums(self.skips, other.skips), _sums(self.levels, other.levels))
+
+
+def _sums(one: Sequence[Tensor], other: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not one or not other:
+        return one or other
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 class ControlsNetwork(Protocol):
@@ -34,14 +54,14 @@ class Hint:
 
     Attributes:
         network: reads it.
-        embedded: the control pictures, as that network has embedded them [B, W, h, w].
+        embedded: maps [B, W, h, w] of the control pictures, as that network has embedded them.
         scale: strength for each picture [B]; 0 is off.
         window: it is told at times low < t <= high.
         guess: it is told in guess mode: see `latentdiff.models.control.ControlNetwork`.
     """
 
     network: ControlsNetwork
-    embedded: Tensor
+    embedded: tuple[Tensor, ...]
     scale: Tensor
     window: tuple[float, float] = (-math.inf, math.inf)
     guess: bool = False
@@ -49,7 +69,8 @@ class Hint:
     def take(self, rows: Sequence[int] | Tensor) -> Self:
         """The hint of these pictures, in this order."""
         rows = _places(rows)
-        return replace(self, embedded=self.embedded[rows], scale=self.scale[rows])
+        embedded = tuple(one[rows] for one in self.embedded)
+        return replace(self, embedded=embedded, scale=self.scale[rows])
 
 
 class ReadsTokens(Protocol):
@@ -158,7 +179,7 @@ def _joined_hints(told: Sequence[tuple[Hint, ...]]) -> tuple[Hint, ...]:
     return tuple(
         replace(
             same[0],
-            embedded=torch.cat([hint.embedded for hint in same]),
+            embedded=tuple(map(torch.cat, zip(*(hint.embedded for hint in same), strict=True))),
             scale=torch.cat([hint.scale for hint in same]),
         )
         for same in zip(*told, strict=True)

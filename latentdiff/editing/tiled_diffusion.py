@@ -65,7 +65,8 @@ class TiledDiffusion:
             for top in starts[0]:
                 for left in starts[1]:
                     place = slice(top, top + sides[0]), slice(left, left + sides[1])
-                    found = denoise(x[(..., *place)], level, _cropped(branches, place))
+                    part_of = _cropped(branches, place, (x.shape[-2], x.shape[-1]))
+                    found = denoise(x[(..., *place)], level, part_of)
                     total[place] += weight
                     parts = [_parts(estimate) for estimate in found]
                     sums = sums or [[torch.zeros_like(x) for _ in each] for each in parts]
@@ -81,8 +82,29 @@ def _parts(estimate: Estimate) -> list[Tensor]:
     return [estimate.x0] + ([] if estimate.variance is None else [estimate.variance])
 
 
-def _cropped(branches: Sequence[Branch], place: tuple[slice, slice]) -> Sequence[Branch]:
-    """The branches of a window: what the network sees beside x, too, is of that place."""
+def _part(whole: Tensor, place: tuple[slice, slice], size: tuple[int, int]) -> Tensor:
+    """The part of a map, of latents or a coarser one, that belongs to a window of latents.
+
+    A window begins where that map has a place, or less than one behind it.
+    """
+    parts: list[slice] = []
+    for each, side, own in zip(place, size, whole.shape[-2:], strict=True):
+        times = next(2**k for k in range(side) if -(-side // 2**k) == own)
+        start = each.start // times
+        parts.append(slice(start, start - (each.start - each.stop) // times))
+    return whole[(..., *parts)]
+
+
+def _cropped(
+    branches: Sequence[Branch], place: tuple[slice, slice], size: tuple[int, int]
+) -> Sequence[Branch]:
+    """The branches of a window: what the network sees beside x, too, is of that place.
+
+    Args:
+        branches: of all latents.
+        place: of the window.
+        size: height and width of all latents.
+    """
     conditions = [branch.condition for branch in branches]
     if all(each.beside is None and not each.control for each in conditions):
         return branches  # as they are, so that what was computed of them is found again
@@ -90,7 +112,10 @@ def _cropped(branches: Sequence[Branch], place: tuple[slice, slice]) -> Sequence
     for branch in branches:
         beside, hints = branch.condition.beside, branch.condition.control
         seen = None if beside is None else beside[(..., *place)]
-        told = tuple(replace(hint, embedded=hint.embedded[(..., *place)]) for hint in hints)
+        told = tuple(
+            replace(hint, embedded=tuple(_part(one, place, size) for one in hint.embedded))
+            for hint in hints
+        )
         condition = replace(branch.condition, beside=seen, control=told)
         cropped.append(replace(branch, condition=condition))
     return cropped

@@ -80,7 +80,7 @@ class Conditioned(nn.Module):
         condition = replace(condition, beside=beside, noise=noise, noise_level=noise_level)
         (network,) = self._network
         if network is not None and pictures is not None:
-            hint = Hint(network, network.module.embed(pictures), torch.ones(len(x)))
+            hint = Hint(network, (network.module.embed(pictures),), torch.ones(len(x)))
             condition = replace(condition, control=(hint,))
         return bundle.network(x, t, told_scale(condition, bundle.network, scales))
 

@@ -1,6 +1,7 @@
 """The U-Net of Stable Diffusion, with the tensor names of diffusers' UNet2DConditionModel."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -213,11 +214,16 @@ class Encoder(nn.Module):
         flip, shift = self.config["flip_sin_to_cos"], self.config["freq_shift"]
         return sinusoids(t, width, flip=flip, shift=shift)
 
-    def _down(self, x: Tensor, time: Tensor, given: Sequence[Any]) -> list[Tensor]:
-        """The skips of the way down, from x behind the first convolution: the last is the end."""
+    def _down(
+        self, x: Tensor, time: Tensor, given: Sequence[Any], levels: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """The skips of the way down, from x behind the first convolution: the last is the end.
+
+        What is there for each of the `levels` is added at its end.
+        """
         skips = [x]
-        for block in self.down_blocks:
-            x, more = block(x, time, *given)
+        for block, added in zip_longest(self.down_blocks, levels[: len(self.down_blocks)]):
+            x, more = block(x, time, *given, added=added)
             skips += more
         return skips
 
@@ -276,6 +282,7 @@ class CrossAttentionUNet(Encoder):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Predict; the arguments have diffusers' names.
 
@@ -292,6 +299,8 @@ class CrossAttentionUNet(Encoder):
             added_cond_kwargs: "text_embeds" [B, P] and "time_ids" [B, 6], as of SDXL.
             down_block_additional_residuals: added to the skips, in their order: of a ControlNet.
             mid_block_additional_residual: added behind the middle block.
+            down_intrablock_additional_residuals: added at the end of each level on the way down,
+                and of the middle where there is one more: of a T2I-Adapter.
 
         Returns:
             [B, out_channels, H, W].
@@ -301,11 +310,14 @@ class CrossAttentionUNet(Encoder):
         given = self._given(sample, encoder_hidden_states, encoder_attention_mask, spoilt, images)
         numbers = timestep_cond, added_cond_kwargs, class_labels
         time = self.time_act(self._time(sample, timestep, *numbers))
-        skips = self._down(self.conv_in(sample), time, given)
+        levels = list(down_intrablock_additional_residuals or ())
+        skips = self._down(self.conv_in(sample), time, given, levels)
         x = skips[-1]
         if down_block_additional_residuals is not None:
             skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
         x = self.mid_block(x, time, *given)
+        for level in levels[len(self.down_blocks) :]:
+            x = x + level
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
         for block in self.up_blocks:
@@ -404,14 +416,24 @@ class DownBlock(_Block):
         shrink = [] if last else [Downsample(width, padding=1)]
         self.downsamplers = nn.ModuleList(shrink)
 
-    def forward(self, x: Tensor, time: Tensor, *given: Any) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, time: Tensor, *given: Any, added: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The end of the level, and its skips.
+
+        What is `added` is so before the level halves, but without attention behind: as diffusers.
+        """
         skips: list[Tensor] = []
         for number in range(len(self.resnets)):
             x = self.layer(number, x, time, *given)
             skips.append(x)
+        if added is not None and self.attentions is not None:
+            x = skips[-1] = x + added
         for shrink in self.downsamplers:
             x = shrink(x)
             skips.append(x)
+        if added is not None and self.attentions is None:
+            x = skips[-1] = x + added
         return x, skips
 
 

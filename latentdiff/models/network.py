@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from latentdiff.diffusion.condition import Condition
+from latentdiff.diffusion.condition import Condition, Residuals
 from latentdiff.diffusion.process import Process
 from latentdiff.errors import UserError
 from latentdiff.models.control import residuals
@@ -276,7 +276,8 @@ class DiffusersUNet:
                 replace(one, tokens=one.tokens.to(x.device, self.dtype)) for one in condition.images
             ]
         added = self.added(condition)
-        told = residuals(condition, x.to(self.dtype), t, added)
+        told = residuals(condition, x.to(self.dtype), t, added) or Residuals()
+        skips = told.skips
         if condition.beside is not None:
             x = torch.cat([x, condition.beside.to(x)], dim=1)
         if x.shape[1] != self.in_channels:
@@ -306,8 +307,9 @@ class DiffusersUNet:
             encoder_attention_mask=None if mask is None else mask.to(x.device),
             cross_attention_kwargs=attention or None,
             added_cond_kwargs=added,
-            down_block_additional_residuals=None if told is None else told[0],
-            mid_block_additional_residual=None if told is None else told[1],
+            down_block_additional_residuals=skips[:-1] or None,
+            mid_block_additional_residual=skips[-1] if skips else None,
+            down_intrablock_additional_residuals=list(told.levels) if told.levels else None,
         )
         return getattr(output, "sample", output)  # diffusers puts it into an object
 

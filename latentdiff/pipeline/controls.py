@@ -1,4 +1,4 @@
-"""Controls of a call: pictures that a ControlNet holds the model to."""
+"""Controls of a call: pictures that a ControlNet or a T2I-Adapter holds the model to."""
 
 import math
 from collections.abc import Sequence
@@ -18,34 +18,37 @@ from latentdiff.editing.control_pictures import check_kind, control_picture
 from latentdiff.editing.jumps import first_visits
 from latentdiff.errors import UserError
 from latentdiff.formats.controlnet import load_controlnet
-from latentdiff.models.control import ControlNetwork, check_control
+from latentdiff.formats.t2i_adapter import is_t2i_adapter, load_t2i_adapter
+from latentdiff.models.control import AdapterNetwork, ControlNetwork, check_control, check_maps
 from latentdiff.pictures import Picture, open_picture, to_tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A picture (edges, depth, a pose ...) and the ControlNet that was trained to hold to it.
+    """A picture (edges, depth, a pose ...) and the network that was trained to hold to it.
 
-    Zhang et al. 2023 (ControlNet). Several add up, each with its own scale and stretch of the run.
+    A ControlNet (Zhang et al. 2023) or a T2I-Adapter (Mou et al. 2023). Several add up, each with
+    its own scale and stretch of the run.
 
     Args:
-        network: a folder or .safetensors file, read here in float32; or what `load_controlnet`
-            read, once for many calls and on the model's own device.
+        network: a folder or .safetensors file, read here in float32; or what `load_controlnet` or
+            `load_t2i_adapter` read, once for many calls and on the model's own device.
         image: the control picture, opened here, or a list of one for each prompt or picture. One
             of another size than the run is resized, and of another shape refused; with no other
             size given the run is as large as the first.
         scale: strength; 0 is off.
         start: from this part of the run on, in 0 .. 1, as `control_guidance_start` in diffusers.
         end: to this part of it.
-        guess: guess mode: the negative prompt's branch is not told, and large maps are told less.
+        guess: guess mode of a ControlNet: the negative prompt's branch is not told, and large maps
+            are told less.
         kind: what is made of the picture at the size of the run: "canny", "scribble", "grey",
             "palette" or "tile" (`latentdiff.editing.control_pictures`); or it is shown as it is.
 
     Raises:
-        UserError: no ControlNet, no picture, or a number out of range.
+        UserError: no such network, no picture, or a number out of range.
     """
 
-    network: str | Path | ControlNetwork
+    network: str | Path | ControlNetwork | AdapterNetwork
     image: Picture | Sequence[Picture]
     scale: float = 1.0
     start: float = 0.0
@@ -66,8 +69,11 @@ class Control:
         if not given:
             raise UserError("control: its list of pictures is empty.")
         object.__setattr__(self, "image", [open_picture(one) for one in given])
-        if not isinstance(self.network, ControlNetwork):
-            object.__setattr__(self, "network", load_controlnet(self.network))
+        if not isinstance(self.network, ControlNetwork | AdapterNetwork):
+            load = load_t2i_adapter if is_t2i_adapter(self.network) else load_controlnet
+            object.__setattr__(self, "network", load(self.network))
+        if self.guess and isinstance(self.network, AdapterNetwork):
+            raise UserError("control: guess mode is for ControlNets: a T2I-Adapter has none.")
 
     @property
     def pictures(self) -> list[Image.Image]:
@@ -76,9 +82,9 @@ class Control:
         return pictures
 
     @property
-    def loaded(self) -> ControlNetwork:
-        """The ControlNet."""
-        assert isinstance(self.network, ControlNetwork)
+    def loaded(self) -> ControlNetwork | AdapterNetwork:
+        """The network."""
+        assert isinstance(self.network, ControlNetwork | AdapterNetwork)
         return self.network
 
 
@@ -120,23 +126,29 @@ def hints_of(
         per_prompt: number of pictures of each; they follow one another.
 
     Raises:
-        UserError: a ControlNet is of another model, or a picture of another shape than the run;
-            or there are as many as neither prompts nor pictures; or no step lies in a stretch.
+        UserError: a network is of another model, or a picture of another shape than the run; or
+            there are as many as neither prompts nor pictures; or no step lies in a stretch.
     """
     hints: list[Hint] = []
     count = prompts * per_prompt
     for control in controls:
         network = control.loaded.on(bundle.device, bundle.network.dtype)
-        check_control(network, bundle.network, bundle.factor)
+        if isinstance(network, ControlNetwork):
+            check_control(network, bundle.network, bundle.factor)
         given = len(control.pictures)
         if given not in (1, prompts, count):
             raise UserError(f"control: {given} pictures were given for {prompts} prompts.")
         pixels = torch.cat([_pixels(one, control.kind, context) for one in control.pictures])
-        embedded = network.embed(context.pad(pixels))
-        embedded = embedded.repeat_interleave(count // given, dim=0)
+        padded = context.pad(pixels)
+        maps = network.embed(padded)
+        if isinstance(network, AdapterNetwork):
+            high, wide = padded.shape[-2] // bundle.factor, padded.shape[-1] // bundle.factor
+            check_maps(network, maps, bundle.network, (high, wide))
+        embedded = tuple(one.repeat_interleave(count // given, dim=0) for one in maps)
         scale = torch.full((count,), float(control.scale), device=bundle.device)
         window = _window(control, first_visits(levels))
-        hints.append(Hint(network, embedded, scale, window, control.guess or network.pools))
+        guess = control.guess or (isinstance(network, ControlNetwork) and network.pools)
+        hints.append(Hint(network, embedded, scale, window, guess))
     return tuple(hints)
 
 

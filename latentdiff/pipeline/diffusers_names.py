@@ -74,6 +74,10 @@ _TABLE: tuple[tuple[str, str], ...] = (
         "load_ip_adapter set_ip_adapter_scale ip_adapter_image unload_ip_adapter",
         "IP-Adapters come in as image_prompts=[ImagePrompt(file, picture, scale)]",
     ),
+    (
+        "adapter adapter_conditioning_scale adapter_conditioning_factor",
+        "T2I-Adapters come in as controls=[Control(folder, picture, scale, end=factor)]",
+    ),
     ("image_guidance_scale", "it is an edit's: edits=[Instruct(image, image_guidance_scale)]"),
     ("pag_scale pag_adaptive_scale", "perturbed attention is an edit: edits=['pag:3']"),
     (

@@ -228,7 +228,7 @@ def test_what_makes_no_sense_is_refused(
     shown = [ImagePrompt(adapter, picture(0))]
     with pytest.raises(UserError, match=r"image_prompts: give ImagePrompt\(adapter, picture\)"):
         draw(model, image_prompts=[picture(0)])
-    with pytest.raises(UserError, match="UNet2DConditionModel of diffusers, which is shown no pic"):
+    with pytest.raises(UserError, match="is a UNet2DConditionModel, which is shown no pic"):
         draw(tiny_bundle(), image_prompts=shown)
     wide = with_own_networks(sd_like(1))
     with pytest.raises(UserError, match=r"for text states of width 16, the model has .* 64: it be"):

@@ -1,6 +1,7 @@
 """ControlNets beside diffusers' own: the same numbers to the last bit, and the same files."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ def test_it_says_what_diffusers_says(kind: str, guess: bool) -> None:
         x, t, states, picture, 0.7, added_cond_kwargs=added, guess_mode=guess, return_dict=False
     )
     hint = Hint(control, control.embed(picture), torch.full((2,), 0.7), guess=guess)
-    skips, middle = control(x, t, states, None, added, hint)
-    assert len(skips) == len(wanted[0])
-    for ours, other in zip([*skips, middle], [*wanted[0], wanted[1]], strict=True):
+    told = control(x, t, states, None, added, hint)
+    assert not told.levels
+    for ours, other in zip(told.skips, [*wanted[0], wanted[1]], strict=True):
         assert (ours - other).abs().max() <= 1e-6 * other.abs().max()
-    assert middle.std() > 0.01
+    assert told.skips[-1].std() > 0.01
 
 
 @torch.no_grad()
@@ -71,10 +72,10 @@ def test_each_row_has_its_own_strength_and_a_hint_its_times() -> None:
     whole = Hint(control, control.embed(picture), torch.tensor([0.5, 0.0, 1.0]))
     late = Hint(other, other.embed(picture), torch.ones(3), window=(100.0, 400.0))
 
-    def said(*hints: Hint) -> list[Tensor]:
+    def said(*hints: Hint) -> Sequence[Tensor]:
         told = residuals(Condition(states=states, control=hints), x, t, None)
         assert told is not None
-        return [*told[0], told[1]]
+        return told.skips
 
     for both, first, second in zip(said(whole, late), said(whole), said(late), strict=True):
         assert torch.equal(both, first + second)
@@ -87,7 +88,7 @@ def test_each_row_has_its_own_strength_and_a_hint_its_times() -> None:
     rows = [Condition(states=states[[i]], control=(whole.take([i]),)) for i in (0, 1, 2)]
     again = joined(rows)
     assert torch.equal(again.control[0].scale, whole.scale)
-    assert torch.equal(again.control[0].embedded, whole.embedded)
+    assert torch.equal(again.control[0].embedded[0], whole.embedded[0])
     with pytest.raises(UserError, match="same controls"):
         joined([rows[0], Condition(states=states[[1]])])
 
@@ -173,8 +174,8 @@ def test_files_of_stable_diffusion_xl_tell_their_config(kind: str, tmp_path: Pat
     for name in ("one", "prefixed", "bare", "theirs"):
         control = load_controlnet(tmp_path / f"{name}.safetensors")
         hint = Hint(control, control.embed(picture), torch.ones(2))
-        skips, middle = control(x, t, states, None, added, hint)
-        for ours, other in zip([*skips, middle], [*wanted[0], wanted[1]], strict=True):
+        told = control(x, t, states, None, added, hint)
+        for ours, other in zip(told.skips, [*wanted[0], wanted[1]], strict=True):
             assert (ours - other).abs().max() <= 1e-6 * other.abs().max(), name
         assert control.module.config["cross_attention_dim"] == 2048
 

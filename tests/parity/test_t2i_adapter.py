@@ -1,0 +1,187 @@
+"""Pixels equal to diffusers' T2I-Adapter pipelines, and maps to its U-Net's, on tiny weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.adapter import T2IAdapter
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_adapter import (
+    StableDiffusionAdapterPipeline,
+)
+from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_xl_adapter import (
+    StableDiffusionXLAdapterPipeline,
+)
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from PIL import Image
+from tiny import (
+    draw_weights,
+    tiny_bundle,
+    tiny_t2i_adapter,
+    tiny_xl,
+    tower_of,
+    unet_of,
+    vae_of,
+    with_own_networks,
+)
+from torch import Tensor
+
+from latentdiff import Control, LatentDiffusionPipeline
+from latentdiff.bundle import Bundle, Steps
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+
+TOLERANCE = 1e-4  # of pixels in [0, 1]
+STEPS = 4
+PROMPTS = ["a red heart", "a cat"]
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+SCHEDULERS: dict[str, Any] = {
+    "ddim": lambda: DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, clip_sample=False),
+    "euler": lambda: EulerDiscreteScheduler(**SCHEDULE),
+    "dpmpp-2m": lambda: DPMSolverMultistepScheduler(**SCHEDULE),
+}
+# The adapters' configs, what a control is told besides, and the call.
+CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
+    "full": ([{}], {}, {"guidance_scale": 5.0}),
+    "light, of grey pictures, weak": (
+        [{"adapter_type": "light_adapter", "channels": [32], "in_channels": 1}],
+        {"scale": 0.6},
+        {"guidance_scale": 1.0},
+    ),
+    "two": ([{}, {"num_res_blocks": 1}], {"scale": 0.7}, {"guidance_scale": 5.0}),
+}
+
+
+def picture(seed: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def noise(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(place: Path, configs: list[dict[str, Any]]) -> list[Path]:
+    """Adapters as diffusers saves them."""
+    folders = [place / str(number) for number in range(len(configs))]
+    for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
+        tiny_t2i_adapter(seed=50 + number, **config).save_pretrained(folder)
+    return folders
+
+
+def drawn(bundle: Bundle, solver: str, controls: list[Control], **call: Any) -> np.ndarray:
+    pipe = LatentDiffusionPipeline(bundle)
+    pipe.scheduler = SCHEDULERS[solver]()
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "np", "progress": False}
+    return pipe(controls=controls, **given | call).images
+
+
+def check(
+    pipe: Any, bundles: list[Bundle], controls: list[list[Control]], told: Any, call: Any
+) -> None:
+    """Ours are theirs with every solver and U-Net; and pictures and scales are seen."""
+    pipe.set_progress_bar_config(disable=True)
+    own, *others = controls
+    for solver in SCHEDULERS:
+        pipe.scheduler = SCHEDULERS[solver]()
+        given = {"num_inference_steps": STEPS, "output_type": "np"}
+        wanted = pipe(**given | told | call).images
+        for bundle in bundles:
+            got = drawn(bundle, solver, own, **call)
+            assert got.std() > 0.05  # a picture, not a plain
+            assert np.abs(got - wanted).max() <= TOLERANCE, solver
+        if solver == "ddim":
+            for other in others:
+                assert np.abs(drawn(bundles[0], solver, other, **call) - wanted).max() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_pixels_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
+    """Its U-Net or ours; a picture for each of two prompts, of a second adapter one for both."""
+    configs, settings, call = CASES[case]
+    folders = saved(tmp_path, configs)
+    theirs = tiny_bundle(prediction="eps", steps=Steps("leading", 1, False))
+    loaded: Any = [T2IAdapter.from_pretrained(folder) for folder in folders]
+    mode = "L" if configs[0].get("in_channels") == 1 else "RGB"
+    images: list[Any] = [[picture(0, mode), picture(1, mode)], [picture(2)] * 2][: len(folders)]
+    several = len(folders) > 1
+    pipe = StableDiffusionAdapterPipeline(
+        vae=vae_of(theirs),
+        text_encoder=tower_of(theirs).model,  # pyright: ignore[reportArgumentType]
+        tokenizer=tower_of(theirs).tokenizer,  # pyright: ignore[reportArgumentType]
+        unet=unet_of(theirs),
+        adapter=loaded if several else loaded[0],
+        scheduler=SCHEDULERS["ddim"](),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    scale = settings.get("scale", 1.0)
+    told = {
+        "image": images if several else images[0],
+        "adapter_conditioning_scale": [scale] * 2 if several else scale,
+    }
+    own = [
+        Control(folder, image, **settings) for folder, image in zip(folders, images, strict=True)
+    ]
+    other = [Control(own[0].loaded, picture(9), **settings), *own[1:]]
+    weak = [Control(own[0].loaded, images[0], scale=0.3), *own[1:]]
+    call = call | {"prompt": PROMPTS, "latents": noise(2, 4, 8, 8)}
+    check(pipe, [theirs, with_own_networks(theirs)], [own, other, weak, own[1:]], told, call)
+
+
+@torch.no_grad()
+def test_pixels_of_stable_diffusion_xl_too(tmp_path: Path) -> None:
+    """For a part of the run."""
+    folder = tiny_xl().save(tmp_path / "model")
+    config = {"adapter_type": "full_adapter_xl", "channels": [16, 32], "downscale_factor": 4}
+    (place,) = saved(tmp_path, [config])
+    adapter: Any = T2IAdapter.from_pretrained(place)
+    pipe = StableDiffusionXLAdapterPipeline.from_pretrained(folder, adapter=adapter)
+    told = {"image": picture(1), "adapter_conditioning_factor": 0.6}
+    told |= {"adapter_conditioning_scale": 0.8}
+    call = {"prompt": PROMPTS[0], "guidance_scale": 4.0, "latents": noise(1, 4, 8, 8)}
+    own = Control(place, picture(1), 0.8, end=0.6)
+    other, whole = (
+        Control(own.loaded, picture(2), 0.8, end=0.6),
+        Control(own.loaded, picture(1), 0.8),
+    )
+    check(pipe, [Bundle.load(folder)], [[own], [other], [whole], []], told, call)
+
+
+@torch.no_grad()
+def test_levels_and_middle_of_the_unet() -> None:
+    """The blocks of Stable Diffusion XL, of whose four maps the last is the middle's."""
+    with torch.random.fork_rng([]):
+        theirs = UNet2DConditionModel(
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        )
+    draw_weights(theirs, 3)
+    unet = CrossAttentionUNet(dict(theirs.config))
+    unet.load_state_dict(theirs.state_dict())
+    x, t, states = noise(2, 4, 9, 11), torch.tensor([20.0, 700.0]), noise(2, 5, 16, seed=6)
+    shapes = [(16, 5, 6), (32, 5, 6), (32, 3, 3), (32, 3, 3)]
+    levels = [noise(2, *shape, seed=n) for n, shape in enumerate(shapes)]
+    wanted: Any = theirs(x, t, states, down_intrablock_additional_residuals=[*levels]).sample
+    got = unet(x, t, states, down_intrablock_additional_residuals=levels)
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    for left_out in range(4):
+        fewer = [one * (n != left_out) for n, one in enumerate(levels)]
+        other = unet(x, t, states, down_intrablock_additional_residuals=fewer)
+        assert (other - got).abs().max() > 0.01 * got.std(), left_out
