@@ -87,6 +87,11 @@ def fitted(controls: "Sequence[Control]", side: int) -> "list[Control]":
     return [replace(one, image=[fit(own, side) for own in one.pictures]) for one in controls]
 
 
+def files_of(controls: Sequence[str]) -> list[Path]:
+    """The networks and the pictures of `--control`."""
+    return [path for text in controls for path in parse_control(text)[:2]]
+
+
 def about(controls: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:
     """Record the controls for the text chunk of a picture."""
     record: dict[str, object] = {"controls": [by_name(*parse_control(one)) for one in controls]}

@@ -1,6 +1,7 @@
 """`latentdiff edit | inpaint | ilvr`: pictures out of words and another picture."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -106,7 +107,8 @@ def edit(
         scale = 1.5 if image_guidance_scale is None else image_guidance_scale
         edits.append(Instruct(image, scale))
         about |= {"edit": f"{about['edit']}, Instruct", "image_guidance_scale": scale}
-    draw(pipe, edits, prompt, number, run, given if grid else None, about)
+    files = [picture, *([soft_mask] if soft_mask else mask_file(mask))]
+    draw(pipe, edits, prompt, number, run, given if grid else None, about, files)
     times = f", {repeats} times" if repeats > 1 else ""
     print(f"{int(run.steps * strength)} of {run.steps} steps{times}", file=sys.stderr)
 
@@ -205,12 +207,19 @@ def inpaint(
     if seeing:
         edits.append(Inpaint(image, hole))
     if not seeing or jump_length is not None or resamples is not None:
-        resamples = resamples or 10
+        if resamples is None:
+            resamples = 10
+            print(
+                f"RePaint goes {resamples} times through each stretch of the run, as its paper "
+                "does; --resamples 1 is quick",
+                file=sys.stderr,
+            )
         edits.append(RePaint(image, hole, jump_length, resamples))
         about |= {"jump_length": jump_length, "resamples": resamples}
     about["edit"] = ", ".join(type(each).__name__ for each in edits)
     finish = None if region is None else region.paste
-    draw(pipe, edits, prompt, number, run, [image, hole] if grid else None, about, finish)
+    given, files = [image, hole] if grid else None, [picture, *mask_file(mask)]
+    draw(pipe, edits, prompt, number, run, given, about, files, finish)
 
 
 @with_run_options
@@ -256,7 +265,7 @@ def ilvr(
         "until": until,
         "space": space,
     }
-    draw(pipe, edits, prompt, number, run, [image] if grid else None, about)
+    draw(pipe, edits, prompt, number, run, [image] if grid else None, about, [reference])
 
 
 def _begin(picture: Path, run: RunOptions, fit: bool) -> "tuple[LatentDiffusionPipeline, Image]":
@@ -299,6 +308,13 @@ def mask_of(text: str, picture: Path) -> "Image":
     return mask
 
 
+def mask_file(text: str | None) -> list[Path]:
+    """The file of a mask, if it is one."""
+    if text is None or text == "alpha" or text.startswith("box:"):
+        return []
+    return [Path(text)]
+
+
 def _soft(file: Path, picture: Path) -> "Image":
     """A mask in greys, as large as the picture."""
     from latentdiff.editing.masks import check_mask_size, open_mask
@@ -324,9 +340,13 @@ def draw(
     run: RunOptions,
     given: "list[Image] | None",
     about: dict[str, object],
+    files: Sequence[Path],
     finish: "Callable[[Image], Image] | None" = None,
 ) -> None:
-    """Draw, finish, write each picture and the grid with what was given, and print the paths."""
+    """Draw, finish, write each picture and the grid with what was given, and print the paths.
+
+    `files` are those that `about` has the names of.
+    """
     from latentdiff.editing import picture_size
     from latentdiff.pictures import grid, save_numbered_png, save_png
     from latentdiff.pipeline.record import about_request, png_text
@@ -338,7 +358,7 @@ def draw(
         """Once a picture is drawn: by which engine is known then."""
         if run.no_metadata:
             return None
-        told = {"prompt": prompt, "num_images_per_prompt": number} | about | run.about()
+        told = {"prompt": prompt, "num_images_per_prompt": number} | about | run.about(files)
         return about_request(pipe.bundle, request) | told
 
     height, width = picture_size(edits, None, None) or pipe.bundle.size

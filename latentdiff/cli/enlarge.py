@@ -91,5 +91,6 @@ def enlarge(
         run,
         None,
         about,
+        [picture],
         lambda large: large.resize((width, height), Resampling.LANCZOS),
     )

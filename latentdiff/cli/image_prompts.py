@@ -48,6 +48,11 @@ def opened(prompts: Sequence[str], encoder: Path | None) -> "list[ImagePrompt]":
     return made
 
 
+def files_of(prompts: Sequence[str]) -> list[Path]:
+    """The adapters and the pictures of `--image-prompt`."""
+    return [path for text in prompts for path in _parsed(text)[:2]]
+
+
 def about(prompts: Sequence[str], encoder: Path | None) -> dict[str, object]:
     """Record the image prompts for the text chunk of a picture."""
     record: dict[str, object] = {"image_prompts": [by_name(*_parsed(one)) for one in prompts]}

@@ -8,7 +8,7 @@ import typer
 
 from latentdiff.cli import options
 from latentdiff.cli.edit import fitted
-from latentdiff.cli.models import ModelOptions
+from latentdiff.cli.models import ModelOptions, hashed
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
 
@@ -23,13 +23,13 @@ def interpolate(
         int, typer.Option("-n", "--number", min=2, max=64, help="Pictures, A and B included.")
     ] = 7,
     seed: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=-1,
             max=options.MAX_SEED,
-            help="Seed of the noise between prompts; -1 is a fresh one.",
+            help="Seed of the noise between prompts; -1 is a fresh one. Default: 0.",
         ),
-    ] = 0,
+    ] = None,
     out: options.Out = Path("outputs"),
     grid: options.Grid = False,
     fit: options.Fit = True,
@@ -61,6 +61,8 @@ def interpolate(
         raise UserError("say with --prompt what both pictures show.")
     if prompt is not None and not files[0]:
         raise UserError("--prompt is for two pictures: two prompts say themselves what they show.")
+    if seed is not None and files[0]:
+        raise UserError("--seed is for two prompts: pictures are inverted to noise of their own.")
     from latentdiff import pictures
     from latentdiff.pipeline import interpolation
     from latentdiff.pipeline.record import about_model, png_text
@@ -69,7 +71,7 @@ def interpolate(
     ends = [pictures.open_picture(Path(one)) for one in (a, b)] if files[0] else []
     models = ModelOptions(model, vae, prediction, variant, lora, embedding)
     models.check()
-    seed = options.seed_or_fresh(seed)
+    seed = options.seed_or_fresh(seed or 0)
     pipe = models.load(device, dtype, engine, attention)
     weights = [k / (number - 1) for k in range(number)]
     if steps is None:
@@ -89,12 +91,17 @@ def interpolate(
     record |= {"fit": fit} if files[0] else {}
     record["steps"] = steps
     record |= models.about()
-    kept = None if no_metadata else record | {"prompt": prompt, "seed": seed}
+    kept = None
+    if not no_metadata:
+        own = {"prompt": prompt} if files[0] else {"seed": seed}
+        read = [Path(a), Path(b)] if files[0] else []
+        kept = record | own | hashed([*read, *models.files])
     paths = [
         pictures.save_numbered_png(image, out, seed, png_text(kept, weight=weight))
         for image, weight in zip(images, weights, strict=True)
     ]
-    print(f"seed {seed}", file=sys.stderr)
+    if not files[0]:
+        print(f"seed {seed}", file=sys.stderr)
     if grid:
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")
         paths.append(pictures.save_png(pictures.grid(images, 8), path, png_text(kept)))

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import typer
 
-from latentdiff.cli.models import AttentionName, DtypeName, EngineName
+from latentdiff.cli.models import AttentionName, DtypeName, EngineName, hashed
 from latentdiff.cli.options import MAX_SEED, RunOptions
 from latentdiff.errors import UserError, warn
 
@@ -45,6 +45,10 @@ def _listed(one: Callable[[object], bool]) -> Callable[[object], bool]:
 
 def _pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and _text(value[0]) and _finite(value[1])
+
+
+def _two_texts(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _listed(_text)(value)
 
 
 def _two(value: object) -> bool:
@@ -100,6 +104,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str | None]] = {
     "control_from": (_listed(_text), "control_from"),
     "image_prompts": (_listed(_text), None),
     "image_encoder": (_text, None),
+    "hashes": (_listed(_two_texts), None),
     "version": (_text, None),
 }
 # What says how a picture was drawn that no options of `generate` draw.
@@ -159,9 +164,10 @@ def settled(context: typer.Context, picture: Path, run: RunOptions) -> RunOption
     if missing:
         added = " ".join(f"{option} {shlex.quote(name)}" for option, name in missing)
         raise UserError(
-            f"{picture} was drawn with files, of which it keeps the names alone: add {added}, with "
+            f"{picture} was drawn with files, of which it keeps no paths: add {added}, with "
             "their paths here."
         )
+    _tell_changed(picture, settings, run)
     defaults = {option.name: option.default for option in fields(RunOptions)}
     for name, others in _GO_TOGETHER.items():
         if is_given(context, name):
@@ -170,6 +176,20 @@ def settled(context: typer.Context, picture: Path, run: RunOptions) -> RunOption
     if is_given(context, "hires") and not is_given(context, "guide"):
         run = replace(run, guide=[one for one in run.guide or () if not one.startswith("hires:")])
     return run
+
+
+def _tell_changed(picture: Path, settings: Mapping[str, Any], run: RunOptions) -> None:
+    """Say which files are not those, of the same names, that a picture was drawn with."""
+    told: dict[str, set[str]] = {}
+    for name, value in settings.get("hashes", ()):
+        told.setdefault(name, set()).add(value)
+    for file in run.files:
+        found: Any = hashed([file])["hashes"]
+        if file.exists() and file.name in told and found[0][1] not in told[file.name]:
+            warn(
+                f"{file} has changed since {picture} was drawn, or is another file of this name: "
+                "what is drawn now is another picture"
+            )
 
 
 def is_given(context: typer.Context, option: str) -> bool:

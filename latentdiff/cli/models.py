@@ -4,10 +4,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from latentdiff.errors import UserError
+from latentdiff.reading import fingerprint
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
@@ -81,6 +83,15 @@ class ModelOptions:
                 pipe.load_lora(path, scale, name)
         return pipe
 
+    @property
+    def files(self) -> list[Path]:
+        """What goes into the model, of this machine."""
+        from latentdiff.formats.location import is_hub_id
+
+        vae = [] if self.vae is None or is_hub_id(self.vae) else [self.vae]
+        loras = [parse_lora(text)[0] for text in self.loras or ()]
+        return [*vae, *loras, *(self.embeddings or ())]
+
     def about(self) -> dict[str, object]:
         """Record what is beside the model for the text chunk of a picture."""
         wanted = [parse_lora(text) for text in self.loras or ()]
@@ -92,6 +103,29 @@ class ModelOptions:
             "embeddings": [path.name for path in self.embeddings or ()],
         }
         return {name: value for name, value in record.items() if value}
+
+
+def hashed(files: Sequence[Path]) -> dict[str, object]:
+    """Record the fingerprints of files beside their names, for the text chunk of a picture."""
+    from latentdiff.formats.location import expanded
+
+    told = [[file.name, _fingerprint(expanded(file))] for file in files]
+    return {"hashes": told} if told else {}
+
+
+def _fingerprint(path: Path) -> str:
+    """See `latentdiff.reading.fingerprint`; of a file that is there for a whole run, once."""
+    try:
+        inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+        found = [(each, each.stat()) for each in inside]
+        return _once(path, tuple((each, at.st_mtime_ns, at.st_size) for each, at in found))
+    except OSError:
+        return "gone"
+
+
+@cache
+def _once(path: Path, _state: tuple[tuple[Path, int, int], ...]) -> str:
+    return fingerprint(path)
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

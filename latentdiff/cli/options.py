@@ -17,6 +17,7 @@ from latentdiff.cli.models import (
     DtypeName,
     EngineName,
     ModelOptions,
+    hashed,
     with_named,
 )
 from latentdiff.errors import UserError
@@ -406,9 +407,29 @@ class RunOptions:
             self.model, self.vae, self.prediction, self.variant, self.lora, self.embedding
         )
 
-    def about(self) -> dict[str, object]:
-        """Record what is beside the model, and its attention, for the text chunk of a picture."""
-        record = self.models.about()
+    @property
+    def files(self) -> list[Path]:
+        """The files and folders that are named, but for the model, the image encoder and what
+        autoguidance compares with."""
+        from latentdiff.guidance.from_text import check_text, file_of
+
+        places = [text.rpartition("@")[2] for text in self.region or ()]
+        guides = [text for text in self.guides if check_text(text)[0] != "autoguidance"]
+        return [
+            *self.models.files,
+            *controls.files_of(self.control or ()),
+            *image_prompts.files_of(self.image_prompt or ()),
+            *(Path(place) for place in places if not place.startswith("box:")),
+            *(Path(file) for file in map(file_of, guides) if file),
+        ]
+
+    def about(self, files: Sequence[Path] = ()) -> dict[str, object]:
+        """Record what is beside the model, and its attention, for the text chunk of a picture.
+
+        Args:
+            files: that one command alone has, such as the picture that is edited.
+        """
+        record = self.models.about() | hashed([*files, *self.files])
         record |= controls.about(self.control or (), self.control_from or ())
         record |= image_prompts.about(self.image_prompt or (), self.image_encoder)
         return record if self.attention == "auto" else record | {"attention": self.attention}

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.edit import fitted, mask_of, sized
-from latentdiff.cli.models import ModelOptions
+from latentdiff.cli.edit import fitted, mask_file, mask_of, sized
+from latentdiff.cli.models import ModelOptions, hashed
 from latentdiff.cli.output import check_writable
 
 
@@ -82,7 +82,10 @@ def swap(
     record |= {"source": source, "num_inference_steps": steps, "strength": strength}
     record |= {"guidance_scale": guidance_scale, "solver": "heun", "timetable": "karras"}
     record |= {} if mask is None else {"mask": Path(mask).name}
-    text = None if no_metadata else png_text(record | models.about(), prompt=target)
+    text = None
+    if not no_metadata:
+        files = hashed([picture, *mask_file(mask), *models.files])
+        text = png_text(record | models.about() | files, prompt=target)
     paths = [pictures.save_numbered_png(drawn, out, 0, text)]
     if grid:
         path = paths[0].with_name(f"{paths[0].stem}-grid.png")

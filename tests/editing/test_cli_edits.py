@@ -219,6 +219,8 @@ def test_interpolate(model: Path, picture: Path, tmp_path: Path) -> None:
     assert len(between) == 2
     assert abs(pixels(between[0]).astype(int) - pixels(between[1])).max() <= 1
     assert (record(between[0])["steps"], record(way[0])["steps"]) == (8, 4)
+    assert "seed" not in record(between[0])  # none has an effect
+    assert [name for name, _ in record(between[0])["hashes"]] == [picture.name] * 2
 
 
 MASKED = {"mask": "box:40,0,60,60", "fit": True, "timetable": "karras", "dtype": "float32"}
@@ -277,6 +279,10 @@ REFUSED = {
     "no space": (["ilvr", "PICTURE", "a cat", "--space", "time"], "--space"),
     "a picture and a prompt": (["interpolate", "PICTURE", "a cat"], "two picture files"),
     "no prompt for pictures": (["interpolate", "PICTURE", "PICTURE"], "--prompt"),
+    "a seed for pictures": (
+        ["interpolate", "PICTURE", "PICTURE", "--prompt", "a", "--seed", "3"],
+        "--seed is for two prompts",
+    ),
     "misspelt pictures": (["interpolate", "a.png", "b.png"], "a.png: no such picture"),
     "a prompt for prompts": (["interpolate", "a", "b", "--prompt", "c"], "for two pictures"),
 }

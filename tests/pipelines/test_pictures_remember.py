@@ -1,6 +1,7 @@
 """Pictures that say how they were drawn: ours are drawn again to the bit, others' are read."""
 
 import functools
+import hashlib
 import io
 import json
 import tempfile
@@ -15,11 +16,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tiny_control
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.cli import main
 from latentdiff.formats.picture_text import OURS, THEIRS, Recipe, a1111_text, recipe_of, texts_of
+from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.pictures import encode_png
 
 HOSTILE = 'a "cat", \\n Steps: 3,\nNegative prompt: x\n(b:1.2) [c] 猫 \x1b[31m'
@@ -178,6 +180,42 @@ def test_what_goes_with_an_option_that_is_given_anew_is_not_taken_over(
     assert "--size is height and width" in capsys.readouterr().err
 
 
+def test_a_file_that_has_changed_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA, a ControlNet's folder, its picture and a region's mask, each by its fingerprint."""
+    bundle = tiny_bundle()
+    for parameter in add_lora(bundle, rank=2):
+        parameter.data.fill_(0.5)
+    lora = save_lora(lora_of(bundle), tmp_path / "cats.safetensors")
+    tiny_control().save_pretrained(tmp_path / "net")
+    for name, colour in (("mask.png", 255), ("photo.png", 90)):
+        Image.new("L", (16, 16), colour).save(tmp_path / name)
+    control, mask = f"{tmp_path / 'net'}:{tmp_path / 'photo.png'}:0.5", tmp_path / "mask.png"
+    files = ["--lora", f"{lora}:0.8", "--control", control, "--region", f"a hat@{mask}"]
+    rest = ["--model", str(model), *files, "-o", str(tmp_path / "out")]
+    assert main(["generate", "a cat", "--steps", "1", "--seed", "1", *rest]) == 0
+    (first,) = (tmp_path / "out").iterdir()
+    kept = settings_of(first)["hashes"]
+    assert [name for name, _ in kept] == ["cats.safetensors", "net", "photo.png", "mask.png"]
+    assert kept[0][1] == hashlib.sha256(lora.read_bytes()).hexdigest()[:16]
+    capsys.readouterr()
+    again = ["generate", "--from", str(first), *rest]
+    assert main(again) == 0
+    assert "has changed" not in capsys.readouterr().err
+    for changed in (lora, tmp_path / "net" / "config.json", tmp_path / "photo.png", mask):
+        before = changed.read_bytes()
+        changed.write_bytes(before + b" ")  # after its end, where each format's readers stop
+        named = changed if changed.parent == tmp_path else changed.parent
+        main(again)
+        told = [
+            line for line in capsys.readouterr().err.splitlines() if "has changed since" in line
+        ]
+        assert len(told) == 1
+        assert f"{named} has changed since {first} was drawn" in told[0]
+        changed.write_bytes(before)
+
+
 HOSTILE_NAME = "x; rm -rf ~"
 
 
@@ -200,12 +238,12 @@ def test_files_that_only_the_picture_names_are_not_opened(
     ]:
         picture = written(tmp_path, {OURS: json.dumps(bundled | more)})
         assert main(["generate", "--from", picture, "-o", str(tmp_path / "out")]) == 2
-        ending = f"it keeps the names alone: add {told}, with their paths here."
+        ending = f"it keeps no paths: add {told}, with their paths here."
         assert capsys.readouterr().err.strip().endswith(ending)
     lora = written(tmp_path, {THEIRS: f"a <lora:cats:0.5>\n{TEXT.splitlines()[-1]}"})
     for more, told in [
         ([], "<lora:cats:0.5>: there is no such file among those of --lora"),
-        (["--lora", "cats.safetensors"], "it keeps the names alone: add --model v1-5, with"),
+        (["--lora", "cats.safetensors"], "it keeps no paths: add --model v1-5, with"),
     ]:
         assert main(["generate", "--from", lora, *more, "-o", str(tmp_path / "out")]) == 2
         assert told in capsys.readouterr().err
