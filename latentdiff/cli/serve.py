@@ -45,9 +45,8 @@ def serve(
     Needs: pip install 'latentdiff[serve]'. Nothing leaves this machine; prompts are not logged.
     """
     try:
-        import uvicorn
-
         from latentdiff.server.app import create_app
+        from latentdiff.server.connections import server_of
         from latentdiff.server.guard import is_loopback
         from latentdiff.server.studio import Limits, Studio
     except ModuleNotFoundError as error:
@@ -65,11 +64,8 @@ def serve(
     app = create_app(studio, names, token)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(app, access_log=False, log_level="warning", timeout_keep_alive=10)
-    )
     with listening:
-        server.run(sockets=[listening])
+        server_of(app).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -11,14 +11,13 @@ import time
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 from starlette.types import Message
@@ -28,6 +27,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.cli.serve import listen
 from latentdiff.server import app as app_module
 from latentdiff.server.app import create_app
+from latentdiff.server.connections import server_of
 from latentdiff.server.guard import Guard
 from latentdiff.server.studio import Limits, Studio
 
@@ -141,12 +141,13 @@ def test_of_all_requests_only_those_that_may_draw_do() -> None:
 
 @contextmanager
 def serving(studio: Studio, patience: float) -> Iterator[int]:
-    """A server at a real socket, which waits so many seconds for a body; its port."""
+    """A server at a real socket, which waits so many seconds for headers and for a body; its
+    port."""
     with pytest.MonkeyPatch().context() as patch:
         patch.setattr(app_module, "Guard", partial(Guard, patience=patience))
         app = create_app(studio, ["127.0.0.1"])
         listening = listen("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = server_of(app, patience)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         yield listening.getsockname()[1]
@@ -240,7 +241,35 @@ def test_slow_and_silent_clients_keep_nobody_from_being_served(
     assert 0.9 < time.monotonic() - began < 15
     assert alive(port)
     for connection in silent:
+        connection.settimeout(20)
+        assert connection.recv(1) == b""  # the server has closed it
         connection.close()
+    assert counted.calls == 0
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_headers_that_do_not_come_in_time_end_their_connection(
+    second: bool, port: int, counted: Counting
+) -> None:
+    """They come line by line without end; of the first request, or after another's answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        if second:
+            connection.sendall(head(port, "GET", "/model"))
+            assert b"200 OK" in connection.recv(2**16)
+        began = time.monotonic()
+        connection.sendall(b"GET /model HTTP/1.1\r\n")
+        connection.settimeout(0.1)
+        while time.monotonic() - began < 15:
+            with suppress(TimeoutError):
+                try:
+                    connection.sendall(b"x: y\r\n")
+                    ended = connection.recv(2**16) == b""
+                except ConnectionError:
+                    ended = True
+                if ended:
+                    break
+        assert 0.9 < time.monotonic() - began < 12
+    assert alive(port)
     assert counted.calls == 0
 
 
