@@ -56,6 +56,7 @@ def test_a_model_of_xls_shape_is_timed(
         ("measure/bench --model nope", "nope: no such model"),
         ("refine cat --base nope --refiner nope", "nope: no such model"),
         ("measure/peak_memory --model nope", "nope: no such model"),
+        ("measure/page --browser nope", "--browser: no Chromium here"),
         ("measure/xl_size --engine nope", "invalid choice: 'nope'"),
         ("measure/solver_orders --draws 0", "--draws: at least 1"),
         ("measure/solver_orders --only nope", "invalid choice: 'nope'"),
