@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from scripts import ROOT, picture_folder
+from scripts import ROOT, picture_folder, script
 from tiny import tiny_bundle
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import Bundle, LatentDiffusionPipeline
 from latentdiff.data.folder import read_folder
 from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.learning.batches import encode_pictures
+from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.pictures import open_picture
 
 SCRIPT = ROOT / "pipelines/batch.py"
@@ -183,12 +184,42 @@ def by_two(words: list[str | Path], kills: int) -> int:
     return killed
 
 
+STAGE_2 = {
+    "data": {"size": 16, "held_out_fraction": 0.0},
+    "unet": {"channels": [64, 64], "attention": [True, False], "head_dim": 16},
+    "text": {"vocabulary": 540, "window": 8, "width": 32, "layers": 1, "heads": 2},
+    "optim": {"lr": 1e-3, "steps": 3, "warmup": 1, "batch_size": 4},
+    "sample_prompts": ["a red disc"],
+    "save_dtype": "float32",
+}
+
+
+def train_on(
+    pictures: Path, model: Path, folders: list[Path], out: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """Train a small model on latents of each folder; all weights are those of the first, to the
+    bit, and no picture is encoded."""
+    stage = script("diffusion")
+    (out / "stage.yaml").write_text(json.dumps(STAGE_2))  # JSON is YAML
+    patch.setattr(DiffusersAutoencoder, "moments", None)
+    found: list[dict[str, torch.Tensor]] = []
+    for number, latents in enumerate(folders):
+        given = [f"vae={model / 'vae'}", f"data.root={pictures}", f"data.latents={latents}"]
+        given.append(f"out={out / f'run-{number}'}")
+        stage.train(stage.load_config(stage.DiffusionConfig, out / "stage.yaml", given), False)
+        bundle = Bundle.load(out / f"run-{number}" / "model")
+        found.append(dict(bundle.network.module.state_dict()))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(value, found[0][name]) for name, value in other.items())
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 @pytest.mark.parametrize(
     ("count", "kills"), [pytest.param(2000, 5, marks=pytest.mark.slow), (120, 1)]
 )
 def test_two_workers_of_ray_one_killed_give_what_one_process_gives(
-    model: Path, tmp_path: Path, count: int, kills: int
+    model: Path, tmp_path: Path, count: int, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = prompts(tmp_path / "prompts.jsonl", count)
     asked = ["draw", source, "--model", model, "--steps", "6", "--chunk", "4"]
@@ -200,3 +231,7 @@ def test_two_workers_of_ray_one_killed_give_what_one_process_gives(
     batch(*asked, "--out", tmp_path / "latents")
     by_two([*asked, "--out", tmp_path / "by-two"], 0)
     assert contents(tmp_path / "by-two") == contents(tmp_path / "latents")
+    if count == 120:
+        train_on(
+            pictures, model, [tmp_path / "latents", tmp_path / "by-two"], tmp_path, monkeypatch
+        )
