@@ -119,6 +119,7 @@ class LargeConfig(DataConfig):
 
     low_resolution: PositiveInt | None = None
     max_noise_level: int = Field(default=350, ge=0, lt=1000)  # of what is shown, of 1000
+    residual: bool = False  # whether it learns what Lanczos's enlargement lacks
 
 
 class DiffusionConfig(RunConfig):
@@ -139,8 +140,8 @@ class DiffusionConfig(RunConfig):
             raise ValueError("give vae, the folder of an autoencoder, or haar, levels; one of them")
         small, data = self.data.low_resolution, self.data
         if small is None:
-            if "max_noise_level" in data.model_fields_set:
-                raise ValueError("data.max_noise_level is of data.low_resolution: give both")
+            for key in {"max_noise_level", "residual"} & data.model_fields_set:
+                raise ValueError(f"data.{key} is of data.low_resolution: give both")
             return self
         if data.size % small or data.size == small:
             raise ValueError(f"data.low_resolution={small} must divide data.size={data.size}")
@@ -239,7 +240,9 @@ class Denoising(Objective[Key]):
         """The moments of some samples [b, 2C, h, w], and what the network is shown beside x_t."""
         if self.pairs is None or self.low is None:
             return self.moments[samples], {}
-        moments = self.autoencoder.moments(self.pairs.pictures(samples))
+        pairs, residual = self.pairs, self.low.residual
+        large = pairs.residuals(samples) if residual else pairs.pictures(samples)
+        moments = self.autoencoder.moments(large)
         at = self.config.seed, step, places, samples
         small, levels = self.pairs.shown(self.low, *at, self.latent_shape[1:])
         device = self.run.device
@@ -297,7 +300,11 @@ def open_autoencoder(config: DiffusionConfig, examples: Sequence[Example]) -> Au
     assert config.haar is not None
     every = max(1, len(examples) // _FITTED)
     size = config.data.size // 2**config.haar * 2**config.haar
-    some = (load_picture(example, max(size, 1)) for example in examples[::every][:_FITTED])
+    few = examples[::every][:_FITTED]
+    if config.data.low_resolution is not None and config.data.residual:
+        pairs = Pairs(few, size, config.data.low_resolution)
+        return fitted_transform(config.haar, [pairs.residuals([n]) for n in range(len(few))])
+    some = (load_picture(example, max(size, 1)) for example in few)
     return fitted_transform(config.haar, [to_range(picture)[None] for picture in some])
 
 
@@ -350,7 +357,8 @@ def build(
                 f"data.low_resolution={small} is {ratio} times smaller than data.size, which must "
                 f"be a multiple of the autoencoder's factor, {autoencoder.factor}"
             )
-        made = LowResolution(noising, config.data.max_noise_level, ratio)
+        most, residual = config.data.max_noise_level, config.data.residual
+        made = LowResolution(noising, most, ratio, residual)
         network = UpscalingUNet(unet, autoencoder.channels, made)
     process = processes.create(config.objective.process)
     return Bundle(

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from latentdiff.editing.lowpass import agreeing
-from latentdiff.editing.run_context import Finish, RunContext, opened, pixels, size_of, unchanged
+from latentdiff.editing.lowpass import agreeing, enlarged
+from latentdiff.editing.run_context import Finish, RunContext, opened, pixels, size_of
 from latentdiff.errors import UserError
 from latentdiff.models.network import LowResolution
 from latentdiff.pictures import Picture
@@ -80,7 +80,13 @@ class Enlarge:
         shown = noised(low, small, eps, levels)
         height, width = (side // context.autoencoder.factor for side in context.padded)
         bound = replace(self, shown=as_large_as(shown, (height, width)))
-        return bound, (lambda large: agreeing(large, small.to(large))) if self.hold else unchanged
+
+        def finish(large: Tensor) -> Tensor:
+            if low.residual:
+                large = large + enlarged(small.to(large), self.run_size(low))
+            return agreeing(large, small.to(large)) if self.hold else large
+
+        return bound, finish
 
     def beside(self, x: Tensor) -> Tensor:
         """The small picture, with its noise [B, 3, h, w].

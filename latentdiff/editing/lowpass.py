@@ -56,6 +56,18 @@ def agreeing(large: Tensor, small: Tensor) -> Tensor:
     return large + back_rows @ lacking @ back_columns.T
 
 
+def enlarged(small: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture [B, C, h, w] at a larger height and width, by Lanczos's filter as Pillow does it.
+
+    Nothing is clamped: it may go beyond the range of the picture.
+    """
+    rows, columns = (
+        torch.from_numpy(lanczos_matrix(before, after)).to(small)
+        for before, after in zip(small.shape[-2:], size, strict=True)
+    )
+    return rows @ small @ columns.T
+
+
 @cache
 def lanczos_inverse(before: int, after: int) -> NDArray[np.floating]:
     """[before, after], U with D U = 1: see `agreeing`."""

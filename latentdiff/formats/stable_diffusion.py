@@ -35,7 +35,7 @@ _NOTHING = (None, [None, None])
 # StableDiffusionUpscalePipeline sets this scale, whatever the files say.
 _UPSCALING_SCALE = 0.08333
 _MOST_LEVEL = 350  # that pipeline's own default
-_RATIO = "latentdiff_ratio"
+_RATIO, _RESIDUAL = "latentdiff_ratio", "latentdiff_residual"
 # The keys of low_res_scheduler that say how noise is added: nothing else is done with it.
 _NOISING = ("_class_name", "_use_default_values", "num_train_timesteps", "trained_betas")
 _NOISING += ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
@@ -106,7 +106,10 @@ def _low_resolution(folder: Path, index: Mapping[str, object], factor: int) -> L
     ratio = _whole(index, _RATIO, factor, factor, 64)
     if ratio % factor:
         raise UserError(f"{_RATIO} must be a multiple of {factor}, the vae's factor, not {ratio}.")
-    return LowResolution(process, most, ratio)
+    residual = index.get(_RESIDUAL, False)
+    if not isinstance(residual, bool):
+        raise UserError(f"{_RESIDUAL} must be true or false, not {residual!r:.40}.")
+    return LowResolution(process, most, ratio, residual)
 
 
 def _whole(index: Mapping[str, object], key: str, default: int, low: int, high: int) -> int:
@@ -175,6 +178,8 @@ def write_folder(stage: Path, nouns: Nouns, schedule: Config, dtype: torch.dtype
         index["max_noise_level"] = low.max_noise_level
         if low.ratio != nouns.autoencoder.factor:
             index[_RATIO] = low.ratio
+        if low.residual:
+            index[_RESIDUAL] = True
     write_config(index, stage / "model_index.json")
 
 
@@ -215,6 +220,7 @@ def _index(nouns: Nouns, schedule: Config) -> Config:
     if nouns.network.low_resolution is not None:
         known &= nouns.autoencoder.scaling_factor == _UPSCALING_SCALE
         known &= nouns.network.low_resolution.ratio == nouns.autoencoder.factor
+        known &= not nouns.network.low_resolution.residual
     known &= kind != "inpainting" or nouns.autoencoder.channels == 4  # all that it takes
     return {
         "_class_name": _PIPELINES[kind] if known else "LatentDiffusionPipeline",

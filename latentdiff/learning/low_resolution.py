@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentdiff.data.examples import Example, see_all
 from latentdiff.editing.enlarge import as_large_as, noised
+from latentdiff.editing.lowpass import enlarged
 from latentdiff.errors import UserError
 from latentdiff.learning.batches import to_range
 from latentdiff.learning.order import Stream, generator
@@ -46,6 +47,12 @@ class Pairs:
     def pictures(self, samples: Sequence[int]) -> Tensor:
         """The large ones [B, 3, H, W] in [-1, 1]."""
         return to_range(self.large[list(samples)])
+
+    def residuals(self, samples: Sequence[int]) -> Tensor:
+        """What the small ones, enlarged by Lanczos's filter, lack [B, 3, H, W]."""
+        large, small = self.pictures(samples), to_range(self.small[list(samples)])
+        side = large.shape[-1]
+        return large - enlarged(small, (side, side))
 
     def shown(
         self,

@@ -43,11 +43,14 @@ class LowResolution:
         process: the noise that is added to them: at level s, y_s = alpha_s y + sigma_s eps.
         max_noise_level: the highest level; 0 is the lowest.
         ratio: how many times larger what it draws is, along a side.
+        residual: whether it draws what the picture, enlarged by Lanczos's filter, lacks, and not
+            the picture (Li et al. 2022, SRDiff).
     """
 
     process: Process
     max_noise_level: int
     ratio: int
+    residual: bool = False
 
 
 class Network(Protocol):

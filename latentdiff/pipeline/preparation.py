@@ -140,7 +140,8 @@ def _sizes(
 ) -> tuple[tuple[int, int] | None, tuple[int, int, int, int]]:
     """Height and width of what edits or controls show, if they do, and the shape of all latents."""
     size = (request.height, request.width)
-    pictured = picture_size(edits, *size) or _enlarged_size(edits, bundle, *size)
+    pictured = picture_size(edits, *size)
+    pictured = _enlarged_size(edits, bundle, *(pictured or size)) or pictured
     if pictured is None and size == (None, None):
         pictured = controls_size(request.controls)
     if pictured is not None:
@@ -157,13 +158,32 @@ def _enlarged_size(
         UserError: another size is wanted.
     """
     low = bundle.network.low_resolution
+    if low is not None and low.residual:
+        _check_residual(edits)
     sizes = [edit.run_size(low) for edit in edits if isinstance(edit, Enlarge) and low is not None]
     if not sizes:
         return None
     if (height or sizes[0][0], width or sizes[0][1]) != sizes[0]:
         told = f"{sizes[0][1]} x {sizes[0][0]}"
-        raise UserError(f"this model makes {told} of that picture: leave out height and width.")
+        raise UserError(
+            f"this model makes {told} of that picture: leave out height and width, and give other "
+            "edits pictures of that size."
+        )
     return sizes[0]
+
+
+def _check_residual(edits: Sequence[Edit]) -> None:
+    """Pass edits that a run can have whose latents are not those of a picture.
+
+    Raises:
+        UserError: one holds a picture, or looks at what is drawn.
+    """
+    for edit in edits:
+        if not isinstance(edit, Enlarge | TiledDiffusion):
+            raise UserError(
+                f"edits: this model draws what Lanczos's enlargement lacks, and no picture, so "
+                f"{type(edit).__name__} does not go with it."
+            )
 
 
 def _warn_of_moves(stepper: Solver, moves: int, steps: int) -> None:

@@ -290,6 +290,10 @@ def test_it_goes_with_a_start_from_a_picture() -> None:
         (lambda: enlarged(tiny_bundle(), Enlarge(given(4, 4))), "enlarges no pictures"),
         (lambda: enlarged(tiny_upscaler(), Enlarge(given(4, 4)), height=16), "leave out height"),
         (
+            lambda: enlarged(tiny_upscaler(), Enlarge(given(4, 4)), SDEdit(given(4, 4), 0.5)),
+            "other edits pictures of that size",
+        ),
+        (
             lambda: LatentDiffusionPipeline(tiny_upscaler())("a cat", progress=False),
             r"needs edits=\[Enlarge",
         ),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,10 +14,13 @@ from scripts import picture_folder, script
 from tiny import tiny_upscaler, tiny_vae
 from torch import Tensor
 
-from latentdiff import Enlarge, LatentDiffusionPipeline
+from latentdiff import Enlarge, LatentDiffusionPipeline, SDEdit
 from latentdiff.bundle import Bundle
 from latentdiff.data.folder import read_folder
 from latentdiff.diffusion import process as processes
+from latentdiff.diffusion.noise import NoiseStreams
+from latentdiff.editing import RunContext
+from latentdiff.editing.lowpass import enlarged
 from latentdiff.errors import UserError
 from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.diffusers_save import save_network
@@ -26,6 +30,7 @@ from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.low_resolution import Pairs
 from latentdiff.models.haar import HaarTransform, PixelAutoencoder, fitted_transform
 from latentdiff.models.network import LowResolution
+from latentdiff.pictures import to_tensor
 
 BASE = {
     "unet": {"channels": [64, 64], "attention": [False, False], "head_dim": 16},
@@ -104,6 +109,39 @@ def test_the_network_is_shown_the_small_picture_of_what_it_draws(
     far = (shrunk - seen["beside"][clean].roll(1, 0)).abs().mean((1, 2, 3))
     assert near.max() < 0.15
     assert far.max() > 0.3  # some rows may hold the same picture
+
+
+def test_a_model_of_what_lanczos_lacks_begins_as_lanczos(pictures: Path, tmp_path: Path) -> None:
+    """Of a network that says no: its pictures are Lanczos's, and its latents have unit variance."""
+    data = {**SMALL, "residual": True}
+    model = train(pictures, tmp_path / "out", data=data)
+    bundle = Bundle.load(model)
+    low = bundle.network.low_resolution
+    assert low is not None
+    assert low.residual
+    pairs = Pairs(read_folder(pictures), 32, 16)
+    every = pairs.residuals(range(12))
+    latents = bundle.autoencoder.encode(every)
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
+    grey = np.random.default_rng(0).integers(90, 160, (16, 16, 3), dtype=np.uint8)
+    small = Image.fromarray(grey)  # of so little contrast that Pillow clamps nothing
+    wanted = to_tensor(small.resize((32, 32), Image.Resampling.LANCZOS))[None]
+    nothing = torch.zeros(1, 3, 32, 32)
+    noise, process = NoiseStreams(0), bundle.process
+    context = RunContext(32, 32, bundle.autoencoder, [""], process, (16, 16), None, low, noise)
+    ending = Enlarge(small, hold=False).bind(context)[1]
+    assert (ending(nothing) - wanted).abs().max() < 2 / 127.5  # Pillow rounds twice
+    assert ending(nothing + 0.5).sub(ending(nothing)).sub(0.5).abs().max() < 1e-6
+    pipe = LatentDiffusionPipeline(bundle)
+    with pytest.raises(UserError, match="SDEdit does not go with it"):
+        pipe("", edits=[SDEdit(small.resize((32, 32)), 0.5), Enlarge(small)], progress=False)
+    lanczos = enlarged(pairs.small[4:5].float() / 127.5 - 1, (32, 32))
+    assert (every[4:5] + lanczos - pairs.pictures([4])).abs().max() < 1e-5
+    index = json.loads((model / "model_index.json").read_text())
+    assert index["latentdiff_residual"] is True
+    (model / "model_index.json").write_text(json.dumps({**index, "latentdiff_residual": 1}))
+    with pytest.raises(UserError, match="latentdiff_residual"):
+        Bundle.load(model)
 
 
 def test_an_autoencoder_of_stage_1_does_as_well(pictures: Path, tmp_path: Path) -> None:
@@ -187,6 +225,7 @@ def test_a_model_of_pixels_is_saved_and_opened(pictures: Path, tmp_path: Path) -
         ({"data": {**SMALL, "low_resolution": 12}}, "must divide data.size"),
         ({"data": {**SMALL, "low_resolution": 32}}, "must divide data.size"),
         ({"data": {"size": 32, "max_noise_level": 3}}, "is of data.low_resolution"),
+        ({"data": {"size": 32, "residual": True}}, "data.residual is of data.low_resolution"),
         ({"shards_at_hand": 3}, "not with shards_at_hand"),
         ({"haar": 2}, "multiple of the autoencoder's factor, 4"),
     ],
