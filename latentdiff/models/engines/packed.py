@@ -27,7 +27,7 @@ from latentdiff.models.attention import (
     with_shown,
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
-from latentdiff.models.blocks import ResnetBlock2D
+from latentdiff.models.blocks import GEGLU, ResnetBlock2D
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
 from latentdiff.models.engines.state import Checks, is_adapted, state_of, tensors_of
@@ -36,6 +36,9 @@ from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
 _CHECKED = 8  # side in latents of what is compared of an autoencoder
+# Weights of a linear layer in float32 up to which packing them gains nothing; beyond, the layer takes
+# 0.6 to 0.9 of the time, measured on a CPU with AVX-512.
+_SMALL = 2**16
 # Shapes that a convolution keeps packed weights for: of a run that is guided in part of its steps.
 _SHAPES = 2
 
@@ -128,9 +131,28 @@ class Part(nn.Module):
         return time.narrow(1, self.start, self.width)
 
 
+class PackedGEGLU(_Packed):
+    """See `latentdiff.models.blocks.GEGLU`; its activation is computed as the gate comes out."""
+
+    def __init__(self, proj: nn.Linear) -> None:
+        super().__init__()
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        value, gate = proj.weight.detach().chunk(2)
+        self.register_buffer("value", pack(value))
+        self.register_buffer("gate", pack(gate))
+        let_go_of_pages(proj.weight.data_ptr(), proj.weight.nbytes)
+        self.biases = proj.bias.detach().chunk(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        project = torch.ops.mkldnn._linear_pointwise
+        gate = project(x, self.gate, self.biases[1], "gelu", [], "none")
+        return project(x, self.value, self.biases[0], "none", [], "").mul_(gate)
+
+
 def _packed_linear(layer: nn.Linear) -> nn.Module:
-    """In float32 the layer itself: BLAS packs as it goes, and is as fast."""
-    return layer if layer.weight.dtype == torch.float32 else PackedLinear(layer)
+    """In float32 a small layer itself: BLAS packs as it goes, and is as fast."""
+    small = layer.weight.numel() <= _SMALL and layer.weight.dtype == torch.float32
+    return layer if small else PackedLinear(layer)
 
 
 class CrossAttention:
@@ -271,6 +293,10 @@ def _packed(module: nn.Module) -> nn.Module:
         new: nn.Module | None = None
         if isinstance(layer, nn.Conv2d):
             new = Pointwise(layer) if layer.kernel_size == (1, 1) else PackedConv(layer)
+        elif isinstance(layer, GEGLU):
+            new = PackedGEGLU(layer.proj)
+        elif isinstance(twin.get_submodule(parent), PackedGEGLU):
+            continue  # it has its layer already
         elif isinstance(layer, nn.Linear) and not name.startswith("time_"):
             new = _packed_linear(layer)
         elif isinstance(layer, AttentionLayer) and layer.is_cross_attention:
