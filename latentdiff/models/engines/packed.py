@@ -36,7 +36,7 @@ from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
 _CHECKED = 8  # side in latents of what is compared of an autoencoder
-# Weights of a linear layer in float32 up to which packing them gains nothing; beyond, the layer takes
+# Weights of a linear layer in float32 up to which packing them gains nothing; beyond, it takes
 # 0.6 to 0.9 of the time, measured on a CPU with AVX-512.
 _SMALL = 2**16
 # Shapes that a convolution keeps packed weights for: of a run that is guided in part of its steps.
