@@ -55,7 +55,8 @@ def enlarge(
     if not factor > 1:
         raise UserError(f"FACTOR: above 1 and up to {MOST:g}, not {factor:g}.")
     run = run.naming([prompt])
-    if run.guidance_scale is None and not prompt:
+    worded = prompt or run.negative or run.also or run.region
+    if run.guidance_scale is None and not worded:
         run = replace(run, guidance_scale=1.0)  # nothing leads from no words to no words
     run.check()
     check_writable(run.out)

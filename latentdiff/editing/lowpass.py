@@ -1,7 +1,7 @@
 """ILVR's low-pass filter, an antialiased cubic down and up again, and an enlargement that agrees
 with the picture it is of, both as two small matrices."""
 
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -68,13 +68,14 @@ def enlarged(small: Tensor, size: tuple[int, int]) -> Tensor:
     return rows @ small @ columns.T
 
 
-@cache
+@lru_cache(maxsize=8)
 def lanczos_inverse(before: int, after: int) -> NDArray[np.floating]:
     """[before, after], U with D U = 1: see `agreeing`."""
-    return np.linalg.pinv(lanczos_matrix(before, after))
+    down = lanczos_matrix(before, after)
+    return np.linalg.solve(down @ down.T, down).T
 
 
-@cache
+@lru_cache(maxsize=8)
 def lanczos_matrix(before: int, after: int) -> NDArray[np.floating]:
     """[after, before]: Pillow's antialiased Lanczos filter along one axis (Turkowski 1990).
 
@@ -89,14 +90,14 @@ def lanczos_matrix(before: int, after: int) -> NDArray[np.floating]:
     return weights / weights.sum(1, keepdims=True)
 
 
-@cache
+@lru_cache(maxsize=8)
 def low_pass_matrix(side: int, factor: int) -> NDArray[np.floating]:
     """[side, side], down and up along one axis."""
     small = -(-side // factor)
     return resize_matrix(small, side) @ resize_matrix(side, small)
 
 
-@cache
+@lru_cache(maxsize=8)
 def projection_matrix(side: int, factor: int) -> NDArray[np.floating]:
     """[side, side], see `projection`. The eigenvalues of D U are about 0.5 or more."""
     small = -(-side // factor)

@@ -103,7 +103,7 @@ def _low_resolution(folder: Path, index: Mapping[str, object], factor: int) -> L
         raise UserError(f"{path}: its times must be whole, as those of DDPMScheduler are.")
     levels = process.num_train_timesteps
     most = _whole(index, "max_noise_level", _MOST_LEVEL, 0, levels - 1)
-    ratio = _whole(index, _RATIO, factor, factor, 64)
+    ratio = _whole(index, _RATIO, factor, max(factor, 2), 64)
     if ratio % factor:
         raise UserError(f"{_RATIO} must be a multiple of {factor}, the vae's factor, not {ratio}.")
     residual = index.get(_RESIDUAL, False)

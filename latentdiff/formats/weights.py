@@ -336,10 +336,12 @@ def fill(network: Network, files: WeightFiles, dtype: torch.dtype, device: torch
     """Give a network of `build` its values; it is left frozen, in evaluation mode.
 
     Raises:
-        UserError: a tensor is not finite.
+        UserError: a tensor is not finite, or else one that the network cannot have.
     """
     values = {name: files.read(name, dtype, device) for name in network.state_dict()}
     network.load_state_dict(values, assign=True)
+    if callable(check := getattr(network, "check_values", None)):
+        check()
     if callable(tie := getattr(network, "tie_weights", None)):
         tie()  # transformers has networks with one tensor under two names
     return network.to(device).eval().requires_grad_(False)

@@ -75,6 +75,15 @@ class HaarTransform(nn.Module):
             coefficients = blocks.flatten(-2).flatten(-3, -2)
         return coefficients
 
+    def check_values(self) -> None:
+        """Pass statistics that latents can be standardised by.
+
+        Raises:
+            UserError: a deviation is not above 0.
+        """
+        if not bool((self.std > 0).all()):
+            raise UserError("vae: every value of its std must be above 0.")
+
     @torch.no_grad()
     def fit(self, parts: Sequence[Tensor]) -> None:
         """Take mean and std of each channel from pictures [N, 3, H, W] in [-1, 1], in parts."""

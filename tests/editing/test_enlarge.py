@@ -20,7 +20,7 @@ from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.process import Process
 from latentdiff.editing.enlarge import as_large_as
-from latentdiff.editing.lowpass import agreeing, lanczos_matrix
+from latentdiff.editing.lowpass import agreeing, lanczos_inverse, lanczos_matrix
 from latentdiff.models.conditioner import TextConditioner
 from latentdiff.models.haar import HaarTransform, PixelAutoencoder
 from latentdiff.models.network import Kind, LowResolution
@@ -209,6 +209,14 @@ def test_what_agrees_is_the_nearest_that_does() -> None:
     assert ((other - found) * (found - large)).sum((1, 2, 3)).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize(("before", "after"), [(257, 256), (40, 3), (9, 9), (30, 7)])
+def test_the_way_back_is_the_pseudoinverse_and_few_are_kept(before: int, after: int) -> None:
+    wanted = np.linalg.pinv(lanczos_matrix(before, after))
+    assert np.abs(lanczos_inverse(before, after) - wanted).max() < 1e-14
+    for matrices in (lanczos_matrix, lanczos_inverse):  # of a large picture each has 100 MB
+        assert matrices.cache_info().maxsize == 8
+
+
 def given(width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -348,9 +356,12 @@ def test_the_options_of_the_command(
     file = tmp_path / "given.png"
     given(6, 6).save(file)
     plain = np.asarray(Image.open(run(model, tmp_path / "out", str(file), "2")))
-    for option in (["--no-hold"], ["--noise-level", "200"], ["--prompt", "a red heart"]):
-        other = np.asarray(Image.open(run(model, tmp_path / "out", str(file), "2", *option)))
-        assert (other != plain).any(), option
+    words = (["--prompt", "a red heart"], ["--negative", "a red heart"], ["--also", "a heart:0.5"])
+    for option in (["--no-hold"], ["--noise-level", "200"], *words):
+        with Image.open(run(model, tmp_path / "out", str(file), "2", *option)) as image:
+            assert (np.asarray(image) != plain).any(), option
+            scale = json.loads(image.info["latentdiff"])["guidance_scale"]
+        assert scale == (4.0 if option in words else 1.0), option
     capsys.readouterr()
     for arguments, told in (
         (["1"], "FACTOR: above 1"),

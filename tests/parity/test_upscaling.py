@@ -22,7 +22,8 @@ from latentdiff import Enlarge, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion import process as processes
 from latentdiff.errors import UserError
-from latentdiff.models.network import UpscalingUNet
+from latentdiff.models.haar import HaarTransform, PixelAutoencoder
+from latentdiff.models.network import LowResolution, UpscalingUNet
 
 TOLERANCE = 1e-4  # of latents of about unit variance; the largest seen is 7e-6
 PROMPTS = ["a red heart", "a red cat"]
@@ -194,6 +195,24 @@ def test_a_key_that_makes_no_sense_is_refused_by_name(
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=told):
+        Bundle.load(folder)
+
+
+def test_a_model_that_enlarges_by_nothing_is_refused(tmp_path: Path) -> None:
+    """Of pixels without a transform the least ratio is not the autoencoder's factor, 1."""
+    made = LowResolution(processes.create("vp-linear"), 350, 2)
+    unet = tiny_unet(6, 3, labels="table").requires_grad_(False)
+    pixels = PixelAutoencoder(HaarTransform({"levels": 0}).requires_grad_(False))
+    bundle = replace(tiny_upscaler(), autoencoder=pixels, network=UpscalingUNet(unet, 3, made))
+    folder = bundle.save(tmp_path / "model")
+    low = Bundle.load(folder).network.low_resolution
+    assert low is not None
+    assert low.ratio == 2
+    path = folder / "model_index.json"
+    config = json.loads(path.read_text())
+    del config["latentdiff_ratio"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="latentdiff_ratio must be a whole number from 2"):
         Bundle.load(folder)
 
 

@@ -199,6 +199,18 @@ def test_a_difference_along_each_axis_has_a_band_of_its_own() -> None:
     assert torch.equal(bands, torch.tensor([[0.0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2]]))
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_deviation_that_is_none_is_refused(value: float, tmp_path: Path) -> None:
+    module = HaarTransform({"levels": 1})
+    save_network(module, tmp_path / "sound")
+    load_autoencoder(tmp_path / "sound")
+    with torch.no_grad():
+        module.std[3] = value
+    save_network(module, tmp_path / "vae")
+    with pytest.raises(UserError, match="its std must be above 0"):
+        load_autoencoder(tmp_path / "vae")
+
+
 def test_a_model_of_pixels_is_saved_and_opened(pictures: Path, tmp_path: Path) -> None:
     data = {"size": 32, "held_out_fraction": 0.0}
     model = train(pictures, tmp_path / "out", data=data)
