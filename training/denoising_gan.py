@@ -102,9 +102,8 @@ class Adversarial(Objective[Key]):
         self.pictures = CaptionedLatents(bundle, config.data, run, config.caption_dropout)
         self.examples, self.order = self.pictures.examples, self.pictures.order
         self.levels = timetable.create("trailing", bundle.process, config.steps)
-        generator = replace(
-            with_noise_input(bundle, config.noise), solver="ddpm", steps=Steps("trailing")
-        )
+        steps = Steps("trailing", trained_steps=config.steps)
+        generator = replace(with_noise_input(bundle, config.noise), solver="ddpm", steps=steps)
         generator.network.module.requires_grad_(True)
         self.bundle = generator
         torch.manual_seed(config.seed)  # the initial weights
@@ -197,11 +196,15 @@ def check_model(bundle: Bundle, config: GanConfig) -> None:
     """Pass if a generator can begin as this model.
 
     Raises:
-        UserError: it sees more than x_t, or its sizes do not fit the data.
+        UserError: it sees more than x_t, tells a variance, or its sizes do not fit the data.
     """
     if bundle.kind != "text-to-image":
         raise UserError(
             f"{bundle.name} is an {bundle.kind} model, and no generator can begin as it"
+        )
+    if bundle.network.learns_variance:
+        raise UserError(
+            f"{bundle.name}: it tells a variance, and a generator's steps have one of their own"
         )
     unit = bundle.factor * bundle.network.multiple
     if config.data.size % unit:

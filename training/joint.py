@@ -70,6 +70,7 @@ class JointConfig(RunConfig):
         prior: what the prior learns by, the likelihood or the plain error, even in time; the
             encoder learns by the likelihood.
         autoencoder_lr: the autoencoder's learning rate; all else is as `optim` says.
+        caption_dropout: share of the pictures without their caption, for classifier-free guidance.
     """
 
     data: DataConfig
@@ -77,6 +78,7 @@ class JointConfig(RunConfig):
     decoder_std: PositiveFloat = 0.1
     prior: Literal["likelihood", "unweighted"] = "unweighted"
     autoencoder_lr: PositiveFloat = 1e-4
+    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     save_dtype: Literal["float32", "float16"] = "float16"
     sample_prompts: list[str] = Field(default_factory=list)
 
@@ -113,7 +115,7 @@ class Joint(Objective[tuple[Tensor, Key]]):
         for network in bundle.conditioner.modules.values():
             network.requires_grad_(False)
         texts = [example.captions for example in self.examples]
-        captions = Captions(bundle.conditioner, texts, 0.0, config.seed)
+        captions = Captions(bundle.conditioner, texts, config.caption_dropout, config.seed)
         run.say(*captions.warnings())
         self.states = CaptionStates(captions, bundle.conditioner, run.out / "cache")
         self.vae, self.mixed = JointAutoencoder(autoencoder), MixedPrior(bundle)

@@ -54,6 +54,8 @@ class Steps:
         family: whose reading of `spacing`; see the module.
         teacher_steps: of a model distilled for few steps (LCM, TCD), how many its teacher made:
             its times are evenly chosen among the teacher's.
+        trained_steps: how many a network knows that was trained at the levels of one run alone, as
+            the generator of a denoising GAN; a run of another number is warned of.
         within: the times whose first and last level a ramp of the family "sigma" runs between.
         sigma_min: the ramp's end instead.
         sigma_max: the ramp's start instead.
@@ -74,6 +76,7 @@ class Steps:
     to_clean: bool = True
     family: Family = "ddim"
     teacher_steps: int | None = None
+    trained_steps: int | None = None
     within: Times = "linspace"
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -91,8 +94,9 @@ class Steps:
             raise UserError(
                 f"settings are pairs of an argument and its value, not {self.settings}."
             )
-        if self.teacher_steps is not None and self.teacher_steps < 1:
-            raise UserError(f"teacher_steps must be at least 1, not {self.teacher_steps}.")
+        for name in ("teacher_steps", "trained_steps"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise UserError(f"{name} must be at least 1, not {count}.")
         for name in ("shift", "sigma_min", "sigma_max"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be a positive number, not {value}.")
@@ -298,6 +302,7 @@ _KINDS: dict[str, type | tuple[str, ...]] = {
     "to_clean": bool,
     "family": get_args(Family),
     "teacher_steps": int,
+    "trained_steps": int,
     "within": get_args(Times),
     "sigma_min": float,
     "sigma_max": float,

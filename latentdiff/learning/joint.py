@@ -91,21 +91,6 @@ def graded(x: Tensor, factor: Tensor | float) -> Tensor:
     return x.detach() + scale * (x - x.detach())
 
 
-def mixed_eps(z: Tensor, eps: Tensor, mixing: Tensor, level: Levels) -> Tensor:
-    """sigma (1 - a) z_t + a eps': the mixed score of Vahdat et al. 2021, section 3.2.
-
-    a = 0 is the standard normal prior. Where eps' comes from v, as sigma z_t + alpha v, it is the
-    answer of a network that says a v.
-
-    Args:
-        z, eps: z_t and eps' [B, C, h, w].
-        mixing: a of each channel [C].
-        level: of each picture.
-    """
-    a = mixing.view(1, -1, 1, 1)
-    return level.sigma.to(z) * (1 - a) * z + a * eps
-
-
 def eps_of_v(z: Tensor, v: Tensor, level: Levels) -> Tensor:
     """sigma z_t + alpha v [B, C, h, w]: Salimans & Ho 2022, appendix D."""
     return level.sigma.to(z) * z + level.alpha.to(z) * v
@@ -167,7 +152,11 @@ class MixedPrior(Conditioned):
             assert name in ("weight", "bias")
 
     def forward(self, x: Tensor, t: Tensor, words: TextStates) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """a v [B, C, h, w] of z_t [B, C, h, w] at times [B]: see `mixed_eps`."""
+        """a v [B, C, h, w] of z_t [B, C, h, w] at times [B].
+
+        So eps is sigma (1 - a) z_t + a eps', the mixed score of Vahdat et al. 2021, section 3.2:
+        a = 0 is the standard normal prior.
+        """
         return self.a.view(1, -1, 1, 1) * super().forward(x, t, words).float()
 
     @contextmanager

@@ -236,7 +236,15 @@ def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     steps = whole(request.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
     finite(request.scale, "guidance_scale")
     finite(request.guidance_rescale, "guidance_rescale")
-    return run_of(request.solver, request.timetable, bundle, steps)
+    solver, levels = run_of(request.solver, request.timetable, bundle, steps)
+    trained = bundle.steps.trained_steps
+    if trained is not None and tuple(levels) != tuple(bundle.timetable(None, trained)):
+        warn(
+            f"{bundle.name} was trained at the levels of {trained} steps of its own timetable "
+            f"alone, and not at those of this run: num_inference_steps={trained} (--steps "
+            f"{trained}) is what it can do"
+        )
+    return solver, levels
 
 
 def _levels(request: Request, bundle: Bundle) -> Callable[[int], Timetable] | None:

@@ -22,7 +22,6 @@ from latentdiff.learning.joint import (
     eps_of_v,
     even_in_log_snr,
     graded,
-    mixed_eps,
     unweighted,
 )
 
@@ -31,6 +30,12 @@ def level_of(log_snr: float) -> NoiseLevel:
     """A level of a variance-preserving process."""
     alpha, sigma = (math.sqrt(1 / (1 + math.exp(-s * log_snr))) for s in (1, -1))
     return NoiseLevel(0.0, alpha, sigma)
+
+
+def mixed_eps(z: Tensor, eps: Tensor, mixing: Tensor, level: Levels) -> Tensor:
+    """sigma (1 - a) z_t + a eps': Vahdat et al. 2021, section 3.2, with a of each channel [C]."""
+    a = mixing.view(1, -1, 1, 1)
+    return level.sigma.to(z) * (1 - a) * z + a * eps
 
 
 FIRST, LAST = level_of(-12.0), level_of(20.0)

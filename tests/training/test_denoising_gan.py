@@ -1,6 +1,7 @@
 """A denoising GAN on twelve pictures and a tiny model: it goes on, draws and composes."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,16 @@ def test_it_comes_back_and_diffusers_is_not_told_that_it_can_draw(
         assert '"_class_name": "LatentDiffusionPipeline"' in (path / "model_index.json").read_text()
 
 
+def test_other_levels_than_it_learned_are_told_in_a_line(heard: Bundle) -> None:
+    assert heard.steps.trained_steps == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn(heard, seed=0)
+    for other in ({"num_inference_steps": 4}, {"timetable": "linspace"}):
+        with pytest.warns(UserWarning, match=r"levels of 3 steps.*--steps 3"):
+            drawn(heard, seed=0, **other)
+
+
 def test_without_its_noise_it_is_refused(heard: Bundle, work: Path, tmp_path: Path) -> None:
     pipe = LatentDiffusionPipeline(heard)
     with pytest.raises(UserError, match=r"a generator is told noise"):
@@ -161,6 +172,9 @@ def test_without_its_noise_it_is_refused(heard: Bundle, work: Path, tmp_path: Pa
     tiny_bundle(in_channels=9).save(tmp_path / "model")
     with pytest.raises(UserError, match="no generator can begin"):
         learn(work, tmp_path / "out", model=str(tmp_path / "model"))
+    tiny_bundle(learned_variance=True).save(tmp_path / "told")
+    with pytest.raises(UserError, match="tells a variance"):
+        learn(work, tmp_path / "out", model=str(tmp_path / "told"))
     distill = script("distill")
     config = distill.DistillConfig(out=tmp_path / "d", data={"root": work, "size": 16})
     with pytest.raises(UserError, match="not distilled here"):

@@ -131,6 +131,17 @@ def test_the_two_networks_learn_by_weights_of_their_own(work: Path, tmp_path: Pa
     assert bits_one == pytest.approx(bits_other, rel=1e-6)
 
 
+def test_captions_are_left_out_as_often_as_it_says(work: Path, tmp_path: Path) -> None:
+    """Or guidance would start from a branch that did not go along with the latents."""
+    module, config = config_of(work, tmp_path / "out")
+    assert config.caption_dropout == 0.1
+    with Run(config.model_copy(update={"caption_dropout": 1.0}), True) as run:
+        joint = module.Joint(run.config, run)
+        empty = joint.bundle.conditioner.states(joint.bundle.conditioner.tokenize([""])).states
+        told = joint.states.of(0, [0, 1], [0, 1]).states
+    assert (told[:, : empty.shape[1]] - empty).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("made", "line"),
     [
