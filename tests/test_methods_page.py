@@ -1,11 +1,14 @@
-"""docs/methods.md: every file, test, solver, timetable and guide that it names is there.
+"""docs/methods.md: every file, test, solver, timetable and guide that it names is there; and
+what the pages link to.
 
 Its commands run word for word in the slow test of `test_examples.py`.
 """
 
 import ast
 import re
+from pathlib import Path
 
+import pytest
 from scripts import ROOT
 
 from latentdiff import solvers
@@ -15,6 +18,7 @@ from latentdiff.guidance.from_text import check_text
 PAGE = (ROOT / "docs/methods.md").read_text("utf-8")
 NAMED = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", PAGE)
 PLACES = ("", "latentdiff/", "tests/")
+LINKING = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("assets/*/README.md")]
 
 
 def test_every_file_and_every_test_is_there() -> None:
@@ -24,6 +28,14 @@ def test_every_file_and_every_test_is_there() -> None:
         if test:
             tree = ast.parse(path.read_text("utf-8"))
             assert test in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, test
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+    near = [link.partition("#")[0] for link in links if not re.match(r"\w+:|#", link)]
+    lost = [link for link in near if not (page.parent / link).exists()]
+    assert not lost
 
 
 def test_every_row_of_a_table_is_whole() -> None:

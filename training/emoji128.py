@@ -1,4 +1,4 @@
-"""A 128-pixel emoji model on one large GPU in under ten minutes: both stages, measured and drawn.
+"""A 128-pixel emoji model on one large GPU in under ten minutes: both stages.
 
     python training/emoji128.py --data data/emoji128 --text runs/emoji128-text --out runs/emoji128
     python training/emoji128.py --data data/emoji128 --start assets/emoji128 --out runs/emoji128
@@ -784,7 +784,7 @@ def main(
     graphs: Annotated[bool, typer.Option(help="Record steps as CUDA graphs (GPU).")] = True,
     settings: Annotated[str, typer.Option(help="Changes of the recipe, as JSON.")] = "{}",
 ) -> None:
-    """Train a 128-pixel emoji model, measure it and draw with it."""
+    """Train a 128-pixel emoji model; training/measure/evaluate_following.py measures it."""
     if (text is None) == (start is None):
         raise typer.BadParameter("give --text, what training/text.py left, or --start, a model.")
     clock = Clock(seconds)

@@ -24,6 +24,16 @@ WORDS = """\
 00000003 06 n 02 rocket 0 projectile 0 001 @ 00000002 n 0000 | a thing made to fly far
 """
 
+# Of each kind that eight shapes allow: how many questions, and what is told of their pictures.
+ASKED = {
+    "colour x thing": (1, {"colour", "shape", "colour and shape"}),
+    "synonyms": (3, {"shows"}),  # cottage, spaceship, wigwam
+    "train": (6, {"shows"}),
+    "counts": (3, {"count"}),
+    "pairs": (3, {"both", "two"}),
+    "test_style": (1, {"shows"}),
+}
+
 
 def wordnet(folder: Path) -> Path:
     folder.mkdir()
@@ -90,7 +100,11 @@ def test_the_recipe_goes_from_words_to_a_model_that_is_asked(
         more, data, tmp_path / "following", words, most=3, steps=2
     )
     asked = json.loads((tmp_path / "following/report.json").read_text("utf-8"))
-    assert 0 <= asked["train"]["shows"] <= 1
+    kinds = {kind: marks for kind, marks in asked.items() if isinstance(marks, dict)}
+    assert {kind: (marks.pop("of"), set(marks)) for kind, marks in kinds.items()} == ASKED
+    for kind, (count, _) in ASKED.items():
+        parts = {round(number / count, 4) for number in range(count + 1)}
+        assert parts >= set(kinds[kind].values()), kind
     assert (tmp_path / "following/sheet.webp").is_file()
     picture = LatentDiffusionPipeline(now)("a rocket", seed=0, num_inference_steps=2).images[0]
     assert picture.size == (128, 128)
