@@ -75,7 +75,7 @@ def check_above_zero(config: Mapping[str, object], keys: Iterable[str], name: st
     for key in keys:
         value = config.get(key, 1)
         numbers = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(number, int) and number < 1 for number in numbers):
+        if any(isinstance(number, int | float) and number <= 0 for number in numbers):
             raise UserError(f"{name}: {key} is {value!r:.60}; it must be above 0.")
 
 

@@ -58,6 +58,7 @@ UNet = Union[CrossAttentionUNet, "UNet2DConditionModel"]
 VAE = Union[KLAutoencoder, TinyAutoencoder, HaarTransform, "AutoencoderKL", "VQModel"]
 
 _STEM = "diffusion_pytorch_model"
+_LARGEST_SEEN = 2048  # pixels along a side of what an image encoder sees; published ones see 224
 
 
 def check_variant(folder: Path, variant: str) -> None:
@@ -165,8 +166,12 @@ def image_encoder(folder: Path) -> "tuple[CLIPVisionModelWithProjection, WeightF
     if config.get("model_type") != "clip_vision_model":
         raise UserError(f"{path}: '{config.get('model_type')!s:.40}' is no CLIP of pictures.")
     arguments = _text_arguments(config, CLIPVisionConfig, {}, str(path))
-    if not isinstance(arguments.get("image_size", 224), int):
-        raise UserError(f"{path}: its image_size must be one number, of square pictures.")
+    side = arguments.get("image_size", 224)
+    if not isinstance(side, int) or not 1 <= side <= _LARGEST_SEEN:
+        raise UserError(
+            f"{path}: its image_size must be one number, of square pictures of at most "
+            f"{_LARGEST_SEEN} pixels a side."
+        )
     if arguments.get("num_channels", 3) != 3:
         raise UserError(f"{path}: its num_channels must be 3, of RGB pictures.")
     files = WeightFiles(weight_files(folder, "model"), _vision_name)
@@ -217,7 +222,7 @@ def _tiny(config: Config, name: str, files: WeightFiles) -> TinyAutoencoder:
     if odd := TinyAutoencoder.odd(config):
         raise UserError(f"{name}: {odd} is for another kind of {TinyAutoencoder.diffusers_name}.")
     blocks = [count for key in config if key.startswith("num_") for count in config[key]]
-    return build(lambda: TinyAutoencoder(config), name, files, sum(blocks))
+    return build(lambda: TinyAutoencoder(config), name, files, sum(blocks) + len(blocks))
 
 
 def _network(

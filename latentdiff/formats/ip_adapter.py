@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _PROJ, _ENCODER = "image_proj.", "image_encoder"
 _HEAD = 64  # width of a head of a resampler, as in every published one
-_KEYS = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
+_KEYS = re.compile(r"ip_adapter\.(\d{1,4})\.to_k_ip\.weight")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -103,7 +103,7 @@ def _sizes(shapes: Shapes) -> AdapterSizes:
 def _projection(own: Shapes, layers: list[int]) -> AdapterSizes:
     if "latents" in own:
         _, tokens, hidden = own["latents"][:3]
-        depth = {int(m[1]) for m in (re.match(r"layers\.(\d+)\.", name) for name in own) if m}
+        depth = {int(m[1]) for m in (re.match(r"layers\.(\d{1,4})\.", name) for name in own) if m}
         return AdapterSizes(
             "plus",
             own["proj_in.weight"][1],

@@ -32,10 +32,11 @@ _WINDOW = "prompt_window"  # of a model that neither of them draws
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("attention_bias", "upcast_attention", "use_additional_conditions"), bool),
     "norm_eps": float,
+    "interpolation_scale": float | None,  # 0.5 in Sigmas of 256 pixels
 }
 _SIZES = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size")
 _SIZES += ("patch_size", "norm_num_groups", "cross_attention_dim", "num_embeds_ada_norm")
-_SIZES_OR_NONE = ("out_channels", "caption_channels", "interpolation_scale")
+_SIZES_OR_NONE = ("out_channels", "caption_channels")
 
 
 def claims_folder(index: Mapping[str, object]) -> bool:
@@ -108,7 +109,7 @@ def transformer(folder: Path, variant: str | None) -> tuple[PixArtTransformer, W
         raise UserError(f"{path}: its norm_type is not ada_norm_single, as PixArt's.")
     sizes = dict.fromkeys(_SIZES, int) | dict.fromkeys(_SIZES_OR_NONE, int | None)
     check_types(config, {**_TYPES, **sizes}, str(path))
-    check_above_zero(config, sizes, str(path))
+    check_above_zero(config, (*sizes, "interpolation_scale"), str(path))
     if odd := PixArtTransformer.odd(config):
         raise UserError(f"{path}: its {odd} is {config[odd]!r:.40}, of another transformer.")
     layers = config.get("num_layers", 28)

@@ -140,7 +140,8 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> list[int]:
     """The number of blocks behind each convolution but the last."""
-    places = {int(match[1]) for name in shapes if (match := re.match(rf"{prefix}(\d+)\.", name))}
+    place_in = re.compile(rf"{re.escape(prefix)}(\d{{1,4}})\.")
+    places = {int(match[1]) for name in shapes if (match := place_in.match(name))}
     levels: list[int] = []
     for place in sorted(places):
         if f"{prefix}{place}.weight" in shapes:

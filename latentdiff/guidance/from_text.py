@@ -1,6 +1,7 @@
 """Edits in the words of a command line: "pag:3", "threshold:0.995", "hires:2:0.5"."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from latentdiff.guidance.thresholding import DynamicThresholding
 from latentdiff.registry import check_name
 
 _KINDS = ("pag", "seg", "threshold", "autoguidance", "clip", "classifier", "hires", "tiled")
+_STEPS = re.compile(r"\d{1,4}")
 _READING = ("autoguidance", "clip", "classifier")  # those that read a file, the word after SCALE
 FORM = (
     "pag:SCALE, seg:SCALE, threshold:QUANTILE, autoguidance:SCALE:MODEL, clip:SCALE:FOLDER, "
@@ -112,7 +114,7 @@ def _create(text: str, device: torch.device) -> Edit:
 
 def _hires(factor: float, words: list[str], text: str) -> Hires:
     strength = _number(words[0])
-    if strength is None or not all(word.isdecimal() for word in words[1:]):
+    if strength is None or not all(map(_STEPS.fullmatch, words[1:])):
         raise UserError(f"a guide reads {FORM}, not {text!r:.80}.")
     return Hires(factor, strength, int(words[1]) if words[1:] else None)
 

@@ -74,6 +74,8 @@ class PixArtTransformer(nn.Module):
         heads, patch = self.config["num_attention_heads"], self.config["patch_size"]
         width = heads * self.config["attention_head_dim"]
         text = self.config["caption_channels"]
+        if self.config["sample_size"] < patch:
+            raise ValueError(f"its sample_size is smaller than its patch_size of {patch}")
         if width % (12 if self.told_sizes else 4):
             raise ValueError(f"its width of {width} cannot be divided among its embeddings")
         if text is not None and self.config["cross_attention_dim"] != width:
@@ -148,7 +150,8 @@ class PixArtTransformer(nn.Module):
             mask = (1 - mask.to(hidden_states.dtype))[:, None, None] * -10000.0
         patch, states = self.config["patch_size"], encoder_hidden_states
         height, width = (side // patch for side in hidden_states.shape[-2:])
-        x = self.pos_embed(hidden_states, self._positions(height, width))
+        places = self._positions(height, width, hidden_states.device)
+        x = self.pos_embed(hidden_states, places)
         modulation, time = self.adaln_single(timestep, added_cond_kwargs, x.dtype)
         if self.caption_projection is not None:
             states = self.caption_projection(states)
@@ -159,15 +162,17 @@ class PixArtTransformer(nn.Module):
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def _positions(self, height: int, width: int) -> Tensor:
+    def _positions(self, height: int, width: int, device: torch.device) -> Tensor:
         base, scale = self.config["sample_size"], self.config["interpolation_scale"]
         scale = max(base // 64, 1) if scale is None else scale
-        inner = self.proj_out.in_features
-        return positions(height, width, inner, base // self.config["patch_size"], scale)
+        inner, base = self.proj_out.in_features, base // self.config["patch_size"]
+        return positions(height, width, inner, base, scale, device)
 
 
 @lru_cache(maxsize=8)
-def positions(height: int, width: int, inner: int, base: int, scale: float) -> Tensor:
+def positions(
+    height: int, width: int, inner: int, base: int, scale: float, device: torch.device
+) -> Tensor:
     """Sines and cosines of each place of a grid, float32 [1, height * width, inner]: Dosovitskiy et
     al. 2020, app. D.4, in two dimensions; first those of its column, then those of its row.
 
@@ -177,6 +182,7 @@ def positions(height: int, width: int, inner: int, base: int, scale: float) -> T
         inner: width of the embedding, a multiple of 4.
         base: the side of the grid that the network was trained on, over which any is spread.
         scale: places are divided by this.
+        device: where they are kept; they are computed on the CPU.
     """
     frequencies = 1.0 / 10000 ** (torch.arange(inner // 4, dtype=torch.float64) / (inner / 4))
 
@@ -187,7 +193,7 @@ def positions(height: int, width: int, inner: int, base: int, scale: float) -> T
 
     rows, columns = of(height)[:, None], of(width)[None]
     grid = [columns.expand(height, -1, -1), rows.expand(-1, width, -1)]
-    return torch.cat(grid, -1).flatten(0, 1).float()[None]
+    return torch.cat(grid, -1).flatten(0, 1).float()[None].to(device)
 
 
 class PatchEmbedding(nn.Module):
@@ -199,7 +205,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         x = self.proj(x).flatten(2).transpose(1, 2)
-        return (x + places.to(x.device)).to(x.dtype)
+        return (x + places).to(x.dtype)
 
 
 class Modulation(nn.Module):

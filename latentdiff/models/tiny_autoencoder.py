@@ -73,7 +73,7 @@ class TinyAutoencoder(nn.Module):
         levels = len(told[_BLOCKS[0]])
         for key in (*_WIDTHS, *_BLOCKS):
             one_width = key in _BLOCKS or len(set(told[key])) == 1
-            if levels < 2 or len(told[key]) != levels or not one_width:
+            if levels < 2 or len(told[key]) != levels or not one_width or min(told[key]) < 0:
                 return f"{key} {told[key]!s:.60}"
         fixed = _FIXED | {"block_out_channels": told["decoder_block_out_channels"]}
         for key, value in config.items():

@@ -148,7 +148,13 @@ def test_what_does_not_go_with_a_second_pass_is_one_line() -> None:
     levels = pipe.bundle.timetable(None, 5)
     with pytest.raises(UserError, match="level by level"):
         pipe("a cat", edits=["hires:2:0.5:3"], timetable=levels, progress=False)
-    for text in ("hires:2:0.5:0", "hires:2:0.5:501", "hires:2:0.5:x", "hires:2:0.5:3:1"):
+    for text in (
+        "hires:2:0.5:0",
+        "hires:2:0.5:501",
+        "hires:2:0.5:x",
+        f"hires:2:0.5:{'9' * 5000}",
+        "hires:2:0.5:3:1",
+    ):
         with pytest.raises(UserError):
             pipe("a cat", edits=[text], progress=False)
     for text in ("hires:2", "hires:0.5:0.5", "hires:2:x", "hires:2:0", "tiled:1", "tiled"):

@@ -65,6 +65,10 @@ DAMAGES: dict[str, tuple[dict[str, Tensor | None], str]] = {
         {"ip_adapter.3.to_k_ip.weight": None},
         r"3\.to_k_ip\.weight is not in the weights",
     ),
+    "a layer of thousands of digits": (
+        {f"ip_adapter.{'9' * 5000}.to_k_ip.weight": torch.ones(8, 16)},
+        "is in the weights, but not in this network",
+    ),
     "no projection": ({"image_proj.proj.weight": None}, "none of the published kinds"),
     "no norm": ({"image_proj.norm.weight": None}, "none of the published kinds"),
     "no matrix": ({"ip_adapter.1.to_k_ip.weight": torch.ones(4)}, "must be matrices"),
@@ -117,6 +121,7 @@ def test_its_encoder_is_a_clip_that_sees_what_it_reads(file: Path, tmp_path: Pat
 
     refused(r"'siglip_vision_model' is no CLIP of pictures", model_type="siglip_vision_model")
     refused("image_size must be one number", image_size=[12, 12])
+    refused("at most 2048 pixels a side", image_size=30_000)
     refused("num_channels must be 3", num_channels=4)
     refused("hidden_size is 'x'", hidden_size="x")
     refused("asks for 400 layers", num_hidden_layers=400)

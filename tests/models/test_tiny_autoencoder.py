@@ -154,11 +154,17 @@ def test_a_scale_of_comfyui_is_obeyed(tmp_path: Path) -> None:
         ({"num_decoder_blocks": [2, 1, 1]}, "num_decoder_blocks"),
         ({"num_encoder_blocks": [1, 3]}, "not in the weights"),
         ({"num_encoder_blocks": 3}, "num_encoder_blocks is 3"),
+        ({"num_encoder_blocks": [3000, -2999]}, "num_encoder_blocks .3000, -2999."),
+        ({"num_encoder_blocks": [3000, 1]}, "asks for 3008 layers"),
+        ({"num_encoder_blocks": [0] * 3000, "num_decoder_blocks": [0] * 3000,
+          "encoder_block_out_channels": [8] * 3000, "decoder_block_out_channels": [12] * 3000,
+          "block_out_channels": [12] * 3000},
+         "asks for 6000 layers"),
         ({"scaling_factor": 0}, "scaling_factor"),
         ({"in_channels": 4}, "in_channels|should be"),
         ({"middle": True}, "middle True"),
     ],
-)
+)  # fmt: skip
 def test_others_of_its_class_are_refused_by_name(
     change: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
@@ -168,6 +174,13 @@ def test_others_of_its_class_are_refused_by_name(
     with pytest.raises(UserError, match=told) as caught:
         load_autoencoder(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_place_of_thousands_of_digits_is_none(tmp_path: Path) -> None:
+    values = theirs().state_dict() | {f"encoder.layers.{'9' * 5000}.weight": torch.ones(1)}
+    save_file(values, tmp_path / "tiny.safetensors")
+    with pytest.raises(UserError, match="in the weights, but not in this network"):
+        load_autoencoder(tmp_path / "tiny.safetensors")
 
 
 def test_half_of_it_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 `models/test_tiny_sees_everything.py` measures that each input of these networks moves the output.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from tiny import PIXART_SCHEDULER, draw_weights, tiny_pixart
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
@@ -123,6 +126,7 @@ def test_what_is_read_matters() -> None:
         {"use_additional_conditions": True, "upcast_attention": True},
         {"caption_channels": None, "cross_attention_dim": 16, "out_channels": None},
         {"patch_size": 1},
+        {"interpolation_scale": 0.5},
     ],
 )
 def test_the_transformer_is_that_of_diffusers(config: dict[str, Any], backend: Attention) -> None:
@@ -152,6 +156,28 @@ def test_the_transformer_is_that_of_diffusers(config: dict[str, Any], backend: A
         for seen in (None, mask):
             given |= {"encoder_attention_mask": seen, "added_cond_kwargs": sizes}
             assert torch.equal(own(x, **given), theirs(x, **given).sample)
+
+
+@torch.no_grad()
+def test_places_are_kept_where_they_are_added() -> None:
+    """The second call on a device, here one without memory, takes nothing from the CPU."""
+
+    class Watch(TorchDispatchMode):
+        seen: set[str]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            flat = tree_leaves((args, kwargs))
+            self.seen |= {one.device.type for one in flat if isinstance(one, Tensor)}
+            return func(*args, **kwargs or {})
+
+    network: Any = tiny_pixart().network.module
+    network = copy.deepcopy(network).to("meta")
+    x, states = torch.empty(1, 4, 6, 4, device="meta"), torch.empty(1, 5, 16, device="meta")
+    for devices in ({"cpu", "meta"}, {"meta"}):
+        with (watch := Watch()):
+            watch.seen = set()
+            network(x, states, torch.empty(1, device="meta"))
+        assert watch.seen == devices
 
 
 def test_gradients_are_those_of_diffusers() -> None:

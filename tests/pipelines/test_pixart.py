@@ -121,8 +121,14 @@ def test_a_folder_as_it_was_published_first(tmp_path: Path) -> None:
     theirs = Transformer2DModel.from_pretrained(folder / "transformer")  # which makes the other
     assert torch.equal(answer(theirs), answer(module))
     assert float((draw(bundle) - wanted).abs().max()) > 0.01  # places are twice as dense
-    changed(folder, "transformer/config.json", {"interpolation_scale": 1})
-    assert torch.equal(draw(Bundle.load(folder)), wanted)
+    for scale in (1, 1.0):
+        changed(folder, "transformer/config.json", {"interpolation_scale": scale})
+        assert torch.equal(draw(Bundle.load(folder)), wanted)
+    # As diffusers' script of conversion writes it for each Sigma of 256 pixels.
+    changed(folder, "transformer/config.json", {"interpolation_scale": 0.5})
+    theirs = Transformer2DModel.from_pretrained(folder / "transformer")
+    assert torch.equal(answer(theirs), answer(Bundle.load(folder).network.module))
+    assert float((draw(Bundle.load(folder)) - wanted).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -134,6 +140,10 @@ def test_a_folder_as_it_was_published_first(tmp_path: Path) -> None:
         ("transformer/config.json", {"attention_type": "gated"}, "attention_type is 'gated'"),
         ("transformer/config.json", {"patch_size": 0}, "patch_size is 0; it must be above 0"),
         ("transformer/config.json", {"sample_size": [8, 8]}, "sample_size is .8, 8.; it must be"),
+        ("transformer/config.json", {"sample_size": 1}, "sample_size is smaller than its patch_si"),
+        ("transformer/config.json", {"interpolation_scale": 0.0}, "_scale is 0.0; it must be ab"),
+        ("transformer/config.json", {"interpolation_scale": -0.5}, "_scale is -0.5; it must be ab"),
+        ("transformer/config.json", {"interpolation_scale": "1"}, "interpolation_scale is '1'; it"),
         ("transformer/config.json", {"attention_head_dim": 13}, "cannot be divided among"),
         ("transformer/config.json", {"cross_attention_dim": 16}, "is not the width of its text"),
         ("transformer/config.json", {"num_layers": 3}, "not in the weights"),

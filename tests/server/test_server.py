@@ -248,8 +248,9 @@ def test_what_a_second_pass_cannot_be_is_refused_by_name(
     refused = client.post("/sdapi/v1/txt2img", json=body | asked)
     assert refused.status_code in (400, 422)
     assert refused.json()["error"]["param"] == param
-    edit = {"prompt": "a", "edits": ["hires:2:0.9:200"], "num_inference_steps": 2}
-    assert client.post("/jobs", json=edit).status_code == 400
+    for steps in ("200", "9" * 5000):
+        edit = {"prompt": "a", "edits": [f"hires:2:0.9:{steps}"], "num_inference_steps": 2}
+        assert client.post("/jobs", json=edit).status_code == 400
     assert not studio.queue.jobs
 
 
