@@ -366,23 +366,29 @@ def ldm_names(model: nn.Module) -> dict[str, str]:
 
 
 def _settings(file: Path, metadata: Mapping[str, str]) -> Mapping[str, object]:
-    """The arguments of peft that a LoRA was trained with, as "unet.r": of the header, or of the
+    """The arguments of peft that a LoRA was trained with, as "unet.r": of the header, and of the
     `adapter_config.json` beside peft's own file.
 
     Raises:
-        UserError: they are damaged, or ask for more than plain LoRA.
+        UserError: they are damaged, contradict each other, or ask for more than plain LoRA.
     """
     config: object = {}
+    own: Mapping[str, object] = {}
+    if file.name == FILE_NAMES[1] and (file.parent / _PEFT_CONFIG).is_file():
+        own = read_json(file.parent / _PEFT_CONFIG)
     if _METADATA in metadata:
         try:
             config = parse_json(metadata[_METADATA])
         except ValueError as error:
             raise UserError(f"its {_METADATA} is not valid JSON.") from error
-    elif file.name == FILE_NAMES[1] and (file.parent / _PEFT_CONFIG).is_file():
-        own = read_json(file.parent / _PEFT_CONFIG)
-        config = {f"{part}.{key}": value for key, value in own.items() for part in PARTS}
     if not isinstance(config, dict):
         raise UserError(f"its {_METADATA} is no JSON object.")
+    beside = {f"{part}.{key}": value for key, value in own.items() for part in PARTS}
+    for part in PARTS:
+        for key in (f"{part}.lora_alpha", f"{part}.alpha_pattern"):
+            if key in config and key in beside and config[key] != beside[key]:
+                raise UserError(f"its header says another {key} than {_PEFT_CONFIG} beside it.")
+    config = beside | config
     for key, value in config.items():
         last = key.rpartition(".")[2]
         refused = (
@@ -479,13 +485,14 @@ def save_lora(
         layout: "diffusers" (peft's names), or "kohya", of which A1111 and ComfyUI take every
             tensor; of diffusers' ComfyUI reads no alpha and leaves some layers out. Or "peft", a
             folder with `adapter_model.safetensors`, the path, and `adapter_config.json`, which
-            `peft.PeftModel.from_pretrained` opens around one network.
+            `peft.PeftModel.from_pretrained` opens around one network. The first is whole without
+            the second, which is written after it.
         dtype: of the factors in the file; None keeps theirs.
         metadata: further text for the file's header.
 
     Raises:
         UserError: it cannot be written, holds nothing or values that are not finite, or something
-            that is no LoRA is there.
+            that is no LoRA is there, or beside it a config of something else.
     """
     check_name("LoRA layout", layout, get_args(Layout))
     if not any([*lora.parts(), *lora.sums.values(), *lora.changes.values()]):
@@ -496,11 +503,13 @@ def save_lora(
     config = header.pop(_PEFT_CONFIG, None)
     if config is not None and path.name != FILE_NAMES[1]:
         raise UserError(f"{path}: peft opens {FILE_NAMES[1]} alone; name it so.")
+    beside = path.parent / _PEFT_CONFIG
+    renew = config is not None and may_replace(beside, "the config of a LoRA", _recognise_config)
     if dtype is not None:
         values = {n: v if n.endswith(".alpha") else v.to(dtype) for n, v in values.items()}
     save_tensors(values, path, {**header, **(metadata or {})}, replace=replace)
     if config is not None:
-        with writing(path.parent / _PEFT_CONFIG, replace=True) as stage:
+        with writing(beside, replace=renew) as stage:
             stage.write_text(config, "utf-8")
     return path
 
@@ -516,6 +525,16 @@ def recognise(path: Path) -> None:
     for name in stored.shapes:
         if not name.startswith(BUNDLED):
             parse(name)
+
+
+def _recognise_config(path: Path) -> None:
+    """Check that a file is peft's config of a LoRA.
+
+    Raises:
+        UserError: it is not.
+    """
+    if read_json(path).get("peft_type") != "LORA":
+        raise UserError(f"{path}: it is no config of a LoRA.")
 
 
 def _check_layers(stored: WeightFiles) -> None:
@@ -540,12 +559,12 @@ def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: it holds what diffusers has no names for.
     """
     values, config = _named_by_peft(lora, _DIFFUSERS, _DIFFUSERS_TEXT)
-    told = {f"{part}.{key}": value for part in config for key, value in config[part].items()}
-    return values, {_METADATA: json.dumps(told, sort_keys=True)}
+    return values, {_METADATA: _header(config)}
 
 
 def _peft(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As peft's own `save_pretrained` writes it; the config stands under its file's name.
+    """As peft's own `save_pretrained` writes it, with alpha in the header, too; the config stands
+    under its file's name.
 
     Raises:
         UserError: it is of several networks, or holds what peft's LoRA has no names for.
@@ -554,7 +573,14 @@ def _peft(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     if len(config) != 1:
         raise UserError("a LoRA of several networks: the layout 'peft' is for one.")
     told = next(iter(config.values())) | {"peft_type": "LORA", "bias": "none"}
-    return values, {_PEFT_CONFIG: json.dumps(told, indent=2, sort_keys=True) + "\n"}
+    beside = json.dumps(told, indent=2, sort_keys=True) + "\n"
+    return values, {_METADATA: _header(config), _PEFT_CONFIG: beside}
+
+
+def _header(config: Mapping[Part, Mapping[str, object]]) -> str:
+    """The arguments of peft for each part, as diffusers has them in a header."""
+    told = {f"{part}.{key}": value for part in config for key, value in config[part].items()}
+    return json.dumps(told, sort_keys=True)
 
 
 def _named_by_peft(

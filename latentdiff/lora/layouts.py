@@ -117,7 +117,7 @@ SPELLINGS: tuple[Spelling, ...] = (
         "base_model.model.text_model.",
         "diffusers",
         _PEFT,
-        note="alpha in adapter_config.json; written with it",
+        note="alpha in adapter_config.json; written with it, and in the header",
     ),
     Spelling("diffusers' paths, kohya's ends", "unet.", _TEXT, "diffusers", _KOHYA),
     Spelling(

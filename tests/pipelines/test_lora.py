@@ -353,6 +353,31 @@ def test_a_file_of_peft_has_its_settings_beside_it(tmp_path: Path) -> None:
             load_lora(tmp_path, tiny_bundle())
 
 
+def test_a_file_in_peft_layout_is_whole_without_its_config(tmp_path: Path) -> None:
+    """As a kill between the two leaves it; and no other program's config is replaced."""
+    bundle = tiny_bundle()
+    add_lora(bundle, rank=2, alpha=8, targets=["to_q"])
+    lora, path = lora_of(bundle), tmp_path / "adapter_model.safetensors"
+    config = tmp_path / "adapter_config.json"
+    for _ in range(2):  # it replaces its own
+        save_lora(lora, path, layout="peft")
+    saved = config.read_text()
+    for there in (True, False):
+        if not there:
+            config.unlink()
+        read = load_lora(path, tiny_bundle())
+        assert {pair.alpha for pair in read.unet.values()} == {8.0}
+    config.write_text(json.dumps(json.loads(saved) | {"lora_alpha": 4}))
+    with pytest.raises(UserError, match=r"says another unet\.lora_alpha than adapter_config"):
+        load_lora(path, tiny_bundle())
+    path.unlink()
+    for other in ('{"peft_type": "IA3"}', '{"architecture": "seq_bn"}', "no JSON"):
+        config.write_text(other)
+        with pytest.raises(UserError, match=r"adapter_config.json: it is there already and not"):
+            save_lora(lora, path, layout="peft")
+        assert (config.read_text(), path.exists()) == (other, False)
+
+
 PATTERNS = ["to_q", "attn1.to_q", "^mid_block.resnets.0.conv1", r"attn1\.to_q", r"^down_blocks\.0"]
 PATTERNS += [r"down_blocks.*", r"mid_block.*to_[qk]", r".*\.\d\.attn1\.to_q|conv1", "to_q$"]
 PATTERNS += ["resnets.1.conv1", "o_q", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
