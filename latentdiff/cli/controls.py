@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def parse_control(
-    text: str, option: str = "--control", example: str = "models/canny:photo.png:0.8"
+    text: str,
+    option: str = "--control",
+    noun: str = "NETWORK",
+    example: str = "models/canny:photo.png:0.8",
 ) -> tuple[Path, Path, float]:
     """The network, the picture and the scale of `--control`, or of an option like it.
 
@@ -28,7 +31,7 @@ def parse_control(
     network, _, picture = rest.rpartition(":")
     if not network or not picture or not math.isfinite(scale):
         raise UserError(
-            f"{option} {text!s:.200}: NETWORK:PICTURE or NETWORK:PICTURE:SCALE is meant, as "
+            f"{option} {text!s:.200}: {noun}:PICTURE or {noun}:PICTURE:SCALE is meant, as "
             f"{example}."
         )
     return Path(network), Path(picture), scale

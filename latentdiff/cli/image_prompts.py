@@ -8,6 +8,7 @@ from latentdiff.cli.controls import by_name, parse_control
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
     from latentdiff.models.image_prompts import ImageAdapter
     from latentdiff.pipeline import ImagePrompt
 
@@ -30,8 +31,9 @@ def check_image_prompts(prompts: Sequence[str], encoder: Path | None) -> None:
             raise UserError("--image-encoder is for --image-prompt: give both, or neither.")
 
 
-def opened(prompts: Sequence[str], encoder: Path | None) -> "list[ImagePrompt]":
-    """The image prompts, each of their adapters read once and their pictures opened.
+def opened(prompts: Sequence[str], encoder: Path | None, bundle: "Bundle") -> "list[ImagePrompt]":
+    """The image prompts of runs of a model, each of their adapters read once, to where the model
+    is, and their pictures opened.
 
     Raises:
         UserError: as `ImagePrompt`.
@@ -43,7 +45,8 @@ def opened(prompts: Sequence[str], encoder: Path | None) -> "list[ImagePrompt]":
     made: list[ImagePrompt] = []
     for adapter, picture, scale in map(_parsed, prompts):
         if adapter not in loaded:
-            loaded[adapter] = load_ip_adapter(adapter, encoder=encoder)
+            device, dtype = bundle.device, bundle.network.dtype
+            loaded[adapter] = load_ip_adapter(adapter, encoder=encoder, device=device, dtype=dtype)
         made.append(ImagePrompt(loaded[adapter], picture, scale))
     return made
 
@@ -60,4 +63,5 @@ def about(prompts: Sequence[str], encoder: Path | None) -> dict[str, object]:
 
 
 def _parsed(text: str) -> tuple[Path, Path, float]:
-    return parse_control(text, "--image-prompt", "models/ip-adapter_sd15.safetensors:photo.png:0.6")
+    example = "models/ip-adapter_sd15.safetensors:photo.png:0.6"
+    return parse_control(text, "--image-prompt", "ADAPTER", example)

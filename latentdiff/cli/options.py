@@ -486,7 +486,7 @@ class RunOptions:
         Raises:
             UserError: the autoencoder of --preview-vae is damaged, or of other latents.
         """
-        from latentdiff.cli.output import previewing
+        from latentdiff.cli.output import latent_scale, previewing
 
         if self.preview is None or self.preview_vae is None:
             return None if self.preview is None else previewing(self.preview, None)
@@ -495,7 +495,7 @@ class RunOptions:
         from latentdiff.formats.autoencoder_files import load_autoencoder
         from latentdiff.models.preview import check_same_latents
 
-        by = load_autoencoder(self.preview_vae, bundle.autoencoder.scaling_factor or 0.18215)
+        by = load_autoencoder(self.preview_vae, latent_scale(bundle))
         check_same_latents(by, bundle.autoencoder)
         torch.nn.Module.to(by.module, bundle.device)  # diffusers' own has no types
         return previewing(self.preview, by)
@@ -530,7 +530,7 @@ class RunOptions:
             timetable=timetable or bundle.steps.spacing,
             edits=[*(edits or []), *self.guides],
             controls=controls.opened(self.control or (), self.control_from or ()),
-            image_prompts=image_prompts.opened(self.image_prompt or (), self.image_encoder),
+            image_prompts=image_prompts.opened(self.image_prompt or (), self.image_encoder, bundle),
         )
 
 

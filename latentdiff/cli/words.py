@@ -22,6 +22,8 @@ def words(
     from latentdiff.formats.model_captions import FILE, read_captions
     from latentdiff.pipeline.prompts import check_prompts
 
+    if not text.strip():
+        raise UserError("WORD: it is empty; say what to look for, as flower.")
     check_prompts(text, "WORD")
     folder = find(model)
     if not folder.is_dir() or not read_captions(folder):

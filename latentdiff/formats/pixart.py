@@ -72,7 +72,7 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
     if choices.vae is None:
         vae = parts.vae(folder / "vae", variant)
     else:
-        vae = open_autoencoder(choices.vae, XL_SCALE if sigma else 0.18215)
+        vae = open_autoencoder(choices.vae, published_scale(_WINDOWS[_SIGMA if sigma else _ALPHA]))
     text, text_files = parts.text(folder / "text_encoder", folder / "tokenizer", variant)
     if not isinstance(text, T5Tower):
         raise UserError(f"{folder / 'text_encoder'}: PixArt reads the states of a T5 encoder.")
@@ -88,6 +88,12 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
         Weights(text.model, text_files, steady=True),
     ]
     return Opened(Nouns(autoencoder, conditioner, network), weights, described)
+
+
+def published_scale(window: int) -> float:
+    """The scale of the latents of the published models that read so many tokens: Sigma's is that of
+    Stable Diffusion XL, alpha's that of Stable Diffusion 1."""
+    return XL_SCALE if window == _WINDOWS[_SIGMA] else 0.18215
 
 
 def transformer(folder: Path, variant: str | None) -> tuple[PixArtTransformer, WeightFiles]:

@@ -47,8 +47,8 @@ def finite(value: float, name: str) -> None:
         UserError: it is not.
     """
     try:
-        passes = math.isfinite(value)
-    except TypeError:
+        passes = math.isfinite(value) and not isinstance(value, bool)
+    except (TypeError, OverflowError):
         passes = False
     if not passes:
         raise UserError(f"{name}: must be a finite number, not {value!r:.40}.")

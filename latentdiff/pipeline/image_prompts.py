@@ -1,12 +1,13 @@
 """Image prompts of a call: pictures that the model draws after, by an IP-Adapter."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import ImageTokens
@@ -14,13 +15,15 @@ from latentdiff.errors import UserError
 from latentdiff.formats.ip_adapter import load_ip_adapter
 from latentdiff.models.image_prompts import ImageAdapter, check_adapter
 from latentdiff.pictures import Picture, open_picture
+from latentdiff.pipeline.arguments import finite
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePrompt:
     """A picture that is to be drawn after, and the IP-Adapter that shows it to the model.
 
-    Ye et al. 2023 (IP-Adapter). Several add up, each with its own scale.
+    Ye et al. 2023 (IP-Adapter). Several add up, each with its own scale. What its adapter sees is
+    kept: one that is given to many calls is looked at once on each device.
 
     Args:
         adapter: a .safetensors file with its `image_encoder` folder beside it, or the folder of
@@ -39,10 +42,12 @@ class ImagePrompt:
     image: Picture | Sequence[Picture]
     scale: float = 1.0
     encoder: str | Path | None = None
+    _kept: dict[Any, tuple[ImageAdapter, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise UserError(f"image prompt: its scale must be a finite number, not {self.scale}.")
+        finite(self.scale, "image prompt: scale")
         given: Any = self.image if isinstance(self.image, list | tuple) else [self.image]
         if not given:
             raise UserError("image prompt: its list of pictures is empty.")
@@ -65,6 +70,22 @@ class ImagePrompt:
         """The adapter."""
         assert isinstance(self.adapter, ImageAdapter)
         return self.adapter
+
+    def tokens(
+        self, device: torch.device, dtype: torch.dtype, *, blank: bool = False
+    ) -> tuple[ImageAdapter, Tensor]:
+        """The adapter there, and its tokens [1, S, D]: of the pictures, or where `blank`, of as
+        many of nothing."""
+        kept = self._kept.get((device, dtype, blank))
+        if kept is None:
+            if blank:
+                adapter = self.tokens(device, dtype)[0]
+                kept = adapter, adapter.blank_tokens(len(self.pictures))
+            else:
+                adapter = self.loaded.on(device, dtype)
+                kept = adapter, adapter.tokens(self.pictures)
+            self._kept[device, dtype, blank] = kept
+        return kept
 
 
 Shown = tuple[ImageTokens, ...]
@@ -103,10 +124,10 @@ def shown(
         check_adapter(prompt.loaded, bundle.network)
         if prompt.scale == 0:
             continue
-        adapter = prompt.loaded.on(bundle.device, bundle.network.dtype)
-        seen = adapter.tokens(prompt.pictures).expand(pictures, -1, -1)
-        toward.append(ImageTokens(adapter, seen, float(prompt.scale)))
+        adapter, seen = prompt.tokens(bundle.device, bundle.network.dtype)
+        each, scale = (pictures, -1, -1), float(prompt.scale)
+        toward.append(ImageTokens(adapter, seen.expand(each), scale))
         if guided:
-            blank = adapter.blank_tokens(len(prompt.pictures)).expand(pictures, -1, -1)
-            away.append(replace(toward[-1], tokens=blank))
+            _, blank = prompt.tokens(bundle.device, bundle.network.dtype, blank=True)
+            away.append(ImageTokens(adapter, blank.expand(each), scale))
     return tuple(toward), tuple(away)

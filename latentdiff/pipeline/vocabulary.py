@@ -18,6 +18,7 @@ from latentdiff.data.wording import plural
 # the bundled model: docs/prompts.md.
 _FAR = 0.4
 _AT_ONCE = 256  # texts
+_MOST = 5000  # captions that the text encoder is asked of unbidden, at a millisecond each
 _WORD = re.compile(r"[^\W_]{2,}")
 # What says nothing of the thing: joints, numbers, sizes, places, colours, pictures, styles.
 _SMALL_WORDS = """
@@ -49,9 +50,10 @@ def far(bundle: Bundle, texts: Sequence[str], count: int = 3) -> Iterator[tuple[
     """Each different text that is far from all captions of a model, and the nearest of them.
 
     It has words, none of them in a caption, and no caption is near it for the text encoder, which
-    is asked only then: it takes about a millisecond a caption. A model without captions has none.
+    is asked only then: it takes about a millisecond a caption. A model without captions has none,
+    nor has one with more than 5,000.
     """
-    if not bundle.captions:
+    if not 0 < len(bundle.captions) <= _MOST:
         return
     known = _forms(word for caption in bundle.captions for word in _telling(caption))
     asked = {text: _forms(_telling(text)) for text in texts}

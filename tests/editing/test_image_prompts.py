@@ -218,7 +218,7 @@ def test_what_makes_no_sense_is_refused(
     model: Bundle, adapter: ImageAdapter, tmp_path: Path
 ) -> None:
     senseless: list[tuple[dict[str, Any], str]] = [
-        ({"scale": float("nan")}, "finite"),
+        *(({"scale": scale}, "finite") for scale in (float("nan"), "0.5", None, True, 10**400)),
         ({"image": []}, "empty"),
         ({"encoder": "x"}, "has its encoder"),
     ]

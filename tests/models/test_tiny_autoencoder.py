@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdiff import Bundle, LatentDiffusionPipeline, Request, load_autoencoder
 from latentdiff.bundle import Steps
 from latentdiff.cli import main
+from latentdiff.cli.options import RunOptions
 from latentdiff.errors import UserError
 from latentdiff.models import tiling
 from latentdiff.models.autoencoder import DiffusersAutoencoder
@@ -287,6 +288,27 @@ def test_previews_of_other_latents_are_refused() -> None:
         run.preview(by=other)
     with pytest.raises(UserError, match="quick"):
         run.preview(by=two(), quick=True)
+
+
+def test_a_preview_of_latents_of_xl_is_scaled_as_xls(tmp_path: Path) -> None:
+    """By ComfyUI's file, which stands for the autoencoder of a model that has a tiny one itself."""
+    folder, comfy = tmp_path / "taesdxl", tmp_path / "comfy"
+    folder.mkdir()
+    comfy.mkdir()
+    tiny = written(folder, "folder", theirs(**TWO))
+    file = written(comfy, "comfy", theirs(**TWO))
+    bundle = Bundle.load(tiny_xl().save(tmp_path / "model"), vae=tiny)
+    show = RunOptions(preview=tmp_path / "now.png", preview_vae=str(file)).show(bundle)
+    run = LatentDiffusionPipeline(bundle).prepare(
+        Request(prompt="a cat", num_inference_steps=3, seed=1)
+    )
+    run.finish()
+    assert show is not None
+    show(run)
+    shown = np.asarray(open_picture(tmp_path / "now.png")) / 255
+    for scale, near in ((0.13025, True), (0.18215, False)):
+        wanted = np.asarray(run.preview("np", by=load_autoencoder(file, scale)))[0]
+        assert bool(np.abs(shown - wanted).max() < 0.01) is near
 
 
 def test_the_command_previews_by_it(tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_bundle, tiny_ip_adapter
 
 from latentdiff import ImagePrompt, LatentDiffusionPipeline, SDEdit
-from latentdiff.cli import main
+from latentdiff.cli import main, output
+from latentdiff.models import image_prompts
+from latentdiff.models.image_prompts import ImageAdapter
 from latentdiff.pictures import save_png
 
 
@@ -71,12 +74,36 @@ def test_commands_draw_what_calls_do(capsys: pytest.CaptureFixture[str]) -> None
     assert np.array_equal(drawn(*edit, capsys=capsys), found)
 
 
+def test_an_adapter_is_read_to_the_model_and_sees_its_pictures_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many parts a command draws in: four here, each guided away from nothing."""
+    seen: list[tuple[str, torch.dtype]] = []
+    for name in ("tokens", "blank_tokens"):
+        whole: Any = getattr(ImageAdapter, name)
+
+        def counted(self: ImageAdapter, given: Any, name: str = name, whole: Any = whole) -> Any:
+            seen.append((name, self.dtype))
+            return whole(self, given)
+
+        monkeypatch.setattr(ImageAdapter, name, counted)
+
+    def copied(*_: object) -> None:
+        raise AssertionError("the adapter was copied")
+
+    monkeypatch.setattr(image_prompts.copy, "deepcopy", copied)
+    monkeypatch.setattr(output, "_DRAWN_AT_ONCE_BY_CPU", 16 * 16)
+    line = ["generate", "a cat", "-n", "4", *SHOWN, *BASE, "--dtype", "bfloat16"]
+    assert main(line) == 0  # guided, as each run is by default
+    assert seen == [("tokens", torch.bfloat16), ("blank_tokens", torch.bfloat16)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (SHOWN[:2], "image_encoder: no such image encoder"),
         (SHOWN[2:], "--image-encoder is for --image-prompt"),
-        (["--image-prompt", "own"], "--image-prompt own: NETWORK:PICTURE or NETWORK:PICTURE:SCALE"),
+        (["--image-prompt", "own"], "--image-prompt own: ADAPTER:PICTURE or ADAPTER:PICTURE:SCALE"),
         (["--image-prompt", "none:photo.png"], "none: no such IP-Adapter"),
         (["--image-prompt", "own:none.png"], "none.png: no such picture"),
         (["--image-prompt", "model:photo.png"], "it holds no IP-Adapter"),

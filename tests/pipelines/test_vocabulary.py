@@ -109,6 +109,8 @@ def test_the_text_encoder_is_asked_of_strange_prompts_alone(
     monkeypatch.setattr(vocabulary, "cosines", counted)
     list(far(taught, ["a cat", "three green apples"]))
     assert not asked
+    list(far(replace(taught, captions=("a cat",) * 5001), ["algebra"]))
+    assert not asked
     list(far(taught, ["a cat", "algebra"]))
     assert asked == [["algebra"]]
 
@@ -149,7 +151,7 @@ def test_words_lists_captions_and_refuses_a_model_that_carries_none(
     told = f"error: {bare} has no captions.txt, so nothing tells what it knows.\n"
     assert capsys.readouterr().err == told
     assert main(["words", " ", "--model", str(model)]) == 2
-    assert capsys.readouterr().err.startswith("error: WORD: it is empty")
+    assert capsys.readouterr().err == "error: WORD: it is empty; say what to look for, as flower.\n"
 
 
 def test_the_bundled_model_knows_its_captions_and_most_other_words_for_its_things() -> None:
