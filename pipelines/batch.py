@@ -36,7 +36,7 @@ from latentdiff.files import make_folder, write_bytes, write_json
 from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.learning.batches import latent_cache, to_range
 from latentdiff.pictures import encode_png
-from latentdiff.pipeline.prompts import check_prompts
+from latentdiff.pipeline.prompts import check_negatives, check_prompts
 from latentdiff.pipeline.record import about_request, png_text
 from latentdiff.reading import parse_json, read_text
 
@@ -178,7 +178,7 @@ def rows_of(file: Path) -> list[Row]:
         row["negative_prompt"] = row.get("negative_prompt") or ""  # a column of tables holds None
         try:
             check_prompts(row["prompt"])
-            check_prompts(row["negative_prompt"], "negative_prompt")
+            check_negatives(row["negative_prompt"], 1)
         except UserError as error:
             raise UserError(f"{file}: row {number}: {error}") from None
         if unknown := [name for name in row if name not in READ]:

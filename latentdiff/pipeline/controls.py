@@ -21,6 +21,7 @@ from latentdiff.formats.controlnet import load_controlnet
 from latentdiff.formats.t2i_adapter import is_t2i_adapter, load_t2i_adapter
 from latentdiff.models.control import AdapterNetwork, ControlNetwork, check_control, check_maps
 from latentdiff.pictures import Picture, open_picture, to_tensor
+from latentdiff.pipeline.arguments import finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,7 @@ class Control:
     kind: str = "picture"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise UserError(f"control: its scale must be a finite number, not {self.scale}.")
+        finite(self.scale, "control: scale")
         if not 0 <= self.start < self.end <= 1:
             raise UserError(
                 f"control: start and end are parts of the run, 0 <= start < end <= 1, not "

@@ -126,7 +126,7 @@ def test_invert_and_return(side: int, refinements: int) -> None:
     """At least 35 dB against the autoencoder's own reconstruction, 50 steps of second order."""
     picture = scribble(side, side)
     noise = pipe().invert(picture, "a red circle", refinements=refinements)
-    assert 0.5 < noise.std() < 2
+    assert 0.5 < noise.std() < 2.5
     back = pipe()(
         "a red circle",
         latents=noise,

@@ -254,7 +254,7 @@ REFUSED: list[tuple[str, list[Edit], str]] = [
     ("inpainting", [INSTRUCT], "takes 9 channels, not 8: .* inpainting model"),
     ("instruct-pix2pix", [], r"takes 8 channels, not 4: .* edits=\[Instruct\(image\)\]"),
     ("instruct-pix2pix", [INPAINT], "takes 8 channels, not 9"),
-    ("inpainting", [INPAINT, INPAINT], "one Inpaint or Instruct"),
+    ("inpainting", [INPAINT, INPAINT], "one Inpaint, Instruct or Enlarge"),
 ]
 
 
