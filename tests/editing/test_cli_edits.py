@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,7 +221,8 @@ def test_interpolate(model: Path, picture: Path, tmp_path: Path) -> None:
     assert abs(pixels(between[0]).astype(int) - pixels(between[1])).max() <= 1
     assert (record(between[0])["steps"], record(way[0])["steps"]) == (8, 4)
     assert "seed" not in record(between[0])  # none has an effect
-    assert [name for name, _ in record(between[0])["hashes"]] == [picture.name] * 2
+    hashes: Any = record(between[0])["hashes"]
+    assert [name for name, _ in hashes] == [picture.name] * 2
 
 
 MASKED = {"mask": "box:40,0,60,60", "fit": True, "timetable": "karras", "dtype": "float32"}

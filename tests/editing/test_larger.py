@@ -108,7 +108,8 @@ def test_the_second_pass_is_sdedit_of_the_enlarged_first(solver: str, steps: int
     output = pipe.draw(Request(**asked, edits=edits), output_type="pt", progress=False)
     assert output.images.shape == (1, 3, 24, 24)
     assert output.nfe == 5 + (steps or 3)
-    finer = pipe.prepare(Request(**asked | {"num_inference_steps": 8})).levels
+    more: dict[str, Any] = asked | {"num_inference_steps": 8}
+    finer = pipe.prepare(Request(**more)).levels
 
     run = pipe.prepare(Request(**asked))
     autoencoder = pipe.bundle.autoencoder

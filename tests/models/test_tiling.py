@@ -75,6 +75,7 @@ def test_large_pictures_alone_are_tiled_with_a_line(monkeypatch: pytest.MonkeyPa
 
 def test_other_blocks_are_not_tiled() -> None:
     other = deep("kl")
-    other.module.register_to_config(act_fn="gelu")
+    module: Any = other.module
+    module.register_to_config(act_fn="gelu")
     with pytest.raises(UserError, match="cannot be computed in tiles"):
         replace(other, tiling="on")

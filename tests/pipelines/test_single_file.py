@@ -67,7 +67,8 @@ def test_keys_are_those_of_the_field(saved: Saved) -> None:
     """Names that real checkpoints of either version have, and none of transformers 5."""
     bundle, _, file = saved
     names = set(load_file(file))
-    second = tower_of(bundle).model.config.hidden_act == "gelu"
+    config: Any = tower_of(bundle).model.config
+    second = config.hidden_act == "gelu"
     for name in (
         "model.diffusion_model.input_blocks.3.0.op.weight",
         "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
@@ -247,7 +248,8 @@ def test_what_lies_beside_a_checkpoint_is_obeyed(saved: Saved, tmp_path: Path) -
     bundle, folder, file = saved
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
     foreign_file(file, tmp_path / "a.safetensors")
-    second = tower_of(bundle).model.config.hidden_act == "gelu"
+    config: Any = tower_of(bundle).model.config
+    second = config.hidden_act == "gelu"
     text = BESIDE.replace("LAYER", "penultimate" if second else "last")
     (tmp_path / "a.yaml").write_text("\ufeff" + text)
     opened = Bundle.load(tmp_path / "a.safetensors")
