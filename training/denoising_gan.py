@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 import typer
-from PIL import Image
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import timetable
 from latentdiff.diffusion.prediction import to_x0
 from latentdiff.errors import UserError
-from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.captioned_latents import CaptionedLatents
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
@@ -41,11 +39,10 @@ from latentdiff.learning.distillation import Levels, with_noise_input
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.order import Key, columns, spread_uniform
 from latentdiff.learning.run import Run
+from latentdiff.learning.sample_grid import sample_grid
 from latentdiff.learning.trained import Trained
 from latentdiff.models.discriminator import PairDiscriminator
 from latentdiff.models.text_encoders import TextStates
-from latentdiff.pictures import grid
-from latentdiff.pipeline import LatentDiffusionPipeline
 
 
 class GanConfig(RunConfig):
@@ -164,20 +161,11 @@ class Adversarial(Objective[Key]):
         with self.shown.whole() as bundle:
             if not self.run.main:
                 return
-            prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
-            pipe = LatentDiffusionPipeline(bundle)
-
-            def draw(places: Sequence[int]) -> list[Image.Image]:
-                return pipe(
-                    [prompts[place] for place in places],
-                    seed=self.config.seed,
-                    first=places[0],
-                    num_inference_steps=self.config.steps,
-                    progress=False,
-                ).images
-
-            images = list(in_parts(range(len(prompts)), len(prompts), draw))
-            self.run.picture(step, "samples", grid(images, 8))
+            config = self.config
+            drawn = sample_grid(
+                bundle, config.sample_prompts, self.examples, config.seed, steps=config.steps
+            )
+            self.run.picture(step, "samples", drawn)
 
     def finish(self) -> None:
         """Write the model's folder, with its card."""

@@ -30,7 +30,6 @@ from latentdiff.editing import Enlarge
 from latentdiff.errors import UserError
 from latentdiff.formats.autoencoder_files import load_autoencoder
 from latentdiff.formats.scheduler_steps import usual_steps
-from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples, to_range
 from latentdiff.learning.captions import Captions
 from latentdiff.learning.card import Outcome, share
@@ -49,6 +48,7 @@ from latentdiff.learning.losses import min_snr_gamma, weighted_mse
 from latentdiff.learning.low_resolution import Pairs
 from latentdiff.learning.order import Key, WindowOrder, columns, sample_noise, spread_uniform
 from latentdiff.learning.run import Run
+from latentdiff.learning.sample_grid import sample_grid
 from latentdiff.learning.streaming import StreamedCaptions, StreamedMoments
 from latentdiff.learning.trained import Trained
 from latentdiff.models.attention import set_attention
@@ -256,15 +256,9 @@ class Denoising(Objective[Key]):
             if self.pairs is not None:
                 self.run.picture(step, "samples", self.enlarged(bundle, self.pairs))
                 return
-            prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
-            pipe = LatentDiffusionPipeline(bundle)
-
-            def draw(places: Sequence[int]) -> list[Image.Image]:
-                some = [prompts[place] for place in places]
-                return pipe(some, seed=self.config.seed, first=places[0], progress=False).images
-
-            images = list(in_parts(range(len(prompts)), len(prompts), draw))
-            self.run.picture(step, "samples", grid(images, 8))
+            config = self.config
+            drawn = sample_grid(bundle, config.sample_prompts, self.examples, config.seed)
+            self.run.picture(step, "samples", drawn)
 
     def enlarged(self, bundle: Bundle, pairs: Pairs) -> Image.Image:
         """Some small pictures, what becomes of each, and the large ones."""

@@ -19,7 +19,6 @@ from typing import Annotated, Literal, Self
 
 import torch
 import typer
-from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
@@ -29,7 +28,6 @@ from latentdiff.diffusion.condition import joined
 from latentdiff.diffusion.prediction import to_x0
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
-from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.captioned_latents import CaptionedLatents
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.checkpoint import Tensors
@@ -54,11 +52,11 @@ from latentdiff.learning.methods import without_lora
 from latentdiff.learning.order import Key, columns, spread_uniform
 from latentdiff.learning.results import LORA_FILE
 from latentdiff.learning.run import Run
+from latentdiff.learning.sample_grid import sample_grid
 from latentdiff.learning.trained import Trained, averages
 from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.models.text_encoders import TextStates
-from latentdiff.pictures import grid
-from latentdiff.pipeline import LatentDiffusionPipeline, Request
+from latentdiff.pipeline import Request
 
 Scale = Annotated[float, Field(ge=1.0, le=30.0)]
 
@@ -268,21 +266,16 @@ class Distillation(Objective[Key]):
         with self.shown.whole() as bundle:
             if not self.run.main:
                 return
-            prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
-            pipe = LatentDiffusionPipeline(bundle)
-
-            def draw(places: Sequence[int]) -> list[Image.Image]:
-                return pipe(
-                    [prompts[place] for place in places],
-                    seed=self.config.seed,
-                    first=places[0],
-                    num_inference_steps=self.present_steps,
-                    guidance_scale=drawn_scale(bundle, self.config),
-                    progress=False,
-                ).images
-
-            images = list(in_parts(range(len(prompts)), len(prompts), draw))
-            self.run.picture(step, "samples", grid(images, 8))
+            config = self.config
+            drawn = sample_grid(
+                bundle,
+                config.sample_prompts,
+                self.examples,
+                config.seed,
+                steps=self.present_steps,
+                scale=drawn_scale(bundle, config),
+            )
+            self.run.picture(step, "samples", drawn)
 
     def finish(self) -> None:
         """Write the model's folder or the LoRA's file, with its card."""

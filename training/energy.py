@@ -16,7 +16,6 @@ from typing import Annotated, Literal, Self
 
 import torch
 import typer
-from PIL import Image
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import timetable
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
-from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.captioned_latents import CaptionedLatents
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
@@ -35,12 +33,11 @@ from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.order import Key, columns, spread_uniform
 from latentdiff.learning.recovery import ConditionedEnergy, recovery_langevin, recovery_loss
 from latentdiff.learning.run import Run
+from latentdiff.learning.sample_grid import sample_grid
 from latentdiff.learning.trained import Trained
 from latentdiff.models.cross_attention_unet import EnergyUNet
 from latentdiff.models.network import DiffusersUNet
 from latentdiff.models.unet import build_unet
-from latentdiff.pictures import grid
-from latentdiff.pipeline import LatentDiffusionPipeline
 
 
 class EnergyShape(Strict):
@@ -142,21 +139,16 @@ class Recovery(Objective[Key]):
         with self.shown.whole() as bundle:
             if not self.run.main:
                 return
-            prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
-            pipe = LatentDiffusionPipeline(bundle)
-
-            def draw(places: Sequence[int]) -> list[Image.Image]:
-                return pipe(
-                    [prompts[place] for place in places],
-                    seed=self.config.seed,
-                    first=places[0],
-                    num_inference_steps=self.config.levels,
-                    guidance_scale=1.0,
-                    progress=False,
-                ).images
-
-            images = list(in_parts(range(len(prompts)), len(prompts), draw))
-            self.run.picture(step, "samples", grid(images, 8))
+            config = self.config
+            drawn = sample_grid(
+                bundle,
+                config.sample_prompts,
+                self.examples,
+                config.seed,
+                steps=config.levels,
+                scale=1.0,
+            )
+            self.run.picture(step, "samples", drawn)
 
     def finish(self) -> None:
         """Write the model's folder, with its card."""

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 import typer
-from PIL import Image
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.diffusion.variance import gaussian_surprise
 from latentdiff.errors import UserError
-from latentdiff.learning.accumulate import in_parts
 from latentdiff.learning.batches import (
     PictureSet,
     sample_order,
@@ -49,13 +47,12 @@ from latentdiff.learning.joint import (
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.order import Key, Shares, columns, sample_noise, spread_uniform
 from latentdiff.learning.run import Run
+from latentdiff.learning.sample_grid import sample_grid
 from latentdiff.learning.trained import Trained
 from latentdiff.metrics.psnr import psnr
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.text_encoders import TextStates
-from latentdiff.pictures import grid
-from latentdiff.pipeline import LatentDiffusionPipeline
 
 _MEASURED = 256  # held-out pictures at most
 _GOLDEN = 0.6180339887498949  # whose multiples are spread evenly
@@ -199,15 +196,9 @@ class Joint(Objective[tuple[Tensor, Key]]):
 
     def draw(self, step: int) -> None:
         """A grid of pictures, for the configured prompts or the first captions."""
-        prompts = self.config.sample_prompts or [e.captions[0] for e in self.examples[:16]]
-        pipe = LatentDiffusionPipeline(self.bundle)
-
-        def draw(places: Sequence[int]) -> list[Image.Image]:
-            some = [prompts[place] for place in places]
-            return pipe(some, seed=self.config.seed, first=places[0], progress=False).images
-
-        images = list(in_parts(range(len(prompts)), len(prompts), draw))
-        self.run.picture(step, "samples", grid(images, 8))
+        config = self.config
+        drawn = sample_grid(self.bundle, config.sample_prompts, self.examples, config.seed)
+        self.run.picture(step, "samples", drawn)
 
     def finish(self) -> None:
         """Write the model's folder, with its card."""

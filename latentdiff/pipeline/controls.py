@@ -19,7 +19,8 @@ from latentdiff.editing.jumps import first_visits
 from latentdiff.errors import UserError
 from latentdiff.formats.controlnet import load_controlnet
 from latentdiff.formats.t2i_adapter import is_t2i_adapter, load_t2i_adapter
-from latentdiff.models.control import AdapterNetwork, ControlNetwork, check_control, check_maps
+from latentdiff.models.control import AdapterNetwork, ControlNetwork
+from latentdiff.models.control_fit import check_control, check_maps
 from latentdiff.pictures import Picture, open_picture, to_tensor
 from latentdiff.pipeline.arguments import finite
 

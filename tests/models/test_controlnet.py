@@ -19,7 +19,8 @@ from latentdiff.diffusion.condition import Condition, Hint, joined
 from latentdiff.formats import single_file_names as ldm
 from latentdiff.formats.controlnet import load_controlnet, save_controlnet
 from latentdiff.formats.single_file import part_tensors
-from latentdiff.models.control import ControlNetwork, check_control, residuals
+from latentdiff.models.control import ControlNetwork, residuals
+from latentdiff.models.control_fit import check_control
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 

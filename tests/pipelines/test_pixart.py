@@ -32,7 +32,8 @@ from latentdiff.lora import (
     lora_of,
     save_lora,
 )
-from latentdiff.models.control import ControlNetwork, check_control
+from latentdiff.models.control import ControlNetwork
+from latentdiff.models.control_fit import check_control
 
 BUNDLE = tiny_pixart(sizes=True)
 NAMES = {
