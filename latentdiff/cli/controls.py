@@ -102,5 +102,5 @@ def about(controls: Sequence[str], kinds: Sequence[str]) -> dict[str, object]:
 
 
 def by_name(network: Path, picture: Path, scale: float) -> str:
-    """What `parse_control` read, with the last parts of the paths alone."""
+    """Write what `parse_control` read, with the last parts of the paths alone."""
     return f"{network.name}:{picture.name}:{scale:g}"

@@ -85,7 +85,7 @@ class ModelOptions:
 
     @property
     def files(self) -> list[Path]:
-        """What goes into the model, of this machine."""
+        """Files of this machine that go into the model."""
         from latentdiff.formats.location import is_hub_id
 
         vae = [] if self.vae is None or is_hub_id(self.vae) else [self.vae]

@@ -481,7 +481,7 @@ class RunOptions:
         return low, high
 
     def show(self, bundle: "Bundle") -> "Callable[[Run], None] | None":
-        """What --preview asks to be done after each step of a run of this model.
+        """Make what --preview asks to be done after each step of a run of this model.
 
         Raises:
             UserError: the autoencoder of --preview-vae is damaged, or of other latents.

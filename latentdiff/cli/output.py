@@ -71,7 +71,7 @@ def draw_in_parts(
 
 
 def previewing(file: Path, by: "Autoencoder | None") -> "Callable[[Run], None]":
-    """What writes to a file what a run is drawing, all its pictures in one.
+    """Make a function that writes to a file what a run is drawing, all its pictures in one.
 
     Args:
         file: a PNG, written anew each time.

@@ -101,7 +101,7 @@ class Differential:
         return composite(x, self.image.to(x), free.to(self.mask.dtype), level, noise)
 
     def _made(self, mask: Tensor) -> Tensor:
-        """How many steps each place takes part in."""
+        """Number of steps that each place takes part in."""
         # A hair more: float32 has 0.3 * 10 below 3.
         return torch.floor((len(self._steps) - 1) * self.strength * mask + 1e-4)
 

@@ -122,7 +122,7 @@ def _cropped(
 
 
 def window_starts(side: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin, evenly spaced from one border to the other."""
+    """Places where windows begin, evenly spaced from one border to the other."""
     room = side - window
     if room == 0:
         return [0]

@@ -80,7 +80,7 @@ def check_above_zero(config: Mapping[str, object], keys: Iterable[str], name: st
 
 
 def _fits(value: object, wanted: Any) -> bool:
-    """Whether a JSON value is of an annotated type; lists are tuples of any length."""
+    """Tell if a JSON value is of an annotated type; lists are tuples of any length."""
     origin = get_origin(wanted)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(wanted))
@@ -106,6 +106,6 @@ def refuse_quantised(config: Mapping[str, object], name: str) -> None:
 
 
 def older_than(config: Mapping[str, object], major: int, minor: int) -> bool:
-    """Whether a config was written by a version of diffusers before this one."""
+    """Tell if a config was written by a version of diffusers before this one."""
     version = re.match(r"(\d{1,4})\.(\d{1,4})", str(config.get("_diffusers_version")))
     return version is not None and (int(version[1]), int(version[2])) < (major, minor)
