@@ -10,8 +10,6 @@ the pipeline draws with. Run the same command again to resume.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from shlex import quote
-from typing import Literal
 
 import torch
 import typer
@@ -22,10 +20,9 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import timetable
 from latentdiff.diffusion.prediction import to_x0
 from latentdiff.errors import UserError
-from latentdiff.learning.captioned_latents import CaptionedLatents
-from latentdiff.learning.card import Outcome, share
+from latentdiff.learning.captioned_latents import CaptionedLatents, check_size
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
-from latentdiff.learning.config import DataConfig, RunConfig, load_config
+from latentdiff.learning.config import ModelRunConfig, load_config
 from latentdiff.learning.denoising import Conditioned
 from latentdiff.learning.denoising_gan import (
     discriminator_loss,
@@ -38,14 +35,15 @@ from latentdiff.learning.denoising_gan import (
 from latentdiff.learning.distillation import Levels, with_noise_input
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.order import Key, columns, spread_uniform
+from latentdiff.learning.results import save_model
 from latentdiff.learning.run import Run
-from latentdiff.learning.sample_grid import sample_grid
+from latentdiff.learning.sample_grid import record_samples
 from latentdiff.learning.trained import Trained
 from latentdiff.models.discriminator import PairDiscriminator
 from latentdiff.models.text_encoders import TextStates
 
 
-class GanConfig(RunConfig):
+class GanConfig(ModelRunConfig):
     """Settings of a denoising GAN.
 
     Attributes:
@@ -58,8 +56,6 @@ class GanConfig(RunConfig):
         penalty_every: R1 is in the loss of every so many steps, so many times as heavy.
     """
 
-    data: DataConfig
-    model: str | None = None
     steps: PositiveInt = 4
     noise: PositiveInt = 64
     width: PositiveInt = 64
@@ -67,8 +63,6 @@ class GanConfig(RunConfig):
     penalty: PositiveFloat = 0.05
     penalty_every: PositiveInt = 15
     caption_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
-    save_dtype: Literal["float32", "float16"] = "float16"
-    sample_prompts: list[str] = Field(default_factory=list)
 
 
 def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
@@ -158,26 +152,15 @@ class Adversarial(Objective[Key]):
 
     def evaluate(self, step: int) -> None:
         """A grid of pictures, for the configured prompts or the first captions."""
-        with self.shown.whole() as bundle:
-            if not self.run.main:
-                return
-            config = self.config
-            drawn = sample_grid(
-                bundle, config.sample_prompts, self.examples, config.seed, steps=config.steps
-            )
-            self.run.picture(step, "samples", drawn)
+        config = self.config
+        record_samples(self.run, step, self.shown, config, self.examples, steps=config.steps)
 
     def finish(self) -> None:
         """Write the model's folder, with its card."""
-        config, folder = self.config, self.config.out / "model"
         with self.shown.whole() as bundle:
-            if not self.run.main:
-                return
-            bundle.save(folder, dtype=getattr(torch, config.save_dtype))
-        how = f"--model {quote(str(folder))} --steps {config.steps}"
-        self.run.say(f"wrote {folder}", f'latentdiff generate "..." {how}')
-        outcome = Outcome(folder, "model", config.model, self.examples, config.data.root)
-        self.run.say(*share(outcome, config))
+            if self.run.main:
+                options = f"--steps {self.config.steps}"
+                save_model(self.run, bundle, self.config, self.examples, options)
 
 
 def check_model(bundle: Bundle, config: GanConfig) -> None:
@@ -194,11 +177,7 @@ def check_model(bundle: Bundle, config: GanConfig) -> None:
         raise UserError(
             f"{bundle.name}: it tells a variance, and a generator's steps have one of their own"
         )
-    unit = bundle.factor * bundle.network.multiple
-    if config.data.size % unit:
-        raise UserError(
-            f"data.size={config.data.size} is no multiple of {unit}, as the model needs"
-        )
+    check_size(config.data.size, bundle)
 
 
 def unit(x: Tensor, level: Levels) -> Tensor:

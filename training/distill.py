@@ -28,11 +28,11 @@ from latentdiff.diffusion.condition import joined
 from latentdiff.diffusion.prediction import to_x0
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
-from latentdiff.learning.captioned_latents import CaptionedLatents
+from latentdiff.learning.captioned_latents import CaptionedLatents, check_size
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.checkpoint import Tensors
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
-from latentdiff.learning.config import DataConfig, RunConfig, load_config
+from latentdiff.learning.config import ModelRunConfig, load_config
 from latentdiff.learning.denoising import Conditioned, draw_times
 from latentdiff.learning.distillation import (
     Levels,
@@ -50,9 +50,9 @@ from latentdiff.learning.distillation import (
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.methods import without_lora
 from latentdiff.learning.order import Key, columns, spread_uniform
-from latentdiff.learning.results import LORA_FILE
+from latentdiff.learning.results import LORA_FILE, save_model
 from latentdiff.learning.run import Run
-from latentdiff.learning.sample_grid import sample_grid
+from latentdiff.learning.sample_grid import record_samples
 from latentdiff.learning.trained import Trained, averages
 from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.models.text_encoders import TextStates
@@ -61,7 +61,7 @@ from latentdiff.pipeline import Request
 Scale = Annotated[float, Field(ge=1.0, le=30.0)]
 
 
-class DistillConfig(RunConfig):
+class DistillConfig(ModelRunConfig):
     """Settings of a distillation.
 
     Attributes:
@@ -75,15 +75,11 @@ class DistillConfig(RunConfig):
     """
 
     method: Literal["guided", "progressive", "consistency", "consistency-training"] = "consistency"
-    model: str | None = None
-    data: DataConfig
     guidance: tuple[Scale, Scale] = (1.0, 10.0)
     teacher_steps: PositiveInt = 50
     teacher_solver: TeacherSolver = "ddim"
     steps: PositiveInt = 4
     lora: PositiveInt | None = None
-    save_dtype: Literal["float32", "float16"] = "float16"
-    sample_prompts: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -263,41 +259,30 @@ class Distillation(Objective[Key]):
 
     def evaluate(self, step: int) -> None:
         """A grid of pictures in few steps, for the configured prompts or the first captions."""
-        with self.shown.whole() as bundle:
-            if not self.run.main:
-                return
-            config = self.config
-            drawn = sample_grid(
-                bundle,
-                config.sample_prompts,
-                self.examples,
-                config.seed,
-                steps=self.present_steps,
-                scale=drawn_scale(bundle, config),
-            )
-            self.run.picture(step, "samples", drawn)
+        run, config, steps = self.run, self.config, self.present_steps
+        scale = drawn_scale(self.student, config)
+        record_samples(run, step, self.shown, config, self.examples, steps=steps, scale=scale)
 
     def finish(self) -> None:
         """Write the model's folder or the LoRA's file, with its card."""
-        config = self.config
-        kind = "model" if config.lora is None else "lora"
-        folder = config.out if kind == "lora" else config.out / "model"
+        run, config = self.run, self.config
+        scale = drawn_scale(self.student, config)
+        options = f"--steps {self.present_steps} --guidance-scale {scale:g}"
         with self.shown.whole() as bundle:
-            if not self.run.main:
+            if not run.main:
                 return
-            if kind == "lora":
-                path = save_lora(lora_of(bundle), config.out / LORA_FILE)
-                how = f"--lora {quote(str(path))}"
-                how += "" if config.model is None else f" --model {quote(config.model)}"
-                if bundle.solver != self.teacher.solver:
-                    how += f" --solver {bundle.solver} --timetable trailing"
-            else:
-                path = bundle.save(folder, dtype=getattr(torch, config.save_dtype))
-                how = f"--model {quote(str(path))}"
-            how += f" --steps {self.present_steps} --guidance-scale {drawn_scale(bundle, config):g}"
-        self.run.say(f"wrote {path}", f'latentdiff generate "..." {how}')
-        outcome = Outcome(folder, kind, config.model, self.examples, config.data.root)
-        self.run.say(*share(outcome, config))
+            if config.lora is None:
+                save_model(run, bundle, config, self.examples, options)
+                return
+            path = save_lora(lora_of(bundle), config.out / LORA_FILE)
+        base = "" if config.model is None else f" --model {quote(config.model)}"
+        if self.student.solver != self.teacher.solver:
+            base += f" --solver {self.student.solver} --timetable trailing"
+        run.say(
+            f"wrote {path}", f'latentdiff generate "..." --lora {quote(str(path))}{base} {options}'
+        )
+        outcome = Outcome(config.out, "lora", config.model, self.examples, config.data.root)
+        run.say(*share(outcome, config))
 
 
 def drawn_scale(student: Bundle, config: DistillConfig) -> float:
@@ -316,11 +301,7 @@ def check_teacher(teacher: Bundle, config: DistillConfig) -> None:
         raise UserError(f"{teacher.name} is an {teacher.kind} model, which is not distilled here")
     if teacher.network.noise_width is not None:
         raise UserError(f"{teacher.name} is a generator of few steps, which is not distilled here")
-    unit = teacher.factor * teacher.network.multiple
-    if config.data.size % unit:
-        raise UserError(
-            f"data.size={config.data.size} is no multiple of {unit}, as the model needs"
-        )
+    check_size(config.data.size, teacher)
     if not config.method.startswith("consistency"):
         return
     process = teacher.process

@@ -11,7 +11,6 @@ again to resume.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from shlex import quote
 from typing import Annotated, Literal, Self
 
 import torch
@@ -24,16 +23,16 @@ from latentdiff.diffusion import timetable
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
 from latentdiff.learning.captioned_latents import CaptionedLatents
-from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
-from latentdiff.learning.config import DataConfig, RunConfig, Strict, load_config
+from latentdiff.learning.config import ModelRunConfig, Strict, load_config
 from latentdiff.learning.denoising_gan import forward_pair
 from latentdiff.learning.distillation import Levels
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.order import Key, columns, spread_uniform
 from latentdiff.learning.recovery import ConditionedEnergy, recovery_langevin, recovery_loss
+from latentdiff.learning.results import save_model
 from latentdiff.learning.run import Run
-from latentdiff.learning.sample_grid import sample_grid
+from latentdiff.learning.sample_grid import record_samples
 from latentdiff.learning.trained import Trained
 from latentdiff.models.cross_attention_unet import EnergyUNet
 from latentdiff.models.network import DiffusersUNet
@@ -58,7 +57,7 @@ class EnergyShape(Strict):
         return self
 
 
-class EnergyConfig(RunConfig):
+class EnergyConfig(ModelRunConfig):
     """Settings of an energy.
 
     Attributes:
@@ -68,14 +67,11 @@ class EnergyConfig(RunConfig):
         size: of these steps, as a share of the variance of what is drawn.
     """
 
-    data: DataConfig
-    model: str | None = None
     unet: EnergyShape = EnergyShape()
     levels: int = Field(default=8, ge=2)
     langevin: PositiveInt = 30
     size: PositiveFloat = 0.2
     save_dtype: Literal["float32", "float16"] = "float32"
-    sample_prompts: list[str] = Field(default_factory=list)
 
 
 def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
@@ -136,31 +132,15 @@ class Recovery(Objective[Key]):
 
     def evaluate(self, step: int) -> None:
         """A grid of pictures, for the configured prompts or the first captions."""
-        with self.shown.whole() as bundle:
-            if not self.run.main:
-                return
-            config = self.config
-            drawn = sample_grid(
-                bundle,
-                config.sample_prompts,
-                self.examples,
-                config.seed,
-                steps=config.levels,
-                scale=1.0,
-            )
-            self.run.picture(step, "samples", drawn)
+        run, config = self.run, self.config
+        record_samples(run, step, self.shown, config, self.examples, steps=config.levels, scale=1.0)
 
     def finish(self) -> None:
         """Write the model's folder, with its card."""
-        config, folder = self.config, self.config.out / "model"
         with self.shown.whole() as bundle:
-            if not self.run.main:
-                return
-            bundle.save(folder, dtype=getattr(torch, config.save_dtype))
-        how = f"--model {quote(str(folder))} --steps {config.levels} --guidance-scale 1"
-        self.run.say(f"wrote {folder}", f'latentdiff generate "..." {how}')
-        outcome = Outcome(folder, "model", config.model, self.examples, config.data.root)
-        self.run.say(*share(outcome, config))
+            if self.run.main:
+                options = f"--steps {self.config.levels} --guidance-scale 1"
+                save_model(self.run, bundle, self.config, self.examples, options)
 
 
 def fresh_energy(base: Bundle, config: EnergyConfig, shape: tuple[int, ...]) -> Bundle:

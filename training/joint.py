@@ -29,10 +29,10 @@ from latentdiff.learning.batches import (
     split_examples,
     to_range,
 )
+from latentdiff.learning.captioned_latents import check_size
 from latentdiff.learning.captions import Captions, CaptionStates
-from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.command import ConfigFile, DryRun, Overrides, told_in_one_line
-from latentdiff.learning.config import DataConfig, RunConfig, load_config
+from latentdiff.learning.config import ModelRunConfig, load_config
 from latentdiff.learning.distillation import Levels, noised
 from latentdiff.learning.joint import (
     JointAutoencoder,
@@ -46,6 +46,7 @@ from latentdiff.learning.joint import (
 )
 from latentdiff.learning.loop import Objective, fit
 from latentdiff.learning.order import Key, Shares, columns, sample_noise, spread_uniform
+from latentdiff.learning.results import save_model
 from latentdiff.learning.run import Run
 from latentdiff.learning.sample_grid import sample_grid
 from latentdiff.learning.trained import Trained
@@ -58,7 +59,7 @@ _MEASURED = 256  # held-out pictures at most
 _GOLDEN = 0.6180339887498949  # whose multiples are spread evenly
 
 
-class JointConfig(RunConfig):
+class JointConfig(ModelRunConfig):
     """Settings of joint training.
 
     Attributes:
@@ -70,14 +71,10 @@ class JointConfig(RunConfig):
         caption_dropout: share of the pictures without their caption, for classifier-free guidance.
     """
 
-    data: DataConfig
-    model: str | None = None
     decoder_std: PositiveFloat = 0.1
     prior: Literal["likelihood", "unweighted"] = "unweighted"
     autoencoder_lr: PositiveFloat = 1e-4
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
-    save_dtype: Literal["float32", "float16"] = "float16"
-    sample_prompts: list[str] = Field(default_factory=list)
 
 
 def main(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
@@ -202,14 +199,9 @@ class Joint(Objective[tuple[Tensor, Key]]):
 
     def finish(self) -> None:
         """Write the model's folder, with its card."""
-        config, folder = self.config, self.config.out / "model"
-        if not self.run.main:
-            return
-        with self.mixed.folded():
-            self.bundle.save(folder, dtype=getattr(torch, config.save_dtype))
-        self.run.say(f"wrote {folder}")
-        outcome = Outcome(folder, "model", config.model, self.examples, config.data.root)
-        self.run.say(*share(outcome, config))
+        if self.run.main:
+            with self.mixed.folded():
+                save_model(self.run, self.bundle, self.config, self.examples)
 
 
 def check_model(bundle: Bundle, config: JointConfig) -> DiffusersAutoencoder:
@@ -230,11 +222,7 @@ def check_model(bundle: Bundle, config: JointConfig) -> DiffusersAutoencoder:
         )
     if bundle.kind != "text-to-image" or bundle.network.guidance_width is not None:
         raise UserError(f"{bundle.name}: joint training is for plain text-to-image models")
-    unit = bundle.factor * bundle.network.multiple
-    if config.data.size % unit:
-        raise UserError(
-            f"data.size={config.data.size} is no multiple of {unit}, as the model needs"
-        )
+    check_size(config.data.size, bundle)
     return replace(vae, tiling="off")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from latentdiff.bundle import Bundle
+from latentdiff.errors import UserError
 from latentdiff.learning.batches import encode_pictures, sample_order, split_examples
 from latentdiff.learning.captions import Captions, CaptionStates
 from latentdiff.learning.config import DataConfig
@@ -64,3 +65,14 @@ class CaptionedLatents:
         noise = sample_noise(self.seed, step, places, self.shape, draws + 1).to(moments)
         latents = self.bundle.autoencoder.draw(moments, noise[0])
         return latents, noise[1:], self.states.of(step, places, samples)
+
+
+def check_size(size: int, bundle: Bundle) -> None:
+    """Pass if a model draws pictures of `data.size`.
+
+    Raises:
+        UserError: it is no multiple of what the model needs.
+    """
+    unit = bundle.factor * bundle.network.multiple
+    if size % unit:
+        raise UserError(f"data.size={size} is no multiple of {unit}, as the model needs")

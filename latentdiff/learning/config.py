@@ -95,6 +95,21 @@ class RunConfig(Strict):
         return self
 
 
+class ModelRunConfig(RunConfig):
+    """Settings of a run that begins as a model and ends as one.
+
+    Attributes:
+        model: what it begins as; null: the bundled model.
+        save_dtype: of the weights in the end.
+        sample_prompts: what is drawn on the way; the first captions where there are none.
+    """
+
+    data: DataConfig
+    model: str | None = None
+    save_dtype: Literal["float32", "float16"] = "float16"
+    sample_prompts: list[str] = Field(default_factory=list)
+
+
 def _resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 

@@ -1,4 +1,4 @@
-"""Results of a fine-tune: the LoRA file or the learned words, and a model folder."""
+"""Results of runs: a model folder, a LoRA file or learned words, with a card."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,35 @@ from latentdiff.bundle import Bundle
 from latentdiff.data.examples import Example
 from latentdiff.formats.controlnet import save_controlnet
 from latentdiff.learning.card import Outcome, share
+from latentdiff.learning.config import ModelRunConfig
 from latentdiff.learning.finetune_config import FinetuneConfig
+from latentdiff.learning.run import Run
 from latentdiff.learning.textual_inversion import save_words, with_learned_words, word_files
 from latentdiff.lora import fused, lora_of, save_lora
 from latentdiff.models.control import ControlNetwork
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def save_model(
+    run: Run, bundle: Bundle, config: ModelRunConfig, pictures: Sequence[Example], options: str = ""
+) -> None:
+    """Write `config.out`/model with its card, push it if that was asked for, and say so.
+
+    Args:
+        run: says it.
+        bundle: the model.
+        config: of the run.
+        pictures: the pictures it was trained on.
+        options: of `latentdiff generate` that draw with it as it was trained.
+
+    Raises:
+        UserError: it cannot be written, or not be pushed.
+    """
+    folder = bundle.save(config.out / "model", dtype=getattr(torch, config.save_dtype))
+    command = f'latentdiff generate "..." --model {quote(str(folder))} {options}'
+    run.say(f"wrote {folder}", command.rstrip())
+    run.say(*share(Outcome(folder, "model", config.model, pictures, config.data.root), config))
 
 
 def save_outcome(
@@ -24,7 +47,7 @@ def save_outcome(
     pictures: Sequence[Example],
     control: ControlNetwork | None = None,
 ) -> list[str]:
-    """Write it into `config.out` with its card, and push it if that was asked for.
+    """Write what a fine-tune made into `config.out` with its card; push it if that was asked for.
 
     Args:
         bundle: the model.

@@ -7,6 +7,9 @@ from PIL import Image
 from latentdiff.bundle import Bundle
 from latentdiff.data.examples import Example
 from latentdiff.learning.accumulate import in_parts
+from latentdiff.learning.config import ModelRunConfig
+from latentdiff.learning.run import Run
+from latentdiff.learning.sharding import Shown
 from latentdiff.pictures import grid
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -42,3 +45,29 @@ def sample_grid(
         ).images
 
     return grid(list(in_parts(range(len(wanted)), len(wanted), draw)), 8)
+
+
+def record_samples(
+    run: Run,
+    step: int,
+    shown: Shown,
+    config: ModelRunConfig,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    scale: float | None = None,
+) -> None:
+    """Record `sample_grid` of the configured prompts; every process of the run must ask.
+
+    Args:
+        run: whose record it is.
+        step: of the training.
+        shown: the model.
+        config: has the prompts and the seed.
+        examples, steps, scale: see `sample_grid`.
+    """
+    with shown.whole() as bundle:
+        if run.main:
+            prompts, seed = config.sample_prompts, config.seed
+            drawn = sample_grid(bundle, prompts, examples, seed, steps=steps, scale=scale)
+            run.picture(step, "samples", drawn)
