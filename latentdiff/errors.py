@@ -1,5 +1,6 @@
 """A user's mistakes, and what a user should know, each in one line."""
 
+import math
 import re
 import sys
 import warnings
@@ -38,6 +39,20 @@ class UserError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(shown(message))
+
+
+def check_finite(value: float, name: str) -> None:
+    """Check that an argument is a finite number.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        passes = math.isfinite(value) and not isinstance(value, bool)
+    except (TypeError, OverflowError):
+        passes = False
+    if not passes:
+        raise UserError(f"{name}: must be a finite number, not {value!r:.40}.")
 
 
 def warn(message: str) -> None:

@@ -1,6 +1,5 @@
 """Image conditions concatenated to x_t: a masked picture (`Inpaint`) or a source (`Instruct`)."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -18,7 +17,7 @@ from latentdiff.editing.run_context import (
     size_of,
     unchanged,
 )
-from latentdiff.errors import UserError
+from latentdiff.errors import check_finite
 from latentdiff.pictures import Picture
 
 
@@ -79,10 +78,7 @@ class Instruct:
     image_guidance_scale: float = 1.5
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.image_guidance_scale):
-            raise UserError(
-                f"image_guidance_scale must be a finite number, not {self.image_guidance_scale}."
-            )
+        check_finite(self.image_guidance_scale, "image_guidance_scale")
         object.__setattr__(self, "image", opened(self.image))
 
     @property

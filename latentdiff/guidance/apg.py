@@ -8,7 +8,7 @@ from torch import Tensor
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Denoiser, Estimate, bind
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 
 
 def projected(
@@ -43,8 +43,9 @@ def projected(
         UserError: a scale that is not finite, a norm that is not positive, or a momentum that
             would grow without end.
     """
-    if not math.isfinite(scale) or not largest > 0:
-        raise UserError(f"APG needs a finite scale and a norm above 0, not {scale} and {largest}.")
+    check_finite(scale, "guidance scale")
+    if not largest > 0:
+        raise UserError(f"APG needs a norm above 0, not {largest}.")
     if not -1 < momentum < 1:
         raise UserError(f"the momentum of APG must lie between -1 and 1, not {momentum}.")
     if scale == 1:

@@ -1,6 +1,5 @@
 """Autoguidance: away from what a worse version of the model says."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,7 +9,7 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.denoiser import Denoiser, Estimate, bind, conditioned_denoiser
 from latentdiff.diffusion.process import NoiseLevel, agree
 from latentdiff.editing.run_context import Finish, RunContext, unchanged
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 from latentdiff.models.guidance_embedding import told_scale
 
 
@@ -23,8 +22,7 @@ def from_weaker(strong: Denoiser, weak: Denoiser, *, scale: float) -> Denoiser:
     Raises:
         UserError: a scale that is not finite.
     """
-    if not math.isfinite(scale):
-        raise UserError(f"guidance scale must be a finite number, not {scale}.")
+    check_finite(scale, "autoguidance: scale")
     if scale == 1:
         return strong
 
@@ -56,8 +54,7 @@ class Autoguidance:
     denoise: Denoiser | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise UserError(f"the scale of autoguidance must be a finite number, not {self.scale}.")
+        check_finite(self.scale, "autoguidance: scale")
         if self.weak.kind != "text-to-image":
             raise UserError(f"autoguidance needs a text-to-image model, not {self.weak.kind}.")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Denoiser, Estimate, bind
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 
 
 def classifier_free(
@@ -55,8 +55,8 @@ def classifier_free(
     low, high = bounds(interval)
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale must lie between 0 and 1, not {rescale}.")
-    if not math.isfinite(scale) or not math.isfinite(image_scale):
-        raise UserError(f"guidance scales must be finite numbers, not {scale} and {image_scale}.")
+    check_finite(scale, "guidance scale")
+    check_finite(image_scale, "image guidance scale")
     unguided = bind(denoise, positive)
     if scale == image_scale == 1:
         return unguided

@@ -1,6 +1,5 @@
 """Classifier guidance: the gradient of a classifier of noised latents."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -11,7 +10,7 @@ from torch import Tensor
 from latentdiff.diffusion.denoiser import Denoiser, Estimate
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.editing.run_context import Finish, RunContext, unchanged
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 from latentdiff.guidance.classifier import Classifier
 
 
@@ -34,8 +33,7 @@ def from_classifier(
     Raises:
         UserError: a strength that is not finite.
     """
-    if not math.isfinite(strength):
-        raise UserError(f"guidance strength must be a finite number, not {strength}.")
+    check_finite(strength, "classifier guidance: strength")
     if strength == 0:
         return denoise
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoiser, Estimate
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 
 
 def from_estimate(
@@ -42,10 +42,10 @@ def from_estimate(
         UserError: a strength or an interval out of range.
     """
     low, high = interval
-    if not math.isfinite(strength) or not 0 <= low <= high:
+    check_finite(strength, "guidance strength")
+    if not 0 <= low <= high:
         raise UserError(
-            f"guidance needs a finite strength and an interval from a small sigma to a large one, "
-            f"not {strength} and {interval}."
+            f"guidance needs an interval from a small sigma to a large one, not {interval}."
         )
     if strength == 0:
         return denoise

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Branch, ConditionedDenoiser, Estimate
 from latentdiff.diffusion.process import NoiseLevel
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 from latentdiff.guidance.cfg import bounds
 from latentdiff.models.perturbation import MID, BlurredQueries, IdentityAttention, Perturbation
 
@@ -39,8 +39,7 @@ def perturbed(
             its conditions one by one.
     """
     low, high = bounds(interval)
-    if not math.isfinite(scale):
-        raise UserError(f"perturbed attention needs a finite scale, not {scale}.")
+    check_finite(scale, "perturbed attention: scale")
     known: dict[int, tuple[Branch, Branch]] = {}  # so that each step asks the same branches
 
     def spoilt_of(branches: Sequence[Branch]) -> Branch:

@@ -1,15 +1,15 @@
 """ControlNets and T2I-Adapters as nouns: what they add to the network that they stand beside."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.condition import Condition, Hint, Residuals
 from latentdiff.models.controlnet import ControlNet
+from latentdiff.models.extension import Extension
 
 if TYPE_CHECKING:
     from diffusers.models.adapter import T2IAdapter
@@ -19,7 +19,7 @@ _BRIGHTNESS = [[[0.299]], [[0.587]], [[0.114]]]
 
 
 @dataclass(frozen=True, eq=False)
-class ControlNetwork:
+class ControlNetwork(Extension):
     """A ControlNet that is loaded; threads may share it.
 
     Attributes:
@@ -39,20 +39,6 @@ class ControlNetwork:
     def pools(self) -> bool:
         """True where the means of its maps alone are told (of whole pictures, as "shuffle" is)."""
         return self.module.config["global_pool_conditions"]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same network there; a copy where it is elsewhere now."""
-        if (self.device, self.dtype) == (device, dtype):
-            return self
-        return replace(self, module=copy.deepcopy(self.module).to(device, dtype))
 
     @torch.no_grad()
     def embed(self, pictures: Tensor) -> tuple[Tensor]:
@@ -87,7 +73,7 @@ class ControlNetwork:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterNetwork:
+class AdapterNetwork(Extension):
     """A T2I-Adapter that is loaded; threads may share it.
 
     Mou et al. 2023 (T2I-Adapter). What it says of a control picture knows neither x_t nor the text,
@@ -100,21 +86,6 @@ class AdapterNetwork:
 
     module: "T2IAdapter"
     name: str = "t2i-adapter"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same network there; a copy where it is elsewhere now."""
-        if (self.device, self.dtype) == (device, dtype):
-            return self
-        module: Any = copy.deepcopy(self.module)
-        return replace(self, module=module.to(device, dtype))
 
     @torch.no_grad()
     def embed(self, pictures: Tensor) -> tuple[Tensor, ...]:

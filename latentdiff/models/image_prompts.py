@@ -4,10 +4,9 @@ An image encoder sees a picture, a projection makes tokens of it, and each cross
 the network attends to them with keys and values of their own, beside the text.
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -16,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.errors import UserError
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.extension import Extension
 from latentdiff.pictures import to_tensor
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ _PROJECTIONS = {"pooled": PooledProjection, "full": FullProjection, "plus": Resa
 
 
 @dataclass(frozen=True, eq=False)
-class ImageAdapter:
+class ImageAdapter(Extension):
     """An IP-Adapter with the image encoder that it was trained with; threads may share it.
 
     Attributes:
@@ -192,22 +192,6 @@ class ImageAdapter:
     module: IPAdapter
     encoder: "CLIPVisionModelWithProjection"
     name: str = "ip-adapter"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same adapter there; a copy where it is elsewhere now."""
-        if (self.device, self.dtype) == (device, dtype):
-            return self
-        module = copy.deepcopy(self.module).to(device, dtype)
-        encoder: Any = copy.deepcopy(self.encoder)
-        return replace(self, module=module, encoder=encoder.to(device, dtype))
 
     @torch.no_grad()
     def tokens(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -14,7 +14,7 @@ from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.solver import Solver
 from latentdiff.diffusion.timetable import Timetable
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 from latentdiff.models.conditioner import SizeConditions
 from latentdiff.solvers import aliases
 
@@ -38,20 +38,6 @@ def whole(value: int, name: str, low: int, high: int) -> int:
     if number is None or isinstance(value, bool) or not low <= number <= high:
         raise UserError(f"{name}: must be a whole number from {low} to {high}, not {value!s:.40}.")
     return number
-
-
-def finite(value: float, name: str) -> None:
-    """Check that an argument is a finite number.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        passes = math.isfinite(value) and not isinstance(value, bool)
-    except (TypeError, OverflowError):
-        passes = False
-    if not passes:
-        raise UserError(f"{name}: must be a finite number, not {value!r:.40}.")
 
 
 def listed(given: Sequence[object], name: str, example: str) -> None:
@@ -158,7 +144,7 @@ def check_sizes(told: SizeConditions) -> None:
     for name in told.given():
         value = getattr(told, name)
         if name.endswith("score"):
-            finite(value, name)
+            check_finite(value, name)
             continue
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
             what = "(top, left)" if name == "crop" else "(height, width)"
@@ -214,7 +200,7 @@ def variation_seeds(
         UserError: they are no seeds, not as many as pictures, or the strength is not in 0 .. 1; or
             a seed is given and no strength.
     """
-    finite(strength, "variation_strength")
+    check_finite(strength, "variation_strength")
     if not 0 <= strength <= 1:
         raise UserError(f"variation_strength: must lie between 0 and 1, not {strength}.")
     if strength == 0:

@@ -16,13 +16,12 @@ from latentdiff.diffusion.timetable import Timetable
 from latentdiff.editing import RunContext
 from latentdiff.editing.control_pictures import check_kind, control_picture
 from latentdiff.editing.jumps import first_visits
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 from latentdiff.formats.controlnet import load_controlnet
 from latentdiff.formats.t2i_adapter import is_t2i_adapter, load_t2i_adapter
 from latentdiff.models.control import AdapterNetwork, ControlNetwork
 from latentdiff.models.control_fit import check_control, check_maps
 from latentdiff.pictures import Picture, open_picture, to_tensor
-from latentdiff.pipeline.arguments import finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Control:
     kind: str = "picture"
 
     def __post_init__(self) -> None:
-        finite(self.scale, "control: scale")
+        check_finite(self.scale, "control: scale")
         if not 0 <= self.start < self.end <= 1:
             raise UserError(
                 f"control: start and end are parts of the run, 0 <= start < end <= 1, not "

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import ImageTokens
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, check_finite
 from latentdiff.formats.ip_adapter import load_ip_adapter
 from latentdiff.models.image_prompts import ImageAdapter, check_adapter
 from latentdiff.pictures import Picture, open_picture
-from latentdiff.pipeline.arguments import finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class ImagePrompt:
     )
 
     def __post_init__(self) -> None:
-        finite(self.scale, "image prompt: scale")
+        check_finite(self.scale, "image prompt: scale")
         given: Any = self.image if isinstance(self.image, list | tuple) else [self.image]
         if not given:
             raise UserError("image prompt: its list of pictures is empty.")

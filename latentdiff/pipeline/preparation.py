@@ -31,7 +31,7 @@ from latentdiff.editing import (
     padded_size,
     picture_size,
 )
-from latentdiff.errors import UserError, warn
+from latentdiff.errors import UserError, check_finite, warn
 from latentdiff.guidance import composed, methods
 from latentdiff.guidance.from_text import check_text, resolve
 from latentdiff.guidance.prompt_schedule import StepCount, scheduled
@@ -40,7 +40,6 @@ from latentdiff.models.working_memory import unet_bytes
 from latentdiff.pipeline.arguments import (
     MAX_STEPS,
     check_sizes,
-    finite,
     first_noise,
     latent_shape,
     listed,
@@ -234,8 +233,8 @@ def _check_enlargeable(edits: Sequence[Edit], request: Request) -> None:
 def _way(request: Request, bundle: Bundle) -> tuple[Solver, Timetable]:
     """The solver and the levels before edits."""
     steps = whole(request.num_inference_steps, "num_inference_steps", 1, MAX_STEPS)
-    finite(request.scale, "guidance_scale")
-    finite(request.guidance_rescale, "guidance_rescale")
+    check_finite(request.scale, "guidance_scale")
+    check_finite(request.guidance_rescale, "guidance_rescale")
     solver, levels = run_of(request.solver, request.timetable, bundle, steps)
     trained = bundle.steps.trained_steps
     if trained is not None and tuple(levels) != tuple(bundle.timetable(None, trained)):

@@ -60,6 +60,7 @@ def test_off_outside_its_interval_and_at_pure_noise() -> None:
     through = guidance.from_estimate(half, score, strength=1.0)
     for guided in (through, past):  # a learned variance stays the network's own
         torch.testing.assert_close(guided(X, level).variance, X.square(), rtol=0, atol=0)
-    for strength, interval in ((math.inf, (0.0, 1.0)), (1.0, (1.0, 0.0))):
-        with pytest.raises(UserError, match="a finite strength and an interval"):
+    wrong = ((math.inf, (0.0, 1.0), "strength: must be a finite"), (1.0, (1.0, 0.0), "an interval"))
+    for strength, interval, told in wrong:
+        with pytest.raises(UserError, match=told):
             guidance.from_estimate(half, score, strength=strength, interval=interval)

@@ -86,7 +86,7 @@ def test_off_and_outside_its_interval_nothing_is_spoilt() -> None:
     assert network.batches == [3, 3]
     upto = guidance.perturbed(denoise, 1, scale=SCALE, interval=(0, LEVEL.ratio))
     torch.testing.assert_close(upto(X, LEVEL, alone)[0].x0, x0("cat") + SCALE * lost(1))
-    with pytest.raises(UserError, match="a finite scale"):
+    with pytest.raises(UserError, match="scale: must be a finite number"):
         guidance.perturbed(denoise, 1, scale=math.nan)
     with pytest.raises(UserError, match="interval is two numbers"):
         guidance.perturbed(denoise, 1, scale=1.0, interval=(2.0, 1.0))

@@ -147,7 +147,7 @@ def test_bad_guides_are_told() -> None:
         draw(edits=[PAG(layers=("middle",))])
     with pytest.raises(UserError, match="is no edit"):
         draw(edits=[3.0])
-    with pytest.raises(UserError, match="finite scale"):
+    with pytest.raises(UserError, match="perturbed attention: scale: must be a finite"):
         draw(edits=[SEG(math.inf)])
     for blur in (0.0, -1.0, math.nan):
         with pytest.raises(UserError, match="blur of SEG must be above 0"):

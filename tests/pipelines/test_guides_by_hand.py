@@ -296,7 +296,7 @@ def test_the_command_line_takes_them_and_an_interval(tmp_path: Path) -> None:
 
 def test_models_that_cannot_guide_each_other_are_told() -> None:
     for scale in (math.nan, math.inf):
-        with pytest.raises(UserError, match="scale of autoguidance must be a finite number"):
+        with pytest.raises(UserError, match="autoguidance: scale: must be a finite number"):
             Autoguidance(WEAK, scale)
     with pytest.raises(UserError, match="needs a text-to-image model, not inpainting"):
         Autoguidance(tiny_bundle(in_channels=9))
