@@ -1,6 +1,5 @@
 """Pixels equal to diffusers' pipelines with IP-Adapters, on shared tiny weights and noise."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,15 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
     StableDiffusionXLPipeline,
 )
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers_runs import SCHEDULERS, noise, ours, parts, picture, same, stable_diffusion, theirs
 from PIL import Image
-from tiny import (
-    tiny_bundle,
-    tiny_control,
-    tiny_ip_adapter,
-    tiny_xl,
-    tower_of,
-    unet_of,
-    vae_of,
-    with_own_networks,
-)
-from torch import Tensor
+from tiny import tiny_control, tiny_ip_adapter, tiny_xl, with_own_networks
 
-from latentdiff import Control, ImagePrompt, LatentDiffusionPipeline
-from latentdiff.bundle import Bundle, Steps
+from latentdiff import Control, ImagePrompt
+from latentdiff.bundle import Bundle
 
-TOLERANCE = 1e-4  # of pixels in [0, 1]
 STEPS = 4
 PROMPTS = ["a red heart", "a slice of pizza"]
-SCHEDULE: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-SCHEDULERS: dict[str, Any] = {
-    "ddim": lambda: DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, clip_sample=False),
-    "euler": lambda: EulerDiscreteScheduler(**SCHEDULE),
-    "dpmpp-2m": lambda: DPMSolverMultistepScheduler(**SCHEDULE),
-}
 # Kinds of the adapters, how many pictures each is shown, and its scale.
 CASES: dict[str, list[tuple[Any, int, float]]] = {
     "pooled": [("pooled", 1, 1.0)],
@@ -57,19 +31,12 @@ CASES: dict[str, list[tuple[Any, int, float]]] = {
 }
 
 
-def picture(seed: int, size: tuple[int, int] = (23, 17)) -> Image.Image:
-    """Of a size that must be resized, and cropped."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def noise(count: int) -> Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+SIZE = (23, 17)  # of pictures that must be resized, and cropped
 
 
 def shown(case: str) -> list[list[Image.Image]]:
     return [
-        [picture(10 * place + number) for number in range(count)]
+        [picture(10 * place + number, SIZE) for number in range(count)]
         for place, (_, count, _) in enumerate(CASES[case])
     ]
 
@@ -81,24 +48,6 @@ def files(case: str, bundle: Bundle, place: Path) -> list[Path]:
         file = tiny_ip_adapter(place, bundle.network, kind)
         made.append(file.rename(place / f"{number}.safetensors"))
     return made
-
-
-def theirs(pipe: Any, case: str, adapters: list[Path], solver: str, **call: Any) -> np.ndarray:
-    if not hasattr(pipe.unet.encoder_hid_proj, "num_ip_adapters"):
-        names = [file.name for file in adapters]
-        pipe.load_ip_adapter(str(adapters[0].parent), subfolder="", weight_name=names)
-        pipe.set_ip_adapter_scale([scale for _, _, scale in CASES[case]])
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = SCHEDULERS[solver]()
-    given = {"num_inference_steps": STEPS, "output_type": "np"}
-    return pipe(ip_adapter_image=shown(case), **given | call).images
-
-
-def ours(bundle: Bundle, solver: str, given: list[ImagePrompt], **call: Any) -> np.ndarray:
-    pipe = LatentDiffusionPipeline(bundle)
-    pipe.scheduler = SCHEDULERS[solver]()
-    told: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "np", "progress": False}
-    return pipe(image_prompts=given, **told | call).images
 
 
 def prompts(case: str, adapters: list[Any], **changed: Any) -> list[ImagePrompt]:
@@ -121,44 +70,34 @@ def check(
     adapters = files(case, bundle, place)
     given = prompts(case, adapters)
     loaded = [one.loaded for one in given]
+    pipe.load_ip_adapter(str(place), subfolder="", weight_name=[file.name for file in adapters])
+    pipe.set_ip_adapter_scale([scale for _, _, scale in CASES[case]])
+    call |= {"num_inference_steps": STEPS}
     for solver in SCHEDULERS:
-        wanted = theirs(pipe, case, adapters, solver, **call | (theirs_too or {}))
-        got = ours(bundle, solver, given, **call | (ours_too or {}))
-        assert got.std() > 0.05  # a picture, not a plain
-        assert np.abs(got - wanted).max() <= TOLERANCE, solver
-        for changed in ({"image": picture(99)}, {"scale": 0.3}, {"scale": 0}):
+        told = call | {"ip_adapter_image": shown(case)} | (theirs_too or {})
+        wanted = theirs(pipe, solver, **told)
+        own = call | (ours_too or {})
+        same(ours(bundle, solver, image_prompts=given, **own), wanted)
+        for changed in ({"image": picture(99, SIZE)}, {"scale": 0.3}, {"scale": 0}):
             if solver == "ddim":
-                told = prompts(case, loaded, **changed)
-                other = ours(bundle, solver, told, **call | (ours_too or {}))
+                others = prompts(case, loaded, **changed)
+                other = ours(bundle, solver, image_prompts=others, **own)
                 assert np.abs(other - wanted).max() > 0.01, changed
 
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    return with_own_networks(tiny_bundle(prediction="eps", steps=Steps("leading", 1, False)))
-
-
-def parts(bundle: Bundle) -> dict[str, Any]:
-    """What a pipeline of diffusers is made of; an adapter changes its U-Net."""
-    return {
-        "vae": vae_of(bundle),
-        "text_encoder": tower_of(bundle).model,
-        "tokenizer": tower_of(bundle).tokenizer,
-        "unet": copy.deepcopy(unet_of(bundle)),
-        "scheduler": SCHEDULERS["ddim"](),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    return with_own_networks(stable_diffusion())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_pixels_are_those_of_diffusers(case: str, bundle: Bundle, tmp_path: Path) -> None:
     """Of two prompts, with guidance; the one of two pictures without."""
-    pipe = StableDiffusionPipeline(**parts(tiny_bundle(prediction="eps")))
+    pipe = StableDiffusionPipeline(**parts(stable_diffusion()))
     scale = 1.0 if case == "of two pictures" else 5.0
-    check(case, bundle, pipe, tmp_path, prompt=PROMPTS, guidance_scale=scale, latents=noise(2))
+    latents = noise(2, 4, 8, 8)
+    check(case, bundle, pipe, tmp_path, prompt=PROMPTS, guidance_scale=scale, latents=latents)
 
 
 @torch.no_grad()
@@ -166,10 +105,8 @@ def test_beside_a_control_network(bundle: Bundle, tmp_path: Path) -> None:
     """Which is not told the picture."""
     tiny_control().save_pretrained(tmp_path / "control")
     control: Any = ControlNetModel.from_pretrained(tmp_path / "control")
-    pipe = StableDiffusionControlNetPipeline(
-        controlnet=control, **parts(tiny_bundle(prediction="eps"))
-    )
-    edges = picture(3, (16, 16))
+    pipe = StableDiffusionControlNetPipeline(controlnet=control, **parts(stable_diffusion()))
+    edges = picture(3)
     check(
         "plus, weak",
         bundle,
@@ -179,7 +116,7 @@ def test_beside_a_control_network(bundle: Bundle, tmp_path: Path) -> None:
         {"image": edges},
         prompt=PROMPTS[0],
         guidance_scale=5.0,
-        latents=noise(1),
+        latents=noise(1, 4, 8, 8),
     )
 
 
@@ -188,5 +125,9 @@ def test_beside_a_control_network(bundle: Bundle, tmp_path: Path) -> None:
 def test_pixels_of_stable_diffusion_xl_too(case: str, tmp_path: Path) -> None:
     folder = tiny_xl().save(tmp_path / "model")
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
-    call: dict[str, Any] = {"prompt": PROMPTS[0], "guidance_scale": 4.0, "latents": noise(1)}
+    call: dict[str, Any] = {
+        "prompt": PROMPTS[0],
+        "guidance_scale": 4.0,
+        "latents": noise(1, 4, 8, 8),
+    }
     check(case, Bundle.load(folder), pipe, tmp_path, **call)

@@ -14,41 +14,15 @@ from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_adapter import (
 from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_xl_adapter import (
     StableDiffusionXLAdapterPipeline,
 )
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from PIL import Image
-from tiny import (
-    draw_weights,
-    tiny_bundle,
-    tiny_t2i_adapter,
-    tiny_xl,
-    tower_of,
-    unet_of,
-    vae_of,
-    with_own_networks,
-)
-from torch import Tensor
+from diffusers_runs import SCHEDULERS, noise, ours, parts, picture, same, stable_diffusion, theirs
+from tiny import draw_weights, tiny_t2i_adapter, tiny_xl, with_own_networks
 
-from latentdiff import Control, LatentDiffusionPipeline
-from latentdiff.bundle import Bundle, Steps
+from latentdiff import Control
+from latentdiff.bundle import Bundle
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 
-TOLERANCE = 1e-4  # of pixels in [0, 1]
 STEPS = 4
 PROMPTS = ["a red heart", "a cat"]
-SCHEDULE: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-SCHEDULERS: dict[str, Any] = {
-    "ddim": lambda: DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, clip_sample=False),
-    "euler": lambda: EulerDiscreteScheduler(**SCHEDULE),
-    "dpmpp-2m": lambda: DPMSolverMultistepScheduler(**SCHEDULE),
-}
 # The adapters' configs, what a control is told besides, and the call.
 CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
     "full": ([{}], {}, {"guidance_scale": 5.0}),
@@ -61,15 +35,6 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = 
 }
 
 
-def picture(seed: int, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def noise(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def saved(place: Path, configs: list[dict[str, Any]]) -> list[Path]:
     """Adapters as diffusers saves them."""
     folders = [place / str(number) for number in range(len(configs))]
@@ -78,30 +43,20 @@ def saved(place: Path, configs: list[dict[str, Any]]) -> list[Path]:
     return folders
 
 
-def drawn(bundle: Bundle, solver: str, controls: list[Control], **call: Any) -> np.ndarray:
-    pipe = LatentDiffusionPipeline(bundle)
-    pipe.scheduler = SCHEDULERS[solver]()
-    given: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "np", "progress": False}
-    return pipe(controls=controls, **given | call).images
-
-
 def check(
     pipe: Any, bundles: list[Bundle], controls: list[list[Control]], told: Any, call: Any
 ) -> None:
     """Ours are theirs with every solver and U-Net; and pictures and scales are seen."""
-    pipe.set_progress_bar_config(disable=True)
     own, *others = controls
+    call = call | {"num_inference_steps": STEPS}
     for solver in SCHEDULERS:
-        pipe.scheduler = SCHEDULERS[solver]()
-        given = {"num_inference_steps": STEPS, "output_type": "np"}
-        wanted = pipe(**given | told | call).images
+        wanted = theirs(pipe, solver, **told | call)
         for bundle in bundles:
-            got = drawn(bundle, solver, own, **call)
-            assert got.std() > 0.05  # a picture, not a plain
-            assert np.abs(got - wanted).max() <= TOLERANCE, solver
+            same(ours(bundle, solver, controls=own, **call), wanted)
         if solver == "ddim":
             for other in others:
-                assert np.abs(drawn(bundles[0], solver, other, **call) - wanted).max() > 0.01
+                changed = ours(bundles[0], solver, controls=other, **call)
+                assert np.abs(changed - wanted).max() > 0.01
 
 
 @torch.no_grad()
@@ -110,22 +65,12 @@ def test_pixels_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     """Its U-Net or ours; a picture for each of two prompts, of a second adapter one for both."""
     configs, settings, call = CASES[case]
     folders = saved(tmp_path, configs)
-    theirs = tiny_bundle(prediction="eps", steps=Steps("leading", 1, False))
+    bundle = stable_diffusion()
     loaded: Any = [T2IAdapter.from_pretrained(folder) for folder in folders]
     mode = "L" if configs[0].get("in_channels") == 1 else "RGB"
-    images: list[Any] = [[picture(0, mode), picture(1, mode)], [picture(2)] * 2][: len(folders)]
+    images: list[Any] = [[picture(n, mode=mode) for n in (0, 1)], [picture(2)] * 2][: len(folders)]
     several = len(folders) > 1
-    pipe = StableDiffusionAdapterPipeline(
-        vae=vae_of(theirs),
-        text_encoder=tower_of(theirs).model,  # pyright: ignore[reportArgumentType]
-        tokenizer=tower_of(theirs).tokenizer,  # pyright: ignore[reportArgumentType]
-        unet=unet_of(theirs),
-        adapter=loaded if several else loaded[0],
-        scheduler=SCHEDULERS["ddim"](),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
-        requires_safety_checker=False,
-    )
+    pipe = StableDiffusionAdapterPipeline(adapter=loaded if several else loaded[0], **parts(bundle))
     scale = settings.get("scale", 1.0)
     told = {
         "image": images if several else images[0],
@@ -137,7 +82,7 @@ def test_pixels_are_those_of_diffusers(case: str, tmp_path: Path) -> None:
     other = [Control(own[0].loaded, picture(9), **settings), *own[1:]]
     weak = [Control(own[0].loaded, images[0], scale=0.3), *own[1:]]
     call = call | {"prompt": PROMPTS, "latents": noise(2, 4, 8, 8)}
-    check(pipe, [theirs, with_own_networks(theirs)], [own, other, weak, own[1:]], told, call)
+    check(pipe, [bundle, with_own_networks(bundle)], [own, other, weak, own[1:]], told, call)
 
 
 @torch.no_grad()
