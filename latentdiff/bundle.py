@@ -64,6 +64,8 @@ class Bundle:
         name: for people.
         family: how its files are read and written: see `latentdiff.formats.families`.
         captions: some of those that it was trained on, if its folder holds any.
+        num_inference_steps, guidance_scale: what a call takes that says none; of None the scale is
+            that of the method of guidance.
 
     Raises:
         UserError: the nouns do not fit each other, or no solver has this name.
@@ -79,6 +81,8 @@ class Bundle:
     name: str = "model"
     family: str = DEFAULT_FAMILY
     captions: tuple[str, ...] = ()
+    num_inference_steps: int = 20
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_name("solver", self.solver, solvers.names())
@@ -228,6 +232,17 @@ class Bundle:
         height, width = self.network.native_size
         return height * self.factor, width * self.factor
 
+    def settings(
+        self, steps: int | None, guidance: object, scale: float | None
+    ) -> tuple[int, float | None]:
+        """Steps and guidance scale of a call; those that are None are the model's own. The scale
+        is so for the guidance "cfg" alone: another method, which was asked for, has its own."""
+        own = self.guidance_scale if guidance == "cfg" else None
+        return (
+            self.num_inference_steps if steps is None else steps,
+            own if scale is None else scale,
+        )
+
     def timetable(self, name: str | None, steps: int) -> Timetable:
         """The levels of a run to clean data: the named timetable, or with None the model's own.
 
@@ -354,11 +369,11 @@ def _dtype(dtype: Precision | torch.dtype, device: torch.device, network: nn.Mod
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     size = sum(parameter.numel() for parameter in network.parameters())
-    halves = device.type == "cpu" and size >= _LARGE and _computes_halves()
+    halves = device.type == "cpu" and size >= _LARGE and computes_halves()
     return torch.bfloat16 if halves else torch.float32
 
 
-def _computes_halves() -> bool:
+def computes_halves() -> bool:
     """True of a CPU with instructions for bfloat16: AVX-512's or AMX's."""
     asked = (f"_is_{name}_supported" for name in ("avx512_bf16", "amx_tile"))
     return any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in asked)

@@ -52,6 +52,7 @@ ELSEWHERE = {
     "python3": ".ci/run",
     "sudo": ".ci/run",
     "latentdiff data emoji": "tests/data/test_emoji.py",
+    "latentdiff data compose": "tests/data/test_composition.py",
     "latentdiff serve": "tests/server",
     "latentdiff finetune": "tests/training/test_commands.py",
     "latentdiff train": "tests/training/test_commands.py",

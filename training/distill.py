@@ -7,7 +7,8 @@ and is told the guidance scale. Methods: guided (two calls become one), progress
 become one, again and again), consistency (each step of the teacher's leads to the same picture),
 consistency-training (the same without a teacher). With `lora` the student is the model with a
 LoRA, of one guidance scale. Ends by writing `OUT/model` in the diffusers layout, or the LoRA's
-file. Run the same command again to resume.
+file with the `scheduler_config.json` of its solver and times: both in a folder `fast` of the model
+are what `latentdiff generate --fast` draws with. Run the same command again to resume.
 """
 
 import copy
@@ -28,6 +29,8 @@ from latentdiff.diffusion.condition import joined
 from latentdiff.diffusion.prediction import to_x0
 from latentdiff.diffusion.process import DiscreteVP
 from latentdiff.errors import UserError
+from latentdiff.files import write_json
+from latentdiff.formats import scheduler_config
 from latentdiff.learning.captioned_latents import CaptionedLatents, check_size
 from latentdiff.learning.card import Outcome, share
 from latentdiff.learning.checkpoint import Tensors
@@ -275,6 +278,9 @@ class Distillation(Objective[Key]):
                 save_model(run, bundle, config, self.examples, options)
                 return
             path = save_lora(lora_of(bundle), config.out / LORA_FILE)
+            described = bundle.process, bundle.prediction, self.student.steps, self.student.solver
+            schedule = scheduler_config.write(*described)
+            write_json(config.out / "scheduler_config.json", schedule, replace=True)
         base = "" if config.model is None else f" --model {quote(config.model)}"
         if self.student.solver != self.teacher.solver:
             base += f" --solver {self.student.solver} --timetable trailing"

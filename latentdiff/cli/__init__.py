@@ -17,7 +17,7 @@ import typer
 
 from latentdiff.cli.compile import compile_model
 from latentdiff.cli.convert import convert
-from latentdiff.cli.data import emoji, shard
+from latentdiff.cli.data import compose, emoji, shard
 from latentdiff.cli.edit import edit, ilvr, inpaint
 from latentdiff.cli.enlarge import enlarge
 from latentdiff.cli.generate import generate
@@ -57,6 +57,7 @@ app.command()(words)
 app.command()(serve)
 data = typer.Typer(help="Build folders of captioned pictures to train on.")
 data.command()(emoji)
+data.command()(compose)
 data.command()(shard)
 app.add_typer(data, name="data")
 app.command(context_settings=AS_THEY_ARE)(finetune)

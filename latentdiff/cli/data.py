@@ -36,6 +36,30 @@ def emoji(
     print(f"{count} pictures in {out}")
 
 
+def compose(
+    root: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Single things on white, as `data emoji` draws them."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    count: Annotated[int, typer.Option(min=1, help="Composed pictures.")] = 10_000,
+    size: Annotated[int, typer.Option(min=16, help="Height and width in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="What is composed.")] = 0,
+    wordnet: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="WordNet's data.noun and index.noun, for broader words."),
+    ] = None,
+) -> None:
+    """Put new pictures made of a folder's beside its plain ones: colours, counts, pairs, places.
+
+    WordNet comes with: apt install wordnet-base (in /usr/share/wordnet).
+    """
+    from latentdiff.data.composed_folder import compose_folder
+
+    made = compose_folder(root, out, count, size=size, seed=seed, wordnet=wordnet)
+    print(f"{made} pictures in {out}; seed {seed}")
+
+
 def shard(
     root: Annotated[
         Path,

@@ -110,7 +110,8 @@ def edit(
     files = [picture, *([soft_mask] if soft_mask else mask_file(mask))]
     draw(pipe, edits, prompt, number, run, given if grid else None, about, files)
     times = f", {repeats} times" if repeats > 1 else ""
-    print(f"{int(run.steps * strength)} of {run.steps} steps{times}", file=sys.stderr)
+    steps = run.steps or pipe.bundle.num_inference_steps
+    print(f"{int(steps * strength)} of {steps} steps{times}", file=sys.stderr)
 
 
 @with_run_options

@@ -80,7 +80,7 @@ def generate(
 
     check_prompts(prompts)
     run.check()
-    few = run.engine == "auto" and len(prompts) * number * run.steps <= _PACKED_FROM
+    few = run.engine == "auto" and len(prompts) * number * (run.steps or 20) <= _PACKED_FROM
     engine = "eager" if few else run.engine
     pipe = run.models.load(run.device, run.dtype, engine, run.attention)
     if few:

@@ -83,6 +83,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str | None]] = {
     "prediction": (_text, "prediction"),
     "variant": (_text, "variant"),
     "attention": (_among(AttentionName), "attention"),
+    "fast": (_flag, "fast"),
     "solver": (_text, "solver"),
     "timetable": (_text, "timetable"),
     "dtype": (_among(DtypeName), "dtype"),

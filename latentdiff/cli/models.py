@@ -29,6 +29,7 @@ class ModelOptions:
     variant: str | None = None
     loras: Sequence[str] | None = None
     embeddings: Sequence[Path] | None = None
+    fast: bool = False
 
     def check(self) -> None:
         """Check the names of what goes into the model before it is loaded.
@@ -70,6 +71,7 @@ class ModelOptions:
             device=device,
             engine=engine,
             attention=attention,
+            fast=self.fast,
         )
         for path in self.embeddings or ():
             pipe.load_textual_inversion(path)
@@ -101,6 +103,7 @@ class ModelOptions:
             "variant": self.variant,
             "loras": [[path.name, scale] for path, scale in wanted],
             "embeddings": [path.name for path in self.embeddings or ()],
+            "fast": self.fast,
         }
         return {name: value for name, value in record.items() if value}
 

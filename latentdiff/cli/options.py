@@ -86,6 +86,13 @@ Dtype = Annotated[
         "parameters or more where the CPU computes in it, else float32."
     ),
 ]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Draw in 4 steps without guidance, by the LoRA that the model's folder has for that.",
+    ),
+]
 Engine = Annotated[
     EngineName,
     typer.Option(
@@ -161,11 +168,17 @@ class RunOptions:
         ),
     ] = 0.0
     out: Out = Path("outputs")
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Number of steps.")] = 20
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Number of steps. Default: 20; with --fast 4."),
+    ] = None
     guidance: Annotated[str, typer.Option(metavar="NAME", help="cfg, apg or cfg++.")] = "cfg"
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Scale of --guidance; 1 is off. Default: 4; of cfg++, 0.6 of 0 .. 1."),
+        typer.Option(
+            help="Scale of --guidance; 1 is off. Default: 4; with --fast 1; of cfg++, 0.6 of 0 .. "
+            "1."
+        ),
     ] = None
     rescale: Annotated[
         float,
@@ -310,6 +323,7 @@ class RunOptions:
     ] = None
     solver: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
     timetable: Annotated[str | None, typer.Option(metavar="NAME", help=_LISTED)] = None
+    fast: Fast = False
     model: Model = None
     vae: Vae = None
     prediction: PredictionName = None
@@ -404,7 +418,13 @@ class RunOptions:
     def models(self) -> ModelOptions:
         """The model, and what goes into it."""
         return ModelOptions(
-            self.model, self.vae, self.prediction, self.variant, self.lora, self.embedding
+            self.model,
+            self.vae,
+            self.prediction,
+            self.variant,
+            self.lora,
+            self.embedding,
+            self.fast,
         )
 
     @property
@@ -507,6 +527,7 @@ class RunOptions:
         from latentdiff.solvers.aliases import resolve_both
 
         solver, timetable = resolve_both(self.solver, self.timetable)
+        steps, scale = bundle.settings(self.steps, self.guidance, self.guidance_scale)
         return Request(
             negative_prompt=self.negative,
             also=[*(self.also or []), *map(read_region, self.region or [])],
@@ -516,9 +537,9 @@ class RunOptions:
             clip_skip=self.clip_skip,
             variation_seed=self.varied,
             variation_strength=self.variation_strength,
-            num_inference_steps=self.steps,
+            num_inference_steps=steps,
             guidance=self.guidance,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=scale,
             guidance_rescale=self.rescale,
             guidance_interval=self.guidance_interval,
             original_size=two_numbers(self.original_size, "--original-size", "HEIGHT,WIDTH"),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.models import ModelOptions
+from latentdiff.cli.models import DtypeName, ModelOptions
 from latentdiff.cli.output import pixels_at_once
 from latentdiff.errors import UserError
 
@@ -37,8 +37,15 @@ def serve(
     ] = None,
     model: options.Model = None,
     lora: options.Loras = None,
+    fast: options.Fast = False,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: Annotated[
+        DtypeName,
+        typer.Option(
+            help="Precision of the networks. Of auto on a CPU: bfloat16 where the CPU computes in "
+            "it, whatever the model's size, else float32."
+        ),
+    ] = "auto",
 ) -> None:
     """Serve a page that draws as you type, and the image calls of OpenAI and A1111.
 
@@ -58,7 +65,7 @@ def serve(
         token = secrets.token_urlsafe(16)
         print(f"token {token}", file=sys.stderr)
     listening = listen(host, port)
-    pipe = ModelOptions(model, loras=lora).load(device, dtype)
+    pipe = ModelOptions(model, loras=lora, fast=fast).load(device, swift(dtype, device))
     limits = Limits(max_side or 2 * max(pipe.bundle.size))
     studio = Studio(pipe, limits, pixels_at_once(pipe.bundle.device))
     app = create_app(studio, names, token)
@@ -66,6 +73,17 @@ def serve(
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     with listening:
         server_of(app).run(sockets=[listening])
+
+
+def swift(dtype: DtypeName, device: str) -> DtypeName:
+    """The precision to draw in while somebody waits: where `auto` means a CPU that computes in
+    bfloat16, that; what is drawn keeps it among its settings."""
+    import torch
+
+    from latentdiff.bundle import computes_halves
+
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return "bfloat16" if dtype == "auto" and on_cpu and computes_halves() else dtype
 
 
 def listen(host: str, port: int) -> socket.socket:

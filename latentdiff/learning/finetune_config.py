@@ -6,6 +6,7 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from latentdiff.bundle import computes_halves
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.errors import UserError
 from latentdiff.learning.config import RunConfig, Strict, put, validate
@@ -257,7 +258,7 @@ def _has_bf16() -> bool:
     """Tell whether this machine has hardware support for bfloat16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return computes_halves()
 
 
 def _check_together(config: FinetuneConfig) -> None:

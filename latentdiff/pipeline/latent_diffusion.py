@@ -45,6 +45,7 @@ from latentdiff.pipeline.diffusers_names import (
     check_step_inputs,
     latents_of,
 )
+from latentdiff.pipeline.few_steps import hastened
 from latentdiff.pipeline.image_prompts import ImagePrompt
 from latentdiff.pipeline.output import OutputType, PipelineOutput
 from latentdiff.pipeline.preparation import prepare, warn_of_size
@@ -85,12 +86,17 @@ class LatentDiffusionPipeline(DiffusersNames):
         attention: Attention = "auto",
         engine: Engine = "auto",
         tiling: Tiling = "auto",
+        fast: bool = False,
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
         """Load a model, to draw fast with: see `Bundle.load`. `torch_dtype` is diffusers' `dtype`.
 
+        Args:
+            fast: draw in 4 steps without guidance where a call does not say how many, by the LoRA
+                that the model's folder carries for that: see `latentdiff.pipeline.few_steps`.
+
         Raises:
-            UserError: it is missing, damaged or unfit.
+            UserError: it is missing, damaged or unfit; or it has no such LoRA.
         """
         if torch_dtype is not None:
             if dtype not in ("auto", torch_dtype):
@@ -107,7 +113,7 @@ class LatentDiffusionPipeline(DiffusersNames):
             engine=engine,
             tiling=tiling,
         )
-        return cls(bundle)
+        return cls(hastened(bundle, where) if fast else bundle)
 
     from_single_file = from_pretrained  # diffusers' name of it for one file
 
@@ -271,7 +277,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         target_size: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
         negative_aesthetic_score: float | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         guidance: str | Method = "cfg",
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
@@ -321,11 +327,11 @@ class LatentDiffusionPipeline(DiffusersNames):
             target_size: height and width.
             aesthetic_score: of a refiner.
             negative_aesthetic_score: likewise, of what guidance leads away from.
-            num_inference_steps: 1 .. 1000.
+            num_inference_steps: 1 .. 1000. None is the model's own number: 20, or 4 with `fast`.
             guidance: "cfg", "apg" or "cfg++"; or a method of one's own, as
                 `partial(guidance.projected, momentum=-0.5)`: see `latentdiff.guidance.methods`.
-            guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1). None is the method's
-                own: 4, of "cfg++" 0.6.
+            guidance_scale: its strength; 1 is off ("cfg++" takes 0 .. 1). None is the model's
+                own, 1 with `fast`, or else the method's: 4, of "cfg++" 0.6.
             guidance_rescale: see `classifier_free`.
             guidance_interval: guide only where sigma / alpha lies above the first number and up to
                 the second.
@@ -365,6 +371,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         Raises:
             UserError: an argument is out of range; nothing was drawn.
         """
+        steps, scale = self.bundle.settings(num_inference_steps, guidance, guidance_scale)
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -382,9 +389,9 @@ class LatentDiffusionPipeline(DiffusersNames):
             target_size=target_size,
             aesthetic_score=aesthetic_score,
             negative_aesthetic_score=negative_aesthetic_score,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             guidance=guidance,
-            guidance_scale=guidance_scale,
+            guidance_scale=scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
             solver=solver,

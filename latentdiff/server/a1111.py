@@ -96,8 +96,8 @@ class TextToImage(BaseModel):
     prompt: Annotated[str, Field(max_length=4000)] = ""
     negative_prompt: Annotated[str, Field(max_length=4000)] = ""
     seed: int = -1
-    steps: int = 20
-    cfg_scale: Finite = 7.0
+    steps: int | None = None
+    cfg_scale: Finite | None = None
     width: int | None = None
     height: int | None = None
     batch_size: int = 1
@@ -131,31 +131,32 @@ class TextToImage(BaseModel):
         bundle = studio.pipe.bundle
         towers = bundle.conditioner.towers.values()
         readable = all(isinstance(tower, ClipTower) for tower in towers)  # others read no chunks
+        steps, scale = bundle.settings(self.steps, "cfg", self.cfg_scale)
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt or None,
             prompt_syntax="a1111" if readable else "plain",
-            num_inference_steps=self.steps,
-            guidance_scale=self.cfg_scale,
+            num_inference_steps=steps,
+            guidance_scale=7.0 if scale is None else scale,  # that is A1111's own
             solver=self.sampler_name or self.sampler_index or None,
             timetable=self.scheduler or None,
             height=self.height or bundle.size[0],
             width=self.width or bundle.size[1],
-            edits=self.second_pass(studio.limits.steps),
+            edits=self.second_pass(studio.limits.steps, steps),
             variation_seed=self._subseed() if self.subseed_strength else None,
             variation_strength=self.subseed_strength,
         )
 
-    def second_pass(self, most: int) -> list[str]:
-        """The edit that draws again what is enlarged, of at most so many steps; none without
-        `enable_hr`.
+    def second_pass(self, most: int, first: int) -> list[str]:
+        """The edit that draws again what is enlarged, of at most so many steps, by default as many
+        as the first pass; none without `enable_hr`.
 
         Raises:
             Refused: a number is out of its range.
         """
         if not self.enable_hr:
             return []
-        steps = within(self.hr_second_pass_steps, "hr_second_pass_steps", 0, most) or self.steps
+        steps = within(self.hr_second_pass_steps, "hr_second_pass_steps", 0, most) or first
         strength = 0.75 if self.denoising_strength is None else self.denoising_strength
         text = f"hires:{self.hr_scale}:{strength}:{steps}"
         with refusing("enable_hr"):
@@ -260,8 +261,8 @@ def _draw(router: APIRouter, studio: Studio, jobs: WeakSet[Job]) -> None:
             "negative_prompt": asked.negative_prompt,
             "seed": job.seeds[0],
             "all_seeds": list(job.seeds),
-            "steps": asked.steps,
-            "cfg_scale": asked.cfg_scale,
+            "steps": job.request.num_inference_steps,
+            "cfg_scale": job.request.guidance_scale,
             "sampler_name": asked.sampler_name,
             "sd_model_name": studio.name,
         }

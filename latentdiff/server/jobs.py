@@ -131,6 +131,7 @@ class Job:
 
 
 _DECODED = 256  # pixels along a side of a model whose previews are decoded: that takes little
+_BETWEEN = 0.1  # seconds between two words about progress: a browser that shows it draws, too
 _COMPARED = [name for name in Request.__dataclass_fields__ if name not in ("edits",)]
 _Place = tuple[Job, int]
 
@@ -255,6 +256,7 @@ class JobQueue:
     ) -> None:
         """Draw a batch; `said` are the warnings of this thread, as they come."""
         run = self._prepare(jobs, places, said)
+        told = 0.0
         for move in run.steps():
             live = [job for job in jobs if not job.over]
             if not live:
@@ -265,8 +267,10 @@ class JobQueue:
             if watched:
                 quick = max(self.pipe.bundle.size) > _DECODED
                 self._show(watched, places, run.preview(quick=quick))
-            for job in live:
-                job.tell()
+            if watched or time.monotonic() - told >= _BETWEEN:
+                told = time.monotonic()
+                for job in live:
+                    job.tell()
         if run.cancelled:
             return
         images = run.finish().images

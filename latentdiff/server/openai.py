@@ -59,11 +59,13 @@ class Generation(BaseModel):
             check_model(self.model, studio)
         width, height = read_size(self.size)
         bundle = studio.pipe.bundle
+        steps = self.steps or STEPS.get(self.quality)
+        steps, scale = bundle.settings(steps, "cfg", self.guidance_scale)
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
-            num_inference_steps=self.steps or STEPS.get(self.quality, 20),
-            guidance_scale=self.guidance_scale,
+            num_inference_steps=steps,
+            guidance_scale=scale,
             solver=self.solver,
             timetable=self.timetable,
             height=height or bundle.size[0],

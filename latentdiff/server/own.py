@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff import solvers
 from latentdiff.diffusion import timetable as timetables
+from latentdiff.guidance.methods import default_scale
 from latentdiff.pipeline import Request
 from latentdiff.pipeline.prompt_syntax import Syntax
 from latentdiff.server.jobs import Job
@@ -48,7 +49,7 @@ class Wanted(BaseModel):
     num_images: int = 1
     height: int | None = None
     width: int | None = None
-    num_inference_steps: int = 20
+    num_inference_steps: int | None = None
     guidance: str = "cfg"
     guidance_scale: Finite | None = None
     guidance_rescale: Finite = 0.0
@@ -65,7 +66,9 @@ class Wanted(BaseModel):
 
     def request(self, studio: Studio) -> Request:
         """The request of one of its pictures."""
-        height, width = studio.pipe.bundle.size
+        bundle = studio.pipe.bundle
+        height, width = bundle.size
+        steps, scale = bundle.settings(self.num_inference_steps, self.guidance, self.guidance_scale)
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
@@ -76,9 +79,9 @@ class Wanted(BaseModel):
             clip_skip=self.clip_skip,
             height=self.height or height,
             width=self.width or width,
-            num_inference_steps=self.num_inference_steps,
+            num_inference_steps=steps,
             guidance=self.guidance,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=scale,
             guidance_rescale=self.guidance_rescale,
             solver=self.solver,
             timetable=self.timetable,
@@ -153,6 +156,8 @@ def _begin_and_end(router: APIRouter, studio: Studio) -> None:
             "height": height,
             "width": width,
             "factor": bundle.factor,
+            "num_inference_steps": bundle.num_inference_steps,
+            "guidance_scale": bundle.guidance_scale or default_scale("cfg"),
             "solvers": solvers.names(),
             "timetables": timetables.names(),
             "limits": {"side": limits.side, "steps": limits.steps, "pictures": limits.pictures},

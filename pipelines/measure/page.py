@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--steps", type=int, help="default: the page's own")
     parser.add_argument("--key", type=int, default=120, help="milliseconds from key to key")
+    parser.add_argument("--dtype", help="of the server; default: its own")
     parser.add_argument("--browser", help="default: chromium or google-chrome")
     given = parser.parse_args()
     try:
@@ -71,7 +72,7 @@ def measured(given: argparse.Namespace) -> list[float]:
         raise UserError(f"{error.name} is not installed: pip install playwright") from None
     sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
     waits: list[float] = []
-    with serving(given.model) as address, sync_playwright() as playwright:
+    with serving(given.model, given.dtype) as address, sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=browser, args=sandbox).new_page()
         page.goto(address)
         if given.steps is not None:
@@ -88,12 +89,12 @@ def measured(given: argparse.Namespace) -> list[float]:
 
 
 @contextmanager
-def serving(model: str | None) -> Iterator[str]:
+def serving(model: str | None, dtype: str | None) -> Iterator[str]:
     """The address of a server in a process of its own."""
     command = [sys.executable, "-m", "latentdiff", "serve", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, *(["--model", model] if model else [])], stdout=subprocess.PIPE, text=True
-    )
+    command += ["--model", model] if model else []
+    command += ["--dtype", dtype] if dtype else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         address = process.stdout.readline().strip()

@@ -1,5 +1,6 @@
 """Composed pictures: pure functions of (seed, number), with captions that are true."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from shapes import shape_folder
 
+from latentdiff.cli import main
 from latentdiff.data.colours import PAINTS, dominant, paint, region
+from latentdiff.data.composed_folder import CAPTIONS
 from latentdiff.data.composition import (
     PLACES,
     SHARES,
@@ -30,6 +33,7 @@ from latentdiff.data.wording import Naming, is_plural, naming, plural
 from latentdiff.data.wordnet import WordNet
 from latentdiff.errors import UserError
 from latentdiff.metrics.following import Shapes, colour_of, count_of
+from latentdiff.pictures import open_picture
 from latentdiff.random_numbers import philox
 
 SAMPLES = 120
@@ -60,6 +64,28 @@ def test_a_sample_is_a_function_of_seed_and_number(root: Path, composer: Compose
         assert (caption, scene) == (told, seen)
         assert np.array_equal(picture, other)
     assert composer.sample(1)[1:] != composer.sample(2)[1:]
+
+
+def test_a_folder_of_them_holds_the_plain_ones_too(
+    root: Path, composer: Composer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "composed"
+    command = ["data", "compose", str(root), str(out), "--count", "9", "--seed", "3"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    plain = [row for row in rows if row["kind"] == "plain"]
+    assert len(plain) == len(read_rows(root)) == len(rows) - 9
+    assert all(1 < len(row["captions"]) <= CAPTIONS for row in plain)
+    for number, row in enumerate(rows[len(plain) :]):
+        picture, caption, scene = composer.sample(number)
+        assert (row["captions"], row["kind"]) == ([caption], scene.kind)
+        assert np.array_equal(np.asarray(open_picture(out / row["file_name"])), picture)
+    assert main(command) == 2  # never overwritten
+    (root / "fewer").mkdir()
+    (root / "fewer/metadata.jsonl").write_text('{"file_name": "a.png", "split": "train"}')
+    capsys.readouterr()
+    assert main(["data", "compose", str(root / "fewer"), str(tmp_path / "other")]) == 2
+    assert "lacks the field 'skin_tone'" in capsys.readouterr().err
 
 
 def test_every_kind_comes(samples: list[tuple[np.ndarray, str, Scene]]) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny import tiny_bundle
 
 from latentdiff.cli import main
+from latentdiff.cli.serve import swift
 
 DOCS = (Path(__file__).parents[2] / "docs/server.md").read_text("utf-8")
 RUN = "import sys; from latentdiff.cli import run; sys.exit(run())"
@@ -50,6 +52,15 @@ def test_the_examples_run(
     else:
         done = subprocess.run(example, shell=True, capture_output=True, text=True, check=True)
         assert '"seeds":["7"]' in done.stdout
+
+
+def test_it_draws_in_what_the_cpu_is_fast_in_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert swift("auto", "auto") == swift("auto", "cpu") == ("bfloat16" if has else "auto")
+        assert (swift("float32", "auto"), swift("auto", "mps")) == ("float32", "auto")
 
 
 def test_a_port_that_is_taken_is_one_line(address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import { Board } from "/canvas.js";
 
 const $ = (id) => document.getElementById(id);
-const PAUSE = 150; // ms after the last key until a picture is asked for
+const PAUSE = 50; // ms after the last key until a picture is asked for
 const KEPT = 60; // pictures of the history
 
 let token = sessionStorage.getItem("token");
@@ -315,6 +315,8 @@ call("/model")
     $("model").textContent = model.about;
     $("steps").max = Math.min(100, model.limits.steps);
     $("number").max = model.limits.pictures;
+    $("steps").value = model.num_inference_steps;
+    $("guidance").value = model.guidance_scale;
     for (const name of model.solvers) $("solver").append(new Option(name, name));
     label();
   })

@@ -1,0 +1,79 @@
+"""A folder of composed pictures beside the plain ones, for any training that reads folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.data.composition import Composer, plain_captions, read_rows, read_things
+from latentdiff.data.wordnet import WordNet
+from latentdiff.errors import UserError
+from latentdiff.files import make_folder, writing_folder
+from latentdiff.pictures import encode_png
+from latentdiff.random_numbers import philox
+
+CAPTIONS = 8  # of each plain picture
+
+
+def compose_folder(
+    root: Path,
+    out: Path,
+    count: int,
+    *,
+    size: int = 128,
+    seed: int = 0,
+    wordnet: Path | None = None,
+    progress: bool = True,
+) -> int:
+    """Writes the plain pictures of the split `train` that have no skin tone, with many captions,
+    and `count` pictures composed of them; returns how many there are of both.
+
+    Args:
+        root: a folder of single things as `latentdiff data emoji` writes them.
+        out: a new folder. Its field `kind` says how each was made: see `composition.Kind`.
+        wordnet: the folder of WordNet's `data.noun` and `index.noun`, for broader words.
+
+    Raises:
+        UserError: a file cannot be read, or lacks a field; `out` exists or cannot be written.
+    """
+    words = None if wordnet is None else WordNet(wordnet)
+    try:
+        rows = [row for row in read_rows(root) if not row["skin_tone"]]
+        things, pictures, alphas = read_things(root, rows, words, size)
+        if not rows:
+            raise UserError(f"{root}: no picture is of the split `train` and without a skin tone")
+        composer = Composer(rows, things, pictures, alphas, seed)
+    except KeyError as error:
+        raise UserError(
+            f"{root}/metadata.jsonl lacks the field {error}, see docs/data.md"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror or error}") from None
+    make_folder(out.parent)
+    with writing_folder(out, replace=False) as stage:
+        (stage / "images").mkdir()
+        lines: list[dict[str, object]] = []
+        for number, (row, thing) in enumerate(zip(rows, things, strict=True)):
+            told = plain_captions(row, thing, philox(seed, number), CAPTIONS)
+            name = f"images/{Path(str(row['file_name'])).name}"
+            shutil.copyfile(root / str(row["file_name"]), stage / name)
+            captions = list(dict.fromkeys(told))
+            lines.append({"file_name": name, "captions": captions, "kind": "plain"})
+        for number in tqdm(range(count), desc="composed", disable=not progress):
+            picture, caption, scene = composer.sample(number)
+            lines.append(_written(stage, number, picture, caption, scene.kind))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (stage / "metadata.jsonl").write_text(text, "utf-8", newline="\n")
+    return len(lines)
+
+
+def _written(
+    stage: Path, number: int, picture: np.ndarray, caption: str, kind: str
+) -> dict[str, object]:
+    """Writes one composed picture, uint8 [H, W, 3]; returns its line of metadata."""
+    name = f"images/composed_{number:06}.png"
+    (stage / name).write_bytes(encode_png(Image.fromarray(picture)))
+    return {"file_name": name, "captions": [caption], "kind": kind}

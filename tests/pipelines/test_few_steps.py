@@ -1,0 +1,69 @@
+"""`fast`: a model with the LoRA and the schedule that its own folder carries for few steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_bundle
+
+from latentdiff import LatentDiffusionPipeline, UserError
+from latentdiff.bundle import Bundle, Steps
+from latentdiff.cli import main
+from latentdiff.files import write_json
+from latentdiff.formats import scheduler_config
+from latentdiff.lora import add_lora, lora_of, save_lora
+
+STEPS = Steps("leading", within="leading", teacher_steps=50)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a folder `fast`, whose LoRA changes every layer."""
+    folder = tiny_bundle().save(tmp_path_factory.mktemp("model") / "tiny")
+    bundle = Bundle.load(folder)
+    add_lora(bundle, rank=2, targets="all", seed=0)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in bundle.network.module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=random)
+    save_lora(lora_of(bundle), folder / "fast/pytorch_lora_weights.safetensors")
+    schedule = scheduler_config.write(bundle.process, bundle.prediction, STEPS, "lcm")
+    write_json(folder / "fast/scheduler_config.json", schedule, replace=False)
+    return folder
+
+
+def test_fast_is_the_lora_its_solver_and_four_steps_without_guidance(model: Path) -> None:
+    fast = LatentDiffusionPipeline.from_pretrained(model, fast=True)
+    by_hand = LatentDiffusionPipeline.from_pretrained(model)
+    by_hand.load_lora(model / "fast")
+    by_hand.bundle = replace(by_hand.bundle, solver="lcm", steps=STEPS)
+    drawn = fast("a red heart", seed=3)
+    told = {"num_inference_steps": 4, "guidance_scale": 1.0, "seed": 3}
+    assert np.array_equal(drawn.images[0], by_hand("a red heart", **told).images[0])
+    plain = LatentDiffusionPipeline.from_pretrained(model)
+    assert not np.array_equal(drawn.images[0], plain("a red heart", **told).images[0])
+    assert not np.array_equal(  # what is said is obeyed
+        drawn.images[0], fast("a red heart", seed=3, guidance_scale=3.0).images[0]
+    )
+
+
+def test_its_pictures_remember_it(model: Path, tmp_path: Path) -> None:
+    first = ["generate", "a red heart", "--fast", "--model", str(model), "--seed", "3"]
+    assert main([*first, "--out", str(tmp_path / "one")]) == 0
+    (drawn,) = (tmp_path / "one").glob("*.png")
+    record = json.loads(Image.open(drawn).info["latentdiff"])
+    assert (record["fast"], record["num_inference_steps"], record["solver"]) == (True, 4, "lcm")
+    again = ["generate", "--from", str(drawn), "--model", str(model)]
+    assert main([*again, "--out", str(tmp_path / "two")]) == 0
+    (redrawn,) = (tmp_path / "two").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(redrawn)))
+
+
+def test_a_model_without_it_is_told_so(tmp_path: Path) -> None:
+    folder = tiny_bundle().save(tmp_path / "tiny")
+    with pytest.raises(UserError, match="has no folder 'fast' with a LoRA of few steps"):
+        LatentDiffusionPipeline.from_pretrained(folder, fast=True)
