@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
     from latentdiff.pipeline import Control
 
 
@@ -62,18 +63,25 @@ def check_controls(controls: Sequence[str], kinds: Sequence[str]) -> None:
         )
 
 
-def opened(controls: Sequence[str], kinds: Sequence[str]) -> "list[Control]":
-    """The controls, their networks read and their pictures opened.
+def opened(controls: Sequence[str], kinds: Sequence[str], bundle: "Bundle") -> "list[Control]":
+    """The controls of runs of a model, each of their networks read once, to where the model is,
+    and their pictures opened.
 
     Raises:
         UserError: as `Control`.
     """
     from latentdiff.pipeline import Control
+    from latentdiff.pipeline.controls import load_network
 
     parsed = [parse_control(text) for text in controls]
     each = [*kinds] if len(kinds) == len(parsed) else [*kinds, "picture"][:1] * len(parsed)
+    device, dtype = bundle.device, bundle.network.dtype
+    loaded = {
+        network: load_network(network, device=device, dtype=dtype)
+        for network in dict.fromkeys(network for network, _, _ in parsed)
+    }
     return [
-        Control(network, picture, scale, kind=kind)
+        Control(loaded[network], picture, scale, kind=kind)
         for (network, picture, scale), kind in zip(parsed, each, strict=True)
     ]
 

@@ -66,19 +66,29 @@ def grid(
     cells = [(replace(one, lora=run.lora), words) for one, words in cells]
     for one, _ in cells:
         one.check()
+    from latentdiff.guidance.from_text import resolve
     from latentdiff.pictures import labelled, save_numbered_png
     from latentdiff.pipeline.record import about_request, png_text
 
     pipe = run.models.load(run.device, run.dtype, run.engine, run.attention)
     images: list[Image] = []
+    read = run.request(pipe.bundle)  # once: none of these varies
+    controls = fitted(read.controls, max(pipe.bundle.size))
+    guides = resolve(read.edits, pipe.bundle.device)
     for one, words in cells:
-        request = replace(one.request(pipe.bundle), prompt=words, seed=one.seed, first=one.first)
-        told = fitted(request.controls, max(pipe.bundle.size))
-        request = replace(request, controls=told)
+        request = replace(
+            one.settings(pipe.bundle),
+            prompt=words,
+            seed=one.seed,
+            first=one.first,
+            edits=guides,
+            controls=controls,
+            image_prompts=read.image_prompts,
+        )
         images += pipe.draw(request, progress=sys.stderr.isatty()).images
     columns = [f"{across[0]} {value}" for value in across[1]]
     rows = [f"{down[0]} {value}" if down[0] else "" for value in down[1]]
-    record = about_request(pipe.bundle, run.request(pipe.bundle)) | run.about()
+    record = about_request(pipe.bundle, read) | run.about()
     varied = {"grid": prompt, "x": x, "y": y, "seed": run.seed, "index": run.first}
     varied |= {} if run.variation_seed is None else {"variation_seed": run.variation_seed}
     text = None if run.no_metadata else png_text(record, **varied)

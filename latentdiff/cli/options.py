@@ -521,7 +521,16 @@ class RunOptions:
         return previewing(self.preview, by)
 
     def request(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
-        """The request of these options, but for the prompt and what else one command alone has."""
+        """The request of these options, but for the prompt and what else one command alone has;
+        networks of controls and image prompts are read for it."""
+        return replace(
+            self.settings(bundle, edits),
+            controls=controls.opened(self.control or (), self.control_from or (), bundle),
+            image_prompts=image_prompts.opened(self.image_prompt or (), self.image_encoder, bundle),
+        )
+
+    def settings(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
+        """The same without controls and image prompts, so that nothing is read."""
         from latentdiff.pipeline import Request
         from latentdiff.pipeline.prompts import read_region
         from latentdiff.solvers.aliases import resolve_both
@@ -550,8 +559,6 @@ class RunOptions:
             solver=solver or bundle.solver,
             timetable=timetable or bundle.steps.spacing,
             edits=[*(edits or []), *self.guides],
-            controls=controls.opened(self.control or (), self.control_from or ()),
-            image_prompts=image_prompts.opened(self.image_prompt or (), self.image_encoder, bundle),
         )
 
 

@@ -53,6 +53,9 @@ def draw_in_parts(
     """
     from tqdm import tqdm
 
+    from latentdiff.guidance.from_text import resolve
+
+    request = replace(request, edits=resolve(request.edits, pipe.bundle.device))  # read once
     at_once = max(1, pixels_at_once(pipe.bundle.device) // pixels)
     start = 0
     while start < len(prompts):

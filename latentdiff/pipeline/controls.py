@@ -70,8 +70,7 @@ class Control:
             raise UserError("control: its list of pictures is empty.")
         object.__setattr__(self, "image", [open_picture(one) for one in given])
         if not isinstance(self.network, ControlNetwork | AdapterNetwork):
-            load = load_t2i_adapter if is_t2i_adapter(self.network) else load_controlnet
-            object.__setattr__(self, "network", load(self.network))
+            object.__setattr__(self, "network", load_network(self.network))
         if self.guess and isinstance(self.network, AdapterNetwork):
             raise UserError("control: guess mode is for ControlNets: a T2I-Adapter has none.")
 
@@ -86,6 +85,21 @@ class Control:
         """The network."""
         assert isinstance(self.network, ControlNetwork | AdapterNetwork)
         return self.network
+
+
+def load_network(
+    where: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ControlNetwork | AdapterNetwork:
+    """Read a ControlNet or a T2I-Adapter: see `load_controlnet` and `load_t2i_adapter`.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another kind.
+    """
+    load = load_t2i_adapter if is_t2i_adapter(where) else load_controlnet
+    return load(where, device=device, dtype=dtype)
 
 
 def check_controls(controls: Sequence[object]) -> None:

@@ -10,9 +10,11 @@ from PIL import Image
 from tiny import tiny_bundle, tiny_control
 
 from latentdiff import Control, LatentDiffusionPipeline, SDEdit, UserError
-from latentdiff.cli import main
+from latentdiff.cli import main, output
 from latentdiff.cli.controls import parse_control
+from latentdiff.guidance import from_text
 from latentdiff.pictures import save_png
+from latentdiff.pipeline import controls
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,30 @@ def test_a_grid_is_as_large_as_the_model_and_not_as_the_photo(
     assert Image.open(alone).size == (16, 14)
     cells = drawn("grid", "a cat", "--x", "steps=2,3", *edges, capsys=capsys)
     assert Image.open(cells).width < 128
+
+
+@pytest.mark.parametrize(
+    "line", [["grid", "--x", "steps=2,3", "--y", "seed=1,2"], ["generate", "-n", "3"]]
+)
+def test_what_a_command_draws_with_is_read_once(
+    line: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ControlNet, shown two pictures, and the model of a guide: for any number of parts."""
+    read: list[str] = []
+
+    def counted(holder: Any, name: str) -> None:
+        load = getattr(holder, name)
+
+        def one(where: object, **more: Any) -> Any:
+            read.append(str(where))
+            return load(where, **more)
+
+        monkeypatch.setattr(holder, name, one)
+
+    counted(controls, "load_controlnet")
+    counted(from_text.Bundle, "load")
+    monkeypatch.setattr(output, "_DRAWN_AT_ONCE_BY_CPU", 16 * 14)
+    guide = ["--guide", "autoguidance:1.5:model", "--control", "net:photo.png:0.5"]
+    command, *rest = line
+    drawn(command, "a cat", *rest, *EDGES, *guide, capsys=capsys)
+    assert sorted(read) == ["model", "model", "net"]  # of the models one draws

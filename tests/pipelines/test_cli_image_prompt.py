@@ -12,7 +12,7 @@ from tiny import tiny_bundle, tiny_ip_adapter
 
 from latentdiff import ImagePrompt, LatentDiffusionPipeline, SDEdit
 from latentdiff.cli import main, output
-from latentdiff.models import image_prompts
+from latentdiff.models import extension
 from latentdiff.models.image_prompts import ImageAdapter
 from latentdiff.pictures import save_png
 
@@ -91,11 +91,14 @@ def test_an_adapter_is_read_to_the_model_and_sees_its_pictures_once(
     def copied(*_: object) -> None:
         raise AssertionError("the adapter was copied")
 
-    monkeypatch.setattr(image_prompts.copy, "deepcopy", copied)
+    monkeypatch.setattr(extension.copy, "deepcopy", copied)
     monkeypatch.setattr(output, "_DRAWN_AT_ONCE_BY_CPU", 16 * 16)
     line = ["generate", "a cat", "-n", "4", *SHOWN, *BASE, "--dtype", "bfloat16"]
     assert main(line) == 0  # guided, as each run is by default
     assert seen == [("tokens", torch.bfloat16), ("blank_tokens", torch.bfloat16)]
+    grid = ["grid", "a cat", "--x", "steps=2,3", *SHOWN, *BASE, "--dtype", "bfloat16"]
+    assert main(grid) == 0
+    assert seen == seen[:2] * 2
 
 
 @pytest.mark.parametrize(
