@@ -1,17 +1,18 @@
 """Fine-tune on one style under many settings and seeds, and put what each gives into a table.
 
-    python training/measure/compare_style.py --pictures data/twemoji40 --style twemoji
+    python training/measure/compare_style.py --pictures data/streamline40 --style streamline \\
+        --data data/emoji128 --data data/streamline
 
 Each run is `latentdiff finetune` with the words of its line in SETTINGS and nothing else, then
 `evaluate_style.py`. What is finished is not done again, so it may be stopped at any time. OUT gets
-table.md: means over the seeds, the time of a run, and how far the held-out losses of two seeds lie
-apart, as a share of what they drop by.
+table.md: means over the seeds, the processor time of a run, and how far the held-out losses of two
+seeds lie apart, as a share of what they drop by.
 """
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -87,13 +88,15 @@ def slug(name: str) -> str:
 def run(
     folder: Path, name: str, seed: int, pictures: Path, style: str, data: Sequence[Path]
 ) -> dict[str, object]:
-    """One fine-tune and its measure, or what is left of them; `style.json`, seconds and curve."""
+    """One fine-tune and its measure, or what is left of them, with its processor seconds."""
     done = folder / "measured" / "run.json"
     if not done.exists():
         words = ["finetune", "--data", str(pictures), "--out", str(folder), "--seed", str(seed)]
-        begun = time.monotonic()
+        begun = os.times()
         call("-m", "latentdiff", *words, *words_of(name, style))
-        seconds = round(time.monotonic() - begun)
+        ended = os.times()
+        spent = (ended.children_user - begun.children_user, ended.children_system)
+        seconds = round(sum(spent) - begun.children_system)
         lora = ["--lora", str(folder / "pytorch_lora_weights.safetensors")]
         words = folder / "learned_embeds.safetensors"
         lora += ["--embedding", str(words)] if words.exists() else []
@@ -133,6 +136,8 @@ def row(name: str, runs: Sequence[dict[str, object]]) -> str:
         values = [one[f"{group}, after"][key] for one in runs]  # pyright: ignore[reportIndexIssue]
         return sum(values) / len(values)
 
+    asked = [one["new, after"]["of_asked"]["both"] for one in runs]  # pyright: ignore[reportIndexIssue]
+    milder = sum(asked) / len(runs)
     kept = [one["kept"] for one in runs if one.get("kept") is not None]
     curves = [one["curve"] for one in runs]
     apart = gap(*curves[:2]) if len(curves) > 1 else None  # pyright: ignore[reportArgumentType]
@@ -140,6 +145,7 @@ def row(name: str, runs: Sequence[dict[str, object]]) -> str:
         f"{100 * mean('seen', 'style'):.1f}",
         f"{100 * mean('new', 'style'):.1f}",
         f"{100 * mean('new', 'both'):.1f}",
+        f"{100 * milder:.1f}",
         f"{100 * sum(kept) / len(kept):.0f}" if kept else "",  # pyright: ignore[reportArgumentType, reportCallIssue]
         "" if apart is None else f"{apart:.2f}",
         f"{sum(one['seconds'] for one in runs) / len(runs) / 60:.1f}",  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -150,8 +156,9 @@ def row(name: str, runs: Sequence[dict[str, object]]) -> str:
 def table(rows: Sequence[str]) -> str:
     """The table in Markdown."""
     head = "| setting | style of the seen, % | style of new things, % | style and content of new "
-    head += "things, % | untouched kept, % | held-out curves apart | minutes |"
-    return "\n".join([head, "|---" * 7 + "|", *rows]) + "\n"
+    head += "things, % | ... among the asked, % | untouched kept, % | held-out curves apart | "
+    head += "processor minutes |"
+    return "\n".join([head, "|---" * 8 + "|", *rows]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """Measure whether a fine-tune taught a model a new style: before and after, on the same seeds.
 
-    python training/measure/evaluate_style.py --style twemoji --pictures data/twemoji40 \\
-        --lora runs/twemoji40-lora/pytorch_lora_weights.safetensors
+    python training/measure/evaluate_style.py --style streamline --pictures data/streamline40 \\
+        --data data/emoji128 --data data/streamline \\
+        --lora runs/streamline40-lora/pytorch_lora_weights.safetensors
 
-A drawn picture has the style of its nearest real one (root mean square of 32x32 blurred RGB) among
-all styles of DATA. `seen` are the emoji of the fine-tune's own pictures; `new` are as many others,
-which the model knew in its old style only. `untouched` are captions of the old style, of emoji that
-are neither among those pictures nor named by a prior prompt: what the model keeps. `shows_asked` is
-the share whose nearest real picture, of any style, is of the asked emoji; `both` the share whose
-nearest one is of the asked emoji in the new style. `kept` is what is left of the untouched
-captions' `shows_asked`.
+`seen` are the emoji of the fine-tune's own pictures, asked in the new style; `new` are others,
+asked in the new style, which the model knows in other styles only; `untouched` are captions of the
+styles that it knew before, of emoji that are neither among those pictures nor named by a prior
+prompt.
+
+A drawn picture is what its nearest real one is (root mean square of 32x32 blurred RGB, of all
+pictures of DATA in every style). `style` is the share whose nearest picture has the style that was
+asked for, `shows_asked` that whose nearest picture is of the asked emoji, `both` that of which both
+are true. `of_asked` is the same where only pictures of the asked emoji, in every style, are looked
+at: a milder judge of what is shown, as strict a one of the style. `kept` is what is left of the
+untouched captions' `shows_asked`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +31,7 @@ from latentdiff.data.folder import check_fields, read_folder
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, write_json
 from latentdiff.learning.batches import to_range
+from latentdiff.learning.presets import preset_of, prior_of
 from latentdiff.metrics.nearest import blurred_thumbnails, nearest
 from latentdiff.pictures import grid, save_png, to_pil
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -43,16 +49,16 @@ def main(
     embedding: Annotated[Path | None, typer.Option(help="A new word learned with it.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Or its model folder.")] = None,
     model: Annotated[Path, typer.Option(help="The model before.")] = Path("assets/emoji128"),
-    known: Annotated[str, typer.Option(help="The style that it knows.")] = "noto",
     prior: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The fine-tune's prior prompts, a line each. Default: prior.txt in --pictures, "
-            "if it is there, else the captions in the folder of the model before.",
+            help="The fine-tune's prior prompts, a line each. Default: those that a fine-tune of "
+            "the model before draws by itself, of the captions in its folder.",
         ),
     ] = None,
-    untouched: Annotated[int, typer.Option(help="How many captions of the old style.")] = 200,
+    new: Annotated[int, typer.Option(help="How many things not learned in the style.")] = 120,
+    untouched: Annotated[int, typer.Option(help="How many captions of the old styles.")] = 200,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -80,8 +86,9 @@ def main(
             after.load_textual_inversion(embedding)
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
         real = Real(data or [Path("data/emoji128")], after.bundle.size[0])
-        told = read_lines(prior, pictures) or set(before.bundle.captions)
-        groups = choose(real, style, known, pictures, told, untouched, seed)
+        count = int(str(prior_of(preset_of(str(model)))["count"]))
+        told = set(before.bundle.captions[:count]) if prior is None else read_lines(prior)
+        groups = choose(real, style, pictures, told, new, untouched, seed)
         evaluate(before, after, real, style, groups, out, settings)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
@@ -100,34 +107,35 @@ class Real:
         self.pictures = load_pictures(self.examples, size)
         self.thumbnails = blurred_thumbnails(self.pictures)
 
-    def measure(self, drawn: Tensor, wanted: Sequence[Example], style: str) -> dict[str, float]:
+    def measure(self, drawn: Tensor, wanted: Sequence[Example]) -> dict[str, object]:
         """Shares of the drawn pictures with the style, and with the emoji, that was asked for."""
-        _, at = nearest(blurred_thumbnails(drawn), self.thumbnails)
-        found = [self.examples[int(number)].fields for number in at]
-        styles = [fields["style"] == style for fields in found]
-        shown = [
-            f["codepoints"] == e.fields["codepoints"] for f, e in zip(found, wanted, strict=True)
-        ]
-        share = lambda hits: round(sum(hits) / len(hits), 4)  # noqa: E731
+        asked = {example.fields["codepoints"] for example in wanted}
+        every = range(len(self.examples))
+        of_asked = [n for n in every if self.examples[n].fields["codepoints"] in asked]
+        thumbnails = blurred_thumbnails(drawn)
+        milder = self.shares(thumbnails, wanted, of_asked)
+        return {**self.shares(thumbnails, wanted, every), "of_asked": milder}
+
+    def shares(
+        self, thumbnails: Tensor, wanted: Sequence[Example], places: Sequence[int]
+    ) -> dict[str, float]:
+        """The same, where only the real pictures at some places are looked at."""
+        _, at = nearest(thumbnails, self.thumbnails[list(places)])
+        found = [self.examples[places[int(number)]].fields for number in at]
+        pairs = list(zip(found, (example.fields for example in wanted), strict=True))
+        styles = [one["style"] == other["style"] for one, other in pairs]
+        shown = [one["codepoints"] == other["codepoints"] for one, other in pairs]
         both = [style and asked for style, asked in zip(styles, shown, strict=True)]
-        return {"style": share(styles), "shows_asked": share(shown), "both": share(both)}
+        hits = {"style": styles, "shows_asked": shown, "both": both}
+        return {name: round(sum(each) / len(each), 4) for name, each in hits.items()}
 
 
-def plain(real: Real, style: str) -> list[Example]:
-    """A style's training pictures without skin tones."""
-    trained = [e for e in real.examples if e.fields["split"] == "train"]
-    return [e for e in trained if e.fields["style"] == style and not e.fields["skin_tone"]]
-
-
-def read_lines(prior: Path | None, pictures: Path) -> set[str]:
-    """The prior prompts.
+def read_lines(path: Path) -> set[str]:
+    """Lines of a file of prompts.
 
     Raises:
-        UserError: the file that was named cannot be read.
+        UserError: the file cannot be read.
     """
-    path = prior or pictures / "prior.txt"
-    if prior is None and not path.is_file():
-        return set()
     try:
         return {line.strip() for line in path.read_text("utf-8").splitlines()}
     except (OSError, UnicodeDecodeError) as error:
@@ -137,13 +145,13 @@ def read_lines(prior: Path | None, pictures: Path) -> set[str]:
 def choose(
     real: Real,
     style: str,
-    known: str,
     pictures: Path,
     prior: set[str],
+    new: int,
     untouched: int,
     seed: int,
 ) -> dict[str, tuple[list[Example], list[str]]]:
-    """Pictures, and what is asked for them: seen, as many new ones at random, and untouched ones.
+    """Pictures, and what is asked for them: seen ones, and `new` and `untouched` ones at random.
 
     Raises:
         UserError: none of the style's pictures shows what the fine-tune's do.
@@ -151,23 +159,21 @@ def choose(
     learned = read_folder(pictures)
     check_fields(learned, ("codepoints",), pictures)
     taught = {example.fields["codepoints"] for example in learned}
-    seen = [
-        example
-        for example in real.examples
-        if example.fields["style"] == style and example.fields["codepoints"] in taught
-    ]
+    own = [example for example in real.examples if example.fields["style"] == style]
+    seen = [example for example in own if example.fields["codepoints"] in taught]
     if not seen:
         styles = ", ".join(sorted({str(e.fields["style"]) for e in real.examples}))
         raise UserError(f"no picture of the style {style!r} shows what {pictures} does: {styles}")
-    old = [e for e in plain(real, known) if e.fields["codepoints"] not in taught]
+    plain = [e for e in real.examples if e.fields["split"] == "train" and not e.fields["skin_tone"]]
+    old = [e for e in plain if e.fields["style"] != style and e.fields["codepoints"] not in taught]
     names = {example.fields["codepoints"] for example in old}
-    new = [e for e in plain(real, style) if e.fields["codepoints"] in names]
+    unseen = [e for e in plain if e.fields["style"] == style and e.fields["codepoints"] in names]
     held = {e.fields["codepoints"] for e in real.examples if prior.intersection(e.captions)}
     others = [e for e in old if e.fields["codepoints"] not in held]
-    new, others = shuffled(new, seed, 12)[: len(seen)], shuffled(others, seed, 14)[:untouched]
+    unseen, others = shuffled(unseen, seed, 12)[:new], shuffled(others, seed, 14)[:untouched]
     return {
         "seen": (seen, [prompt(example, style) for example in seen]),
-        "new": (new, [prompt(example, style) for example in new]),
+        "new": (unseen, [prompt(example, style) for example in unseen]),
         "untouched": (others, [example.captions[0] for example in others]),
     }
 
@@ -222,7 +228,7 @@ def evaluate(
             continue
         drawn = {"before": draw(before, prompts, settings), "after": draw(after, prompts, settings)}
         for when, tensor in drawn.items():
-            report[f"{name}, {when}"] = real.measure(tensor, wanted, style)
+            report[f"{name}, {when}"] = real.measure(tensor, wanted)
             typer.echo(f"{name}, {when}: {report[f'{name}, {when}']} of {len(wanted)}")
         if name == "untouched":
             continue

@@ -1,11 +1,10 @@
 """A small folder of one style, to fine-tune on, out of a large captioned one.
 
-    python training/measure/pick_style.py --data data/emoji128 --style twemoji --out data/twemoji40
+    python training/measure/pick_style.py --data data/streamline --style streamline \\
+        --known-data data/emoji128 --out data/streamline40
 
 Copies pictures of emoji that the bundled model knows in another style, captioned "a red heart,
-twemoji style" and the like, and writes `prior.txt`: captions of the style that the model knows,
-which `latentdiff finetune --prior-prompt @prior.txt` keeps it from unlearning. The bundled model's
-own `captions.txt`, its prior where none is named, is the one that the defaults here write.
+streamline style" and the like.
 """
 
 import json
@@ -30,13 +29,15 @@ def main(
         Path, typer.Option(metavar="DIR", help="Pictures with `style`, `split`, `codepoints`.")
     ] = Path("data/emoji128"),
     known: Annotated[str, typer.Option(help="The style that the model knows.")] = "noto",
+    known_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Its pictures. Default: --data.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 40,
-    prior: Annotated[int, typer.Option(min=0, help="How many captions in prior.txt.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
 ) -> None:
     """Copy some pictures of one style, with captions."""
     try:
-        pick(style, out, data, known, count, prior, seed)
+        pick(style, out, (data, known_data or data), known, count, seed)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -49,18 +50,25 @@ def plain_pictures(data: Path, style: str) -> list[Example]:
     return [e for e in found if not (e.fields.get("skin_tone") or e.fields.get("near_dup_of"))]
 
 
-def chosen(data: Path, style: str, known: str, count: int, seed: int) -> list[Example]:
+def chosen(data: tuple[Path, Path], style: str, known: str, count: int, seed: int) -> list[Example]:
     """`count` pictures of `style`, at random, whose emoji the model learned in `known`."""
-    names = {example.fields["codepoints"] for example in plain_pictures(data, known)}
-    both = [e for e in plain_pictures(data, style) if e.fields["codepoints"] in names]
+    names = {example.fields["codepoints"] for example in plain_pictures(data[1], known)}
+    both = [e for e in plain_pictures(data[0], style) if e.fields["codepoints"] in names]
     if len(both) < count:
-        raise UserError(f"{data} has only {len(both)} pictures of {style} to choose from")
+        raise UserError(f"{data[0]} has only {len(both)} pictures of {style} to choose from")
     order = philox(seed, 11).permutation(len(both))
     return [both[int(number)] for number in order[:count]]
 
 
-def pick(style: str, out: Path, data: Path, known: str, count: int, prior: int, seed: int) -> None:
-    """Pictures, metadata.jsonl and prior.txt into `out`."""
+def pick(
+    style: str,
+    out: Path,
+    data: tuple[Path, Path],
+    known: str,
+    count: int,
+    seed: int,
+) -> None:
+    """Pictures and metadata.jsonl into `out`; `data` has the new and the known style."""
     examples = chosen(data, style, known, count, seed)
     make_folder(out.parent)
     with writing_folder(out, replace=False) as stage:
@@ -76,21 +84,7 @@ def pick(style: str, out: Path, data: Path, known: str, count: int, prior: int, 
             )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (stage / "metadata.jsonl").write_text(lines, "utf-8")
-        (stage / "prior.txt").write_text(
-            "".join(f"{line}\n" for line in priors(data, known, prior, seed))
-        )
-    typer.echo(f"{len(examples)} pictures and prior.txt in {out}")
-
-
-def priors(data: Path, known: str, count: int, seed: int) -> list[str]:
-    """Captions of the known style: by turns one that names it and one that does not."""
-    examples = plain_pictures(data, known)
-    lines: list[str] = []
-    for place, number in enumerate(philox(seed, 13).permutation(len(examples))[:count]):
-        captions = examples[int(number)].captions
-        plain = [caption for caption in captions if known not in caption]
-        lines.append(captions[0] if place % 2 == 0 else (plain or captions)[:2][-1])
-    return lines
+    typer.echo(f"{len(examples)} pictures in {out}")
 
 
 if __name__ == "__main__":
