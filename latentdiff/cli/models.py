@@ -12,6 +12,8 @@ from latentdiff.errors import UserError
 from latentdiff.reading import fingerprint
 
 if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
+    from latentdiff.models.autoencoder import Autoencoder
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -38,13 +40,13 @@ class ModelOptions:
             UserError: a file is not there, or an unknown prediction.
         """
         from latentdiff.diffusion.prediction import Prediction
-        from latentdiff.formats.location import find_file, is_hub_id
+        from latentdiff.formats.location import find_file
         from latentdiff.registry import check_name
 
         if self.prediction is not None:
             check_name("prediction", self.prediction, get_args(Prediction))
-        if self.vae is not None and not is_hub_id(self.vae):
-            find_file(self.vae, "autoencoder")
+        if self.vae is not None:
+            check_autoencoder(self.vae)
         for text in self.loras or ():
             find_file(parse_lora(text)[0], "LoRA file")
         for path in self.embeddings or ():
@@ -106,6 +108,48 @@ class ModelOptions:
             "fast": self.fast,
         }
         return {name: value for name, value in record.items() if value}
+
+
+def check_autoencoder(where: str | Path) -> None:
+    """Check that there is an autoencoder to load, or that the hub may have it.
+
+    Raises:
+        UserError: there is none.
+    """
+    from latentdiff.formats.location import find_file, is_hub_id
+
+    if not is_hub_id(where):
+        find_file(where, "autoencoder")
+
+
+def preview_autoencoder(where: str | Path, bundle: "Bundle") -> "Autoencoder":
+    """The autoencoder of `--preview-vae`, on the model's device.
+
+    Raises:
+        UserError: it is damaged, or of other latents.
+    """
+    import torch
+
+    from latentdiff.formats.autoencoder_files import load_autoencoder
+    from latentdiff.models.preview import check_same_latents
+
+    by = load_autoencoder(where, latent_scale(bundle))
+    check_same_latents(by, bundle.autoencoder)
+    torch.nn.Module.to(by.module, bundle.device)  # diffusers' own has no types
+    return by
+
+
+def latent_scale(bundle: "Bundle") -> float:
+    """The number by which latents of a model are those of its autoencoder, or where that does not
+    tell, as a tiny one does not, those of the autoencoder that its family was published with."""
+    from latentdiff.formats.pixart import published_scale
+    from latentdiff.formats.single_file_configs import XL_SCALE
+
+    if (own := bundle.autoencoder.scaling_factor) is not None:
+        return own
+    if bundle.family == "pixart":
+        return published_scale(bundle.conditioner.window)
+    return XL_SCALE if bundle.family == "stable-diffusion-xl" else 0.18215
 
 
 def hashed(files: Sequence[Path]) -> dict[str, object]:

@@ -17,7 +17,9 @@ from latentdiff.cli.models import (
     DtypeName,
     EngineName,
     ModelOptions,
+    check_autoencoder,
     hashed,
+    preview_autoencoder,
     with_named,
 )
 from latentdiff.errors import UserError
@@ -365,7 +367,7 @@ class RunOptions:
         Raises:
             UserError: a name is unknown, or a setting makes no sense.
         """
-        from latentdiff.formats.location import find_file, is_hub_id
+        from latentdiff.formats.location import find_file
         from latentdiff.guidance import methods
         from latentdiff.guidance.from_text import check_text
         from latentdiff.pipeline.prompt_syntax import Syntax
@@ -390,8 +392,7 @@ class RunOptions:
         if self.preview_vae is not None:
             if self.preview is None:
                 raise UserError("--preview-vae decodes what --preview FILE shows: give that, too.")
-            if not is_hub_id(self.preview_vae):
-                find_file(self.preview_vae, "autoencoder")
+            check_autoencoder(self.preview_vae)
         check_also([*(self.also or []), *map(read_region, self.region or [])])
         check_name("prompt syntax", self.syntax, get_args(Syntax))
         resolve_both(self.solver, self.timetable)
@@ -506,19 +507,11 @@ class RunOptions:
         Raises:
             UserError: the autoencoder of --preview-vae is damaged, or of other latents.
         """
-        from latentdiff.cli.output import latent_scale, previewing
+        from latentdiff.cli.output import previewing
 
         if self.preview is None or self.preview_vae is None:
             return None if self.preview is None else previewing(self.preview, None)
-        import torch
-
-        from latentdiff.formats.autoencoder_files import load_autoencoder
-        from latentdiff.models.preview import check_same_latents
-
-        by = load_autoencoder(self.preview_vae, latent_scale(bundle))
-        check_same_latents(by, bundle.autoencoder)
-        torch.nn.Module.to(by.module, bundle.device)  # diffusers' own has no types
-        return previewing(self.preview, by)
+        return previewing(self.preview, preview_autoencoder(self.preview_vae, bundle))
 
     def request(self, bundle: "Bundle", edits: "list[Edit | str] | None" = None) -> "Request":
         """The request of these options, but for the prompt and what else one command alone has;

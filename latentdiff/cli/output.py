@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from latentdiff.bundle import Bundle
     from latentdiff.models.autoencoder import Autoencoder
     from latentdiff.pipeline import LatentDiffusionPipeline, Request, Run
 
@@ -88,19 +87,6 @@ def previewing(file: Path, by: "Autoencoder | None") -> "Callable[[Run], None]":
         save_png(grid(images, 8), file, replace=True)
 
     return show
-
-
-def latent_scale(bundle: "Bundle") -> float:
-    """The number by which latents of a model are those of its autoencoder, or where that does not
-    tell, as a tiny one does not, those of the autoencoder that its family was published with."""
-    from latentdiff.formats.pixart import published_scale
-    from latentdiff.formats.single_file_configs import XL_SCALE
-
-    if (own := bundle.autoencoder.scaling_factor) is not None:
-        return own
-    if bundle.family == "pixart":
-        return published_scale(bundle.conditioner.window)
-    return XL_SCALE if bundle.family == "stable-diffusion-xl" else 0.18215
 
 
 def place_of(request: "Request", number: int) -> dict[str, int]:

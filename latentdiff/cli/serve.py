@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import options
-from latentdiff.cli.models import DtypeName, ModelOptions
+from latentdiff.cli.models import DtypeName, ModelOptions, check_autoencoder, preview_autoencoder
 from latentdiff.cli.output import pixels_at_once
 from latentdiff.errors import UserError
 
@@ -36,6 +36,7 @@ def serve(
         typer.Option(min=8, max=4096, help="Pixels of a side. Default: twice the model's own."),
     ] = None,
     model: options.Model = None,
+    vae: options.Vae = None,
     lora: options.Loras = None,
     fast: options.Fast = False,
     device: options.Device = "auto",
@@ -46,6 +47,15 @@ def serve(
             "it, whatever the model's size, else float32."
         ),
     ] = "auto",
+    preview_vae: Annotated[
+        str | None,
+        typer.Option(
+            "--preview-vae",
+            metavar="FILE_OR_FOLDER",
+            help="An autoencoder of the same latents to decode previews with, as TAESD. Default: "
+            "the model's own up to 256 pixels; of larger models colours are estimated.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a page that draws as you type, and the image calls of OpenAI and A1111.
 
@@ -64,10 +74,15 @@ def serve(
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(16)
         print(f"token {token}", file=sys.stderr)
+    chosen = ModelOptions(model, vae, loras=lora, fast=fast)
+    chosen.check()
+    if preview_vae is not None:
+        check_autoencoder(preview_vae)
     listening = listen(host, port)
-    pipe = ModelOptions(model, loras=lora, fast=fast).load(device, swift(dtype, device))
+    pipe = chosen.load(device, swift(dtype, device))
+    by = None if preview_vae is None else preview_autoencoder(preview_vae, pipe.bundle)
     limits = Limits(max_side or 2 * max(pipe.bundle.size))
-    studio = Studio(pipe, limits, pixels_at_once(pipe.bundle.device))
+    studio = Studio(pipe, limits, pixels_at_once(pipe.bundle.device), by)
     app = create_app(studio, names, token)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)

@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from latentdiff.editing import Region
 from latentdiff.errors import UserError
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.pictures import encode_png
 from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.record import about_request, png_text
@@ -149,6 +150,8 @@ class JobQueue:
         most_held: pixels of clients' pictures that waiting jobs may hold.
         most_kept: finished jobs that can still be asked for.
         most_bytes: of their pictures.
+        preview_vae: decodes previews; without it the model's own does, or for a model of more than
+            256 pixels along a side their colours are estimated.
     """
 
     def __init__(
@@ -159,8 +162,10 @@ class JobQueue:
         most_held: int = 2**27,
         most_kept: int = 100,
         most_bytes: int = 2**28,
+        preview_vae: Autoencoder | None = None,
     ) -> None:
         self.pipe = pipe
+        self.preview_vae = preview_vae
         self.at_once = at_once
         self.most_waiting = most_waiting
         self.most_held = most_held
@@ -265,8 +270,9 @@ class JobQueue:
                 job.steps_done += sum(one is job for one, _ in places)
             watched = [j for j in live if j.preview_every and move.index % j.preview_every == 0]
             if watched:
-                quick = max(self.pipe.bundle.size) > _DECODED
-                self._show(watched, places, run.preview(quick=quick))
+                by = self.preview_vae
+                quick = by is None and max(self.pipe.bundle.size) > _DECODED
+                self._show(watched, places, run.preview(quick=quick, by=by))
             if watched or time.monotonic() - told >= _BETWEEN:
                 told = time.monotonic()
                 for job in live:

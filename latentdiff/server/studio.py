@@ -18,6 +18,7 @@ from latentdiff.editing.masks import open_mask, resize_mask
 from latentdiff.errors import UserError
 from latentdiff.guidance import methods
 from latentdiff.guidance.from_text import check_text, file_of, second_pass
+from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.pipeline import LatentDiffusionPipeline, Request
 from latentdiff.pipeline.arguments import MAX_SEED, latent_shape
 from latentdiff.pipeline.prompt_syntax import parse
@@ -94,12 +95,19 @@ class Studio:
         pipe: the model.
         limits: see `Limits`.
         at_once: pixels drawn in one batch.
+        preview_vae: see `JobQueue`.
     """
 
-    def __init__(self, pipe: LatentDiffusionPipeline, limits: Limits, at_once: int) -> None:
+    def __init__(
+        self,
+        pipe: LatentDiffusionPipeline,
+        limits: Limits,
+        at_once: int,
+        preview_vae: Autoencoder | None = None,
+    ) -> None:
         self.pipe = pipe
         self.limits = limits
-        self.queue = JobQueue(pipe, at_once, limits.waiting)
+        self.queue = JobQueue(pipe, at_once, limits.waiting, preview_vae=preview_vae)
         self._opening = asyncio.Semaphore(1)  # one client's large picture in memory at a time
 
     @property
