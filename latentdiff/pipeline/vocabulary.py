@@ -6,6 +6,7 @@ puts them, by the cosine of their states at the end of the text.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from torch.nn.functional import normalize
 
 from latentdiff.bundle import Bundle
 from latentdiff.data.wording import plural
+from latentdiff.errors import warn
 
 # The cosine below which a text without a word of any caption is far from all of them. Measured on
 # the bundled model: docs/prompts.md.
 _FAR = 0.4
 _AT_ONCE = 256  # texts
-_MOST = 5000  # captions that the text encoder is asked of unbidden, at a millisecond each
+_MOST = 5000  # captions that the text encoder is asked of, at a millisecond each
 _WORD = re.compile(r"[^\W_]{2,}")
 # What says nothing of the thing: joints, numbers, sizes, places, colours, pictures, styles.
 _SMALL_WORDS = """
@@ -35,15 +37,34 @@ def near(bundle: Bundle, text: str, count: int) -> list[str]:
     """The `count` captions of a model that are nearest to a text.
 
     The text itself comes first, if it is one; then those that share most words with it; among
-    equals, and after them, those that the text encoder puts nearest.
+    equals, and after them, those that the text encoder puts nearest. Where there are more than
+    5,000, only so many are looked at: those that share most words, and of the others every n-th; a
+    warning says so.
     """
     captions = bundle.captions
     asked = _forms(_telling(text) or _words(text))
-    shared = [len(asked & _forms(_words(caption))) for caption in captions]
-    same = [caption.casefold() == text.strip().casefold() for caption in captions]
-    close = cosines(bundle, [text])[0].tolist()
-    order = sorted(range(len(captions)), key=lambda n: (same[n], shared[n], close[n]), reverse=True)
+    known = [
+        (caption.casefold() == text.strip().casefold(), len(asked & _forms(_words(caption))))
+        for caption in captions
+    ]
+    places = sorted(range(len(captions)), key=known.__getitem__, reverse=True)
+    if len(places) > _MOST:
+        warn(
+            f"{bundle.name} has {len(places):,} captions; {_MOST:,} are looked at, those that "
+            "share most words with the text and a sample of the others."
+        )
+        places = _fewer(places, sum(map(any, known)))
+    few = replace(bundle, captions=tuple(captions[place] for place in places))
+    close = dict(zip(places, cosines(few, [text])[0].tolist(), strict=True))
+    order = sorted(places, key=lambda place: (*known[place], close[place]), reverse=True)
     return [captions[place] for place in order[:count]]
+
+
+def _fewer(places: list[int], first: int) -> list[int]:
+    """`_MOST` places at most: of the first ones as many as can be, of the others every n-th."""
+    kept, rest = places[: min(first, _MOST)], places[first:]
+    room = _MOST - len(kept)
+    return [*kept, *rest[:: -(-len(rest) // room)]] if room and rest else kept
 
 
 def far(bundle: Bundle, texts: Sequence[str], count: int = 3) -> Iterator[tuple[str, list[str]]]:

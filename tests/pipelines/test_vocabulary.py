@@ -139,6 +139,30 @@ def test_generate_tells_of_far_prompts_of_models_with_captions_alone(
     assert said("algebra", "--model", str(tiny_bundle().save(tmp_path / "bare"))) == ["seed 7"]
 
 
+def test_of_very_many_captions_some_are_looked_at(
+    taught: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with a word of the text all, the rest a sample; each keeps the place it would have."""
+    many = tuple(f"thing {number}" for number in range(100_000))
+    asked: list[int] = []
+
+    def counted(bundle: Bundle, texts: Sequence[str]) -> torch.Tensor:
+        asked.append(len(bundle.captions))
+        return cosines(bundle, texts)
+
+    monkeypatch.setattr(vocabulary, "cosines", counted)
+    monkeypatch.setattr(vocabulary, "_MOST", 40)
+    with pytest.warns(UserWarning, match=r"has 100,012 captions; 40 are looked at"):
+        found = near(replace(taught, captions=many + KNOWN), "a flower", 99)
+    assert found[:2] == ["a flower", "a wilted flower"]
+    assert 30 < len(found) == asked[0] <= 40
+    numbers = [int(caption.split()[-1]) for caption in found if caption.startswith("thing")]
+    assert max(numbers) - min(numbers) > 90_000
+    with pytest.warns(UserWarning, match="40 are looked at"):
+        known = near(replace(taught, captions=many), "thing", 99)
+    assert len(known) == asked[1] == 40
+
+
 def test_words_lists_captions_and_refuses_a_model_that_carries_none(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
