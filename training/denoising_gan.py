@@ -52,6 +52,7 @@ class GanConfig(ModelRunConfig):
         noise: Z, the numbers that the generator is told.
         width: channels of the discriminator's first level.
         discriminator_lr: its learning rate; all else of its optimizer is as `optim` says.
+        caption_dropout: share of the pictures without their caption, for classifier-free guidance.
         penalty: weight of R1.
         penalty_every: R1 is in the loss of every so many steps, so many times as heavy.
     """

@@ -19,7 +19,7 @@ from latentdiff.learning.order import Stream, generator
 def kernel(clean: Levels, noisy: Levels) -> tuple[Tensor, Tensor]:
     """Scale and standard deviation of q(x_noisy | x_clean) [B, 1, 1, 1], in float64.
 
-    Kingma et al. 2021 (Variational Diffusion Models), eq. 21-22 of appendix A.
+    Kingma et al. 2021 (Variational Diffusion Models), appendix A.
     """
     scale = noisy.alpha / clean.alpha
     variance = noisy.sigma.square() - (scale * clean.sigma).square()
@@ -61,7 +61,7 @@ def posterior_draw(x0: Tensor, x: Tensor, noise: Tensor, here: Levels, there: Le
 
 
 def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
-    """-log D(real) - log(1 - D(made)) of logits [B], means: Xiao et al. 2022, section 3.2.
+    """-log D(real) - log(1 - D(made)) of logits [B], means: Xiao et al. 2022.
 
     Its minimum over all discriminators is log 4 where both are drawn alike, at a logit of 0.
     """

@@ -5,8 +5,8 @@ decoder p and a prior that is drawn by diffusion, -log p(x) is at most
 
     E_q[-log p(x | z_0)] - H(q(z_0 | x)) + CE(q(z_0 | x), p(z_0)),
 
-whose cross-entropy is an integral over the noise of the prior's errors (their theorem 1). All of it
-is in nats. Every level here is of a variance-preserving process.
+whose cross-entropy is an integral over the noise of the prior's errors. All of it is in nats.
+Every level here is of a variance-preserving process.
 """
 
 import math
@@ -31,7 +31,7 @@ def even_in_log_snr(process: Process, uniform: Sequence[float]) -> list[NoiseLev
     """The levels at these shares (0..1) of the way in log-SNR from the noise end to the data end.
 
     Such times have the density g^2 / sigma^2, up to a factor: the importance sampling by which the
-    likelihood's weight becomes a constant (Vahdat et al. 2021, section 3.4).
+    likelihood's weight becomes a constant (Vahdat et al. 2021, on reducing the variance).
     """
     first, last = process.log_snr(process.t_max), process.log_snr(process.t_min)
     places = [first + (last - first) * share for share in uniform]
@@ -41,7 +41,7 @@ def even_in_log_snr(process: Process, uniform: Sequence[float]) -> list[NoiseLev
 def cross_entropy(
     errors: Tensor, latents: Tensor, first: NoiseLevel, last: NoiseLevel, weights: Tensor | float
 ) -> Tensor:
-    """CE(q(z_0 | x), p(z_0)) of each picture, from one time each: Vahdat et al. 2021, theorem 1.
+    """CE(q(z_0 | x), p(z_0)) of each picture, from one time each: Vahdat et al. 2021.
 
     In log-SNR l the integral of g^2 / 2 |grad log q(z_t | z_0) - grad log p(z_t)|^2 dt is half that
     of |eps - eps_theta|^2 dl (Kingma et al. 2021, Variational Diffusion Models). At the noise end,
@@ -68,8 +68,8 @@ def entropy(log_std: Tensor) -> Tensor:
 def unweighted(process: Process, levels: Sequence[NoiseLevel]) -> Tensor:
     """Weights [B] that make a mean over times even in log-SNR one over even times, float64.
 
-    So the prior may learn by the plain error, as Vahdat et al. 2021, section 3.3, have it for
-    pictures' quality, at the times that are drawn for the likelihood.
+    So the prior may learn by the plain error, as Vahdat et al. 2021 have it for pictures' quality,
+    at the times that are drawn for the likelihood.
     """
     whole = process.t_max - process.t_min
     near = 0.5 if whole > 10 else 1e-4 * whole  # between whole times log-SNR is linear
@@ -154,7 +154,7 @@ class MixedPrior(Conditioned):
     def forward(self, x: Tensor, t: Tensor, words: TextStates) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """a v [B, C, h, w] of z_t [B, C, h, w] at times [B].
 
-        So eps is sigma (1 - a) z_t + a eps', the mixed score of Vahdat et al. 2021, section 3.2:
+        So eps is sigma (1 - a) z_t + a eps', the mixed score of Vahdat et al. 2021:
         a = 0 is the standard normal prior.
         """
         return self.a.view(1, -1, 1, 1) * super().forward(x, t, words).float()

@@ -52,7 +52,7 @@ def recovery_langevin(
 ) -> Tensor:
     """Draw from p(x_there | x_here), proportional to exp f(x_there) q(x_here | x_there).
 
-    Gao et al. 2021, section 3, with q(x_here | x_there) = N(a x_there, s^2): K steps
+    Gao et al. 2021, with q(x_here | x_there) = N(a x_there, s^2): K steps
     x + b^2 / 2 (df / dx + a (x_here - a x) / s^2) + b z. Theirs are from x_here on, with b^2 a
     share of s^2. Where the noisier level has hardly any signal left, that share would be far too
     much, and x_here far away; so here both are those of data of unit variance: b^2 = size v from
@@ -84,5 +84,5 @@ def recovery_langevin(
 
 def recovery_loss(of_data: Tensor, of_draws: Tensor) -> Tensor:
     """The mean of f [B] over draws less that over data, whose gradient is that of the negative
-    recovery log-likelihood: Gao et al. 2021, section 3."""
+    recovery log-likelihood: Gao et al. 2021."""
     return of_draws.mean() - of_data.mean()

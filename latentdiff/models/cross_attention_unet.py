@@ -328,7 +328,7 @@ class CrossAttentionUNet(Encoder):
 class GeneratorUNet(CrossAttentionUNet):
     """A U-Net that makes one of many x_0 of x_t, as the noise says that it is told beside the time.
 
-    The generator of a denoising diffusion GAN: Xiao et al. 2022, section 3.2. The noise [B, Z] is
+    The generator of a denoising diffusion GAN: Xiao et al. 2022. The noise [B, Z] is
     where other networks have their guidance scale, and `time_cond_proj_dim` is Z. No class of
     diffusers is one, so its config has a name of ours.
     """

@@ -32,7 +32,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class PairDiscriminator(nn.Module):
-    """Tells whether x_s of a pair (x_s, x_t) is of the forward process: Xiao et al. 2022, sec. 3.2.
+    """Tells whether x_s of a pair (x_s, x_t) is of the forward process: Xiao et al. 2022.
 
     The caption enters as an inner product of features (Miyato & Koyama 2018, the projection
     discriminator), so that a picture of something else is told, too.

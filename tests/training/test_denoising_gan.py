@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from latentdiff.errors import UserError
 from latentdiff.learning.checkpoint import checkpoints
 from latentdiff.learning.config import validate
 from latentdiff.learning.distillation import with_noise_input
+from latentdiff.learning.run import Run
 from latentdiff.pictures import open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -38,10 +40,14 @@ BASE = {
 def learn(work: Path, out: Path, **settings: object) -> Path:
     """One run in this process."""
     module = script("denoising_gan")
+    module.train(config_of(module, work, out, **settings), False)
+    return out
+
+
+def config_of(module: Any, work: Path, out: Path, **settings: object) -> Any:
     data = {"root": str(work / "pictures"), "size": 16, "held_out_fraction": 0.0}
     values = {**BASE, "out": str(out), "model": str(work / "model"), "data": data, **settings}
-    module.train(validate(module.GanConfig, values, "test"), False)
-    return out
+    return validate(module.GanConfig, values, "test")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,20 @@ def test_at_first_it_is_the_model_and_then_both_networks_move(work: Path) -> Non
     after = load_file(work / "out/model/unet/diffusion_pytorch_model.safetensors")
     assert after["time_embedding.cond_proj.weight"].abs().max() > 1e-4
     assert (after["conv_out.weight"] - plain["conv_out.weight"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_as_many_captions_are_left_out_as_the_config_says(
+    work: Path, tmp_path: Path, dropout: float
+) -> None:
+    gan = script("denoising_gan")
+    config = config_of(gan, work, tmp_path / "out", caption_dropout=dropout)
+    with Run(config, True) as run:
+        conditioner = Bundle.load(work / "model").conditioner
+        nothing = conditioner.states(conditioner.tokenize([""])).states
+        _, _, words = gan.Adversarial(config, run).pictures.draw(0, [0, 1], [0, 1], 1)
+    for row in words.states:
+        assert torch.equal(row, nothing[0]) is (dropout == 1)
 
 
 def drawn(bundle: Bundle, **more: object) -> np.ndarray:
