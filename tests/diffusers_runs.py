@@ -8,13 +8,13 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from PIL import Image
-from tiny import tiny_bundle, tower_of, unet_of, vae_of
+from tiny import noise_picture, tiny_bundle, tower_of, unet_of, vae_of
 from torch import Tensor
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.bundle import Bundle, Steps
 
+picture = noise_picture
 TOLERANCE = 1e-4  # of pixels in [0, 1]
 _SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -28,11 +28,6 @@ SCHEDULERS: dict[str, Any] = {
     "euler": lambda: EulerDiscreteScheduler(**_SCHEDULE),
     "dpmpp-2m": lambda: DPMSolverMultistepScheduler(**_SCHEDULE),
 }
-
-
-def picture(seed: int, size: tuple[int, int] = (16, 16), mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
 
 
 def noise(*shape: int, seed: int = 5) -> Tensor:

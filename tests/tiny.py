@@ -13,12 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from diffusers.models.adapter import T2IAdapter
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig, CLIPVisionConfig
@@ -121,6 +123,12 @@ STATISTICS: dict[str, dict[str, Any]] = {
         "latents_std": [0.5, 1.0, 2.0, 4.0],
     },
 }
+
+
+def noise_picture(seed: int, size: tuple[int, int] = (16, 16), mode: str = "RGB") -> Image.Image:
+    """Noise of a width and height."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
 
 
 def tiny_bundle(

@@ -8,23 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_edit import EDITS, SIZE, SOLVERS, hole, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from tiny import tiny_bundle, tiny_control, with_own_networks
 
-from latentdiff import ILVR, Control, LatentDiffusionPipeline, RePaint, Request, SDEdit, UserError
+from latentdiff import Control, LatentDiffusionPipeline, Request, UserError
 from latentdiff.bundle import Bundle
-from latentdiff.diffusion.edits import Edit
 from latentdiff.editing.control_pictures import _hysteresis, control_picture, edges, names
 from latentdiff.editing.lowpass import low_pass
 from latentdiff.models.control import ControlNetwork
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.engines import PackedNetwork
 from latentdiff.pictures import to_tensor
-
-SIZE = (15, 13)  # no multiples of the factor
-SOLVERS = ("ddim", "euler-a", "heun", "dpmpp-2m", "unipc", "ddpm")
 
 
 @cache
@@ -40,31 +37,12 @@ def network(seed: int = 10) -> ControlNetwork:
     return ControlNetwork(module.eval().requires_grad_(False))
 
 
-def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def hole() -> Image.Image:
-    mask = Image.new("L", SIZE, 0)
-    ImageDraw.Draw(mask).rectangle((5, 4, 11, 9), fill=255)
-    return mask
-
-
 def draw(*edits: Any, bundle: Bundle | None = None, **call: Any) -> Any:
     given = {"num_inference_steps": 3, "seed": 5, "output_type": "pt", "progress": False}
     if not edits and "controls" not in call:
         given |= {"height": 16, "width": 16}
     pipe = LatentDiffusionPipeline(bundle or model())
     return pipe("a red heart", edits=edits, **given | call)
-
-
-EDITS: dict[str, list[Edit]] = {
-    "none": [],
-    "SDEdit": [SDEdit(picture(0), 0.7, mask=hole())],
-    "RePaint": [RePaint(picture(0), hole(), jump_length=1, resamples=2)],
-    "ILVR": [ILVR(picture(0), factor=2)],
-}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from every_edit import EDITS, SIZE, SOLVERS, hole, picture
+from PIL import Image
 from tiny import sd_like, tiny_bundle, tiny_control, tiny_ip_adapter, with_own_networks
 from torch import Tensor
 
 from latentdiff import (
-    ILVR,
     Control,
     ImagePrompt,
     LatentDiffusionPipeline,
-    RePaint,
-    SDEdit,
     TiledDiffusion,
     UserError,
 )
@@ -31,9 +29,6 @@ from latentdiff.models.engines import PackedNetwork
 from latentdiff.models.image_prompts import ImageAdapter
 from latentdiff.pictures import to_tensor
 
-SIZE = (15, 13)  # no multiples of the factor
-SOLVERS = ("ddim", "euler-a", "heun", "dpmpp-2m", "unipc", "ddpm")
-
 
 @pytest.fixture(scope="module")
 def model() -> Bundle:
@@ -45,30 +40,11 @@ def adapter(model: Bundle, tmp_path_factory: pytest.TempPathFactory) -> ImageAda
     return load_ip_adapter(tiny_ip_adapter(tmp_path_factory.mktemp("ip"), model.network, "plus"))
 
 
-def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def hole() -> Image.Image:
-    mask = Image.new("L", SIZE, 0)
-    ImageDraw.Draw(mask).rectangle((5, 4, 11, 9), fill=255)
-    return mask
-
-
 def draw(bundle: Bundle, *edits: Any, **call: Any) -> Any:
     given: dict[str, Any] = {"num_inference_steps": 3, "seed": 5, "output_type": "pt"}
     given |= {"progress": False}
     pipe = LatentDiffusionPipeline(bundle)
     return pipe("a red heart", edits=edits, **given | call)
-
-
-EDITS: dict[str, list[Any]] = {
-    "none": [],
-    "SDEdit": [SDEdit(picture(0), 0.7, mask=hole())],
-    "RePaint": [RePaint(picture(0), hole(), jump_length=1, resamples=2)],
-    "ILVR": [ILVR(picture(0), factor=2)],
-}
 
 
 @pytest.mark.parametrize("edit", EDITS)
