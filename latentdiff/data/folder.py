@@ -112,6 +112,26 @@ def _check_usable(examples: Sequence[Example], root: str | Path) -> None:
     _refuse_where(examples, lambda example: not example.captions, "have no caption", root)
 
 
+def held_out(
+    root: Path, count: int, *, where: Mapping[str, tuple[str, ...]] | None = None
+) -> list[Example]:
+    """At most `count` pictures of a folder whose field `split` names a test, evenly spread.
+
+    Raises:
+        UserError: see `list_folder`; or some lack the field, or no picture is held out.
+    """
+    examples = list_folder(root, where=where)
+    check_fields(examples, ("split",), root)
+    others = [e for e in examples if str(e.fields["split"]).startswith("test")]
+    if not others:
+        kept = "".join(
+            f" of {name} {' or '.join(map(repr, v))}" for name, v in (where or {}).items()
+        )
+        raise UserError(f"{root}: no picture{kept} is held out.")
+    shown = min(count, len(others))
+    return [others[number * len(others) // shown] for number in range(shown)]
+
+
 def check_fields(examples: Sequence[Example], names: Sequence[str], root: Path) -> None:
     """Pass if every picture's metadata has these fields, be they empty.
 

@@ -11,6 +11,7 @@ from scripts import script
 from tiny import tiny_bundle, tiny_control
 from typer.testing import CliRunner
 
+from latentdiff.data.folder import held_out
 from latentdiff.metrics.edges import customary_tolerance, edge_agreement
 
 
@@ -51,7 +52,7 @@ def test_the_script_measures_held_out_pictures(tmp_path: Path) -> None:
 
     module, app = script("measure/evaluate_control"), typer.Typer()
     app.command()(module.main)
-    held = module.held_out(folder, "noto", 2)
+    held = held_out(folder, 2, where={"style": ("noto",)})
     assert [example.fields["split"] for example in held] == ["test_novel"] * 2
     words = ["--control", tmp_path / "net", "--model", tmp_path / "model", "--data", folder]
     words += ["--out", tmp_path / "out", "--steps", 2]

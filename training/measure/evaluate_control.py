@@ -18,7 +18,7 @@ import typer
 from PIL import Image
 
 from latentdiff.data.examples import Example
-from latentdiff.data.folder import check_fields, list_folder
+from latentdiff.data.folder import held_out
 from latentdiff.data.variants import Variant
 from latentdiff.editing.control_pictures import control_picture, edges
 from latentdiff.errors import UserError
@@ -53,7 +53,7 @@ def main(
         network = load_controlnet(
             control, device=pipe.bundle.device, dtype=pipe.bundle.network.dtype
         )
-        examples = held_out(data, style, count)
+        examples = held_out(data, count, where={"style": (style,), "skin_tone": ("",)})
         size = pipe.bundle.size
         pictures = [Variant().fill(example.open(), size) for example in examples]
         call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
@@ -64,21 +64,6 @@ def main(
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def held_out(data: Path, style: str, count: int) -> list[Example]:
-    """Pictures of a style without skin tones that are of no training split, evenly spread.
-
-    Raises:
-        UserError: there are none.
-    """
-    examples = list_folder(data, where={"style": (style,), "skin_tone": ("",)})
-    check_fields(examples, ("split",), data)
-    others = [e for e in examples if str(e.fields["split"]).startswith("test")]
-    if not others:
-        raise UserError(f"{data}: no picture of the style {style} is held out.")
-    shown = min(count, len(others))
-    return [others[number * len(others) // shown] for number in range(shown)]
 
 
 def evaluate(

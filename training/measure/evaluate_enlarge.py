@@ -25,8 +25,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.data.examples import Example
-from latentdiff.data.folder import check_fields, list_folder
+from latentdiff.data.folder import held_out
 from latentdiff.editing import Enlarge, TiledDiffusion
 from latentdiff.editing.tiled_diffusion import window_starts
 from latentdiff.errors import UserError
@@ -90,21 +89,6 @@ def main(
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def held_out(data: Path, count: int) -> list[Example]:
-    """Pictures of no training split, evenly spread.
-
-    Raises:
-        UserError: there are none.
-    """
-    examples = list_folder(data)
-    check_fields(examples, ("split",), data)
-    others = [e for e in examples if str(e.fields["split"]).startswith("test")]
-    if not others:
-        raise UserError(f"{data}: no picture is held out.")
-    shown = min(count, len(others))
-    return [others[number * len(others) // shown] for number in range(shown)]
 
 
 def enlarged(
