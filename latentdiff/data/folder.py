@@ -124,10 +124,8 @@ def held_out(
     check_fields(examples, ("split",), root)
     others = [e for e in examples if str(e.fields["split"]).startswith("test")]
     if not others:
-        kept = "".join(
-            f" of {name} {' or '.join(map(repr, v))}" for name, v in (where or {}).items()
-        )
-        raise UserError(f"{root}: no picture{kept} is held out.")
+        which = " of those asked for" if where else ""
+        raise UserError(f"{root}: no picture{which} is held out.")
     shown = min(count, len(others))
     return [others[number * len(others) // shown] for number in range(shown)]
 
