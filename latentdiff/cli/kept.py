@@ -266,8 +266,8 @@ def _options(
         options["syntax"] = "a1111"
     if program == "latentdiff":  # pictures before engines had names are the network's own
         engine = settings.get("engine", "eager")
-        # other machines lack the code, and draw the same without
-        options["engine"] = "auto" if engine == "compiled" else engine
+        # other machines lack the code or the library, and draw the same without
+        options["engine"] = "auto" if engine in ("compiled", "openvino") else engine
     return options, unknown
 
 

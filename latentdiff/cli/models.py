@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-EngineName = Literal["auto", "eager", "packed", "compiled"]
+EngineName = Literal["auto", "eager", "packed", "compiled", "openvino"]
 AttentionName = Literal["auto", "eager", "sdpa", "xformers"]
 
 

@@ -98,9 +98,10 @@ Fast = Annotated[
 Engine = Annotated[
     EngineName,
     typer.Option(
-        help="How networks are computed: compiled is the fastest on a CPU, by code that "
-        "`latentdiff compile` made; packed needs none; auto takes the first that works, packed not "
-        "for a picture or two."
+        help="How networks are computed: compiled is fast on a CPU, by code that `latentdiff "
+        "compile` made; packed needs none; auto takes the first of both that works, packed not for "
+        "a picture or two. openvino, fastest of all behind its first picture, is an extra: pip "
+        "install 'latentdiff[openvino]'."
     ),
 ]
 Attention = Annotated[

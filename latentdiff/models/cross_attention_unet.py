@@ -288,7 +288,7 @@ class CrossAttentionUNet(Encoder):
 
         Args:
             sample: x_t [B, C, H, W], with what the network sees beside it.
-            timestep: times [B] or a number.
+            timestep: times [B] or a number; or what `embed_time` makes of them.
             encoder_hidden_states: text states [B, S, D].
             encoder_attention_mask: bool [B, S], True where the network may look.
             timestep_cond: the guidance scale [B, G] of a network that was distilled with it; of a
@@ -308,8 +308,10 @@ class CrossAttentionUNet(Encoder):
         told = cross_attention_kwargs or {}
         spoilt, images = told.get("spoilt"), told.get("images", ())
         given = self._given(sample, encoder_hidden_states, encoder_attention_mask, spoilt, images)
-        numbers = timestep_cond, added_cond_kwargs, class_labels
-        time = self.time_act(self._time(sample, timestep, *numbers))
+        time = timestep
+        if not (isinstance(timestep, Tensor) and timestep.ndim == 2):
+            numbers = timestep_cond, class_labels, added_cond_kwargs
+            time = self.embed_time(sample, timestep, *numbers)
         levels = list(down_intrablock_additional_residuals or ())
         skips = self._down(self.conv_in(sample), time, given, levels)
         x = skips[-1]
@@ -323,6 +325,18 @@ class CrossAttentionUNet(Encoder):
         for block in self.up_blocks:
             x = block(x, time, skips, *given)
         return self.conv_out(silu(self.conv_norm_out(x)))
+
+    def embed_time(
+        self,
+        sample: Tensor,
+        timestep: Any,
+        timestep_cond: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """What the blocks are told of the time and of all that is told beside it: [B, time]."""
+        numbers = timestep_cond, added_cond_kwargs, class_labels
+        return self.time_act(self._time(sample, timestep, *numbers))
 
 
 class GeneratorUNet(CrossAttentionUNet):

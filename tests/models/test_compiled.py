@@ -30,8 +30,8 @@ from latentdiff.models.engines import (
     PackedNetwork,
     with_engine,
 )
-from latentdiff.models.engines.compiled import Missing
 from latentdiff.models.engines.compiling import compiling
+from latentdiff.models.engines.native import Missing
 
 QUICKLY = {
     "aot_inductor.compile_wrapper_opt_level": "O0",

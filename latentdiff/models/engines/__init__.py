@@ -10,20 +10,23 @@ import torch
 
 from latentdiff.errors import UserError, warn
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
-from latentdiff.models.engines.compiled import (
-    CompiledAutoencoder,
-    CompiledNetwork,
+from latentdiff.models.engines.compiled import CompiledAutoencoder, CompiledNetwork
+from latentdiff.models.engines.native import (
+    NativeAutoencoder,
+    NativeNetwork,
     can_compile,
     cannot_compile,
 )
+from latentdiff.models.engines.openvino import OpenVinoAutoencoder, OpenVinoNetwork, cannot_convert
 from latentdiff.models.engines.packages import cache_folder, distrust
 from latentdiff.models.engines.packed import PackedAutoencoder, PackedNetwork, cannot_pack
 from latentdiff.models.network import Network
 from latentdiff.registry import check_name
 
-Engine = Literal["auto", "eager", "packed", "compiled"]
-"""How networks are computed: as they are; with weights in oneDNN's own layout, on a CPU; or by the
-code that `latentdiff compile` made. "auto" is the last that works."""
+Engine = Literal["auto", "eager", "packed", "compiled", "openvino"]
+"""How networks are computed: as they are; with weights in oneDNN's own layout, on a CPU; by the
+code that `latentdiff compile` made; by OpenVINO. "auto" is the first that works of compiled, packed
+and eager."""
 
 Pair = tuple[Network, Autoencoder]
 
@@ -43,6 +46,8 @@ def with_engine(network: Network, autoencoder: Autoencoder, engine: Engine) -> P
     inner = _packed(itself)
     if engine == "packed":
         return inner
+    if engine == "openvino":
+        return _openvino(itself, inner)
     if engine == "compiled" and (reason := cannot_compile(network.module) or _distrusted()):
         raise UserError(f"engine 'compiled': {reason}; leave it out, or take another.")
     fast = with_code(itself, inner, tells=engine == "compiled")
@@ -80,6 +85,17 @@ def with_code(itself: Pair, inner: Pair, *, tells: bool = False) -> Pair:
     return fast, inner[1]
 
 
+def _openvino(itself: Pair, inner: Pair) -> Pair:
+    """By OpenVINO, and by the engines of `inner` what that leaves to them."""
+    network, autoencoder = itself
+    if reason := cannot_convert(network.module):
+        raise UserError(f"engine 'openvino': {reason}; leave it out, or take another.")
+    decoder = inner[1]
+    if can_compile(autoencoder):
+        decoder = OpenVinoAutoencoder.of(autoencoder, decoder)
+    return OpenVinoNetwork.of(network, inner[0]), decoder
+
+
 def _distrusted() -> str | None:
     """The reason why compiled code that is there must not run."""
     folder = cache_folder()
@@ -105,7 +121,9 @@ def engine_of(network: Network, autoencoder: Autoencoder) -> Engine:
 
 
 def _name(noun: Network | Autoencoder) -> Engine:
-    if isinstance(noun, CompiledNetwork | CompiledAutoencoder):
-        return "compiled" if noun.code.used else _name(noun.inner)
+    if isinstance(noun, NativeNetwork | NativeAutoencoder):
+        compiled = isinstance(noun, CompiledNetwork | CompiledAutoencoder)
+        native = "compiled" if compiled else "openvino"
+        return native if noun.code.used else _name(noun.inner)
     packed = isinstance(noun, PackedNetwork | PackedAutoencoder) and noun.packing.works
     return "packed" if packed else "eager"

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError
 from latentdiff.files import scratch_folder
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.engines.compiled import (
-    Call,
-    CompiledAutoencoder,
-    CompiledNetwork,
-    Maker,
-    can_compile,
-    cannot_compile,
-)
+from latentdiff.models.engines.compiled import CompiledAutoencoder, CompiledNetwork, Maker
+from latentdiff.models.engines.native import Call, Method, can_compile, cannot_compile
 from latentdiff.models.engines.packages import keep
 from latentdiff.models.network import Network
 
@@ -101,20 +95,6 @@ def _maker(say: Callable[[str], None]) -> Maker:
     return make
 
 
-class _Method(nn.Module):
-    """A method of a network as a network of tensors alone."""
-
-    def __init__(self, method: Callable[..., Tensor], call: Call) -> None:
-        super().__init__()
-        self.network = method.__self__  # pyright: ignore[reportFunctionMemberAccess]
-        self.name = method.__name__
-        self.call = call
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        args, kwargs = self.call.arguments(tensors)
-        return getattr(self.network, self.name)(*args, **kwargs)
-
-
 def _library(method: Callable[..., Tensor], call: Call) -> Path:
     """Compile a method for the shapes of a call.
 
@@ -128,7 +108,7 @@ def _library(method: Callable[..., Tensor], call: Call) -> Path:
     try:
         # Of `torch.compile` and `aot_compile` the option has no effect: it must stand globally.
         with torch.no_grad(), settings.patch(freezing=True):
-            graph: Any = torch.export.export(_Method(method, call).eval(), given).module()
+            graph: Any = torch.export.export(Method(method, call).eval(), given).module()
             return Path(str(aot_compile(graph, given)))
     except Exception as error:  # compilers raise anything
         told = " ".join(str(error).split())

@@ -5,7 +5,6 @@ network's projections of time at once. Weights that are mapped from their file n
 the packed ones: they are read from it again for a LoRA, or for what is not computed packed.
 """
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import GEGLU, ResnetBlock2D
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
-from latentdiff.models.engines.state import Checks, is_adapted, state_of, tensors_of
+from latentdiff.models.engines.state import Checks, merged, state_of, tensors_of
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
@@ -285,7 +284,7 @@ class Spoiling:
 
 def _packed(module: nn.Module) -> nn.Module:
     """The twin of a network with packed layers in place of its own."""
-    twin = _twin(module)
+    twin = merged(module)
     if isinstance(twin, CrossAttentionUNet):
         _join_time(twin)
     for name, layer in list(twin.named_modules()):
@@ -305,25 +304,6 @@ def _packed(module: nn.Module) -> nn.Module:
             )
         if new is not None:
             setattr(twin.get_submodule(parent), last, new)
-    return twin
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """Modules of the same tensors, but for layers with adapters of peft, which are merged."""
-    if is_adapted(module):
-        shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-        adapters: Any = copy.deepcopy(module, shared)
-        base = adapters.get_base_layer()
-        for kind in ("weight", "bias"):
-            if (value := getattr(base, kind)) is not None:
-                setattr(base, kind, nn.Parameter(value.detach().clone(), requires_grad=False))
-        if not adapters.disable_adapters:
-            adapters.merge(safe_merge=True)
-        return base
-    twin = type(module).__new__(type(module))  # much faster than a deep copy
-    parts = {name: part and _twin(part) for name, part in module._modules.items()}
-    own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
-    twin.__dict__ = {**module.__dict__, **own, "_modules": parts}
     return twin
 
 

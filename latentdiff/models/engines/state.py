@@ -1,5 +1,6 @@
 """Whether a network is still what an engine was made of, and computes what the engine computes."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,25 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def is_adapted(part: nn.Module) -> bool:
     """True for a layer with adapters of peft; to ask the object itself takes ten times longer."""
     return hasattr(type(part), "get_base_layer")
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """Modules of the same tensors, but for layers with adapters of peft, which are merged."""
+    if is_adapted(module):
+        shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        adapters: Any = copy.deepcopy(module, shared)
+        base = adapters.get_base_layer()
+        for kind in ("weight", "bias"):
+            if (value := getattr(base, kind)) is not None:
+                setattr(base, kind, nn.Parameter(value.detach().clone(), requires_grad=False))
+        if not adapters.disable_adapters:
+            adapters.merge(safe_merge=True)
+        return base
+    twin = type(module).__new__(type(module))  # much faster than a deep copy
+    parts = {name: part and merged(part) for name, part in module._modules.items()}
+    own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
+    twin.__dict__ = {**module.__dict__, **own, "_modules": parts}
+    return twin
 
 
 class Checks:
