@@ -100,8 +100,8 @@ Engine = Annotated[
     typer.Option(
         help="How networks are computed: compiled is fast on a CPU, by code that `latentdiff "
         "compile` made; packed needs none; auto takes the first of both that works, packed not for "
-        "a picture or two. openvino, fastest of all behind its first picture, is an extra: pip "
-        "install 'latentdiff[openvino]'."
+        "a picture or two. openvino, slow at the first picture and fast behind it, is an "
+        "extra: pip install 'latentdiff[openvino]'."
     ),
 ]
 Attention = Annotated[

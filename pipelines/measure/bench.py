@@ -5,18 +5,24 @@
 All contestants of a row compute the same with the same weights, in turn, round after round; a
 ratio is the median over rounds of the first contestant's seconds to another's. The bundled model
 draws 20 steps of DPM-Solver++(2M) with guidance 4; the networks of Stable Diffusion's size have
-random weights; whole commands start a process each. The engine compiled takes part where
-`latentdiff compile` was run before, with `--dtype bfloat16` for that precision, too. bfloat16 is
-measured where the processor computes in it. Prints tables for docs/benchmarks.md.
+random weights; whole commands start a process each. The engine compiled draws pictures where
+`latentdiff compile` was run before, with `--dtype bfloat16` for that precision, too; `--compile`
+makes code of the networks of Stable Diffusion's size for this run alone, which takes minutes and
+gigabytes. The engine openvino takes part where its library is installed, bfloat16 where the
+processor computes in it. Prints the command, and tables for docs/benchmarks.md.
 """
 
 import argparse
+import copy
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,14 +33,25 @@ from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.diffusion.condition import Condition
 from latentdiff.formats.location import find
 from latentdiff.memory import keep_freed_memory
-from latentdiff.models.autoencoder import DiffusersAutoencoder
+from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
-from latentdiff.models.engines import PackedAutoencoder, PackedNetwork, cannot_pack
+from latentdiff.models.engines import (
+    OpenVinoAutoencoder,
+    OpenVinoNetwork,
+    PackedAutoencoder,
+    PackedNetwork,
+    Pair,
+    cannot_convert,
+    cannot_pack,
+)
+from latentdiff.models.engines.compiling import compiling
 from latentdiff.models.kl_autoencoder import KLAutoencoder
-from latentdiff.models.network import DiffusersUNet
+from latentdiff.models.network import DiffusersUNet, Network
 
 PROMPT, STEPS, SCALE = "a red heart", 20, 4.0
 Sides = dict[str, Callable[[], object]]
+Rows = dict[str, Callable[[], Sides]]
+"""What makes the contestants of each row: one row's networks at a time are in memory."""
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -42,12 +59,14 @@ VAE = {
     "layers_per_block": 2,
     "sample_size": 512,
 }
+SMALL = {**VAE, "block_out_channels": [32] * 4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pictures and networks.")
     parser.add_argument("--model", help="a folder; default: the bundled model")
     parser.add_argument("--peers", action="store_true", help="beside diffusers")
+    parser.add_argument("--compile", action="store_true", help="the large networks, too")
     parser.add_argument("--rounds", type=int, default=10, help="of each comparison")
     parser.add_argument(
         "--only", nargs="+", choices=ROWS, default=list(ROWS), help="the comparisons to make"
@@ -58,10 +77,11 @@ def main() -> None:
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     keep_freed_memory()
-    print(machine(), "", "| what | how | seconds | ratio |", "|---|---|---|---|", sep="\n")
+    print(shlex.join(["python", *sys.argv]), machine(), "", sep="\n")
+    print("| what | how | seconds | ratio |", "|---|---|---|---|", sep="\n")
     for row in given.only:
-        for name, sides in ROWS[row](folder, given.peers).items():
-            report(name, compare(sides, given.rounds))
+        for name, make in ROWS[row](folder, given.peers, given.compile).items():
+            report(name, compare(make(), given.rounds))
 
 
 def machine() -> str:
@@ -79,7 +99,7 @@ def machine() -> str:
 
 def precisions() -> list[torch.dtype]:
     """Float32, and bfloat16 where a packed network computes in it."""
-    probe = KLAutoencoder({**VAE, "block_out_channels": [32] * 4}).bfloat16()
+    probe = KLAutoencoder(SMALL).bfloat16()
     return [torch.float32] if cannot_pack(probe) else [torch.float32, torch.bfloat16]
 
 
@@ -103,22 +123,26 @@ def report(what: str, times: Mapping[str, list[float]]) -> None:
         print(f"| {what} | {how} | {statistics.median(taken):.3f} | {ratio:.2f} |", flush=True)
 
 
-def pictures(folder: Path, peers: bool) -> dict[str, Sides]:
+def pictures(folder: Path, peers: bool, compiles: bool) -> Rows:
     """One picture of a whole model, after loading."""
-    rows: dict[str, Sides] = {}
-    for dtype in precisions():
-        sides: Sides = _their_pictures(folder, dtype) if peers else {}
-        for engine in ("eager", "packed", "compiled"):
-            try:
-                pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, engine=engine)
-            except UserError as error:  # there is no code of it
-                print(f"{_name(dtype)}, left out: {error}", file=sys.stderr)
-                continue
-            sides[f"latentdiff, {engine}"] = lambda pipe=pipe: pipe(
-                PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE, seed=0, progress=False
-            )
-        rows[f"one picture, {_name(dtype)}"] = sides
-    return rows
+    return {
+        f"one picture, {_name(dtype)}": partial(_pictures, folder, dtype, peers)
+        for dtype in precisions()
+    }
+
+
+def _pictures(folder: Path, dtype: torch.dtype, peers: bool) -> Sides:
+    sides: Sides = _their_pictures(folder, dtype) if peers else {}
+    for engine in ("eager", "packed", "compiled", "openvino"):
+        try:
+            pipe = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, engine=engine)
+        except UserError as error:  # there is no code of it, or no library
+            print(f"{_name(dtype)}, left out: {error}", file=sys.stderr)
+            continue
+        sides[f"latentdiff, {engine}"] = lambda pipe=pipe: pipe(
+            PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE, seed=0, progress=False
+        )
+    return sides
 
 
 def _their_pictures(folder: Path, dtype: torch.dtype) -> Sides:
@@ -141,12 +165,15 @@ def _their_pictures(folder: Path, dtype: torch.dtype) -> Sides:
     return sides
 
 
-def unets(folder: Path, peers: bool) -> dict[str, Sides]:
+def unets(folder: Path, peers: bool, compiles: bool) -> Rows:
     """One call of a U-Net of Stable Diffusion 1's size, at 256 pixels, under guidance."""
-    return {f"U-Net of SD 1, 256 px, {_name(d)}": _unet(d, peers) for d in precisions()}
+    return {
+        f"U-Net of SD 1, 256 px, {_name(dtype)}": partial(_unet, dtype, peers, compiles)
+        for dtype in precisions()
+    }
 
 
-def _unet(dtype: torch.dtype, peers: bool) -> Sides:
+def _unet(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
     config = {"cross_attention_dim": 768, "sample_size": 64}
     module = CrossAttentionUNet(config).to(dtype).eval().requires_grad_(False)
     x, states = torch.randn(2, 4, 32, 32, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
@@ -160,18 +187,52 @@ def _unet(dtype: torch.dtype, peers: bool) -> Sides:
         with torch.device("meta"):
             theirs: Any = UNet2DConditionModel(cross_attention_dim=768)
         theirs.load_state_dict(module.state_dict(), assign=True)
-        sides["diffusers"] = lambda: theirs(x, t, states)
-    sides["latentdiff, eager"] = lambda: eager(x, t, condition)
-    sides["latentdiff, packed"] = lambda: packed(x, t, condition)
+        sides |= _theirs(theirs, lambda network: network(x, t, states))
+    engines: dict[str, Network] = {"eager": eager, "packed": packed}
+    if compiles:
+        with _compiling(eager, DiffusersAutoencoder(KLAutoencoder(SMALL))) as (fast, _):
+            fast(x, t, condition)
+        engines["compiled"] = fast
+    if not cannot_convert(module):
+        engines["openvino"] = OpenVinoNetwork.of(eager, packed)
+    for name, network in engines.items():
+        sides[f"latentdiff, {name}"] = lambda network=network: network(x, t, condition)
     return sides
 
 
-def autoencoders(folder: Path, peers: bool) -> dict[str, Sides]:
+@contextmanager
+def _compiling(network: Network, autoencoder: Autoencoder) -> Iterator[Pair]:
+    """See `compiling`; what is made outlives its file."""
+    with TemporaryDirectory() as cache, torch.no_grad():
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = cache
+        try:
+            with compiling(network, autoencoder, partial(print, file=sys.stderr)) as both:
+                yield both
+        finally:
+            del os.environ["XDG_CACHE_HOME"]
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+
+
+def _theirs(network: Any, call: Callable[[Any], object]) -> Sides:
+    """A network of diffusers as it is, and channels-last; of the latter a copy is made."""
+    last: Any = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    return {
+        "diffusers": lambda: call(network),
+        "diffusers, channels-last": lambda: call(last),
+    }
+
+
+def autoencoders(folder: Path, peers: bool, compiles: bool) -> Rows:
     """One picture of 256 pixels decoded by an autoencoder of Stable Diffusion's size."""
-    return {f"VAE of SD, 256 px, {_name(d)}": _autoencoder(d, peers) for d in precisions()}
+    return {
+        f"VAE of SD, 256 px, {_name(dtype)}": partial(_autoencoder, dtype, peers, compiles)
+        for dtype in precisions()
+    }
 
 
-def _autoencoder(dtype: torch.dtype, peers: bool) -> Sides:
+def _autoencoder(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
     module = KLAutoencoder(VAE).to(dtype).eval().requires_grad_(False)
     latents = torch.randn(1, 4, 32, 32, dtype=dtype)
     eager = DiffusersAutoencoder(module)
@@ -182,13 +243,21 @@ def _autoencoder(dtype: torch.dtype, peers: bool) -> Sides:
 
         theirs: Any = AutoencoderKL(**VAE)  # pyright: ignore[reportArgumentType]
         theirs.load_state_dict(module.state_dict(), assign=True)
-        sides["diffusers"] = lambda: theirs.decode(latents)
-    sides["latentdiff, eager"] = lambda: eager.decode(latents)
-    sides["latentdiff, packed"] = lambda: packed.decode(latents)
+        sides |= _theirs(theirs, lambda network: network.decode(latents))
+    engines: dict[str, Autoencoder] = {"eager": eager, "packed": packed}
+    if compiles:
+        small = CrossAttentionUNet({"block_out_channels": [32] * 4, "cross_attention_dim": 8})
+        with _compiling(DiffusersUNet(small, 4), eager) as (_, fast):
+            fast.decode(latents)
+        engines["compiled"] = fast
+    if not cannot_convert(module):
+        engines["openvino"] = OpenVinoAutoencoder.of(eager, packed)
+    for name, decoder in engines.items():
+        sides[f"latentdiff, {name}"] = lambda decoder=decoder: decoder.decode(latents)
     return sides
 
 
-def commands(folder: Path, peers: bool) -> dict[str, Sides]:
+def commands(folder: Path, peers: bool, compiles: bool) -> Rows:
     """Whole commands; `import torch` alone is what none can save."""
     run = "import sys; from latentdiff.cli import run; sys.exit(run())"
 
@@ -204,7 +273,7 @@ def commands(folder: Path, peers: bool) -> dict[str, Sides]:
     sides: Sides = {"python -c 'import torch'": process("import torch")}
     sides["latentdiff generate"] = draw
     sides["latentdiff generate --help"] = process(run, "generate", "--help")
-    return {"a whole process": sides}
+    return {"a whole process": lambda: sides}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Self
 
 import pytest
@@ -16,7 +17,7 @@ from latentdiff import Inpaint, LatentDiffusionPipeline
 from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
 from latentdiff.lora import add_lora, attach_lora, lora_of
-from latentdiff.models.engines import PackedNetwork, cannot_pack
+from latentdiff.models.engines import OpenVinoNetwork, PackedNetwork, cannot_pack
 from latentdiff.models.engines.around import AroundNetwork
 from latentdiff.models.guidance_embedding import told_scale
 from latentdiff.models.network import Network
@@ -50,7 +51,14 @@ ENGINES: dict[str, Engine] = {
     "the network itself": lambda network: network,
     "channels last": lambda network: ChannelsLast(network, CALLS),
     "packed": PackedNetwork.of,
+    "openvino": lambda network: OpenVinoNetwork.of(network, network),
 }
+# It converts each shape anew: `test_openvino.py` has a few of these in the short suite.
+SLOW = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino"),
+]
+EACH = [pytest.param(name, marks=SLOW if name == "openvino" else []) for name in ENGINES]
 MODELS: dict[str, Callable[[], Bundle]] = {
     "clip": tiny_bundle,
     "t5, masked": lambda: tiny_bundle(tower="t5"),
@@ -103,7 +111,7 @@ def check_engine(engine: Engine, bundle: Bundle, within: float = 1e-5) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EACH)
 def test_an_engine_computes_the_same(engine: str, model: str) -> None:
     check_engine(ENGINES[engine], own(model))
 
@@ -126,7 +134,7 @@ def test_packed_bfloat16_is_as_near_to_float32_as_the_network_itself(model: str)
     assert packed <= min(1.2 * rounded, 2.5e-2)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", EACH)
 def test_a_pipeline_draws_the_same_by_an_engine(engine: str) -> None:
     """Replaced in a loaded model, under guidance, spoilt attention and an edit of the input."""
     given: dict[str, Any] = {"num_inference_steps": 3, "seed": 2, "output_type": "pt"}
