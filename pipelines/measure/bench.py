@@ -66,22 +66,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time pictures and networks.")
     parser.add_argument("--model", help="a folder; default: the bundled model")
     parser.add_argument("--peers", action="store_true", help="beside diffusers")
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="processor seconds, where other work goes on; not of whole commands",
+    )
     parser.add_argument("--compile", action="store_true", help="the large networks, too")
     parser.add_argument("--rounds", type=int, default=10, help="of each comparison")
     parser.add_argument(
         "--only", nargs="+", choices=ROWS, default=list(ROWS), help="the comparisons to make"
     )
     given = parser.parse_args()
+    if given.processor and "commands" in given.only:
+        parser.error("--processor counts no other processes: leave commands out, by --only")
     try:
         folder = find(given.model)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     keep_freed_memory()
+    clock = time.process_time if given.processor else time.perf_counter
     print(shlex.join(["python", *sys.argv]), machine(), "", sep="\n")
     print("| what | how | seconds | ratio |", "|---|---|---|---|", sep="\n")
     for row in given.only:
         for name, make in ROWS[row](folder, given.peers, given.compile).items():
-            report(name, compare(make(), given.rounds))
+            report(name, compare(make(), given.rounds, clock))
 
 
 def machine() -> str:
@@ -103,15 +111,17 @@ def precisions() -> list[torch.dtype]:
     return [torch.float32] if cannot_pack(probe) else [torch.float32, torch.bfloat16]
 
 
-def compare(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def compare(
+    sides: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each side in each round, after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, compute in sides.items():
-            start = time.perf_counter()
+            start = clock()
             with torch.no_grad():
                 compute()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: taken[1:] for name, taken in times.items()}
 
 
@@ -246,7 +256,8 @@ def _autoencoder(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
         sides |= _theirs(theirs, lambda network: network.decode(latents))
     engines: dict[str, Autoencoder] = {"eager": eager, "packed": packed}
     if compiles:
-        small = CrossAttentionUNet({"block_out_channels": [32] * 4, "cross_attention_dim": 8})
+        config = {"block_out_channels": [32] * 4, "cross_attention_dim": 8, "sample_size": 8}
+        small = CrossAttentionUNet(config)
         with _compiling(DiffusersUNet(small, 4), eager) as (_, fast):
             fast.decode(latents)
         engines["compiled"] = fast

@@ -54,11 +54,11 @@ ENGINES: dict[str, Engine] = {
     "openvino": lambda network: OpenVinoNetwork.of(network, network),
 }
 # It converts each shape anew: `test_openvino.py` has a few of these in the short suite.
-SLOW = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino"),
+ABSENT = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
+EACH = [
+    pytest.param(name, marks=[pytest.mark.slow, ABSENT] if name == "openvino" else [])
+    for name in ENGINES
 ]
-EACH = [pytest.param(name, marks=SLOW if name == "openvino" else []) for name in ENGINES]
 MODELS: dict[str, Callable[[], Bundle]] = {
     "clip": tiny_bundle,
     "t5, masked": lambda: tiny_bundle(tower="t5"),
