@@ -34,8 +34,10 @@ from latentdiff.bundle import Bundle, Steps
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.prediction import Prediction
 from latentdiff.diffusion.process import Process
+from latentdiff.files import write_json
 from latentdiff.formats import scheduler_config
 from latentdiff.guidance import Classifier, Clip
+from latentdiff.lora import add_lora, lora_of, save_lora
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.classifier import LatentClassifier
 from latentdiff.models.clip_text import (
@@ -657,3 +659,16 @@ def t5_tokenizer() -> T5Tokenizer:
     pieces = ["<pad>", "</s>", "<unk>", "▁", ",", *letters, *words]
     vocab = [(piece, -float(rank)) for rank, piece in enumerate(pieces)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=WINDOW)
+
+
+def with_fast(folder: Path, steps: Steps | None = None) -> Path:
+    """A model's folder with the LoRA and the schedule of few steps in it."""
+    bundle = Bundle.load(folder, device="cpu")
+    random = torch.Generator().manual_seed(0)
+    for parameter in add_lora(bundle, rank=2, targets="all", seed=0):
+        parameter.data.add_(torch.randn(parameter.shape, generator=random), alpha=0.05)
+    save_lora(lora_of(bundle), folder / "fast/pytorch_lora_weights.safetensors")
+    steps = steps or Steps("leading", within="leading", teacher_steps=50)
+    schedule = scheduler_config.write(bundle.process, bundle.prediction, steps, "lcm")
+    write_json(folder / "fast/scheduler_config.json", schedule, replace=False)
+    return folder

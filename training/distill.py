@@ -178,7 +178,10 @@ class Distillation(Objective[Key]):
                 after = noised(latents, noise, there)
             # The student itself, without an average: Song & Dhariwal 2023 (iCT), section 3.2.
             target = consistency(after, student(after, there), there)
-        return {"loss": pseudo_huber(consistency(x, student(x, here), here), target)}
+        found = consistency(x, student(x, here), here)
+        # Errors of v: those of x_0 shrink with sigma, and little noise would be unlearned.
+        sigma = here.sigma.to(x)
+        return {"loss": pseudo_huber(found / sigma, target / sigma)}
 
     def levels(self, uniform: Tensor) -> tuple[Levels, Levels, Levels]:
         """The level of each picture [B], and the first and the last that its teacher goes to."""

@@ -56,9 +56,8 @@ def find(where: str | Path | None) -> Path:
         raise UserError(f"{where!s:.100}: not a model ({first_line(error)}).") from error
     if isinstance(where, str) and _HUB_ID.fullmatch(where):
         kinds = ("*.json", "*.txt", "*.safetensors", "spiece.model")
-        return download(
-            where, ["model_index.json", "captions.txt", *(f"{p}/{k}" for p in PARTS for k in kinds)]
-        )
+        parts = [f"{part}/{kind}" for part in (*PARTS, "fast") for kind in kinds]
+        return download(where, ["model_index.json", "captions.txt", *parts])
     raise UserError(f"{where}: no such model folder.")
 
 

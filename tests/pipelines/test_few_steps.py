@@ -6,16 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny import tiny_bundle
+from tiny import tiny_bundle, with_fast
 
 from latentdiff import LatentDiffusionPipeline, UserError
-from latentdiff.bundle import Bundle, Steps
+from latentdiff.bundle import Steps
 from latentdiff.cli import main
-from latentdiff.files import write_json
-from latentdiff.formats import scheduler_config
-from latentdiff.lora import add_lora, lora_of, save_lora
 
 STEPS = Steps("leading", within="leading", teacher_steps=50)
 
@@ -23,17 +19,7 @@ STEPS = Steps("leading", within="leading", teacher_steps=50)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a folder `fast`, whose LoRA changes every layer."""
-    folder = tiny_bundle().save(tmp_path_factory.mktemp("model") / "tiny")
-    bundle = Bundle.load(folder)
-    add_lora(bundle, rank=2, targets="all", seed=0)
-    random = torch.Generator().manual_seed(0)
-    for name, parameter in bundle.network.module.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=random)
-    save_lora(lora_of(bundle), folder / "fast/pytorch_lora_weights.safetensors")
-    schedule = scheduler_config.write(bundle.process, bundle.prediction, STEPS, "lcm")
-    write_json(folder / "fast/scheduler_config.json", schedule, replace=False)
-    return folder
+    return with_fast(tiny_bundle().save(tmp_path_factory.mktemp("model") / "tiny"), STEPS)
 
 
 def test_fast_is_the_lora_its_solver_and_four_steps_without_guidance(model: Path) -> None:

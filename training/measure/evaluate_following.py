@@ -49,13 +49,15 @@ def main(
     most: Annotated[int, typer.Option(help="How much is asked: 120 pairs, twice the captions.")] = (
         120
     ),
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    fast: Annotated[bool, typer.Option("--fast", help="By the LoRA of few steps.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and noise.")] = 0,
 ) -> None:
     """Ask a model questions whose right answers are known."""
     make_folder(out)
-    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype="float32")
+    pipe = LatentDiffusionPipeline.from_pretrained(model, dtype="float32", fast=fast)
+    steps, guidance_scale = pipe.bundle.settings(steps, "cfg", guidance_scale)
     judge = judge_of(data, wordnet, seed)
 
     def draw(prompts: list[str], own_seed: int = seed) -> Tensor:
