@@ -4,7 +4,7 @@ import os
 import secrets
 import socket
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from latentdiff.cli import options
 from latentdiff.cli.models import DtypeName, ModelOptions, check_autoencoder, preview_autoencoder
 from latentdiff.cli.output import pixels_at_once
 from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.bundle import Bundle
 
 
 def serve(
@@ -80,6 +83,7 @@ def serve(
         check_autoencoder(preview_vae)
     listening = listen(host, port)
     pipe = chosen.load(device, swift(dtype, device))
+    leave_a_core(pipe.bundle)
     by = None if preview_vae is None else preview_autoencoder(preview_vae, pipe.bundle)
     limits = Limits(max_side or 2 * max(pipe.bundle.size))
     studio = Studio(pipe, limits, pixels_at_once(pipe.bundle.device), by)
@@ -99,6 +103,18 @@ def swift(dtype: DtypeName, device: str) -> DtypeName:
 
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     return "bfloat16" if dtype == "auto" and on_cpu and computes_halves() else dtype
+
+
+def leave_a_core(bundle: "Bundle") -> None:
+    """Draw with a thread fewer than there are, where the network is small and nobody said how many
+    threads: it gains little by the last core, which a browser beside it needs."""
+    import torch
+
+    size = sum(parameter.numel() for parameter in bundle.network.module.parameters())
+    threads = torch.get_num_threads()
+    told = "OMP_NUM_THREADS" in os.environ
+    if bundle.device.type == "cpu" and size < 100_000_000 and threads > 1 and not told:
+        torch.set_num_threads(threads - 1)
 
 
 def listen(host: str, port: int) -> socket.socket:

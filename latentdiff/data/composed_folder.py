@@ -58,8 +58,9 @@ def compose_folder(
         lines: list[dict[str, object]] = []
         for number, (row, thing) in enumerate(zip(rows, things, strict=True)):
             told = plain_captions(row, thing, philox(seed, number), CAPTIONS)
-            name = f"images/{Path(str(row['file_name'])).name}"
-            shutil.copyfile(root / str(row["file_name"]), stage / name)
+            source = root / str(row["file_name"])
+            name = f"images/plain_{number:06}{source.suffix}"
+            shutil.copyfile(source, stage / name)
             captions = list(dict.fromkeys(told))
             lines.append({"file_name": name, "captions": captions, "kind": "plain"})
         for number in tqdm(range(count), desc="composed", disable=not progress):

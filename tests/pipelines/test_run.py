@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import tiny_bundle, unet_of, vae_of
 from torch import Tensor, nn
 
-from latentdiff import Blend, LatentDiffusionPipeline, RePaint, SDEdit, UserError
+from latentdiff import Blend, Bundle, LatentDiffusionPipeline, RePaint, SDEdit, UserError
 from latentdiff.diffusion.noise import NoiseStreams
 from latentdiff.diffusion.process import NoiseLevel
 from latentdiff.diffusion.timetable import Timetable
@@ -128,6 +128,7 @@ def test_a_request_has_the_arguments_of_a_call_and_their_defaults() -> None:
     call = dict(inspect.signature(LatentDiffusionPipeline.__call__).parameters)
     own = set(inspect.signature(LatentDiffusionPipeline.draw).parameters) | {"return_dict"}
     defaults = {name: p.default for name, p in call.items() if name not in own}
+    defaults["num_inference_steps"] = Bundle.num_inference_steps  # of a call the model's own
     assert defaults == {field.name: field.default for field in dataclasses.fields(Request)}
 
 

@@ -20,7 +20,7 @@ from tiny import tiny_bundle
 
 from latentdiff import LatentDiffusionPipeline, load_autoencoder
 from latentdiff.cli import main
-from latentdiff.cli.serve import swift
+from latentdiff.cli.serve import leave_a_core, swift
 from latentdiff.pipeline import Request
 
 DOCS = (Path(__file__).parents[2] / "docs/server.md").read_text("utf-8")
@@ -106,6 +106,19 @@ def test_it_draws_in_what_the_cpu_is_fast_in_unless_told(monkeypatch: pytest.Mon
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         assert swift("auto", "auto") == swift("auto", "cpu") == ("bfloat16" if has else "auto")
         assert (swift("float32", "auto"), swift("auto", "mps")) == ("float32", "auto")
+
+
+def test_a_small_network_leaves_a_core_to_the_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, bundle = torch.get_num_threads(), tiny_bundle()
+    try:
+        torch.set_num_threads(3)
+        leave_a_core(bundle)  # conftest says how many
+        assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        leave_a_core(bundle)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(own)
 
 
 def test_a_port_that_is_taken_is_one_line(address: str, capsys: pytest.CaptureFixture[str]) -> None:
