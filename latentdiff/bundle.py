@@ -368,9 +368,13 @@ def _dtype(dtype: Precision | torch.dtype, device: torch.device, network: nn.Mod
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    size = sum(parameter.numel() for parameter in network.parameters())
-    halves = device.type == "cpu" and size >= _LARGE and computes_halves()
+    halves = device.type == "cpu" and is_large_network(network) and computes_halves()
     return torch.bfloat16 if halves else torch.float32
+
+
+def is_large_network(network: nn.Module) -> bool:
+    """True of a network of 100 million parameters or more."""
+    return sum(parameter.numel() for parameter in network.parameters()) >= _LARGE
 
 
 def computes_halves() -> bool:

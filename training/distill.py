@@ -42,11 +42,11 @@ from latentdiff.learning.distillation import (
     TeacherSolver,
     consistency,
     consistency_levels,
+    consistency_loss,
     draw_scales,
     guided,
     noised,
     progressive_target,
-    pseudo_huber,
     teacher_step,
     with_guidance_input,
 )
@@ -179,9 +179,7 @@ class Distillation(Objective[Key]):
             # The student itself, without an average: Song & Dhariwal 2023 (iCT), section 3.2.
             target = consistency(after, student(after, there), there)
         found = consistency(x, student(x, here), here)
-        # Errors of v: those of x_0 shrink with sigma, and little noise would be unlearned.
-        sigma = here.sigma.to(x)
-        return {"loss": pseudo_huber(found / sigma, target / sigma)}
+        return {"loss": consistency_loss(found, target, here)}
 
     def levels(self, uniform: Tensor) -> tuple[Levels, Levels, Levels]:
         """The level of each picture [B], and the first and the last that its teacher goes to."""

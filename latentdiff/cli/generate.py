@@ -80,7 +80,10 @@ def generate(
 
     check_prompts(prompts)
     run.check()
-    few = run.engine == "auto" and len(prompts) * number * (run.steps or 20) <= _PACKED_FROM
+    from latentdiff.bundle import Bundle
+
+    steps = run.steps or Bundle.num_inference_steps
+    few = run.engine == "auto" and len(prompts) * number * steps <= _PACKED_FROM
     engine = "eager" if few else run.engine
     pipe = run.models.load(run.device, run.dtype, engine, run.attention)
     if few:

@@ -92,7 +92,8 @@ Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Draw in 4 steps without guidance, by the LoRA that the model's folder has for that.",
+        help="Draw in 4 steps without guidance, by the LoRA that the model's folder has for that: "
+        "the bundled model's has none yet.",
     ),
 ]
 Engine = Annotated[

@@ -62,7 +62,8 @@ def serve(
 ) -> None:
     """Serve a page that draws as you type, and the image calls of OpenAI and A1111.
 
-    Needs: pip install 'latentdiff[serve]'. Nothing leaves this machine; prompts are not logged.
+    Needs: pip install 'latentdiff[serve]'. Nothing leaves this machine; prompts are not logged. A
+    small model leaves a core to the browser, unless OMP_NUM_THREADS says how many threads draw.
     """
     try:
         from latentdiff.server.app import create_app
@@ -110,10 +111,11 @@ def leave_a_core(bundle: "Bundle") -> None:
     threads: it gains little by the last core, which a browser beside it needs."""
     import torch
 
-    size = sum(parameter.numel() for parameter in bundle.network.module.parameters())
+    from latentdiff.bundle import is_large_network
+
+    small = bundle.device.type == "cpu" and not is_large_network(bundle.network.module)
     threads = torch.get_num_threads()
-    told = "OMP_NUM_THREADS" in os.environ
-    if bundle.device.type == "cpu" and size < 100_000_000 and threads > 1 and not told:
+    if small and threads > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads - 1)
 
 

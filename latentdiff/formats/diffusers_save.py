@@ -156,7 +156,7 @@ def is_kl(vae: "VAE") -> bool:
 def drawn_by_diffusers(
     vae: "VAE", network: "UNet | PixArtTransformer", schedule: dict[str, Any]
 ) -> bool:
-    """Whether a pipeline of diffusers draws with this autoencoder, network and schedule as here."""
+    """True where a pipeline of diffusers draws as here with this autoencoder, network, schedule."""
     if isinstance(vae, HaarTransform):
         return False
     known = is_kl(vae) or isinstance(vae, TinyAutoencoder)

@@ -14,10 +14,10 @@ BUNDLED = "bundle_emb."
 """Beginning of the names of words that are packed into a LoRA file."""
 
 WORD = "latentdiff_word"
-"""Where the header of a file that was written here names the word, whose tensors do not."""
+"""Key of the header of a file written here under which its word stands: its tensors have none."""
 
 SIDES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""What ComfyUI, A1111 and kohya call the text encoders of Stable Diffusion XL."""
+"""Names that ComfyUI, A1111 and kohya give the text encoders of Stable Diffusion XL."""
 
 _MOST_ROWS = 1000
 # Names that say nothing of the word: A1111's, kohya's, OneTrainer's and ComfyUI's.

@@ -43,7 +43,7 @@ class Nouns:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What a user says of a model's files, beside where they are.
+    """Choices that a user makes of a model's files, beside where they are.
 
     Attributes:
         vae: a folder or a .safetensors file with an autoencoder in place of the model's own.

@@ -1,4 +1,4 @@
-"""What pictures say of how they were drawn: ours, A1111's, ComfyUI's and InvokeAI's words.
+"""Text of pictures that says how they were drawn: ours, A1111's, ComfyUI's and InvokeAI's words.
 
 The words are anyone's: sizes are bounded, types are checked, and nothing in them is a path that is
 opened.
@@ -27,7 +27,7 @@ _NODES = 64  # of a ComfyUI graph that one input may lead through
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a picture was drawn.
+    """Settings that a picture was drawn with.
 
     Attributes:
         program: that wrote it down: latentdiff, A1111, ComfyUI or InvokeAI.
@@ -44,7 +44,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """How a picture was drawn.
+    """Read how a picture was drawn.
 
     Raises:
         UserError: the file cannot be read, or says nothing of it.
@@ -90,7 +90,7 @@ def _png_texts(data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _text_of(kind: bytes, rest: bytes) -> str | None:
-    """What follows the keyword of a text chunk; None where it is damaged."""
+    """Text that follows the keyword of a chunk; None where it is damaged."""
     encoding, text = "latin-1", rest
     if kind == b"zTXt":
         text = _inflated(rest[1:])

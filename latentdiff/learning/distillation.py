@@ -130,6 +130,16 @@ def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
     return ((squared + c**2).sqrt() - c).mean()
 
 
+def consistency_loss(output: Tensor, target: Tensor, here: Levels) -> Tensor:
+    """`pseudo_huber` of two estimates of x_0 at a level, in errors of v.
+
+    An error of v is one of sigma in x_0 (Salimans & Ho 2022: x_0 = alpha x - sigma v), so that
+    losses of x_0 would let go of what the network knows of little noise.
+    """
+    sigma = here.sigma.to(output)
+    return pseudo_huber(output / sigma, target / sigma)
+
+
 def draw_scales(
     seed: int, step: int, places: Sequence[int], between: tuple[float, float]
 ) -> list[float]:

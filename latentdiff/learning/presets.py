@@ -14,7 +14,8 @@ _WIDTHS: dict[int, Preset] = {
     1024: "sd2",
 }  # of CLIP ViT-L's and OpenCLIP ViT-H's states
 
-# Measured on the bundled model: what each method needs to work on a few dozen pictures.
+# Measured on the 64-pixel model that was bundled before: what each method needed to work on a few
+# dozen pictures. For the one that is bundled now the LoRA's rate is too high: docs/finetune.md.
 _EMOJI: dict[str, Values] = {
     "lora": {"lr": 2e-3, "steps": 700, "batch_size": 24},
     "full": {"lr": 1e-4, "steps": 400, "batch_size": 32},

@@ -28,9 +28,8 @@ def hastened(bundle: Bundle, where: str | Path | None) -> Bundle:
     Raises:
         UserError: it has none, or that is damaged or of another model.
     """
-    path = find(where)
-    folder = path / FOLDER
-    if not path.is_dir() or not folder.is_dir():
+    folder = find(where) / FOLDER
+    if not folder.is_dir():
         raise UserError(
             f"{bundle.name}: it has no folder '{FOLDER}' with a LoRA of few steps. One that was "
             "made for it may be given as any other, with its solver, steps and guidance scale; "

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion import process as processes
 from latentdiff.diffusion import timetable
 from latentdiff.diffusion.condition import Condition
 from latentdiff.diffusion.denoiser import Branch, Estimate
@@ -19,6 +20,7 @@ from latentdiff.learning.distillation import (
     Levels,
     consistency,
     consistency_levels,
+    consistency_loss,
     ddim_step,
     guided,
     noised,
@@ -86,6 +88,15 @@ def test_the_consistency_function_is_the_end_of_the_ode() -> None:
     here, there = (NoiseLevel(sigma, 1.0, sigma) for sigma in (LAST, EPS))
     end = Gaussian(mean, variance[None]).flow(x, here, there)
     assert (end - exact(x, LAST)).abs().max() < 1e-10
+
+
+def test_an_error_of_v_costs_the_same_at_every_level() -> None:
+    process, error = processes.create("vp-cosine"), torch.ones(1, 4, 8, 8)
+    losses: list[float] = []
+    for t in (30.0, 300.0, 900.0):
+        here = Levels.of([process.level(t)])
+        losses.append(consistency_loss(here.sigma.float() * error, 0 * error, here).item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize(

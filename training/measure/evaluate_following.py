@@ -50,6 +50,7 @@ def main(
         120
     ),
     fast: Annotated[bool, typer.Option("--fast", help="By the LoRA of few steps.")] = False,
+    solver: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Default: the model's own.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and noise.")] = 0,
@@ -63,7 +64,7 @@ def main(
     def draw(prompts: list[str], own_seed: int = seed) -> Tensor:
         parts = [
             pipe(prompts[at : at + 20], num_inference_steps=steps, guidance_scale=guidance_scale,
-                 seed=own_seed, first=at, output_type="pt", progress=False).images
+                 solver=solver, seed=own_seed, first=at, output_type="pt", progress=False).images
             for at in tqdm(range(0, len(prompts), 20), unit="batch", leave=False)
         ]  # fmt: skip
         return torch.cat(parts) * 2 - 1
@@ -75,7 +76,8 @@ def main(
         "test_tone": judge.captions("test_tone", 2 * most),
         "test_colour": judge.captions("test_colour", most),
     }  # fmt: skip
-    report: dict[str, object] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    used = {"solver": solver or pipe.bundle.solver, "steps": steps}
+    report: dict[str, object] = {**used, "guidance_scale": guidance_scale, "seed": seed}
     tiles: list[Image.Image] = []
     for name, questions in asked.items():
         if not questions:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from latentdiff.diffusion.condition import Condition
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
+from latentdiff.models.engines.state import cannot_compute
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation
@@ -71,13 +71,9 @@ class Method(nn.Module):
 
 def cannot_compile(module: nn.Module) -> str | None:
     """The reason why a network has no code here; None where it may have."""
+    if (reason := cannot_compute(module)) is not None:
+        return reason
     parameter = next(module.parameters())
-    if parameter.device.type != "cpu":
-        return "it computes on a CPU alone"
-    if not isinstance(module, CrossAttentionUNet | KLAutoencoder):
-        return f"it does not know networks such as this {type(module).__name__}"
-    if isinstance(module, EnergyUNet):
-        return "an energy is computed with its gradient"
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         return f"it does not compute in {str(parameter.dtype).removeprefix('torch.')}"
     return None

@@ -27,10 +27,9 @@ from latentdiff.models.attention import (
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import GEGLU, ResnetBlock2D
-from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
-from latentdiff.models.engines.state import Checks, merged, state_of, tensors_of
-from latentdiff.models.kl_autoencoder import KLAutoencoder
+from latentdiff.models.engines.state import Checks, cannot_compute, merged, state_of, tensors_of
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
@@ -44,13 +43,9 @@ _SHAPES = 2
 
 def cannot_pack(module: nn.Module) -> str | None:
     """The reason why a network cannot be packed here; None where it can."""
+    if (reason := cannot_compute(module)) is not None:
+        return reason
     parameter = next(module.parameters())
-    if parameter.device.type != "cpu":
-        return "it computes on a CPU alone"
-    if not isinstance(module, CrossAttentionUNet | KLAutoencoder):
-        return f"it does not know networks such as this {type(module).__name__}"
-    if isinstance(module, EnergyUNet):
-        return "an energy is computed with its gradient"
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "this torch has no oneDNN"
     halves = parameter.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

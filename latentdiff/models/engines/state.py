@@ -1,4 +1,4 @@
-"""Whether a network is still what an engine was made of, and computes what the engine computes."""
+"""Checks that a network is one for engines, still what one was made of, and computes the same."""
 
 import copy
 import math
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from latentdiff.errors import warn
 from latentdiff.models.attention import AttentionLayer
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet, EnergyUNet
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 
 # The largest difference to the network itself, relative to its output; more is a fault.
 _WITHIN = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -39,6 +41,17 @@ def state_of(module: nn.Module) -> list[object]:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """The parameters of a network, and their memory as it now is: no other gets their ids."""
     return [each for p in module.parameters() for each in (p, p.detach())]
+
+
+def cannot_compute(module: nn.Module) -> str | None:
+    """The reason why no engine of ours computes a network; None where some may."""
+    if next(module.parameters()).device.type != "cpu":
+        return "it computes on a CPU alone"
+    if not isinstance(module, CrossAttentionUNet | KLAutoencoder):
+        return f"it does not know networks such as this {type(module).__name__}"
+    if isinstance(module, EnergyUNet):
+        return "an energy is computed with its gradient"
+    return None
 
 
 def is_adapted(part: nn.Module) -> bool:
