@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         "method": "lora",
         "data": {"size": 16, "flip": True},
         "lora": {"rank": 2, "text_encoder": True},
-        "held_out": {"fraction": 0.2, "every": 2},
+        "held_out": {"fraction": 0.2, "every": 2, "keep": "best"},
         "sample_prompts": ["a red disc"],
     },
     "denoising_gan": {

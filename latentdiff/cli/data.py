@@ -49,6 +49,9 @@ def compose(
         Path | None,
         typer.Option(metavar="DIR", help="WordNet's data.noun and index.noun, for broader words."),
     ] = None,
+    skin_tones: Annotated[
+        bool, typer.Option("--skin-tones", help="With the plain ones that have a skin tone, too.")
+    ] = False,
 ) -> None:
     """Put new pictures made of a folder's beside its plain ones: colours, counts, pairs, places.
 
@@ -56,7 +59,9 @@ def compose(
     """
     from latentdiff.data.composed_folder import compose_folder
 
-    made = compose_folder(root, out, count, size=size, seed=seed, wordnet=wordnet)
+    made = compose_folder(
+        root, out, count, size=size, seed=seed, wordnet=wordnet, skin_tones=skin_tones
+    )
     print(f"{made} pictures in {out}; seed {seed}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ def compose_folder(
     size: int = 128,
     seed: int = 0,
     wordnet: Path | None = None,
+    skin_tones: bool = False,
     progress: bool = True,
 ) -> int:
     """Writes the plain pictures of the split `train` that have no skin tone, with many captions,
@@ -35,17 +37,20 @@ def compose_folder(
         root: a folder of single things as `latentdiff data emoji` writes them.
         out: a new folder. Its field `kind` says how each was made: see `composition.Kind`.
         wordnet: the folder of WordNet's `data.noun` and `index.noun`, for broader words.
+        skin_tones: write those with a skin tone, too; none is composed of them.
 
     Raises:
         UserError: a file cannot be read, or lacks a field; `out` exists or cannot be written.
     """
     words = None if wordnet is None else WordNet(wordnet)
     try:
-        rows = [row for row in read_rows(root) if not row["skin_tone"]]
+        rows = [row for row in read_rows(root) if skin_tones or not row["skin_tone"]]
         things, pictures, alphas = read_things(root, rows, words, size)
-        if not rows:
+        bare = [at for at, row in enumerate(rows) if not row["skin_tone"]]
+        if not bare:
             raise UserError(f"{root}: no picture is of the split `train` and without a skin tone")
-        composer = Composer(rows, things, pictures, alphas, seed)
+        own = [replace(things[at], row=number) for number, at in enumerate(bare)]
+        composer = Composer([rows[at] for at in bare], own, pictures[bare], alphas[bare], seed)
     except KeyError as error:
         raise UserError(
             f"{root}/metadata.jsonl lacks the field {error}, see docs/data.md"

@@ -143,7 +143,7 @@ class HeldOutConfig(Strict):
 
     fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
     every: PositiveInt = 50
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "last"] = "last"
     patience: PositiveInt | None = None
 
 

@@ -33,17 +33,20 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
 def min_snr_gamma(
     gamma: float | Literal["auto"] | None, prediction: Prediction, process: Process
 ) -> float | None:
-    """Gamma of the loss weights: "auto" is 5 where min-SNR weighting is defined, else None.
+    """Gamma of the loss weights: "auto" is 5 for eps and x0, else None.
 
-    It is None, too, where the last time has no signal: min-SNR weights would be 0 there, and what
-    sampling begins with would never be learned (Lin et al. 2024, sec. 3.2, weigh uniformly).
+    On v, min-SNR weights are nearly 0 in much noise, where what a picture shows is decided, and in
+    little noise. Uniform weights on v are SNR + 1 on x0 (Salimans & Ho 2022, sec. 4). It is None,
+    too, where the last time has no signal: min-SNR weights would be 0 there, and what sampling
+    begins with would never be learned (Lin et al. 2024, sec. 3.2, weigh uniformly).
 
     Raises:
         UserError: the weighting is not defined for the prediction type of the model.
     """
     defined = prediction in ("eps", "x0", "v")
     if gamma == "auto":
-        return 5.0 if defined and process.level(process.t_max).alpha > 0 else None
+        weighed = prediction in ("eps", "x0") and process.level(process.t_max).alpha > 0
+        return 5.0 if weighed else None
     if gamma is not None and not defined:
         raise UserError(
             f"objective.min_snr_gamma is for eps, x0 and v, and this model predicts "

@@ -1,6 +1,7 @@
 """Composed pictures: pure functions of (seed, number), with captions that are true."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -86,6 +87,24 @@ def test_a_folder_of_them_holds_the_plain_ones_too(
     capsys.readouterr()
     assert main(["data", "compose", str(root / "fewer"), str(tmp_path / "other")]) == 2
     assert "lacks the field 'skin_tone'" in capsys.readouterr().err
+
+
+def test_pictures_with_a_skin_tone_are_written_and_not_composed(root: Path, tmp_path: Path) -> None:
+    """With `--skin-tones` the plain ones are more, and the composed ones the same."""
+    rows = read_rows(root)
+    shutil.copytree(root / "images", tmp_path / "folder/images")
+    lines = [row | {"skin_tone": "dark"} if at in (0, 4) else row for at, row in enumerate(rows)]
+    (tmp_path / "folder/metadata.jsonl").write_text("\n".join(json.dumps(row) for row in lines))
+    made: list[tuple[list[str], list[bytes]]] = []
+    for more in ([], ["--skin-tones"]):
+        out = tmp_path / f"composed{len(more)}"
+        command = ["data", "compose", str(tmp_path / "folder"), str(out), "--count=5", *more]
+        assert main(command) == 0
+        told = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+        assert len(told) == len(rows) - 2 * (not more) + 5
+        drawn = [(out / row["file_name"]).read_bytes() for row in told[-5:]]
+        made.append(([row["captions"][0] for row in told[-5:]], drawn))
+    assert made[0] == made[1]
 
 
 def test_every_kind_comes(samples: list[tuple[np.ndarray, str, Scene]]) -> None:

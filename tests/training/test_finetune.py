@@ -182,8 +182,8 @@ def test_a_held_out_loss_tells_of_the_weights_alone_and_the_best_ones_are_left(
 ) -> None:
     """Equal at step 0 whatever the seed; rates that ruin the model end the run, but not its
     result; and a resumed run is the uninterrupted one."""
-    held = {"fraction": 0.25, "every": 1, "patience": 2}
-    optim = {"steps": 9, "batch_size": 4, "lr": 5e-2, "warmup": 0, "schedule": "constant"}
+    held = {"fraction": 0.25, "every": 1, "keep": "best", "patience": 2}
+    optim = {"steps": 9, "batch_size": 4, "lr": 2e-1, "warmup": 0, "schedule": "constant"}
     settings = {"held_out": held, "optim": optim, "checkpoint_every": 1, "lora": {"rank": 2}}
     lines: dict[str, list[dict[str, float]]] = {}
     for name, seed in {"one": 0, "other": 7, "cut": 0}.items():

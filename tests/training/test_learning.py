@@ -119,8 +119,9 @@ def test_min_snr_refuses_what_it_is_not_defined_for() -> None:
     with pytest.raises(ValueError, match="flow"):
         min_snr_weight(torch.zeros(1), "flow")
     vp, to_noise = create("vp-scaled-linear"), create("vp-scaled-linear-zsnr")
-    assert [min_snr_gamma("auto", name, vp) for name in ("v", "flow", "score")] == [5.0, None, None]
-    assert [min_snr_gamma(gamma, "v", to_noise) for gamma in ("auto", 5.0)] == [None, 5.0]
+    names: tuple[Prediction, ...] = ("eps", "x0", "v", "flow", "score")
+    assert [min_snr_gamma("auto", name, vp) for name in names] == [5.0, 5.0, None, None, None]
+    assert [min_snr_gamma(gamma, "x0", to_noise) for gamma in ("auto", 5.0)] == [None, 5.0]
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
