@@ -236,7 +236,7 @@ def test_wheel_holds_the_package_and_the_bundled_model_only() -> None:
     assert {name for name in inside if name.startswith("latentdiff/training/")} == scripts
     expected |= {
         f"latentdiff/{p.relative_to(ROOT).as_posix()}"
-        for p in (ROOT / "assets" / "emoji128").rglob("*.safetensors")
+        for p in (ROOT / "assets").rglob("*.safetensors")
     }
     assert expected <= inside, expected - inside
     assert sum(Path(file.path).stat().st_size for file in files) < 95e6

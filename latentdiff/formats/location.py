@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
 
 BUNDLED = "emoji128"
+BUNDLED_EDGES = "emoji128-edges"  # a ControlNet
 _FORMER = "emoji64"  # bundled until emoji128 was
 PARTS = ("unet", "transformer", "vae", "scheduler")
 PARTS += ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -120,13 +121,15 @@ def find_file(where: str | Path, kind: str) -> Path:
     """The file or folder of a part that a model is given.
 
     Args:
-        where: its path.
+        where: its path, or "emoji128-edges" for the bundled ControlNet.
         kind: for the message, such as "autoencoder".
 
     Raises:
         UserError: nothing is there.
     """
     path = expanded(where)
+    if where == BUNDLED_EDGES and not path.exists():
+        path = _asset(BUNDLED_EDGES) or path
     try:
         if not path.is_dir() and not path.is_file():
             raise UserError(f"{path}: no such {kind}.")
