@@ -128,7 +128,7 @@ def find_file(where: str | Path, kind: str) -> Path:
         UserError: nothing is there.
     """
     path = expanded(where)
-    if where == BUNDLED_EDGES and not path.exists():
+    if str(where) == BUNDLED_EDGES and not path.exists():
         path = _asset(BUNDLED_EDGES) or path
     try:
         if not path.is_dir() and not path.is_file():

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny import tiny_bundle, tiny_control
 
 from latentdiff import Control, LatentDiffusionPipeline, SDEdit, UserError
 from latentdiff.cli import main, output
 from latentdiff.cli.controls import parse_control
+from latentdiff.editing.control_pictures import edges
 from latentdiff.guidance import from_text
-from latentdiff.pictures import save_png
+from latentdiff.metrics.edges import edge_agreement
+from latentdiff.pictures import open_picture, save_png
 from latentdiff.pipeline import controls
 
 
@@ -143,3 +145,17 @@ def test_what_a_command_draws_with_is_read_once(
     command, *rest = line
     drawn(command, "a cat", *rest, *EDGES, *guide, capsys=capsys)
     assert sorted(read) == ["model", "model", "net"]  # of the models one draws
+
+
+def test_the_bundled_controlnet_holds_the_bundled_model_to_edges(tmp_path: Path) -> None:
+    box = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(box).rectangle((12, 40, 116, 90), fill="royalblue")
+    save_png(box, tmp_path / "box.png")
+    command = ["generate", "a blue car", "--steps", "8", "--seed", "0"]
+    told = ["--control", f"emoji128-edges:{tmp_path / 'box.png'}", "--control-from", "canny"]
+    agreements: list[float] = []
+    for name, more in {"without": [], "with": told}.items():
+        assert main([*command, *more, "--out", str(tmp_path / name)]) == 0
+        (made,) = (tmp_path / name).glob("*.png")
+        agreements.append(edge_agreement(edges(open_picture(made)), edges(box)))
+    assert agreements[1] > agreements[0] + 0.1, agreements
