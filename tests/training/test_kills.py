@@ -25,9 +25,12 @@ def alone(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_run_killed_again_and_again_is_the_run_left_alone() -> None:
-    said = alone("kills.py", "--kills", "20", "--stages", "autoencoder", "diffusion", "finetune")
-    for stage, inside, outside in (("autoencoder", 3, 3), ("diffusion", 4, 3), ("finetune", 4, 3)):
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_run_left_alone(kills: int) -> None:
+    """So many times in each stage, half of them inside a save."""
+    stages, inside, outside = ("autoencoder", "diffusion", "finetune"), kills // 2, kills // 2
+    said = alone("kills.py", "--kills", str(3 * kills), "--stages", *stages)
+    for stage in stages:
         places = f"{{'inside a save': {inside}, 'from outside': {outside}}}"
         assert f"{stage}: {places}: equal to the run left alone" in said, said
 
