@@ -104,6 +104,8 @@ def main(
     try:
         if card is not None:
             around(card, START, END)  # before the work
+        if out.exists():
+            raise UserError(f"{out} already exists: choose another name")
         precision: Precision = dtype  # pyright: ignore[reportAssignmentType]: checked by the loader
         pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=precision)
         run = Run(steps, guidance_scale, solver, resamples, seed)
