@@ -19,10 +19,10 @@ from latentdiff.errors import UserError
 Keys = Mapping[str, object]
 
 Family = Literal["ddim", "sigma", "multistep", "flow"]
-"""How a class makes its times: see `latentdiff.formats.scheduler_steps`."""
+"""The way a class makes its times: see `latentdiff.formats.scheduler_steps`."""
 
 End = Literal["clean", "sigma_min", "set_alpha_to_one", "final_sigmas_type"]
-"""Where a class's last step ends: always the same, or as the key of that name says."""
+"""The end of a class's last step: always the same, or as the key of that name says."""
 
 Lowering = Literal["never", "below 15 steps", "always"]
 """When the order of a class falls towards the end of a run that has `lower_order_final`."""

@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 Described = tuple[Process, Prediction, Steps, str]
-"""What a config says of a model; the last is the name of its solver."""
+"""The process, prediction, times and name of the solver that a config describes."""
 
 DEFAULT_SOLVER = "dpmpp-2m"
-"""Of a model that is made here; chosen in docs/comparison.md."""
+"""The solver of a model that is made here; chosen in docs/comparison.md."""
 
 _BETAS = {
     "linear": "linear",
@@ -65,11 +65,11 @@ MENDED: Mapping[str, Keys] = {
     "StableDiffusionPAGImg2ImgPipeline": _MENDED,
     "StableDiffusionPAGInpaintPipeline": _MENDED,
 }
-"""What pipelines of diffusers make of the keys of their schedulers, whatever the files say."""
+"""The values that pipelines of diffusers give to their schedulers, whatever the files say."""
 
 
 def read_folder(folder: Path) -> Described:
-    """What the scheduler of a model folder says of it.
+    """Read what the scheduler of a model folder says of it.
 
     The class is that of the scheduler's own file. Where model_index.json names another, as after
     one of the two was exchanged alone, diffusers takes that; a warning says so.
@@ -90,7 +90,7 @@ def read_folder(folder: Path) -> Described:
 
 
 def read_object(scheduler: object) -> Described:
-    """What a scheduler object of diffusers says of the model that it samples.
+    """Read what a scheduler object of diffusers says of the model that it samples.
 
     Raises:
         UserError: no such object, or see `read`.
@@ -129,7 +129,7 @@ def _ours(config: Keys) -> bool:
 
 
 def read(config: Keys, name: str, *, pipeline: str = "StableDiffusionPipeline") -> Described:
-    """What a scheduler's config says of the model.
+    """Read what a scheduler's config says of the model.
 
     Keys of a class that are left out have that class's defaults; keys of other classes have no
     effect, and those of none are warned of. See `latentdiff.formats.scheduler_classes`.
