@@ -26,6 +26,7 @@ from tiny import (
     tiny_pixart,
     tiny_upscaler,
     tiny_xl,
+    with_fast,
 )
 
 from latentdiff import Bundle
@@ -113,6 +114,8 @@ def bring(folder: Path, bundle: Bundle) -> None:
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         bundle.save(folder / name)
+    with_fast(folder / "bundled/emoji128")
+    tiny_upscaler().save(folder / "bundled/emoji128-enlarge")
     tiny_xl().save(folder / "path/to/sdxl")
     tiny_xl(refiner=True).save(folder / "path/to/sdxl-refiner")
     tiny_bundle(in_channels=9).save(folder / "path/to/inpainting-model")
@@ -183,7 +186,7 @@ def test_every_example_runs(page: Path, tiny_world: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tiny_world)
     shutil.rmtree("outputs", ignore_errors=True)  # of other pages: names on a page are its own
     if "assets" not in page.parts:  # a card is of its own model
-        monkeypatch.setattr(location, "_bundled", lambda: tiny_world / "bundled/emoji128")
+        monkeypatch.setattr(location, "_bundled", lambda name: tiny_world / "bundled" / name)
     run_page(page)
 
 

@@ -278,7 +278,9 @@ class Distillation(Objective[Key]):
             if config.lora is None:
                 save_model(run, bundle, config, self.examples, options)
                 return
-            path = save_lora(lora_of(bundle), config.out / LORA_FILE)
+            path = save_lora(
+                lora_of(bundle), config.out / LORA_FILE, dtype=getattr(torch, config.save_dtype)
+            )
             described = bundle.process, bundle.prediction, self.student.steps, self.student.solver
             schedule = scheduler_config.write(*described)
             write_json(config.out / "scheduler_config.json", schedule, replace=True)

@@ -13,6 +13,7 @@ from latentdiff.cli.output import check_writable
 from latentdiff.errors import UserError
 
 MOST = 16.0
+_STEPS = 2  # of the bundled model: more steps put in more that is not there
 
 
 @with_run_options
@@ -49,11 +50,16 @@ def enlarge(
     """Draw PICTURE larger by an upscaling model, in windows where it is larger than the model's.
 
     A model enlarges by one ratio: for a larger FACTOR it is asked again, and what is too large is
-    shrunk. None comes with latentdiff yet: --model names one, of Stable Diffusion's x4 upscaler's
-    layout, or one of `latentdiff train diffusion` with data.low_resolution.
+    shrunk. Without --model it is emoji128-enlarge, which learned emoji, enlarges by 2 and takes 2
+    steps; --model names another, of Stable Diffusion's x4 upscaler's layout, or one of `latentdiff
+    train diffusion` with data.low_resolution.
     """
     if not factor > 1:
         raise UserError(f"FACTOR: above 1 and up to {MOST:g}, not {factor:g}.")
+    from latentdiff.formats.location import BUNDLED_ENLARGER
+
+    if run.model is None:
+        run = replace(run, model=BUNDLED_ENLARGER, steps=run.steps or _STEPS)
     run = run.naming([prompt])
     worded = prompt or run.negative or run.also or run.region
     if run.guidance_scale is None and not worded:

@@ -92,8 +92,8 @@ Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Draw in 4 steps without guidance, by the LoRA that the model's folder has for that: "
-        "the bundled model's has none yet.",
+        help="Draw in 4 steps without guidance, by the LoRA that the model's folder has for that, "
+        "as the bundled model's has.",
     ),
 ]
 Engine = Annotated[

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "emoji128"
 BUNDLED_EDGES = "emoji128-edges"  # a ControlNet
+BUNDLED_ENLARGER = "emoji128-enlarge"  # an upscaling model
 _FORMER = "emoji64"  # bundled until emoji128 was
 PARTS = ("unet", "transformer", "vae", "scheduler")
 PARTS += ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -30,14 +31,14 @@ def find(where: str | Path | None) -> Path:
     """The folder of a model, or its file.
 
     Args:
-        where: None or "emoji128" for the bundled model, a folder, a .safetensors file, or a hub id
-            as "owner/name".
+        where: None or "emoji128" for the bundled model, "emoji128-enlarge" for the upscaling one
+            that comes with it, a folder, a .safetensors file, or a hub id as "owner/name".
 
     Raises:
         UserError: there is no such model, or it is another file.
     """
-    if where is None or (where == BUNDLED and not Path(where).exists()):
-        return _bundled()
+    if where is None or (where in (BUNDLED, BUNDLED_ENLARGER) and not Path(where).exists()):
+        return _bundled(where or BUNDLED)
     if not str(where):
         raise UserError("the name of the model is empty.")
     folder = expanded(where)
@@ -162,7 +163,7 @@ def clip_tokenizer() -> Path:
     Raises:
         UserError: the installation is not whole.
     """
-    return _asset("clip/tokenizer") or _bundled()  # which says how to mend it
+    return _asset("clip/tokenizer") or _bundled(BUNDLED)  # which says how to mend it
 
 
 def _asset(name: str) -> Path | None:
@@ -171,11 +172,11 @@ def _asset(name: str) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _bundled() -> Path:
-    if (folder := _asset(BUNDLED)) is not None:
+def _bundled(name: str | Path) -> Path:
+    if (folder := _asset(str(name))) is not None:
         return folder
     raise UserError(
-        f"the bundled model '{BUNDLED}' is not in this installation; reinstall latentdiff or "
+        f"the bundled model '{name}' is not in this installation; reinstall latentdiff or "
         "name a model folder."
     )
 

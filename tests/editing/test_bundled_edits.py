@@ -22,6 +22,7 @@ from latentdiff.models.control import ControlNetwork
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.pictures import to_tensor
+from latentdiff.pipeline.output import PipelineOutput
 from latentdiff.solvers import Solver
 from latentdiff.solvers.embedded_pairs import dpm_adaptive, rk45, sde_adaptive
 from latentdiff.solvers.langevin import AnnealedLangevin
@@ -30,8 +31,8 @@ STEPS = 3
 
 
 @cache
-def pipe() -> LatentDiffusionPipeline:
-    return LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32")
+def pipe(*, fast: bool = False) -> LatentDiffusionPipeline:
+    return LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32", fast=fast)
 
 
 def scribble(width: int = 60, height: int = 54) -> Image.Image:
@@ -105,9 +106,21 @@ def test_every_edit_with_every_solver_and_guidance(name: str, solver: str, scale
         on_move=lambda _, level, __: levels.append(level),
         progress=False,
     )
+    assert len(levels) == moves
+    assert_kept(name, output)
+
+
+@pytest.mark.parametrize("name", combinations())
+def test_every_edit_in_four_calls_of_the_fast_model(name: str) -> None:
+    edits, draw = combinations()[name][0], pipe(fast=True)
+    output = draw("a red heart", edits=edits, seed=1, output_type="pt", progress=False)
+    assert_kept(name, output)
+
+
+def assert_kept(name: str, output: PipelineOutput) -> None:
+    """Pass if all is finite, known pixels the given ones and low frequencies the reference's."""
     assert bool(torch.isfinite(output.images).all())
     assert bool(torch.isfinite(output.latents).all())
-    assert len(levels) == moves
     given = to_tensor(scribble())
     if "RePaint" in name or name == "all":
         known = torch.from_numpy(np.asarray(hole()) == 0)

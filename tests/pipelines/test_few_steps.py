@@ -12,6 +12,7 @@ from tiny import tiny_bundle, with_fast
 from latentdiff import LatentDiffusionPipeline, UserError
 from latentdiff.bundle import Steps
 from latentdiff.cli import main
+from latentdiff.metrics.following import colour_of, count_of
 
 STEPS = Steps("leading", within="leading", teacher_steps=50)
 
@@ -53,3 +54,12 @@ def test_a_model_without_it_is_told_so(tmp_path: Path) -> None:
     folder = tiny_bundle().save(tmp_path / "tiny")
     with pytest.raises(UserError, match="has no folder 'fast' with a LoRA of few steps"):
         LatentDiffusionPipeline.from_pretrained(folder, fast=True)
+
+
+def test_the_bundled_model_draws_in_four_calls_what_it_is_told() -> None:
+    fast = LatentDiffusionPipeline.from_pretrained(device="cpu", dtype="float32", fast=True)
+    things = {"blue": "car", "red": "heart", "green": "tree", "yellow": "face", "purple": "grapes"}
+    prompts = [*(f"a {colour} {thing}" for colour, thing in things.items()), "two red apples"]
+    drawn = [np.asarray(picture) for picture in fast(prompts, seed=0, progress=False).images]
+    assert [colour_of(picture) for picture in drawn] == [*things, "red"]
+    assert count_of(drawn[-1]) == 2

@@ -56,7 +56,7 @@ def test_the_commands_of_the_pages_start(
     shape_folder(tmp_path / "MY/PICTURES")
     replace(tiny_bundle(), captions=("a red heart", "a cat")).save(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(location, "_bundled", lambda: tmp_path / "tiny")
+    monkeypatch.setattr(location, "_bundled", lambda _: tmp_path / "tiny")
     pages = [ROOT / "README.md", ROOT / "docs/finetune.md"]
     found = [words for page in pages for words in examples(page) if isinstance(words, list)]
     mine = [
