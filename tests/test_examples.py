@@ -173,8 +173,8 @@ def run_page(page: Path) -> int:
     return count
 
 
-# 100 steps of inversion and as many pictures; thirty solvers and guides.
-LONG = tuple(ROOT / page for page in ("docs/editing.md", "docs/methods.md"))
+# 100 steps of inversion and as many pictures; thirty solvers and guides; measurements.
+LONG = tuple(ROOT / page for page in ("docs/editing.md", "docs/methods.md", "docs/training.md"))
 
 
 @pytest.mark.parametrize(

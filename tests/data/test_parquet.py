@@ -49,6 +49,7 @@ def test_parquet_files_hold_the_folder_to_the_byte(lab: Lab, tmp_path: Path) -> 
     assert [one.read() for one in again] == [one.read() for one in folder]
 
 
+@pytest.mark.slow
 def test_training_on_parquet_files_is_training_on_the_folder(lab: Lab) -> None:
     sums: list[dict[str, str]] = []
     for name in ("pictures", "hub"):

@@ -65,7 +65,14 @@ def draw(bundle: Bundle, number: int = 0, **given: Any) -> Tensor:
 
 
 @needs_openvino
-@pytest.mark.parametrize("kind", ["t5, masked", "inpainting", "xl", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "t5, masked",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("inpainting", "xl")),
+        "bfloat16",
+    ],
+)
 def test_it_computes_what_the_network_computes(kind: str) -> None:
     bundle = with_own_networks(
         tiny_xl()

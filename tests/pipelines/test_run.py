@@ -76,7 +76,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "adaptive" else []) for n in CASES],
+)
 def test_stepped_is_called_to_the_last_bit(name: str) -> None:
     called = PIPE(**asked(**CASES[name]), output_type="pt", progress=False)
     run = prepared(**CASES[name])

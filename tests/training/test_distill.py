@@ -29,7 +29,7 @@ METHODS = {
     "progressive": {"method": "progressive", "teacher_steps": 8, "steps": 2},
     "consistency": {"method": "consistency", "teacher_steps": 10, "teacher_solver": "heun"},
     "consistency-training": {"method": "consistency-training", "teacher_steps": 10},
-    "lora": {"method": "consistency", "guidance": [4, 4], "lora": 2},
+    "lora": {"method": "consistency", "guidance": [4, 4], "lora": 2, "save_dtype": "float16"},
 }
 
 
@@ -75,6 +75,8 @@ def test_a_run_that_goes_on_ends_in_the_same_student(work: Path, tmp_path: Path,
     again = load_file(file)
     assert whole.keys() == again.keys()
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    wanted = METHODS[name].get("save_dtype", BASE["save_dtype"])
+    assert {value.dtype for value in whole.values()} == {getattr(torch, wanted)}
 
 
 def test_a_student_begins_as_its_teacher(work: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def pictures_of(run: Path) -> dict[str, Image.Image]:
     return {str(path.relative_to(run)): open_picture(path) for path in run.rglob("*.png")}
 
 
-@pytest.mark.parametrize("stage", ["diffusion", "finetune"])
+@pytest.mark.parametrize("stage", ["diffusion", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_pictures_are_drawn_fewer_at_once_where_memory_is_short(lab: Lab, stage: str) -> None:
     more = ["optim.steps=1", "sample_prompts=[a red disc, a blue disc, a disc]"]
     if stage == "finetune":

@@ -134,7 +134,7 @@ def test_lora_leaves_a_file_that_draws_and_a_run_that_resumes_exactly(
         assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("loha", marks=pytest.mark.slow), "lokr", "dora"])
 def test_a_lora_of_another_kind_leaves_a_file_that_draws_and_resumes_exactly(
     work: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -25,11 +25,17 @@ def alone(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_is_the_run_left_alone(kills: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "stages"),
+    [
+        (2, ["diffusion", "finetune"]),
+        pytest.param(6, ["autoencoder", "diffusion", "finetune"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_again_and_again_is_the_run_left_alone(kills: int, stages: list[str]) -> None:
     """So many times in each stage, half of them inside a save."""
-    stages, inside, outside = ("autoencoder", "diffusion", "finetune"), kills // 2, kills // 2
-    said = alone("kills.py", "--kills", str(3 * kills), "--stages", *stages)
+    inside, outside = kills // 2, kills // 2
+    said = alone("kills.py", "--kills", str(len(stages) * kills), "--stages", *stages)
     for stage in stages:
         places = f"{{'inside a save': {inside}, 'from outside': {outside}}}"
         assert f"{stage}: {places}: equal to the run left alone" in said, said
