@@ -269,7 +269,7 @@ def _read_steps(name: str, given: Keys, solver: str, settings: Keys, process: Pr
 
 
 def _teacher(given: Keys) -> int:
-    """How many steps the teacher of a distilled model made: at most one for each time."""
+    """Number of steps that the teacher of a distilled model made: at most one for each time."""
     steps, times = (_number(given, k) for k in ("original_inference_steps", "num_train_timesteps"))
     if not 1 <= steps <= times:
         raise UserError(f"original_inference_steps must be 1 .. {times}, not {steps}.")
@@ -293,7 +293,7 @@ def _lambda_min(given: Keys, process: Process) -> float:
 
 
 def _range(name: str, given: Keys, process: Process, *, to_clean: bool) -> dict[str, Any]:
-    """Those ends of a ramp of sigmas that the config gives."""
+    """Ends of a ramp of sigmas, as far as the config gives them."""
     ends = {key: _number(given, key) for key in RANGE if given.get(key) is not None}
     for key, value in ends.items():
         if isinstance(process, Flow) and value > 1:
@@ -451,7 +451,7 @@ def _config(name: str, offered: Keys) -> dict[str, object]:
 
 
 def _can_hold(name: str, process: Process, steps: Steps) -> bool:
-    """Whether the class is one of such processes and times, and needs no further package."""
+    """True if the class is one of such processes and times, and needs no further package."""
     kind = CLASSES[name]
     if name == "DPMSolverSDEScheduler":
         return False
@@ -475,7 +475,7 @@ def _stand_in(process: Process, steps: Steps) -> str:
 
 
 def _read_or_none(config: Keys) -> Described | None:
-    """What a config says, or None if its class does not allow this combination of keys."""
+    """Read a config; None if its class does not allow this combination of keys."""
     try:
         return read(config, "")
     except UserError:

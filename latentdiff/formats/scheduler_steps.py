@@ -120,7 +120,7 @@ class Steps:
         return cls(**cast(dict[str, Any], values))
 
     def record(self) -> dict[str, object]:
-        """What differs from the plain steps, as JSON."""
+        """Settings that differ from the plain steps, as JSON."""
         plain = Steps()
         return {
             key: getattr(self, key) for key in _KINDS if getattr(self, key) != getattr(plain, key)

@@ -26,7 +26,7 @@ _NORMALIZED |= {"escape_whitespaces": (5, 1)}
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a file holds.
+    """Pieces of a sentencepiece file, and how it normalises characters.
 
     Attributes:
         pieces: with their scores, in the order of their ids.

@@ -233,7 +233,7 @@ def _inferred(stored: WeightFiles, own_vae: bool, told: Told) -> dict[str, Confi
 
 
 def _prediction(stored: WeightFiles, second: bool, told: Told) -> str:
-    """What the network predicts: by a marker among the tensors, the file beside, the header, or the
+    """Prediction of the network: by a marker among the tensors, the file beside, the header, or the
     test that ComfyUI applies to version 2."""
     if ldm.V_PREDICTION in stored.shapes:
         return "v_prediction"

@@ -184,7 +184,7 @@ def _down_types(depths: Sequence[int | None]) -> list[str]:
 
 
 def _told_sizes(part: Shapes) -> Config:
-    """What a network is told besides times and states: sizes, in those of XL."""
+    """Config of what a network is told besides times and states: sizes, in those of XL."""
     sized = "label_emb.0.0.weight" in part
     return {
         "addition_embed_type": "text_time" if sized else None,

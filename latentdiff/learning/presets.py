@@ -14,7 +14,7 @@ _WIDTHS: dict[int, Preset] = {
     1024: "sd2",
 }  # of CLIP ViT-L's and OpenCLIP ViT-H's states
 
-# Of the bundled model, on a few dozen pictures or fewer: measured in docs/finetune.md.
+# Of the bundled model, on a few dozen pictures or fewer: see docs/finetune.md, docs/control.md.
 _EMOJI: dict[str, Values] = {
     "lora": {"lr": 2e-3, "steps": 700, "batch_size": 24},
     "full": {"lr": 3e-4, "steps": 600, "batch_size": 24},
