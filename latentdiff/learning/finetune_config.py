@@ -81,10 +81,12 @@ class ControlConfig(Strict):
     They are made out of the training pictures (`kind`), or are files that a field of the metadata
     names (`field`). `embedding` are the widths of the layers that they go through, each but the
     first of which halves them; by default those of Stable Diffusion's, for the model's factor.
+    `start` is a ControlNet to go on from, which has layers of its own.
     """
 
     kind: Literal["canny", "scribble", "grey", "palette", "tile"] = "canny"
     field: str | None = None
+    start: str | None = None
     embedding: list[PositiveInt] | None = None
     attention: bool = True
 
@@ -328,5 +330,8 @@ def _check_control(config: FinetuneConfig) -> None:
     }.items():
         if given:
             raise UserError(f"--method controlnet leaves the model as it is: leave out {name}")
-    if config.control.field is not None and config.control.kind != "canny":
+    told = config.control
+    if told.field is not None and told.kind != "canny":
         raise UserError("control.field names pictures, and control.kind makes them: give one")
+    if told.start is not None and (told.embedding is not None or not told.attention):
+        raise UserError("control.start has layers of its own: leave out embedding and attention")

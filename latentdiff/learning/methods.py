@@ -13,11 +13,13 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion import process as processes
 from latentdiff.diffusion.process import DiscreteVP, zero_terminal_snr
 from latentdiff.errors import UserError
+from latentdiff.formats.controlnet import load_controlnet
 from latentdiff.learning.finetune_config import FinetuneConfig, FinetuneObjective
 from latentdiff.learning.inpainting_masks import with_mask_input
 from latentdiff.learning.textual_inversion import WordRows, add_words, clips_of
 from latentdiff.lora import add_lora
 from latentdiff.models.control import ControlNetwork
+from latentdiff.models.control_fit import check_control
 from latentdiff.models.controlnet import ControlNet
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 
@@ -97,14 +99,20 @@ def make_trainable(bundle: Bundle, config: FinetuneConfig) -> Bundle:
 
 
 def fresh_control(bundle: Bundle, config: FinetuneConfig) -> ControlNetwork:
-    """A ControlNet beside the model, to be trained; at first it changes nothing.
+    """A ControlNet beside the model, to be trained: one to go on from, or one that at first changes
+    nothing.
 
     Raises:
-        UserError: the U-Net is of another kind, or the embedding does not fit its latents.
+        UserError: the U-Net is of another kind, or the embedding does not fit its latents; or
+            the one to go on from cannot be read, or is of another model.
     """
     unet = bundle.network.module
     if not isinstance(unet, CrossAttentionUNet):
         raise UserError(f"{bundle.name}: a ControlNet is trained beside U-Nets of our own alone")
+    if config.control.start is not None:
+        begun = load_controlnet(config.control.start, device=bundle.device)
+        check_control(begun, bundle.network, bundle.factor)
+        return _to_train(begun.module, config)
     halvings = int(math.log2(bundle.factor))
     widths = config.control.embedding or [*_EMBEDDING, *[_EMBEDDING[-1]] * halvings][: halvings + 1]
     if 2 ** (len(widths) - 1) != bundle.factor:
@@ -116,6 +124,10 @@ def fresh_control(bundle: Bundle, config: FinetuneConfig) -> ControlNetwork:
     module = ControlNet.beside(
         unet, widths, bundle.latent_channels, attention=settings.attention, seed=config.seed
     )
+    return _to_train(module, config)
+
+
+def _to_train(module: ControlNet, config: FinetuneConfig) -> ControlNetwork:
     if config.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     return ControlNetwork(module.requires_grad_(True))
