@@ -5,8 +5,8 @@
 After Gao et al. 2021: at each of a few levels an energy learns from data and from draws of Langevin
 dynamics, both given the same noisier picture. The autoencoder and the text encoder are those of
 `model`; the energy is a small U-Net with a scalar head, trained from nothing. Ends by writing
-`OUT/model`, whose U-Net gives the score, so that every solver draws with it. Run the same command
-again to resume.
+`OUT/model`, whose U-Net gives the score: it is drawn with as it learned, by "recovery-langevin", or
+by any other solver. Run the same command again to resume.
 """
 
 from collections.abc import Sequence
@@ -144,7 +144,7 @@ class Recovery(Objective[Key]):
 
 
 def fresh_energy(base: Bundle, config: EnergyConfig, shape: tuple[int, ...]) -> Bundle:
-    """The model with a fresh energy as its U-Net, to be drawn with by annealed Langevin dynamics.
+    """The model with a fresh energy as its U-Net, to be drawn with by Langevin dynamics.
 
     Raises:
         UserError: the sizes do not fit the data.
@@ -169,7 +169,7 @@ def fresh_energy(base: Bundle, config: EnergyConfig, shape: tuple[int, ...]) -> 
     network = DiffusersUNet(energy.to(base.device), channels)
     steps = Steps("trailing")
     return replace(
-        base, network=network, prediction="score", solver="annealed-langevin", steps=steps
+        base, network=network, prediction="score", solver="recovery-langevin", steps=steps
     )
 
 

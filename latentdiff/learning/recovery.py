@@ -16,6 +16,7 @@ from latentdiff.learning.denoising_gan import kernel
 from latentdiff.learning.distillation import Levels
 from latentdiff.models.cross_attention_unet import EnergyUNet
 from latentdiff.models.text_encoders import TextStates, Tokens
+from latentdiff.solvers.langevin import draw_cleaner
 
 
 class ConditionedEnergy(Conditioned):
@@ -50,36 +51,26 @@ def recovery_langevin(
     noise: Tensor,
     size: float,
 ) -> Tensor:
-    """Draw from p(x_there | x_here), proportional to exp f(x_there) q(x_here | x_there).
-
-    Gao et al. 2021, with q(x_here | x_there) = N(a x_there, s^2): K steps
-    x + b^2 / 2 (df / dx + a (x_here - a x) / s^2) + b z. Theirs are from x_here on, with b^2 a
-    share of s^2. Where the noisier level has hardly any signal left, that share would be far too
-    much, and x_here far away; so here both are those of data of unit variance: b^2 = size v from
-    a x_here / (s^2 + a^2) on, with v = s^2 / (s^2 + a^2).
+    """Draw from p(x_there | x_here) as the energy has it: see `latentdiff.solvers.langevin`.
 
     Args:
         log_density: f at `there`, [B, C, h, w] -> [B].
         x: x_here [B, C, h, w].
         here, there: the noisier and the cleaner level of each picture.
         noise: standard normal [K, B, C, h, w], a draw for each step.
-        size: b^2 / v.
+        size: of a step, as a share of the variance of what is drawn.
 
     Returns:
         x_there [B, C, h, w], without a graph.
     """
-    a, s = kernel(there, here)
-    whole = s.square() + a.square()
-    step, pull = (size * s.square() / whole).to(x), (a / s.square()).to(x)
-    scale = a.to(x)
-    made = (a / whole).to(x) * x.detach()
-    for z in noise:
+
+    def score(cleaner: Tensor) -> Tensor:
         with torch.enable_grad():
-            made.requires_grad_()
-            (score,) = torch.autograd.grad(log_density(made).sum(), made)
-        made = made.detach()
-        made = made + 0.5 * step * (score + pull * (x - scale * made)) + step.sqrt() * z
-    return made.detach()
+            cleaner = cleaner.detach().requires_grad_()
+            return torch.autograd.grad(log_density(cleaner).sum(), cleaner)[0]
+
+    with torch.no_grad():
+        return draw_cleaner(score, x, *kernel(there, here), noise, size)
 
 
 def recovery_loss(of_data: Tensor, of_draws: Tensor) -> Tensor:

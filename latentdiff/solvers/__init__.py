@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from latentdiff.solvers.dpmpp import DPMpp2M, DPMpp2S, DPMpp3M
     from latentdiff.solvers.edm import Euler, Heun
     from latentdiff.solvers.gddim import GDDIM
-    from latentdiff.solvers.langevin import AnnealedLangevin, PredictorCorrector
+    from latentdiff.solvers.langevin import AnnealedLangevin, PredictorCorrector, RecoveryLangevin
     from latentdiff.solvers.pndm import IPNDM, PLMS, PNDM
     from latentdiff.solvers.sde import EulerMaruyama, SASolver
     from latentdiff.solvers.unipc import UniPC
@@ -49,6 +49,7 @@ __all__ = [
     "EulerMaruyama",
     "Heun",
     "PredictorCorrector",
+    "RecoveryLangevin",
     "SASolver",
     "Solver",
     "UniPC",
@@ -68,7 +69,7 @@ _MODULES = {
     "latentdiff.solvers.dpmpp": ("DPMpp2M", "DPMpp2S", "DPMpp3M"),
     "latentdiff.solvers.edm": ("Euler", "Heun"),
     "latentdiff.solvers.gddim": ("GDDIM",),
-    "latentdiff.solvers.langevin": ("AnnealedLangevin", "PredictorCorrector"),
+    "latentdiff.solvers.langevin": ("AnnealedLangevin", "PredictorCorrector", "RecoveryLangevin"),
     "latentdiff.solvers.pndm": ("IPNDM", "PLMS", "PNDM"),
     "latentdiff.solvers.sde": ("EulerMaruyama", "SASolver"),
     "latentdiff.solvers.unipc": ("UniPC",),
@@ -164,6 +165,9 @@ _SOLVERS: dict[str, _Entry] = {
     ),
     "annealed-langevin": _Entry(
         "20 Langevin steps a level (Song 2019)", "langevin:AnnealedLangevin"
+    ),
+    "recovery-langevin": _Entry(
+        "30 Langevin steps, held near the noisier x (Gao 2021)", "langevin:RecoveryLangevin"
     ),
     "rk45": _Entry(
         "adaptive Dormand-Prince, 6 calls a step; 1 step will do",

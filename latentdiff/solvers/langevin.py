@@ -1,6 +1,7 @@
 """Langevin dynamics at a fixed level: as a corrector after each step, or as the whole method."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -128,3 +129,82 @@ class AnnealedLangevin:
             score = score_of(x, denoise(x, here).x0, here)
             x = x + 0.5 * variance * score + math.sqrt(variance) * noise.like(x)
         return (denoise(x, here).x0 if there.sigma == 0 else there.alpha / here.alpha * x), None
+
+
+def draw_cleaner(
+    score: Callable[[Tensor], Tensor],
+    x: Tensor,
+    scale: Tensor | float,
+    std: Tensor | float,
+    noise: Iterable[Tensor],
+    size: float,
+) -> Tensor:
+    """Draw from p(x_there | x_here), proportional to p(x_there) q(x_here | x_there): Gao et al. 2021.
+
+    With q = N(a x_there, s^2), Langevin steps x + b^2 / 2 (score + a (x_here - a x) / s^2) + b z.
+    Theirs are from x_here on, with b^2 a share of s^2. Where the noisier level has hardly any
+    signal left, that share would be far too much, and x_here far away; so here both are those of
+    data of unit variance: b^2 = size v from a x_here / (s^2 + a^2) on, with v = s^2 / (s^2 + a^2).
+
+    Args:
+        score: the gradient of ln p(x_there), [B, C, h, w] -> [B, C, h, w].
+        x: x_here [B, C, h, w].
+        scale, std: a and s, numbers or [B, 1, 1, 1].
+        noise: standard normal [B, C, h, w], one for each step.
+        size: b^2 / v.
+    """
+    whole = std**2 + scale**2
+    values = size * std**2 / whole, scale / std**2, scale, scale / whole
+    step, pull, a, first = (torch.as_tensor(value).to(x) for value in values)
+    made = first * x
+    for z in noise:
+        made = made + 0.5 * step * (score(made) + pull * (x - a * made)) + step.sqrt() * z
+    return made
+
+
+@dataclass(frozen=True)
+class RecoveryLangevin:
+    """Gao et al. 2021 (Learning Energy-Based Models by Diffusion Recovery Likelihood), algorithm 2.
+
+    At each step `repeats` times Langevin dynamics at the cleaner level, held near the x of the
+    noisier one: see `draw_cleaner`. The end of the run is x_0 of the last level with noise.
+
+    Args:
+        repeats: K, evaluations a step.
+        size: of a Langevin step, as a share of the variance of what is drawn.
+
+    Raises:
+        UserError: no repeat, or a size outside 0..2, where the dynamics is not stable.
+    """
+
+    repeats: int = 30
+    size: float = 0.2
+    order: int = field(default=1, init=False)
+    stochastic: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not 0 < self.size < 2:
+            raise UserError("Langevin dynamics needs at least 1 repeat and a size between 0 and 2.")
+
+    def init(self) -> None:
+        return None
+
+    def step(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        here: NoiseLevel,
+        there: NoiseLevel,
+        state: None,
+        noise: NoiseStreams,
+    ) -> tuple[Tensor, None]:
+        if there.sigma == 0:
+            return denoise(x, here).x0, None
+        scale = here.alpha / there.alpha
+        std = math.sqrt(here.sigma**2 - (scale * there.sigma) ** 2)
+        draws = (noise.like(x) for _ in range(self.repeats))
+
+        def score(cleaner: Tensor) -> Tensor:
+            return score_of(cleaner, denoise(cleaner, there).x0, there)
+
+        return draw_cleaner(score, x, scale, std, draws, self.size), None

@@ -302,7 +302,7 @@ def test_no_deterministic_solver_is_without_a_formula() -> None:
     where = process.create("vp-continuous")
     stochastic = {"ddpm", "euler-a", "dpm2-a", "euler-maruyama", "sa-solver", "tcd", "lcm"}
     stochastic |= {"dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde"}
-    stochastic |= {"pc", "annealed-langevin", "consistency"}
+    stochastic |= {"pc", "annealed-langevin", "recovery-langevin", "consistency"}
     adaptive = {"rk45", "dpm-adaptive", "sde-adaptive"}
     assert set(solvers.names()) - stochastic - adaptive == set(REFERENCES)
     assert all(solvers.create(name, where).order >= 1 for name in solvers.names())

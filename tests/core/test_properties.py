@@ -22,7 +22,8 @@ MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 POINT = Gaussian(MEAN, torch.zeros(2, 2, dtype=torch.float64))
 DATA = mixture([0.3, 0.7], [[-1.0, 0.5], [1.2, -0.3]], [0.4, 0.6])
 DRAWS = {"ddpm", "euler-a", "dpm2-a", "dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde", "sa-solver"}
-DRAWS |= {"euler-maruyama", "pc", "annealed-langevin", "sde-adaptive", "consistency", "lcm", "tcd"}
+DRAWS |= {"euler-maruyama", "pc", "annealed-langevin", "recovery-langevin", "sde-adaptive"}
+DRAWS |= {"consistency", "lcm", "tcd"}
 runs = given(
     kind=st.sampled_from(process.names()),
     prediction=st.sampled_from(("eps", "x0", "v", "score", "flow")),

@@ -263,6 +263,15 @@ def test_annealed_langevin_comes_near_the_data() -> None:
     assert_law(draws, MEAN, 1.184 * COVARIANCE)
 
 
+def test_recovery_langevin_comes_near_the_data() -> None:
+    """Each step draws from a Gaussian conditional, whose variance 30 steps of size 0.2 leave a few
+    hundredths too large where the data are as wide as their unit variance says, or narrower."""
+    where = process.create("vp-cosine")
+    levels = timetable.create("trailing", where, 10)
+    draws = run(ANISOTROPIC, solvers.create("recovery-langevin"), levels)
+    assert_law(draws, MEAN, COVARIANCE)
+
+
 @pytest.mark.parametrize("name", ["consistency", "tcd"])
 def test_few_step_solvers_are_exact_for_one_picture(name: str) -> None:
     """Their networks are distilled for an x_0 that is right at every level."""

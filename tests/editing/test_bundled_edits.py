@@ -25,7 +25,7 @@ from latentdiff.pictures import to_tensor
 from latentdiff.pipeline.output import PipelineOutput
 from latentdiff.solvers import Solver
 from latentdiff.solvers.embedded_pairs import dpm_adaptive, rk45, sde_adaptive
-from latentdiff.solvers.langevin import AnnealedLangevin
+from latentdiff.solvers.langevin import AnnealedLangevin, RecoveryLangevin
 
 STEPS = 3
 
@@ -69,6 +69,7 @@ def quick(name: str) -> str | Solver:
     process = pipe().bundle.process
     return {
         "annealed-langevin": AnnealedLangevin(repeats=3),
+        "recovery-langevin": RecoveryLangevin(repeats=3),
         "rk45": rk45(process, 0.5, 0.5),
         "dpm-adaptive": dpm_adaptive(process, 0.5, 0.5),
         "sde-adaptive": sde_adaptive(process, 0.5, 0.5),

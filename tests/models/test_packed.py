@@ -18,8 +18,9 @@ from latentdiff.bundle import Bundle
 from latentdiff.diffusion.condition import Condition
 from latentdiff.lora import add_lora, attach_lora, detach_lora, lora_of, scale_loras
 from latentdiff.models.attention import explicit, set_attention
+from latentdiff.models.blocks import Upsample
 from latentdiff.models.engines import PackedAutoencoder, PackedNetwork, with_engine
-from latentdiff.models.engines.packed import PackedConv, PackedLinear, Pointwise
+from latentdiff.models.engines.packed import PackedConv, PackedLinear, PackedUpsample, Pointwise
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,20 @@ def test_packed_layers_are_the_layers() -> None:
             assert close(packed(x.contiguous(memory_format=torch.channels_last)), conv(x))
             if kernel == 1:
                 assert close(Pointwise(conv)(x), conv(x))
+
+
+def test_doubling_and_its_convolution_are_those_of_the_block() -> None:
+    """To twice the size, for which it computes half; and to an odd size, as U-Nets have it."""
+    random = torch.Generator().manual_seed(0)
+    block = Upsample(12)
+    packed = PackedUpsample(block.conv)
+    for shape in ((1, 12, 4, 4), (3, 12, 5, 7), (1, 12, 1, 1)):
+        x = torch.randn(shape, generator=random)
+        assert close(packed(x), block(x))
+        size = 2 * shape[2] - 1, 2 * shape[3]
+        assert close(packed(x, size), block(x, size))
+    halves, x = block.bfloat16(), x.bfloat16()
+    assert (PackedUpsample(halves.conv)(x) - halves(x)).abs().max() < 1.5e-2 * halves(x).abs().max()
 
 
 def test_it_follows_a_lora_in_and_out() -> None:

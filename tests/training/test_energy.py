@@ -90,7 +90,7 @@ def test_what_it_gives_is_the_gradient_of_its_density(energy: Bundle) -> None:
 
 
 def test_the_pipeline_draws_with_it_and_edits_compose(work: Path, energy: Bundle) -> None:
-    assert (energy.prediction, energy.solver) == ("score", "annealed-langevin")
+    assert (energy.prediction, energy.solver) == ("score", "recovery-langevin")
     assert "energy" in str(cannot_pack(energy.network.module))
     pipe = LatentDiffusionPipeline(energy)
     picture = open_picture(work / "pictures/0.png").resize((16, 16))

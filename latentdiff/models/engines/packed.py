@@ -1,6 +1,6 @@
 """Weights packed once into the layout that oneDNN computes with, instead of at every call.
 
-Activations are channels-last, keys and values of a prompt are computed once a run, and all of a
+Activations are channels-last, a convolution of what was doubled is computed before it is, keys and values of a prompt are computed once a run, and all of a
 network's projections of time at once. Weights that are mapped from their file need no memory beside
 the packed ones: they are read from it again for a LoRA, or for what is not computed packed.
 """
@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from latentdiff.diffusion.condition import Condition
 from latentdiff.memory import let_go_of_pages
@@ -26,7 +27,7 @@ from latentdiff.models.attention import (
     with_shown,
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
-from latentdiff.models.blocks import GEGLU, ResnetBlock2D
+from latentdiff.models.blocks import GEGLU, ResnetBlock2D, Upsample
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
 from latentdiff.models.engines.state import Checks, cannot_compute, merged, state_of, tensors_of
@@ -77,13 +78,64 @@ class PackedConv(_Packed):
         packed = self._packed.get(x.shape)
         if packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            packed = pack(self.weight.detach(), *self.settings, x.shape)
+            packed = pack(self.kernel(), *self.settings, x.shape)
             let_go_of_pages(self.weight.data_ptr(), self.weight.nbytes)
             others = list(self._packed.items())[1 - _SHAPES :]
             self._packed = dict([*others, (x.shape, packed)])  # at once, for other threads' sake
         x = x.contiguous(memory_format=torch.channels_last)
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, packed, self.bias, *self.settings, "none", [], "")
+
+    def kernel(self) -> Tensor:
+        """The weights, as they are packed."""
+        return self.weight.detach()
+
+
+class _Quarters(PackedConv):
+    """A 3 x 3 convolution of what is twice as large by repetition, on what is repeated.
+
+    Each pixel that is repeated becomes four, and each of these sees 2 x 2 of them: four kernels of
+    2 x 2, with 4 products where the convolution has 9. A sum of weights is rounded once more.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv)
+        if conv.bias is not None:
+            self.bias = nn.Parameter(conv.bias.detach().repeat(4), requires_grad=False)
+
+    def kernel(self) -> Tensor:
+        """[4 O, C, 2, 2]: of upper left, upper right, lower left and lower right pixels."""
+        whole = self.weight.detach().float()
+        return torch.cat([half for row in _halves(whole, 2) for half in _halves(row, 3)]).to(
+            self.weight.dtype
+        )
+
+
+def _halves(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """A kernel of three along an axis as kernels of two, of even and of odd places."""
+    a, b, c = kernel.unbind(axis)
+    return torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)
+
+
+class PackedUpsample(_Packed):
+    """See `latentdiff.models.blocks.Upsample`."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.quarters = PackedConv(conv), _Quarters(conv)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        count, _, height, width = x.shape
+        if size not in (None, (2 * height, 2 * width)):
+            return self.conv(interpolate(x, size=size, mode="nearest"))
+        # Place (i + a, j + b) of quarter (a, b) is pixel (2 i + a, 2 j + b).
+        quarters = self.quarters(x).permute(0, 2, 3, 1).contiguous()
+        image, row, place, _ = quarters.stride()
+        channels = place // 4
+        shape = count, height, 2, width, 2, channels
+        strides = image, row, row + 2 * channels, place, place + channels, 1
+        pixels = quarters.as_strided(shape, strides)
+        return pixels.reshape(count, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class PackedLinear(_Packed):
@@ -285,12 +337,14 @@ def _packed(module: nn.Module) -> nn.Module:
     for name, layer in list(twin.named_modules()):
         parent, _, last = name.rpartition(".")
         new: nn.Module | None = None
+        if isinstance(twin.get_submodule(parent), PackedGEGLU | PackedUpsample):
+            continue  # it has its layer already
         if isinstance(layer, nn.Conv2d):
             new = Pointwise(layer) if layer.kernel_size == (1, 1) else PackedConv(layer)
         elif isinstance(layer, GEGLU):
             new = PackedGEGLU(layer.proj)
-        elif isinstance(twin.get_submodule(parent), PackedGEGLU):
-            continue  # it has its layer already
+        elif isinstance(layer, Upsample):
+            new = PackedUpsample(layer.conv)
         elif isinstance(layer, nn.Linear) and not name.startswith("time_"):
             new = _packed_linear(layer)
         elif isinstance(layer, AttentionLayer) and layer.is_cross_attention:
