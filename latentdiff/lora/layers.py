@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentdiff.bundle import Bundle
 from latentdiff.errors import UserError
 from latentdiff.lora import sums
+from latentdiff.lora.changes import LowRank
 from latentdiff.lora.factors import (
     MAX_RANK,
     PARTS,
@@ -188,8 +189,20 @@ def attach_lora(bundle: Bundle, lora: Lora, name: str, scale: float = 1.0) -> No
     if name in lora_names(bundle):
         raise UserError(f"a LoRA named '{name}' is already there; choose another name.")
     _check_scale(name, scale)
-    _inject(bundle, lora, name, None, 0.0)
+    # On a GPU another copy of the weights may not fit. Here they are mapped, and peft is slow.
+    summed = _as_changes(bundle, lora) if bundle.device.type == "cpu" else lora
+    _inject(bundle, summed, name, None, 0.0)
     scale_loras(bundle, {name: scale})
+
+
+def _as_changes(bundle: Bundle, lora: Lora) -> Lora:
+    """The LoRA with its factors as changes of weights, which hold the sum then."""
+    changes: dict[Part, dict[str, Change]] = {part: {**own} for part, own in lora.changes.items()}
+    for part, pairs in lora.parts():
+        fitted = _fitted(network(bundle, part), pairs)
+        own = changes.setdefault(part, {})
+        own |= {module: LowRank(factors) for module, factors in fitted.items()}
+    return Lora(changes=changes, sums=lora.sums)
 
 
 def _inject(
@@ -211,9 +224,9 @@ def _inject(
         | _fitted_changes(network(bundle, part), lora.changes.get(part, {}))
         for part in parts_of(bundle)
     }
-    from peft import LoraConfig, inject_adapter_in_model
-
     for part, pairs in fitted.items():
+        from peft import LoraConfig, inject_adapter_in_model
+
         model = network(bundle, part)
         settings = peft_settings(pairs)
         # Exactly these modules: in a list, peft would take the names for ends of names.
@@ -280,6 +293,8 @@ def _fitted(model: nn.Module, pairs: Mapping[str, Factors]) -> dict[str, Factors
 
 def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Any]]:
     """peft's layers in a network, all or those that hold a LoRA of this name."""
+    if not getattr(model, "peft_config", {}):
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module, layer in model.named_modules():
@@ -383,11 +398,12 @@ def lora_of(bundle: Bundle, name: str = "lora") -> Lora:
     for part in parts_of(bundle):
         there = sums.sums_of(network(bundle, part)).added.get(name, {})
         added[part] = {n: value for n, value in there.items() if isinstance(value, Tensor)}
-        changes[part] |= {
-            n.removesuffix(".weight"): value
-            for n, value in there.items()
-            if not isinstance(value, Tensor)
-        }
+        for n, value in there.items():
+            module = n.removesuffix(".weight")
+            if isinstance(value, LowRank):
+                found[part][module] = value.factors
+            elif not isinstance(value, Tensor):
+                changes[part][module] = value
     return Lora(**found, sums=added, ldm=kohya_names(bundle), changes=changes)
 
 

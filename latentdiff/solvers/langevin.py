@@ -139,12 +139,13 @@ def draw_cleaner(
     noise: Iterable[Tensor],
     size: float,
 ) -> Tensor:
-    """Draw from p(x_there | x_here), proportional to p(x_there) q(x_here | x_there): Gao et al. 2021.
+    """Draw from p(x_there | x_here), proportional to p(x_there) q(x_here | x_there).
 
-    With q = N(a x_there, s^2), Langevin steps x + b^2 / 2 (score + a (x_here - a x) / s^2) + b z.
-    Theirs are from x_here on, with b^2 a share of s^2. Where the noisier level has hardly any
-    signal left, that share would be far too much, and x_here far away; so here both are those of
-    data of unit variance: b^2 = size v from a x_here / (s^2 + a^2) on, with v = s^2 / (s^2 + a^2).
+    Gao et al. 2021. With q = N(a x_there, s^2), Langevin steps
+    x + b^2 / 2 (score + a (x_here - a x) / s^2) + b z. Theirs are from x_here on, with b^2 a share
+    of s^2. Where the noisier level has hardly any signal left, that share would be far too much,
+    and x_here far away; so here both are those of data of unit variance: b^2 = size v from
+    a x_here / (s^2 + a^2) on, with v = s^2 / (s^2 + a^2).
 
     Args:
         score: the gradient of ln p(x_there), [B, C, h, w] -> [B, C, h, w].

@@ -70,6 +70,9 @@ def theirs(pipe: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
     return answers(pipe.unet, pipe.text_encoder)
 
 
+ROUNDING = 2e-5  # what W x + up (down x) and (W + up down) x may lie apart
+
+
 def gap(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
@@ -80,7 +83,7 @@ def diffusers_pipe(model: Path) -> Any:
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_diffusers_opens_what_is_saved_here(layout: Layout, model: Path, tmp_path: Path) -> None:
-    """In their networks, at full strength and at 0.8: equal to the last bit."""
+    """In their networks, at full strength and at 0.8. Theirs is beside weights, ours in them."""
     lora = made()
     save_lora(lora, tmp_path / "pytorch_lora_weights.safetensors", layout=layout)
     bundle = Bundle.load(model)
@@ -91,12 +94,12 @@ def test_diffusers_opens_what_is_saved_here(layout: Layout, model: Path, tmp_pat
     pipe.load_lora_weights(tmp_path, adapter_name="a")
     attach_lora(bundle, load_lora(tmp_path, bundle), "a")
     strong = ours(bundle)
-    assert gap(strong, theirs(pipe)) == 0
+    assert gap(strong, theirs(pipe)) < ROUNDING
     assert all(float((a - b).abs().max()) > 0.05 for a, b in zip(plain, strong, strict=True))
 
     pipe.set_adapters("a", 0.8)
     scale_loras(bundle, {"a": 0.8})
-    assert gap(ours(bundle), theirs(pipe)) == 0
+    assert gap(ours(bundle), theirs(pipe)) < ROUNDING
     assert gap(ours(bundle), strong) > 0.01
 
 
@@ -116,11 +119,11 @@ def test_several_at_once_as_diffusers_mixes_them(model: Path, tmp_path: Path) ->
     pipe.set_adapters(["a", "b"], [0.7, -1.5])
     assert lora_names(bundle) == ["a", "b"]
     both = ours(bundle)
-    assert gap(both, theirs(pipe)) == 0
+    assert gap(both, theirs(pipe)) < ROUNDING
 
     detach_lora(bundle, "a")
     pipe.set_adapters(["b"], [-1.5])
-    assert gap(ours(bundle)[:1], theirs(pipe)[:1]) == 0
+    assert gap(ours(bundle)[:1], theirs(pipe)[:1]) < ROUNDING
     assert gap(ours(bundle)[:1], both[:1]) > 0.01
 
 
@@ -152,7 +155,7 @@ def test_files_of_diffusers_and_its_older_versions_open(model: Path, tmp_path: P
     )
     bundle = Bundle.load(model)
     attach_lora(bundle, load_lora(tmp_path / "new", bundle), "new")
-    assert gap(ours(bundle), theirs(pipe)) == 0
+    assert gap(ours(bundle), theirs(pipe)) < ROUNDING
 
     values = load_file(tmp_path / "new" / "pytorch_lora_weights.safetensors")
     old = {_of_2023(name): value for name, value in values.items()}
@@ -163,7 +166,7 @@ def test_files_of_diffusers_and_its_older_versions_open(model: Path, tmp_path: P
     attach_lora(bundle, load_lora(tmp_path / "old", bundle), "old")
     pipe = diffusers_pipe(model)
     pipe.load_lora_weights(tmp_path / "old")
-    assert gap(ours(bundle), theirs(pipe)) == 0
+    assert gap(ours(bundle), theirs(pipe)) < ROUNDING
 
 
 def _of_2023(name: str) -> str:
@@ -339,7 +342,7 @@ def test_a_file_of_peft_has_its_settings_beside_it(tmp_path: Path) -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
     model.save_pretrained(str(tmp_path))
     attach_lora(bundle, load_lora(tmp_path, bundle), "a")
-    assert gap(ours(bundle), answers(model.base_model.model, tower_of(theirs).model)) == 0
+    assert gap(ours(bundle), answers(model.base_model.model, tower_of(theirs).model)) < ROUNDING
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for key, value in (
         ("use_dora", True),

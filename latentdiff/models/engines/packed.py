@@ -1,8 +1,9 @@
 """Weights packed once into the layout that oneDNN computes with, instead of at every call.
 
-Activations are channels-last, a convolution of what was doubled is computed before it is, keys and values of a prompt are computed once a run, and all of a
-network's projections of time at once. Weights that are mapped from their file need no memory beside
-the packed ones: they are read from it again for a LoRA, or for what is not computed packed.
+Activations are channels-last, a convolution of what was doubled is computed before it is, keys and
+values of a prompt are computed once a run, and all of a network's projections of time at once.
+Weights that are mapped from their file need no memory beside the packed ones: they are read from it
+again for a LoRA, or for what is not computed packed.
 """
 
 import threading
