@@ -191,11 +191,18 @@ class Bundle:
             fill(part.module, part.files, _steady(precision) if part.steady else precision, place)
         set_attention(bundle.network.module, attention)
         set_attention(bundle.autoencoder.module, attention)
-        autoencoder = bundle.autoencoder
-        if isinstance(autoencoder, DiffusersAutoencoder):
-            autoencoder = replace(autoencoder, tiling=tiling)
-        network, autoencoder = with_engine(bundle.network, autoencoder, engine)
-        return replace(bundle, network=network, autoencoder=autoencoder)
+        if isinstance(bundle.autoencoder, DiffusersAutoencoder):
+            bundle = replace(bundle, autoencoder=replace(bundle.autoencoder, tiling=tiling))
+        return bundle.inside(engine)
+
+    def inside(self, engine: Engine) -> Self:
+        """The model, which is in no engine, inside one: see `latentdiff.models.engines`.
+
+        Raises:
+            UserError: unknown name, or this engine cannot compute the network here.
+        """
+        network, autoencoder = with_engine(self.network, self.autoencoder, engine)
+        return replace(self, network=network, autoencoder=autoencoder)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:

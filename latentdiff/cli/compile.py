@@ -24,8 +24,14 @@ def compile_model(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn at once.")] = 1,
     guidance_scale: Annotated[
-        float, typer.Option(help="Of the runs to be; 1, which is off, is another shape of calls.")
-    ] = 4.0,
+        float | None,
+        typer.Option(
+            help="Of the runs to be; 1, which is off, is another shape of calls. Default: the "
+            "model's own."
+        ),
+    ] = None,
+    fast: options.Fast = False,
+    lora: options.Loras = None,
     dtype: options.Dtype = "auto",
     vae: options.Vae = None,
     prediction: options.PredictionName = None,
@@ -34,10 +40,13 @@ def compile_model(
     """Compile MODEL for pictures of one size, which are then drawn faster; takes minutes.
 
     It needs a C++ compiler. The code is for this processor, this torch, this number of threads
-    and these weights, and lies in ~/.cache/latentdiff/compiled (or below XDG_CACHE_HOME), where
-    the engine `auto` finds it. Other sizes and batches are drawn as ever; run it again for each.
+    and these weights, with the LoRAs that are named, and lies in ~/.cache/latentdiff/compiled (or
+    below XDG_CACHE_HOME), where the engine `auto` finds it. Other sizes, batches and LoRAs are
+    drawn as ever; run it again for each.
     """
-    pipe = ModelOptions(model, vae, prediction, variant).load("cpu", dtype, "eager")
+    chosen = ModelOptions(model, vae, prediction, variant, lora, fast=fast)
+    chosen.check()
+    pipe = chosen.load("cpu", dtype, "eager")
     from latentdiff.models.engines.compiling import compiling
 
     bundle = pipe.bundle

@@ -71,7 +71,7 @@ class ModelOptions:
             variant=self.variant,
             dtype=dtype,
             device=device,
-            engine=engine,
+            engine="eager" if wanted else engine,  # compiled code is of weights with LoRAs in them
             attention=attention,
             fast=self.fast,
         )
@@ -85,6 +85,8 @@ class ModelOptions:
                 while name in lora_names(pipe.bundle):  # another folder's file of that name
                     name = f"{own[:56]}-{len(lora_names(pipe.bundle))}"
                 pipe.load_lora(path, scale, name)
+        if wanted:
+            pipe.bundle = pipe.bundle.inside(engine)
         return pipe
 
     @property

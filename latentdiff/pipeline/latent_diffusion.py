@@ -110,10 +110,10 @@ class LatentDiffusionPipeline(DiffusersNames):
             dtype=dtype,
             device=device,
             attention=attention,
-            engine=engine,
+            engine="eager" if fast else engine,
             tiling=tiling,
         )
-        return cls(hastened(bundle, where) if fast else bundle)
+        return cls(hastened(bundle, where).inside(engine) if fast else bundle)
 
     from_single_file = from_pretrained  # diffusers' name of it for one file
 

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from tiny import CAPTIONS, WIDTH, draw_weights, tiny_bundle, with_own_networks
+from tiny import CAPTIONS, WIDTH, draw_weights, tiny_bundle, with_fast, with_own_networks
 from torch import Tensor
+from torch._inductor import config
 
 from latentdiff import LatentDiffusionPipeline, UserError
-from latentdiff.bundle import Bundle
+from latentdiff.bundle import Bundle, Steps
 from latentdiff.cli import main
 from latentdiff.diffusion.condition import Condition
 from latentdiff.lora import add_lora, attach_lora, detach_lora, lora_of
@@ -66,8 +67,6 @@ def one_level(seed: int = 0) -> Bundle:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("compiled")
     model = one_level().save(folder / "model")
-    from torch._inductor import config
-
     with pytest.MonkeyPatch.context() as patch, config.patch(QUICKLY):
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         assert main(["compile", str(model), "--size", "16", "--batch", "1"]) == 0
@@ -282,6 +281,33 @@ def test_without_a_compiler_the_command_says_so_and_everything_draws(
     assert capsys.readouterr().err == "seed 1\n"
     assert main(["generate", "a cat", "--engine", "compiled", *given]) == 2
     assert "latentdiff compile" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_code_of_weights_with_a_lora_in_them_is_found_with_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own of few steps, which is drawn without guidance, and one that is named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = with_fast(one_level().save(tmp_path / "model"), Steps("leading", within="leading"))
+    lora = str(model / "fast/pytorch_lora_weights.safetensors:0.5")
+    with config.patch(QUICKLY):
+        assert main(["compile", str(model), "--size", "16", "--fast"]) == 0
+        assert main(["compile", str(model), "--size", "16", "--lora", lora]) == 0
+    fast, slow = (
+        LatentDiffusionPipeline.from_pretrained(model, fast=True, engine=engine)
+        for engine in ("compiled", "eager")
+    )
+    given: dict[str, Any] = {"seed": 0, "height": 16, "width": 16, "output_type": "pt"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = fast("a cat", **given).images
+    assert fast.bundle.engine == "compiled"
+    assert (drawn - slow("a cat", **given).images).abs().max() <= 1e-5
+    assert isinstance(Bundle.load(model, engine="auto").network, PackedNetwork)
+    line = ["generate", "a cat", "--model", str(model), "--out", str(tmp_path / "drawn")]
+    line += ["--seed", "1", "--steps", "2", "--size", "16", "--lora", lora]
+    assert main([*line, "--engine", "compiled"]) == 0
 
 
 def test_a_network_of_diffusers_is_not_compiled() -> None:
