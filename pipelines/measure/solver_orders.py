@@ -53,9 +53,9 @@ whose denoiser is known in closed form. Made by
 NOTES = """
 Few-step solvers (`consistency`, `lcm`, `tcd`) take x_0 for a draw of the data, as distilled
 networks give it; the denoiser here gives the mean, so their KS is that of another method than they
-are made for. `pc` and `annealed-langevin` have the bias of Langevin steps of finite size. Adaptive
-solvers choose their own steps; their calls are those of the whole run, which is given up after
-2,000, as where RePaint's jumps have it begin anew again and again.
+are made for. `pc` and those of Langevin dynamics have the bias of Langevin steps of finite size.
+Adaptive solvers choose their own steps; their calls are those of the whole run, which is given up
+after 2,000, as where RePaint's jumps have it begin anew again and again.
 
 `dpmpp-2m` loses a factor ln(n) in n steps that are even in t from pure noise (alpha = 0) on: with
 s = alpha / sigma the step at s = k / n has the length 1 / k in log-SNR, so that its error is

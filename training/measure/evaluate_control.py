@@ -3,9 +3,10 @@
     python training/measure/evaluate_control.py --control runs/emoji128-edges/controlnet
 
 Of pictures that it has not learned from, the edges are shown to it with their captions; the same is
-drawn without it. With `--prompt "an emoji"` edges alone tell what is where. `f1` is the mean
-agreement of the edges of what is drawn with those that were shown: the harmonic mean of precision
-and recall, within 0.0075 of the diagonal, which at 64 pixels is the very pixel
+drawn without it. With `--prompt "an emoji"` edges alone tell what is where; with `--composed` the
+pictures are composed of those held out, in other colours, counts and places, and told so. `f1` is
+the mean agreement of the edges of what is drawn with those that were shown: the harmonic mean of
+precision and recall, within 0.0075 of the diagonal, which at 64 pixels is the very pixel
 (`latentdiff.metrics.edges`); and once more within a pixel, as any edges may be. `decoded` is that
 of the pictures themselves, through the autoencoder: no control does better.
 """
@@ -18,6 +19,7 @@ import torch
 import typer
 from PIL import Image
 
+from latentdiff.data.composition import Composer, read_rows, read_things
 from latentdiff.data.folder import held_out
 from latentdiff.data.variants import Variant
 from latentdiff.editing.control_pictures import control_picture, edges
@@ -45,6 +47,9 @@ def main(
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For all, in place of their captions.")
     ] = None,
+    composed: Annotated[
+        bool, typer.Option("--composed", help="Pictures composed of those held out.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where grid and numbers go.")] = Path(
         "runs/control-evaluation"
@@ -56,18 +61,33 @@ def main(
         network = load_controlnet(
             control, device=pipe.bundle.device, dtype=pipe.bundle.network.dtype
         )
-        examples = held_out(data, count, where={"style": (style,), "skin_tone": ("",)})
         size = pipe.bundle.size
-        pictures = [Variant().fill(example.open(), size) for example in examples]
+        if composed:
+            pictures, captions = compose(data, style, count, min(size))
+        else:
+            examples = held_out(data, count, where={"style": (style,), "skin_tone": ("",)})
+            pictures = [Variant().fill(example.open(), size) for example in examples]
+            captions = [example.captions[0] for example in examples]
         call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seed": seed}
         told = {"scale": scale, "kind": kind}
-        prompts = [prompt or example.captions[0] for example in examples]
+        prompts = [prompt or caption for caption in captions]
         report = evaluate(pipe, network, prompts, pictures, told, call, out)
         for name, value in report["f1"].items():
             typer.echo(f"{name}: edges agree by {value}")
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def compose(data: Path, style: str, count: int, side: int) -> tuple[list[Image.Image], list[str]]:
+    """`count` pictures composed of those of a style that are held out, and their captions."""
+    rows = [row for row in read_rows(data, None) if str(row["split"]).startswith("test")]
+    rows = [row for row in rows if row["style"] == style and not row["skin_tone"]]
+    if not rows:
+        raise UserError(f"{data}: no picture of the style {style} is held out.")
+    composer = Composer(rows, *read_things(data, rows, None, side), seed=0)
+    samples = [composer.sample(number) for number in range(count)]
+    return [Image.fromarray(one[0]) for one in samples], [one[1] for one in samples]
 
 
 def evaluate(
