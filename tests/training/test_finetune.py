@@ -659,6 +659,7 @@ MISTAKES = {
     "--method controlnet objective.prediction=x0": "leave out objective.process",
     "--method full control.kind=grey": "control is for --method controlnet",
     "--method controlnet control.kind=gray": "control.kind",
+    "--method controlnet control.start=here control.attention=false": "has layers of its own",
     "--method textual-inversion": "--token",
     "--method textual-inversion --token <x>": "no caption holds <x>",
     f"{INVERSION} heart --token heart": "'heart' cannot be a new word: take one like <my-style>",
@@ -765,6 +766,11 @@ def test_a_control_network_learns_beside_a_model_that_stays(work: Path, tmp_path
     again = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert first.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+    goes_on = {**settings, "control": {"start": str(folder)}}
+    finetune(work, tmp_path / "on", "controlnet", **goes_on)
+    begins = open_picture(tmp_path / "on/pictures/samples-00000000.png")
+    assert np.array_equal(np.asarray(begins), np.asarray(grids[1]))
 
 
 def test_control_pictures_of_a_field_are_cut_as_their_pictures_are(tmp_path: Path) -> None:
