@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from scripts import script
+from shapes import shape_folder
 from tiny import tiny_bundle, tiny_control
 from typer.testing import CliRunner
 
 from latentdiff.data.folder import held_out
+from latentdiff.errors import UserError
 from latentdiff.metrics.edges import customary_tolerance, edge_agreement
 
 
@@ -67,3 +69,17 @@ def test_the_script_measures_held_out_pictures(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*map(str, words), "--style", "none"])
     assert result.exit_code == 2
     assert "no picture" in result.output
+
+
+def test_pictures_are_composed_of_those_held_out_alone(tmp_path: Path) -> None:
+    folder = shape_folder(tmp_path / "shapes")
+    compose = script("measure/evaluate_control").compose
+    with pytest.raises(UserError, match="no picture of the style twemoji is held out"):
+        compose(folder, "twemoji", 3, 64)
+    rows = (folder / "metadata.jsonl").read_text().replace('"split": "train"', '"split": "test"')
+    (folder / "metadata.jsonl").write_text(rows)
+    pictures, captions = compose(folder, "noto", 12, 64)
+    assert [picture.size for picture in pictures] == [(64, 64)] * 12
+    names = {json.loads(row)["name"] for row in rows.splitlines()}
+    assert all(any(name in caption for name in names) for caption in captions)
+    assert len(set(captions)) > 6
