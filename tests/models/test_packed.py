@@ -85,6 +85,28 @@ def test_packed_layers_are_the_layers() -> None:
                 assert close(Pointwise(conv)(x), conv(x))
 
 
+def test_minimal_filtering_is_the_convolution() -> None:
+    """In bands and beyond them, of any batch, with another count of channels; where it pays."""
+    random = torch.Generator().manual_seed(0)
+    for bias, outside, shape in (
+        (True, 256, (2, 256, 16, 34)),
+        (False, 264, (1, 256, 2, 128)),
+        (True, 256, (1, 256, 64, 32)),
+    ):
+        conv = nn.Conv2d(256, outside, 3, padding=1, bias=bias)
+        packed, x = PackedConv(conv), torch.randn(shape, generator=random)
+        assert packed.minimal(x.shape)
+        assert close(packed(x), conv(x))
+        assert set(packed._packed) == {None}
+        odd = x[..., :-1]
+        assert not packed.minimal(odd.shape)
+        assert close(packed(odd), conv(odd))
+    for other in (nn.Conv2d(256, 64, 3, padding=1), nn.Conv2d(256, 256, 3, 2, 1)):
+        assert not PackedConv(other).minimal(torch.Size(shape))
+    assert not PackedConv(conv).minimal(torch.Size((1, 256, 8, 8)))
+    assert not PackedConv(conv.bfloat16()).minimal(torch.Size(shape))
+
+
 def test_doubling_and_its_convolution_are_those_of_the_block() -> None:
     """To twice the size, for which it computes half; and to an odd size, as U-Nets have it."""
     random = torch.Generator().manual_seed(0)

@@ -32,6 +32,7 @@ from latentdiff.models.blocks import GEGLU, ResnetBlock2D, Upsample
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
 from latentdiff.models.engines.state import Checks, cannot_compute, merged, state_of, tensors_of
+from latentdiff.models.engines.winograd import pays, transformed, winograd
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
@@ -66,30 +67,40 @@ class _Packed(nn.Module):
 class PackedConv(_Packed):
     """A convolution of channels-last maps, whose weights are packed for the shapes that it meets.
 
-    oneDNN's layout depends on the shape; another one's is unpacked at every call, slowly.
+    oneDNN's layout depends on the shape; another one's is unpacked at every call, slowly. Where it
+    pays the convolution is Winograd's, whose weights are of any shape.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.settings = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.weight, self.bias = conv.weight, conv.bias
-        self._packed: dict[torch.Size, Tensor] = {}
+        self._packed: dict[torch.Size | None, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed.get(x.shape)
+        minimal = self.minimal(x.shape)
+        key = None if minimal else x.shape
+        packed = self._packed.get(key)
         if packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            packed = pack(self.kernel(), *self.settings, x.shape)
+            kernel = self.kernel()
+            packed = transformed(kernel) if minimal else pack(kernel, *self.settings, x.shape)
             let_go_of_pages(self.weight.data_ptr(), self.weight.nbytes)
             others = list(self._packed.items())[1 - _SHAPES :]
-            self._packed = dict([*others, (x.shape, packed)])  # at once, for other threads' sake
+            self._packed = dict([*others, (key, packed)])  # at once, for other threads' sake
         x = x.contiguous(memory_format=torch.channels_last)
+        if minimal:
+            return winograd(x, packed, self.bias)
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, packed, self.bias, *self.settings, "none", [], "")
 
     def kernel(self) -> Tensor:
         """The weights, as they are packed."""
         return self.weight.detach()
+
+    def minimal(self, shape: torch.Size) -> bool:
+        """True for maps of which Winograd's convolution takes less time."""
+        return pays(self.settings, self.weight, shape)
 
 
 class _Quarters(PackedConv):
@@ -103,6 +114,9 @@ class _Quarters(PackedConv):
         super().__init__(conv)
         if conv.bias is not None:
             self.bias = nn.Parameter(conv.bias.detach().repeat(4), requires_grad=False)
+
+    def minimal(self, shape: torch.Size) -> bool:
+        return False
 
     def kernel(self) -> Tensor:
         """[4 O, C, 2, 2]: of upper left, upper right, lower left and lower right pixels."""
