@@ -138,6 +138,7 @@ def draw_cleaner(
     std: Tensor | float,
     noise: Iterable[Tensor],
     size: float,
+    most: float = math.inf,
 ) -> Tensor:
     """Draw from p(x_there | x_here), proportional to p(x_there) q(x_here | x_there).
 
@@ -153,10 +154,12 @@ def draw_cleaner(
         scale, std: a and s, numbers or [B, 1, 1, 1].
         noise: standard normal [B, C, h, w], one for each step.
         size: b^2 / v.
+        most: b^2 is no larger.
     """
     whole = std**2 + scale**2
     values = size * std**2 / whole, scale / std**2, scale, scale / whole
     step, pull, a, first = (torch.as_tensor(value).to(x) for value in values)
+    step = step.clamp(max=most)
     made = first * x
     for z in noise:
         made = made + 0.5 * step * (score(made) + pull * (x - a * made)) + step.sqrt() * z
@@ -168,7 +171,9 @@ class RecoveryLangevin:
     """Gao et al. 2021 (Learning Energy-Based Models by Diffusion Recovery Likelihood), algorithm 2.
 
     At each step `repeats` times Langevin dynamics at the cleaner level, held near the x of the
-    noisier one: see `draw_cleaner`. The end of the run is x_0 of the last level with noise.
+    noisier one: see `draw_cleaner`. A step is no longer than the least that a draw may vary, which
+    is that of one picture, so the dynamics is stable whatever the data. The end of the run is x_0
+    of the last level with noise.
 
     Args:
         repeats: K, evaluations a step.
@@ -204,8 +209,9 @@ class RecoveryLangevin:
         scale = here.alpha / there.alpha
         std = math.sqrt(here.sigma**2 - (scale * there.sigma) ** 2)
         draws = (noise.like(x) for _ in range(self.repeats))
+        least = 1 / (1 / there.sigma**2 + (scale / std) ** 2)
 
         def score(cleaner: Tensor) -> Tensor:
             return score_of(cleaner, denoise(cleaner, there).x0, there)
 
-        return draw_cleaner(score, x, scale, std, draws, self.size), None
+        return draw_cleaner(score, x, scale, std, draws, self.size, least), None
