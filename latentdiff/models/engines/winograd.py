@@ -31,7 +31,7 @@ def pays(settings: tuple[object, ...], kernel: Tensor, shape: torch.Size) -> boo
         and kernel.shape[2:] == (3, 3)
         and min(kernel.shape[:2]) >= _CHANNELS
         and height % 2 == width % 2 == 0
-        and count * height * width >= channels
+        and 2 * count * height * width > channels
     )
 
 
