@@ -81,12 +81,14 @@ class ControlConfig(Strict):
     They are made out of the training pictures (`kind`), or are files that a field of the metadata
     names (`field`). `embedding` are the widths of the layers that they go through, each but the
     first of which halves them; by default those of Stable Diffusion's, for the model's factor.
-    `start` is a ControlNet to go on from, which has layers of its own.
+    `start` is a ControlNet to go on from, which has layers of its own. It is saved so that it says
+    `strength` times as much as it learned to: under guidance more may be needed than without.
     """
 
     kind: Literal["canny", "scribble", "grey", "palette", "tile"] = "canny"
     field: str | None = None
     start: str | None = None
+    strength: PositiveFloat = 1.0
     embedding: list[PositiveInt] | None = None
     attention: bool = True
 

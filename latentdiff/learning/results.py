@@ -63,7 +63,8 @@ def save_outcome(
     """
     root = config.data.root
     if control is not None:
-        folder = save_controlnet(control, config.out / "controlnet", _dtype(config))
+        strong = control.strengthened(config.control.strength)
+        folder = save_controlnet(strong, config.out / "controlnet", _dtype(config))
         made = "picture" if config.control.field else config.control.kind
         outcome = Outcome(folder, "controlnet", config.model, pictures, root, control=made)
         return [f"wrote {folder}", *share(outcome, config)]

@@ -1,7 +1,8 @@
 """ControlNets and T2I-Adapters as nouns: what they add to the network that they stand beside."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,15 @@ class ControlNetwork(Extension):
     def pools(self) -> bool:
         """True where the means of its maps alone are told (of whole pictures, as "shuffle" is)."""
         return self.module.config["global_pool_conditions"]
+
+    def strengthened(self, factor: float) -> "ControlNetwork":
+        """Another one, which says so many times as much."""
+        module = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for layer in (*module.controlnet_down_blocks, module.controlnet_mid_block):
+                for parameter in layer.parameters():
+                    parameter *= factor
+        return replace(self, module=module)
 
     @torch.no_grad()
     def embed(self, pictures: Tensor) -> tuple[Tensor]:

@@ -772,6 +772,16 @@ def test_a_control_network_learns_beside_a_model_that_stays(work: Path, tmp_path
     begins = open_picture(tmp_path / "on/pictures/samples-00000000.png")
     assert np.array_equal(np.asarray(begins), np.asarray(grids[1]))
 
+    saved = {**goes_on, "control": {"start": str(folder), "strength": 2.5}}
+    finetune(work, tmp_path / "strong", "controlnet", **saved)
+    ends = [
+        load_file(tmp_path / name / "controlnet/diffusion_pytorch_model.safetensors")
+        for name in ("on", "strong")
+    ]
+    for name, value in ends[0].items():
+        said = name.startswith(("controlnet_down_blocks", "controlnet_mid_block"))
+        assert torch.equal(ends[1][name], 2.5 * value if said else value), name
+
 
 def test_control_pictures_of_a_field_are_cut_as_their_pictures_are(tmp_path: Path) -> None:
     """In every crop and flip; none from outside the folder."""
