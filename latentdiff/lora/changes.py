@@ -1,4 +1,4 @@
-"""Changes of a weight that are no plain low-rank product: LoHa, LoKr and DoRA.
+"""Changes of a weight: a low-rank product, LoHa, LoKr and DoRA.
 
 Each is a function of few numbers that gives a change as large as the weight. While it is in a
 model, the weight holds the sum, so that whatever computes with the weight computes with it.
@@ -19,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """(alpha / rank) up @ down: Hu et al. 2021, eq. 3; here as a part of DoRA."""
+    """(alpha / rank) up @ down: Hu et al. 2021, eq. 3."""
 
     factors: Factors
 

@@ -1,4 +1,8 @@
-"""LoRA layers in a model, by peft: put in to train or to draw with, scaled, taken out, fused."""
+"""LoRAs in a model: put in to train or to draw with, scaled, taken out, fused.
+
+To train, and to draw with on a GPU, they are layers of peft; to draw with on a CPU, sums in the
+weights (`latentdiff.lora.sums`).
+"""
 
 import copy
 import math

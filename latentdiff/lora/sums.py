@@ -1,5 +1,5 @@
-"""Changes that a LoRA file adds to norms and biases, which are too small to have factors, and those
-of weights that are no plain product (LoHa, LoKr, DoRA).
+"""Changes that a LoRA file adds to norms and biases, which are too small to have factors, those of
+weights that are no plain product (LoHa, LoKr, DoRA), and on a CPU those that are.
 
 The parameter keeps its place; its values are those of the model plus those of every LoRA at its
 scale, and the model's own come back when the last one goes.

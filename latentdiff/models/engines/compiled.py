@@ -131,7 +131,7 @@ class Compiled:
 class CompiledNetwork(NativeNetwork):
     """A network that draws with compiled code.
 
-    So that LoRAs and shapes that no code was made for are left to the engine inside, too. The first
+    Weights and shapes that no code was made for are left to the engine inside, too. The first
     answer of each package is compared with that of the network itself.
     """
 
