@@ -196,7 +196,9 @@ class Bundle:
         return bundle.inside(engine)
 
     def inside(self, engine: Engine) -> Self:
-        """The model, which is in no engine, inside one: see `latentdiff.models.engines`.
+        """The model, loaded with the engine "eager", in another: see `latentdiff.models.engines`.
+
+        Compiled code of weights with a LoRA in them is looked for here, so put the LoRA in before.
 
         Raises:
             UserError: unknown name, or this engine cannot compute the network here.

@@ -193,10 +193,14 @@ def attach_lora(bundle: Bundle, lora: Lora, name: str, scale: float = 1.0) -> No
     if name in lora_names(bundle):
         raise UserError(f"a LoRA named '{name}' is already there; choose another name.")
     _check_scale(name, scale)
-    # On a GPU another copy of the weights may not fit. Here they are mapped, and peft is slow.
-    summed = _as_changes(bundle, lora) if bundle.device.type == "cpu" else lora
-    _inject(bundle, summed, name, None, 0.0)
-    scale_loras(bundle, {name: scale})
+    # On a GPU another copy of the weights may not fit; in half precision small changes are lost.
+    sums_up = bundle.device.type == "cpu" and bundle.network.dtype == torch.float32
+    _inject(bundle, _as_changes(bundle, lora) if sums_up else lora, name, None, 0.0)
+    try:
+        scale_loras(bundle, {name: scale})
+    except UserError:
+        detach_lora(bundle, name)
+        raise
 
 
 def _as_changes(bundle: Bundle, lora: Lora) -> Lora:
@@ -205,6 +209,10 @@ def _as_changes(bundle: Bundle, lora: Lora) -> Lora:
     for part, pairs in lora.parts():
         fitted = _fitted(network(bundle, part), pairs)
         own = changes.setdefault(part, {})
+        both = fitted.keys() & own.keys()
+        both |= {m for m in fitted if f"{m}.weight" in lora.sums.get(part, {})}
+        if both:
+            raise UserError(f"{min(both)}: the LoRA changes this layer in two ways.")
         own |= {module: LowRank(factors) for module, factors in fitted.items()}
     return Lora(changes=changes, sums=lora.sums)
 
@@ -218,7 +226,7 @@ def _inject(
     *,
     dora: bool = False,
 ) -> None:
-    """Layers of peft with these values; everything is checked before anything is changed."""
+    """Layers of peft, or sums, with these values; all is checked before anything is changed."""
     _check_lora_name(name)
     fitted: dict[Part, dict[str, Factors]]
     fitted = {part: _fitted(network(bundle, part), pairs) for part, pairs in lora.parts()}
@@ -263,15 +271,13 @@ def _fitted_changes(model: nn.Module, changes: Mapping[str, Change]) -> dict[str
     """The changes by the names of the weights.
 
     Raises:
-        UserError: there is no such layer, or what a change makes of its weight is not finite.
+        UserError: there is no such layer.
     """
     known = layers(model)
     fitted: dict[str, Tensor | Change] = {}
     for module, change in changes.items():
         if module not in known:
             raise UserError(f"{module}: no such layer; the LoRA was made for another model.")
-        if not bool(change.of(known[module].weight.detach()).isfinite().all()):
-            raise UserError(f"{module}: with its LoRA it is not finite.")
         fitted[f"{module}.weight"] = change
     return fitted
 
@@ -297,7 +303,7 @@ def _fitted(model: nn.Module, pairs: Mapping[str, Factors]) -> dict[str, Factors
 
 def _lora_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Any]]:
     """peft's layers in a network, all or those that hold a LoRA of this name."""
-    if not getattr(model, "peft_config", {}):
+    if not hasattr(model, "peft_config"):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -329,11 +335,20 @@ def scale_loras(bundle: Bundle, scales: Mapping[str, float]) -> None:
     """Set the strength of LoRAs in a model; those that are not named keep theirs.
 
     Raises:
-        UserError: there is no such LoRA, or a scale is not finite; nothing is changed.
+        UserError: there is no such LoRA, or a scale is not finite, or a sum; nothing is changed.
     """
     for name, scale in scales.items():
         _check_known(bundle, name)
         _check_scale(name, scale)
+    before = lora_scales(bundle)
+    try:
+        _scale(bundle, scales)
+    except UserError:
+        _scale(bundle, before)
+        raise
+
+
+def _scale(bundle: Bundle, scales: Mapping[str, float]) -> None:
     for part in parts_of(bundle):
         for _, layer in _lora_layers(network(bundle, part)):
             for name in scales.keys() & layer.scaling.keys():
@@ -430,8 +445,9 @@ def fused(bundle: Bundle) -> Bundle:
 def _merged(model: Network) -> Network:
     if not sums.sums_of(model).added:
         return model
-    model = copy.deepcopy(model)
-    delattr(model, sums.ATTRIBUTE)  # they stay in its parameters
+    own = sums.sums_of(model)
+    model = copy.deepcopy(model, {id(own): own})  # what it holds is not copied, and
+    delattr(model, sums.ATTRIBUTE)  # stays in its parameters
     for module, layer in _lora_layers(model):
         try:
             layer.merge(safe_merge=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from latentdiff.errors import UserError
 from latentdiff.lora.factors import Change
 
 ATTRIBUTE = "lora_sums"
@@ -46,18 +47,40 @@ def add(model: nn.Module, name: str, changes: Mapping[str, Tensor | Change]) -> 
 
 
 def scale(model: nn.Module, scales: Mapping[str, float]) -> None:
-    """Set the strength of those that are named."""
+    """Set the strength of those that are named; what they do not change stays as it is.
+
+    Raises:
+        UserError: a sum is not finite; nothing is changed.
+    """
     sums = sums_of(model)
-    sums.scales |= {name: scales[name] for name in sums.scales.keys() & scales.keys()}
-    for name, plain in sums.plain.items():
-        value = plain
-        for lora, changes in sums.added.items():
-            if name in changes and sums.scales[lora]:
-                change = changes[name]
-                change = change if isinstance(change, Tensor) else change.of(plain)
-                change = sums.scales[lora] * change.to(plain.device).float()
-                value = (value.float() + change).to(plain.dtype)
+    now = sums.scales | {name: scales[name] for name in sums.scales.keys() & scales.keys()}
+    moved = [name for name, value in now.items() if value != sums.scales[name]]
+    values = {name: _sum(sums, name, now) for lora in moved for name in sums.added[lora]}
+    sums.scales = now
+    for name, value in values.items():
         _parameter(model, name).data = value
+
+
+def _sum(sums: Sums, name: str, scales: Mapping[str, float]) -> Tensor:
+    """The values of a parameter, in whatever order LoRAs were put in.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    plain = sums.plain[name]
+    used = [lora for lora in sorted(sums.added) if name in sums.added[lora] and scales[lora]]
+    if not used:
+        return plain
+    value = plain.float()
+    for lora in used:
+        change = sums.added[lora][name]
+        change = change if isinstance(change, Tensor) else change.of(plain)
+        value = value + scales[lora] * change.to(plain.device).float()
+    value = value.to(plain.dtype)
+    if not bool(value.isfinite().all()):
+        module = name.removesuffix(".weight")
+        raise UserError(f"{module}: with its LoRA it is not finite.")
+    return value
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -207,7 +207,7 @@ class LatentDiffusionPipeline(DiffusersNames):
         """A new model with the LoRAs in its weights, to draw with or to `save`; this one stays.
 
         Raises:
-            UserError: no LoRA is attached.
+            UserError: no LoRA is attached, or a sum is not finite.
         """
         return lora.fused(self.bundle)
 

@@ -158,7 +158,7 @@ def draw_cleaner(
     """
     whole = std**2 + scale**2
     values = size * std**2 / whole, scale / std**2, scale, scale / whole
-    step, pull, a, first = (torch.as_tensor(value).to(x) for value in values)
+    step, pull, a, first = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in values)
     step = step.clamp(max=most)
     made = first * x
     for z in noise:

@@ -27,6 +27,7 @@ from latentdiff.lora import (
     load_lora,
     lora_names,
     lora_of,
+    lora_scales,
     save_lora,
     scale_loras,
 )
@@ -682,3 +683,49 @@ def test_refused_settings_leave_the_model_alone() -> None:
     for refused in (lambda: attach_lora(bundle, made(), "a"), lambda: add_lora(bundle)):
         with pytest.raises(UserError, match="already"):
             refused()
+
+
+def test_of_layers_of_peft_nothing_is_left(model: Path, tmp_path: Path) -> None:
+    """After the last one has gone the networks are as they were made, and can be saved."""
+    bundle = Bundle.load(model)
+    parts = {name: [type(layer) for layer in net.modules()] for name, net in bundle.modules.items()}
+    for name in ("one", "two"):
+        add_lora(bundle, rank=2, text_encoder=True, name=name)
+        detach_lora(bundle, name)
+    for name, network in bundle.modules.items():
+        assert [type(layer) for layer in network.modules()] == parts[name]
+    assert gap(ours(Bundle.load(bundle.save(tmp_path / "again"))), ours(Bundle.load(model))) == 0
+
+
+def test_sums_in_weights_are_finite_unmoved_and_of_no_order(model: Path) -> None:
+    """A scale under which they overflow is refused, at once and later; nothing is changed then."""
+    bundle, other, lora = Bundle.load(model), Bundle.load(model), made()
+    plain = ours(bundle)
+    with pytest.raises(UserError, match="with its LoRA it is not finite"):
+        attach_lora(bundle, lora, "a", 1e39)
+    assert lora_names(bundle) == []
+    assert gap(ours(bundle), plain) == 0
+    attach_lora(bundle, lora, "a", 0.5)
+    attach_lora(bundle, made("attention", rank=5, seed=1), "b", -0.7)
+    attach_lora(other, made("attention", rank=5, seed=1), "b", -0.7)
+    attach_lora(other, lora, "a", 0.5)
+    assert gap(ours(bundle), ours(other)) == 0
+    before = [p.data_ptr() for p in unet_of(bundle).parameters()]
+    with pytest.raises(UserError, match="with its LoRA it is not finite"):
+        scale_loras(bundle, {"b": 1e39})
+    scale_loras(bundle, {"a": 0.5})
+    assert [p.data_ptr() for p in unet_of(bundle).parameters()] == before
+    assert lora_scales(bundle) == {"a": 0.5, "b": -0.7}
+    assert gap(ours(bundle), ours(other)) == 0
+
+
+def test_in_half_precision_small_changes_are_not_lost(model: Path) -> None:
+    """There a LoRA stays beside the weights, which would round it away."""
+    bundle = Bundle.load(model, dtype="bfloat16")
+    weights = [p.clone() for p in unet_of(bundle).parameters()]
+    attach_lora(bundle, made(), "a", 1e-4)
+    assert {"lora_A", "lora_B"} <= {
+        n.split(".")[-3] for n, _ in unet_of(bundle).named_parameters() if "lora_" in n
+    }
+    detach_lora(bundle, "a")
+    assert all(map(torch.equal, weights, unet_of(bundle).parameters()))

@@ -344,7 +344,7 @@ def test_peft_opens_what_is_saved_here_around_diffusers_transformer(tmp_path: Pa
     around = PeftModel.from_pretrained(theirs, str(tmp_path / "lora"))  # pyright: ignore
     attach_lora(bundle, load_lora(tmp_path / "lora", bundle), "a")
     got = answer(bundle.network.module)
-    assert torch.equal(answer(around), got)
+    assert float((answer(around) - got).abs().max()) < 2e-5  # theirs is beside the weights
     assert float((got - plain).abs().max()) > 0.05
     whole = fused(bundle).save(tmp_path / "fused")
     theirs = PixArtTransformer2DModel.from_pretrained(whole / "transformer")

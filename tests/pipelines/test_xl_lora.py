@@ -48,7 +48,7 @@ def answers(unet: Any, encoders: list[Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_diffusers_opens_what_is_saved_here(layout: Layout, tmp_path: Path) -> None:
-    """In their text encoders equal to the last bit, in their U-Net within rounding."""
+    """In their text encoders and their U-Net, within rounding."""
     folder = tiny_xl().save(tmp_path / "model")
     path = save_lora(made(), tmp_path / FILE, layout=layout)
     starts = {re.split(r"[_.]", name.replace("text_encoder", "te"))[0] for name in load_file(path)}
@@ -65,7 +65,8 @@ def test_diffusers_opens_what_is_saved_here(layout: Layout, tmp_path: Path) -> N
     attach_lora(bundle, load_lora(path, bundle), "a")
     pipe.load_lora_weights(tmp_path, weight_name=FILE)
     changed, theirs = both()
-    assert all(torch.equal(a, b) for a, b in zip(changed[1:], theirs[1:], strict=True))
+    pairs = zip(changed[1:], theirs[1:], strict=True)  # theirs is beside the weights
+    assert all(float((a - b).abs().max()) < 2e-5 for a, b in pairs)
     assert float((changed[0] - theirs[0]).abs().max()) <= 1e-5  # sums in another order
     assert all(float((a - b).abs().max()) > 0.05 for a, b in zip(plain, changed, strict=True))
 

@@ -64,6 +64,7 @@ def main(
         size = pipe.bundle.size
         if composed:
             pictures, captions = compose(data, style, count, min(size))
+            pictures = [Variant().fill(picture, size) for picture in pictures]
         else:
             examples = held_out(data, count, where={"style": (style,), "skin_tone": ("",)})
             pictures = [Variant().fill(example.open(), size) for example in examples]
@@ -80,12 +81,23 @@ def main(
 
 
 def compose(data: Path, style: str, count: int, side: int) -> tuple[list[Image.Image], list[str]]:
-    """`count` pictures composed of those of a style that are held out, and their captions."""
-    rows = [row for row in read_rows(data, None) if str(row["split"]).startswith("test")]
-    rows = [row for row in rows if row["style"] == style and not row["skin_tone"]]
-    if not rows:
-        raise UserError(f"{data}: no picture of the style {style} is held out.")
-    composer = Composer(rows, *read_things(data, rows, None, side), seed=0)
+    """`count` pictures composed of those of a style that are held out, and their captions.
+
+    Raises:
+        UserError: the folder is none of emoji, or holds no such picture out.
+    """
+    try:
+        rows = [row for row in read_rows(data, None) if str(row["split"]).startswith("test")]
+        rows = [row for row in rows if row["style"] == style and not row["skin_tone"]]
+        if not rows:
+            raise UserError(f"{data}: no picture of the style {style} is held out.")
+        composer = Composer(rows, *read_things(data, rows, None, side), seed=0)
+    except KeyError as error:
+        raise UserError(
+            f"{data}/metadata.jsonl lacks the field {error}, see docs/data.md"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{data}: {error.strerror or error}") from None
     samples = [composer.sample(number) for number in range(count)]
     return [Image.fromarray(one[0]) for one in samples], [one[1] for one in samples]
 

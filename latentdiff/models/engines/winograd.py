@@ -37,11 +37,15 @@ def pays(settings: tuple[object, ...], kernel: Tensor, shape: torch.Size) -> boo
 
 def transformed(kernel: Tensor) -> Tensor:
     """G g G' of a kernel [O, C, 3, 3]: [16, C, O]."""
-    whole = kernel.double()
-    for axis in (2, 3):
-        a, b, c = whole.unbind(axis)
-        whole = torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], axis)
-    return whole.permute(2, 3, 1, 0).flatten(0, 1).to(kernel.dtype).contiguous()
+    outside, inside = kernel.shape[:2]
+    weights = kernel.new_empty(4, 4, inside, outside)
+    for first in range(0, outside, _CHANNELS):  # in float64, not all at once
+        part = kernel[first : first + _CHANNELS].double()
+        for axis in (2, 3):
+            a, b, c = part.unbind(axis)
+            part = torch.stack([a, (a + b + c) / 2, (a - b + c) / 2, c], axis)
+        weights[..., first : first + _CHANNELS] = part.permute(2, 3, 1, 0)
+    return weights.flatten(0, 1)
 
 
 def winograd(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
