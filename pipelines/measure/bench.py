@@ -47,6 +47,7 @@ from latentdiff.models.engines import (
 from latentdiff.models.engines.compiling import compiling
 from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import DiffusersUNet, Network
+from latentdiff.pipeline.few_steps import FOLDER
 
 PROMPT, STEPS, SCALE = "a red heart", 20, 4.0
 Sides = dict[str, Callable[[], object]]
@@ -175,6 +176,30 @@ def _their_pictures(folder: Path, dtype: torch.dtype) -> Sides:
     return sides
 
 
+def few(folder: Path, peers: bool, compiles: bool) -> Rows:
+    """One picture by the default run, and in few calls of the model's LoRA for that."""
+    if not (folder / FOLDER).is_dir():
+        print(f"few calls, left out: {folder.name} has no LoRA for that", file=sys.stderr)
+        return {}
+    return {
+        f"one picture, {_name(dtype)}, packed": partial(_few, folder, dtype)
+        for dtype in precisions()
+    }
+
+
+def _few(folder: Path, dtype: torch.dtype) -> Sides:
+    given: dict[str, Any] = {"seed": 0, "progress": False}
+    full, fast = (
+        LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, engine="packed", fast=fast)
+        for fast in (False, True)
+    )
+    sides: Sides = {"20 steps, guided": lambda: full(PROMPT, **given)}
+    for calls in (4, 2, 1):
+        told = f"`--fast`, {calls} call{'s' * (calls > 1)}"
+        sides[told] = lambda calls=calls: fast(PROMPT, num_inference_steps=calls, **given)
+    return sides
+
+
 def unets(folder: Path, peers: bool, compiles: bool) -> Rows:
     """One call of a U-Net of Stable Diffusion 1's size, at 256 pixels, under guidance."""
     return {
@@ -291,7 +316,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-ROWS = {"pictures": pictures, "unets": unets, "autoencoders": autoencoders, "commands": commands}
+ROWS = {
+    "pictures": pictures,
+    "few": few,
+    "unets": unets,
+    "autoencoders": autoencoders,
+    "commands": commands,
+}
 
 if __name__ == "__main__":
     main()
