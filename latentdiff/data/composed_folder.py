@@ -9,7 +9,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from latentdiff.data.composition import Composer, plain_captions, read_rows, read_things
+from latentdiff.data.composition import (
+    Composer,
+    blaming_folder,
+    plain_captions,
+    read_rows,
+    read_things,
+)
 from latentdiff.data.wordnet import WordNet
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing_folder
@@ -43,7 +49,7 @@ def compose_folder(
         UserError: a file cannot be read, or lacks a field; `out` exists or cannot be written.
     """
     words = None if wordnet is None else WordNet(wordnet)
-    try:
+    with blaming_folder(root):
         rows = [row for row in read_rows(root) if skin_tones or not row["skin_tone"]]
         things, pictures, alphas = read_things(root, rows, words, size)
         bare = [at for at, row in enumerate(rows) if not row["skin_tone"]]
@@ -51,12 +57,6 @@ def compose_folder(
             raise UserError(f"{root}: no picture is of the split `train` and without a skin tone")
         own = [replace(things[at], row=number) for number, at in enumerate(bare)]
         composer = Composer([rows[at] for at in bare], own, pictures[bare], alphas[bare], seed)
-    except KeyError as error:
-        raise UserError(
-            f"{root}/metadata.jsonl lacks the field {error}, see docs/data.md"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{root}: {error.strerror or error}") from None
     make_folder(out.parent)
     with writing_folder(out, replace=False) as stage:
         (stage / "images").mkdir()

@@ -7,7 +7,8 @@ like.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ from latentdiff.data.wording import (
     styled,
 )
 from latentdiff.data.wordnet import WordNet
+from latentdiff.errors import UserError
 from latentdiff.pictures import open_picture
 from latentdiff.random_numbers import philox
 
@@ -162,6 +164,23 @@ def describe(
         number, str(row["base"]), str(row["style"]), naming(row, words), colour, share,
         len(found) == 1 and bool(mask.mean() > 0.06),
     )  # fmt: skip
+
+
+@contextmanager
+def blaming_folder(root: Path) -> Iterator[None]:
+    """Tell in one line what a folder of single things lacks, or why it cannot be read.
+
+    Raises:
+        UserError: in place of a KeyError or an OSError.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(
+            f"{root}/metadata.jsonl lacks the field {error}, see docs/data.md"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror or error}") from None
 
 
 def read_rows(root: Path, split: str | None = "train") -> list[dict[str, object]]:

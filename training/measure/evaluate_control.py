@@ -19,7 +19,7 @@ import torch
 import typer
 from PIL import Image
 
-from latentdiff.data.composition import Composer, read_rows, read_things
+from latentdiff.data.composition import Composer, blaming_folder, read_rows, read_things
 from latentdiff.data.folder import held_out
 from latentdiff.data.variants import Variant
 from latentdiff.editing.control_pictures import control_picture, edges
@@ -86,18 +86,12 @@ def compose(data: Path, style: str, count: int, side: int) -> tuple[list[Image.I
     Raises:
         UserError: the folder is none of emoji, or holds no such picture out.
     """
-    try:
+    with blaming_folder(data):
         rows = [row for row in read_rows(data, None) if str(row["split"]).startswith("test")]
         rows = [row for row in rows if row["style"] == style and not row["skin_tone"]]
         if not rows:
             raise UserError(f"{data}: no picture of the style {style} is held out.")
         composer = Composer(rows, *read_things(data, rows, None, side), seed=0)
-    except KeyError as error:
-        raise UserError(
-            f"{data}/metadata.jsonl lacks the field {error}, see docs/data.md"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{data}: {error.strerror or error}") from None
     samples = [composer.sample(number) for number in range(count)]
     return [Image.fromarray(one[0]) for one in samples], [one[1] for one in samples]
 
