@@ -35,6 +35,7 @@ from latentdiff.models.attention import Attention, set_attention
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
 from latentdiff.models.conditioner import Conditioner
 from latentdiff.models.engines import Engine, engine_of, with_engine
+from latentdiff.models.engines.around import AroundNetwork
 from latentdiff.models.network import Kind, Network
 from latentdiff.models.tiling import Tiling
 from latentdiff.registry import check_name
@@ -201,8 +202,10 @@ class Bundle:
         Compiled code of weights with a LoRA in them is looked for here, so put the LoRA in before.
 
         Raises:
-            UserError: unknown name, or this engine cannot compute the network here.
+            UserError: unknown name, this engine cannot compute the network here, or it is in one.
         """
+        if isinstance(self.network, AroundNetwork):
+            raise UserError(f'{self.name} is in an engine already: load it with engine="eager".')
         network, autoencoder = with_engine(self.network, self.autoencoder, engine)
         return replace(self, network=network, autoencoder=autoencoder)
 

@@ -51,6 +51,9 @@ def test_it_is_the_default_of_a_pipeline_and_computes_packed(tmp_path: Path) -> 
     assert "PackedConv" in kinds
     assert "Conv2d" not in kinds
     assert type(Bundle.load(folder).network) is type(network.inner)
+    assert isinstance(Bundle.load(folder, device="cpu").inside("auto").network, PackedNetwork)
+    with pytest.raises(UserError, match="in an engine already"):
+        bundle.inside("packed")
 
 
 def test_the_autoencoder_is_the_same() -> None:
