@@ -89,7 +89,7 @@ def open_folder(folder: Path, choices: Choices) -> Opened:
 
 
 def _low_resolution(folder: Path, index: Mapping[str, object], factor: int) -> LowResolution:
-    """What the files of an upscaling model say of the small pictures that it enlarges.
+    """Read what the files of an upscaling model say of the small pictures that it enlarges.
 
     Raises:
         UserError: a value that does not work here.

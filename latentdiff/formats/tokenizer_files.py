@@ -258,7 +258,7 @@ def _parts(value: Any, inside: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(part: Mapping[str, Any]) -> int:
-    """How many characters a normalizer makes of one, at most."""
+    """Count the characters that a normalizer makes of one, at most."""
     kind = part.get("type")
     if kind == "Replace":
         _check_pattern(part)

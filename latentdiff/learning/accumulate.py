@@ -17,7 +17,7 @@ _BUCKET = 2**25  # bytes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Terms = Callable[[Sequence[Item]], dict[str, Tensor]]
-"""Of a micro-batch: the mean of each term over its items, scalars; "loss" has the graph."""
+"""Means of each term over the items of a micro-batch, scalars; "loss" has the graph."""
 
 
 class Accumulation:

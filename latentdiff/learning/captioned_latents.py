@@ -15,7 +15,7 @@ from latentdiff.models.text_encoders import TextStates
 
 
 class CaptionedLatents:
-    """What a model's frozen autoencoder and text encoder make of the pictures of a folder.
+    """Latents and text states of a folder, by a model's frozen autoencoder and text encoder.
 
     Args:
         bundle: the model.

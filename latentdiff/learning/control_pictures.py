@@ -48,10 +48,10 @@ class ControlPictures:
             self.pictures.append([to_uint8(one) for one in filled])
 
     def of(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
-        """Those of these pictures and variants [B, 3, H, W] in [0, 1]."""
+        """Control pictures [B, 3, H, W] in [0, 1] of these pictures and variants."""
         pictures = [self.pictures[number][variant] for number, variant in chosen]
         return torch.stack(pictures).float() / 255
 
     def shown(self, number: int) -> Image.Image:
-        """That of a picture, to draw with."""
+        """The control picture of a picture, to draw with."""
         return to_pil(self.of([(number, 0)])[0] * 2 - 1)

@@ -1,4 +1,4 @@
-"""What a distilled network learns: the steps of its teacher, as targets of one call.
+"""Targets of a distilled network: the steps of its teacher, as those of one call.
 
 An estimate here is a function of x_t [B, C, h, w] and a level for each picture; it gives x_0.
 """
@@ -20,7 +20,7 @@ LCM_SCALING = 10.0
 """Factor of the times in c_skip and c_out, as the solver "lcm" has it."""
 
 GUIDANCE_WIDTH = 256
-"""Of the embedding of the guidance scale: that of Luo et al. 2023's networks."""
+"""Width of the embedding of the guidance scale, as in the networks of Luo et al. 2023."""
 
 TeacherSolver = Literal["ddim", "heun"]
 
