@@ -1,0 +1,128 @@
+"""Replayed calls: they are the network's to the last bit, for other numbers than were written."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentdiff.models.cross_attention_unet import CrossAttentionUNet
+from latentdiff.models.engines.packed import PackedNetwork
+from latentdiff.models.engines.tape import Replayed, Tape, Unwritable
+from latentdiff.models.network import DiffusersUNet
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd1": {"block_out_channels": [32, 64], "cross_attention_dim": 16, "sample_size": 8},
+    "sd2": {
+        "block_out_channels": [32, 64],
+        "cross_attention_dim": 16,
+        "sample_size": 8,
+        "use_linear_projection": True,
+        "attention_head_dim": [2, 4],
+    },
+}
+
+
+def twin_of(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    kinds = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    torch.manual_seed(0)
+    module = CrossAttentionUNet({**config, **kinds}).to(dtype).eval().requires_grad_(False)
+    return PackedNetwork.of(DiffusersUNet(module, 4)).packing.twin()
+
+
+def given(seed: int, dtype: torch.dtype, masked: bool) -> tuple[Tensor, Tensor, Tensor, Any]:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 4, 8, 8, generator=random).to(dtype)
+    states = torch.randn(2, 7, 16, generator=random).to(dtype)
+    mask = torch.rand(2, 7, generator=random) < 0.7 if masked else None
+    return x, torch.rand(2, generator=random) * 1000, states, mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_answers_as_the_network(kind: str, dtype: torch.dtype, masked: bool) -> None:
+    """For other numbers, other texts in turn, the same text again, and times met before."""
+    twin = twin_of(CONFIGS[kind], dtype)
+    replayed = Replayed(twin)
+    with torch.no_grad():
+        texts = [given(seed, dtype, masked)[2:] for seed in (1, 2)]
+        for call in range(16):
+            x, t, _, _ = given(call % 5, dtype, masked)
+            states, mask = texts[call % 2]
+            answer = replayed(x, t, states, mask)
+            assert torch.equal(answer, twin(x, t, states, mask))
+            assert not torch.equal(answer, twin(x, t + 100, states, mask))
+            assert not torch.equal(answer, twin(x, t, states + 0.5, mask))
+        with torch.inference_mode():
+            assert torch.equal(replayed(x, t, states, mask), twin(x, t, states, mask))
+    (tape,) = replayed._calls.values()
+    assert isinstance(tape, Tape)
+    assert len(tape._times) == 5
+    assert len(tape._texts) == 2
+    gone = weakref.ref(texts[0][0])
+    del texts, states
+    gc.collect()
+    assert gone() is None
+    assert not tape._texts
+    for number in range(100):
+        tape(x, torch.full((2,), float(number)), *given(number, dtype, masked)[2:])
+    assert len(tape._times) <= 64
+    assert not tape._texts
+
+
+def test_what_is_told_more_is_no_tape() -> None:
+    twin = twin_of(CONFIGS["sd1"], torch.float32)
+    replayed, (x, t, states, _) = Replayed(twin), given(0, torch.float32, False)
+    added: list[Tensor] = [torch.ones(2, 64, 4, 4)]
+    with torch.no_grad():
+        for _ in range(6):
+            told = replayed(x, t, states, mid_block_additional_residual=added[0])
+        assert not replayed._calls
+        assert not torch.equal(told, replayed(x, t, states))
+
+
+class Odd(nn.Module):
+    """A network with a rule of its own."""
+
+    def __init__(self, rule: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.ones(1))
+        self.rule = rule
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        return self.rule(self.kept, x, t, states)
+
+
+REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "it looks": (lambda kept, x, t, states: x * states if x.sum() > 0 else x, "question"),
+    "it counts": (lambda kept, x, t, states: x * kept.add_(1), "kept"),
+    "it changes a text": (lambda kept, x, t, states: x + states.mul_(t[0]), "kept"),
+    "it changes a time": (lambda kept, x, t, states: (t * 2).add_(x[0, 0, 0, 0]) + x, "kept"),
+    "it does not see x": (lambda kept, x, t, states: states * 2, "depend on x"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_replayed_is_called(name: str) -> None:
+    rule, reason = REFUSED[name]
+    network = Odd(rule)
+    numbers = torch.ones(1, 1, 1, 1), torch.full((1,), 3.0), torch.full((1, 1, 1, 1), 2.0), None
+    with torch.no_grad(), pytest.raises(Unwritable, match=reason):
+        Tape(network, numbers)
+
+
+def test_what_draws_numbers_is_called() -> None:
+    network = Odd(lambda kept, x, t, states: x + torch.randn(1))
+    replayed = Replayed(network)
+    x, t, states = torch.ones(1, 1, 1, 1), torch.ones(1), torch.ones(1, 1, 1)
+    with torch.no_grad():
+        answers = [float(replayed(x, t, states)) for _ in range(8)]
+    assert len(set(answers)) == 8
+    assert list(replayed._calls.values()) == [None]
