@@ -3,6 +3,9 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import cache
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from latentdiff.models.kl_autoencoder import KLAutoencoder
 # The largest difference to the network itself, relative to its output; more is a fault.
 _WITHIN = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
+_VERSION, _DTYPE = attrgetter("_version"), attrgetter("dtype")
+
 
 def state_of(module: nn.Module) -> list[object]:
     """What a network's answers depend on, to be compared with what it is later.
@@ -23,14 +28,18 @@ def state_of(module: nn.Module) -> list[object]:
     Changes are seen by the tensors' own count of them, which those through `.data` pass by. Ids
     and addresses mean something only as long as `tensors_of` the network are held.
     """
-    state: list[object] = []
     parts = [module]
     for part in parts:  # which grows; three times as fast as `module.modules()`, at every call
         parts += filter(None, part._modules.values())
-        for tensor in part._parameters.values():
-            if tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
-                state.append((id(tensor), version, tensor.data_ptr(), tensor.dtype))
+    every = chain.from_iterable(part._parameters.values() for part in parts)
+    tensors = [each for each in every if each is not None]
+    try:
+        versions = list(map(_VERSION, tensors))
+    except RuntimeError:  # tensors of inference have no count
+        versions = [0 if each.is_inference() else each._version for each in tensors]
+    pointers, dtypes = list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, tensors))
+    state: list[object] = [list(map(id, tensors)), versions, pointers, dtypes]
+    for part in parts:
         if isinstance(part, AttentionLayer):
             state.append(part.processor)
         elif is_adapted(part):
@@ -58,7 +67,12 @@ def cannot_compute(module: nn.Module) -> str | None:
 
 def is_adapted(part: nn.Module) -> bool:
     """True for a layer with adapters of peft; to ask the object itself takes ten times longer."""
-    return hasattr(type(part), "get_base_layer")
+    return _has_base(type(part))
+
+
+@cache
+def _has_base(kind: type) -> bool:
+    return hasattr(kind, "get_base_layer")
 
 
 def merged(module: nn.Module) -> nn.Module:
