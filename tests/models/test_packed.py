@@ -191,7 +191,7 @@ def test_a_wrong_answer_is_told_and_not_given(fault: str) -> None:
     assert torch.equal(packed(*given), told)  # and is not told again
     packing: Any = packed.packing
     assert not packing.works
-    assert (packing._twin, packing._held, packing._state) == (None, None, None)
+    assert (packing._twin, packing._watched._held) == (None, [])
     assert replace(bundle, network=packed).engine == "eager"
 
 
@@ -227,7 +227,7 @@ def test_it_lets_go_of_what_it_cannot_pack_any_more() -> None:
         packed(*inputs(bundle))
     gc.collect()
     assert gone() is None
-    assert (packing._twin, packing._held) == (None, None)
+    assert (packing._twin, packing._watched._held) == (None, [])
     assert close(packed(*inputs(bundle)), bundle.network(*inputs(bundle)))
 
 

@@ -1,5 +1,6 @@
 """Replayed calls: they are the network's to the last bit, for other numbers than were written."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -11,9 +12,20 @@ from torch import Tensor, nn
 
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.packed import PackedNetwork
-from latentdiff.models.engines.tape import Replayed, Tape, Unwritable
+from latentdiff.models.engines.tape import (
+    ReplayedUNet,
+    Replaying,
+    Tape,
+    Unwritable,
+    replay_decoding,
+)
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import DiffusersUNet
 
+BLOCKS = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd1": {"block_out_channels": [32, 64], "cross_attention_dim": 16, "sample_size": 8},
     "sd2": {
@@ -50,9 +62,10 @@ def given(seed: int, dtype: torch.dtype, masked: bool) -> tuple[Tensor, Tensor, 
 def test_it_answers_as_the_network(kind: str, dtype: torch.dtype, masked: bool) -> None:
     """For other numbers, other texts in turn, the same text again, and times met before."""
     twin = twin_of(CONFIGS[kind], dtype)
-    replayed = Replayed(twin)
+    replayed = ReplayedUNet(twin, 1000)
     with torch.no_grad():
         texts = [given(seed, dtype, masked)[2:] for seed in (1, 2)]
+        x, t, states, mask = given(0, dtype, masked)
         for call in range(16):
             x, t, _, _ = given(call % 5, dtype, masked)
             states, mask = texts[call % 2]
@@ -62,7 +75,7 @@ def test_it_answers_as_the_network(kind: str, dtype: torch.dtype, masked: bool) 
             assert not torch.equal(answer, twin(x, t, states + 0.5, mask))
         with torch.inference_mode():
             assert torch.equal(replayed(x, t, states, mask), twin(x, t, states, mask))
-    (tape,) = replayed._calls.values()
+    (tape,) = replayed._replaying._calls.values()
     assert isinstance(tape, Tape)
     assert len(tape._times) == 5
     assert len(tape._texts) == 2
@@ -79,13 +92,30 @@ def test_it_answers_as_the_network(kind: str, dtype: torch.dtype, masked: bool) 
 
 def test_what_is_told_more_is_no_tape() -> None:
     twin = twin_of(CONFIGS["sd1"], torch.float32)
-    replayed, (x, t, states, _) = Replayed(twin), given(0, torch.float32, False)
-    added: list[Tensor] = [torch.ones(2, 64, 4, 4)]
+    replayed, (x, t, states, _) = ReplayedUNet(twin, 1000), given(0, torch.float32, False)
+    added = torch.ones(2, 64, 4, 4)
     with torch.no_grad():
-        for _ in range(6):
-            told = replayed(x, t, states, mid_block_additional_residual=added[0])
-        assert not replayed._calls
-        assert not torch.equal(told, replayed(x, t, states))
+        told = [replayed(x, t, states, mid_block_additional_residual=added) for _ in range(6)]
+        assert not replayed._replaying._calls
+        assert not torch.equal(told[-1], replayed(x, t, states))
+
+
+def test_a_decoder_answers_as_itself_and_goes() -> None:
+    torch.manual_seed(0)
+    module = KLAutoencoder({"block_out_channels": [32, 32], **BLOCKS}).eval().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        expected = copy.copy(module).decode
+        replay_decoding(module, 1000)
+        for size in (8, 8, 6, 8, 8, 8, 6, 8, 8):
+            latents = torch.randn(1, 4, size, size, generator=random)
+            assert torch.equal(module.decode(latents), expected(latents))
+    kept: Any = module.decode
+    assert sorted(isinstance(each, Tape) for each in kept._calls.values()) == [False, True]
+    assert not Replaying(nn.Identity(), 2**34)._pays(torch.ones(2, 1, 1, 1))
+    gone = weakref.ref(module)
+    del module, expected
+    assert gone() is None
 
 
 class Odd(nn.Module):
@@ -120,9 +150,9 @@ def test_what_cannot_be_replayed_is_called(name: str) -> None:
 
 def test_what_draws_numbers_is_called() -> None:
     network = Odd(lambda kept, x, t, states: x + torch.randn(1))
-    replayed = Replayed(network)
+    replayed = Replaying(network, 1)
     x, t, states = torch.ones(1, 1, 1, 1), torch.ones(1), torch.ones(1, 1, 1)
     with torch.no_grad():
-        answers = [float(replayed(x, t, states)) for _ in range(8)]
+        answers = [float(replayed(x, t, states, None)) for _ in range(8)]
     assert len(set(answers)) == 8
     assert list(replayed._calls.values()) == [None]

@@ -21,7 +21,7 @@ from latentdiff.models.engines.packages import (
     packages,
     weights_key,
 )
-from latentdiff.models.engines.state import Checks, is_adapted, state_of, tensors_of
+from latentdiff.models.engines.state import Checks, Watched, is_adapted
 from latentdiff.models.network import Network
 
 # torch's own loader of it imports the compiler, which takes a second.
@@ -47,8 +47,7 @@ class Compiled:
     ) -> None:
         self._module, self._what, self._make, self._tells = module, what, make, tells
         self._lock = threading.Lock()
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._watched = Watched(module)
         self._name: str | None = None  # of its packages, up to the call
         self._runners: dict[str, Any] = {}
 
@@ -93,10 +92,7 @@ class Compiled:
 
     def _look(self) -> None:
         """Forget what was of other weights."""
-        state = state_of(self._module)
-        if state != self._state:
-            # Held, so that no other tensor gets the id or the memory of one of them.
-            self._state, self._held = state, tensors_of(self._module)
+        if self._watched.changed():
             self._runners = {}
             network = network_key(self._module, self._what)
             adapted = any(map(is_adapted, self._module.modules()))

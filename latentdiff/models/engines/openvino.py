@@ -24,7 +24,7 @@ from latentdiff.models.engines.native import (
     cannot_compile,
 )
 from latentdiff.models.engines.packages import call_key
-from latentdiff.models.engines.state import Checks, merged, state_of, tensors_of
+from latentdiff.models.engines.state import Checks, Watched, merged
 from latentdiff.models.network import Network
 
 _KEPT = 4  # shapes: each has weights of its own
@@ -49,8 +49,8 @@ class OpenVino:
     def __init__(self, module: nn.Module, what: str) -> None:
         self._module, self._what = module, what
         self._lock = threading.Lock()
-        self._state: list[object] = []
-        self._held: list[Tensor] = []
+        self._watched = Watched(module)
+        self._threads = 0
         self._models: dict[str, Any] = {}
         self._told = False
         self.used = False
@@ -77,10 +77,8 @@ class OpenVino:
 
     def _model(self, call: Call) -> Any:
         """What computes a call; None where OpenVINO cannot, or gives something else."""
-        state = [*state_of(self._module), torch.get_num_threads()]
-        if state != self._state:
-            # Held, so that no other tensor gets the id or the memory of one of them.
-            self._state, self._held = state, tensors_of(self._module)
+        if self._watched.changed() or self._threads != torch.get_num_threads():
+            self._threads = torch.get_num_threads()
             self._models = {}
         key = call_key(call.arranged, call.tensors)
         if key not in self._models:

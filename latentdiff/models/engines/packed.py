@@ -31,9 +31,10 @@ from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import GEGLU, ResnetBlock2D, Upsample
 from latentdiff.models.cross_attention_unet import CrossAttentionUNet
 from latentdiff.models.engines.around import AroundAutoencoder, AroundNetwork
-from latentdiff.models.engines.state import Checks, cannot_compute, merged, state_of, tensors_of
-from latentdiff.models.engines.tape import Replayed
+from latentdiff.models.engines.state import Checks, Watched, cannot_compute, merged
+from latentdiff.models.engines.tape import ReplayedUNet, replay_decoding
 from latentdiff.models.engines.winograd import pays, transformed, winograd
+from latentdiff.models.kl_autoencoder import KLAutoencoder
 from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
@@ -303,8 +304,8 @@ class Packing:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._lock = threading.Lock()
-        self._state: list[object] | None = None
-        self._held: list[Tensor] | None = None
+        self._weights = sum(each.numel() for each in module.parameters())
+        self._watched = Watched(module)
         self._twin: Any = None
         self._computing: tuple[Network | None, Network | None] = None, None
         self.checks = Checks(module, "packed weights are not used")
@@ -322,16 +323,16 @@ class Packing:
         """The packed network; None where there is none, and then nothing of one is kept."""
         with self._lock:
             if not self.works:
-                self._state = self._held = self._twin = None
+                self._watched.forget()
+                self._twin = None
                 self._computing = None, None
                 return None
-            state = state_of(self._module)
-            if state != self._state:
+            if self._watched.changed():
                 self._twin = None  # before the next one takes memory
                 self._computing = None, None
                 self._twin = _packed(self._module)
-                # Held, so that no other tensor gets the id or the memory of one of them.
-                self._state, self._held = state, tensors_of(self._module)
+                if isinstance(self._twin, KLAutoencoder):
+                    replay_decoding(self._twin, self._weights)
             return self._twin
 
     def computing(self, network: Network) -> Network | None:
@@ -341,7 +342,9 @@ class Packing:
             return None
         made, of = self._computing
         if made is None or made.module is not twin or of is not network:
-            replayed: Any = Replayed(twin)  # which networks take as what `torch.compile` makes
+            replayed: Any = ReplayedUNet(
+                twin, self._weights
+            )  # which networks take as what `torch.compile` makes
             made = network.with_module(replayed)
             self._computing = made, network
         return made

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -22,36 +21,64 @@ _WITHIN = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _VERSION, _DTYPE = attrgetter("_version"), attrgetter("dtype")
 
 
-def state_of(module: nn.Module) -> list[object]:
-    """What a network's answers depend on, to be compared with what it is later.
+class Watched:
+    """A network, looked over at every call for what its answers depend on.
 
-    Changes are seen by the tensors' own count of them, which those through `.data` pass by. Ids
-    and addresses mean something only as long as `tensors_of` the network are held.
+    In-place changes are seen by the tensors' own count of them, which those through `.data` pass
+    by. All that was there at the last look is held, so that nothing else gets its id or memory.
+
+    Args:
+        module: the network.
     """
-    parts = [module]
-    for part in parts:  # which grows; three times as fast as `module.modules()`, at every call
-        parts += filter(None, part._modules.values())
-    every = chain.from_iterable(part._parameters.values() for part in parts)
-    tensors = [each for each in every if each is not None]
-    try:
-        versions = list(map(_VERSION, tensors))
-    except RuntimeError:  # tensors of inference have no count
-        versions = [0 if each.is_inference() else each._version for each in tensors]
-    pointers, dtypes = list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, tensors))
-    state: list[object] = [list(map(id, tensors)), versions, pointers, dtypes]
-    for part in parts:
-        if isinstance(part, AttentionLayer):
-            state.append(part.processor)
-        elif is_adapted(part):
-            adapters: Any = part
-            state.append((dict(adapters.scaling), list(adapters.active_adapters)))
-            state.append((adapters.disable_adapters, list(adapters.merged_adapters)))
-    return state
 
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.forget()
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """The parameters of a network, and their memory as it now is: no other gets their ids."""
-    return [each for p in module.parameters() for each in (p, p.detach())]
+    def forget(self) -> None:
+        """Let go of all that is held; the next look finds a change."""
+        self._parts: list[nn.Module] = []
+        self._held: list[Tensor] = []
+        self._facts: list[object] | None = None
+
+    def changed(self) -> bool:
+        """True where the network is another than at the last look, and at the first."""
+        if self._facts is not None and self._look() == self._facts:
+            return False
+        self._parts = [self._module]
+        for part in self._parts:  # which grows
+            self._parts += filter(None, part._modules.values())
+        self._branches = [part._modules for part in self._parts]
+        self._leaves = [part._parameters for part in self._parts]
+        self._attending = [part for part in self._parts if isinstance(part, AttentionLayer)]
+        self._adapted: list[Any] = [part for part in self._parts if is_adapted(part)]
+        self._facts = self._look()
+        # A tensor may get other memory: what it has now is held beside it.
+        self._held = [each for p in self._tensors() for each in (p, p.detach())]
+        return True
+
+    def _tensors(self) -> list[Tensor]:
+        every = chain.from_iterable(map(dict.values, self._leaves))
+        return [each for each in every if each is not None]
+
+    def _look(self) -> list[object]:
+        """What the answers depend on: without a loop in Python, some hundreds of parts long."""
+        branches = chain.from_iterable(map(dict.values, self._branches))
+        tensors = self._tensors()
+        try:
+            versions = list(map(_VERSION, tensors))
+        except RuntimeError:  # tensors of inference have no count
+            versions = [0 if each.is_inference() else each._version for each in tensors]
+        return [
+            list(map(id, branches)),
+            list(map(id, tensors)),
+            versions,
+            list(map(Tensor.data_ptr, tensors)),
+            list(map(_DTYPE, tensors)),
+            [layer.processor for layer in self._attending],
+            [(dict(each.scaling), list(each.active_adapters)) for each in self._adapted],
+            [(each.disable_adapters, list(each.merged_adapters)) for each in self._adapted],
+        ]
 
 
 def cannot_compute(module: nn.Module) -> str | None:
@@ -67,12 +94,7 @@ def cannot_compute(module: nn.Module) -> str | None:
 
 def is_adapted(part: nn.Module) -> bool:
     """True for a layer with adapters of peft; to ask the object itself takes ten times longer."""
-    return _has_base(type(part))
-
-
-@cache
-def _has_base(kind: type) -> bool:
-    return hasattr(kind, "get_base_layer")
+    return hasattr(type(part), "get_base_layer")
 
 
 def merged(module: nn.Module) -> nn.Module:

@@ -76,6 +76,7 @@ class _Writing(TorchDispatchMode):
         self._memory: dict[int, int] = {}  # what the first value there needs
         for tensor, needs in inputs:
             self.value(tensor, needs)
+        self._given = len(self.tensors)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -115,6 +116,13 @@ class _Writing(TorchDispatchMode):
         if isinstance(given, dict):
             return {key: self._met(each, met, needs) for key, each in given.items()}
         return type(given)(self._met(each, met, needs) for each in given) if _many(given) else given
+
+    def crossing(self, part: int) -> list[_Value]:
+        """What the function of every call is told by another part; what is given it knows."""
+        steps = [step for step in self.steps if _part(step.needs) == _X]
+        used = dict.fromkeys(value for step in steps for value in step.values)
+        given = range(self._given)
+        return [v for v in used if _part(self.needs[v.number]) == part and v.number not in given]
 
     def _check(self, function: Any, args: Sequence[Any], needs: int) -> None:
         if function._schema.is_mutable:
@@ -177,35 +185,22 @@ class Tape:
     """What a network computes for one shape.
 
     Args:
-        network: (x, t, states, mask) -> a tensor.
-        given: these, of that shape, and no other tensor that may change.
+        network: (x, t, states, mask), or x alone -> a tensor.
+        given: these, of that shape; no other tensor that it sees may change.
 
     Raises:
         Unwritable: it asks what is in a tensor, or changes what is kept.
     """
 
-    def __init__(
-        self, network: Callable[..., Tensor], given: tuple[Tensor, Tensor, Tensor, Tensor | None]
-    ) -> None:
-        kinds = [_X, _TIME, _TEXT, _TEXT]
+    def __init__(self, network: Callable[..., Tensor], given: Sequence[Tensor | None]) -> None:
+        kinds = [_X, _TIME, _TEXT, _TEXT][: len(given)]
         inputs = [(each, kind) for each, kind in zip(given, kinds, strict=True) if each is not None]
         with _Writing(inputs) as writing:
             answer = network(*given)
         result = writing.value(answer)
         if _part(writing.needs[result.number]) != _X:
             raise Unwritable("the answer does not depend on x")
-        crossing = {
-            part: tuple(
-                dict.fromkeys(
-                    value
-                    for step in writing.steps
-                    if _part(step.needs) == _X
-                    for value in step.values
-                    if _part(writing.needs[value.number]) == part and value.number >= len(inputs)
-                )
-            )
-            for part in (_TIME, _TEXT)
-        }
+        crossing = {part: writing.crossing(part) for part in (_TIME, _TEXT)}
         values = [_Value(number) for number in range(len(inputs))]
         source = _Source(writing)
         every = [*values, *crossing[_TIME], *crossing[_TEXT]]
@@ -221,11 +216,15 @@ class Tape:
         self._times: dict[tuple[float, ...], tuple[Tensor, ...]] = {}
         self._texts: dict[tuple[int, int, int], tuple[Tensor | None, tuple[Tensor, ...]]] = {}
 
-    def __call__(self, x: Tensor, t: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, *told: Tensor | None) -> Tensor:
         """What the network answers."""
-        told = [states] if mask is None else [states, mask]
-        (answer,) = self._of_call(x, t, *told, *self._timed(t), *self._read(told, mask))
-        return answer
+        if not told:
+            return self._of_call(x)[0]
+        t, states, mask = told
+        assert t is not None
+        assert states is not None
+        texts = [states] if mask is None else [states, mask]
+        return self._of_call(x, t, *texts, *self._timed(t), *self._read(texts, mask))[0]
 
     def _timed(self, t: Tensor) -> tuple[Tensor, ...]:
         key = tuple(t.tolist())
@@ -244,17 +243,60 @@ class Tape:
         return self._texts[key][1]
 
 
-class Replayed:
-    """A network that is replayed where that pays, and called where not.
+class Replaying:
+    """A method of a network, which is replayed where that pays, and called where not.
 
     Args:
-        module: a U-Net that never changes; no gradients are asked for.
+        method: what a `Tape` takes, of a network that never changes; no gradients are asked for.
+        weights: how many it has.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._orig_mod = module  # the name that `torch.compile` gives it
-        self._weights = sum(each.numel() for each in module.parameters())
+    def __init__(self, method: Callable[..., Tensor], weights: int) -> None:
+        self._method, self._weights = method, weights
         self._calls: dict[Any, int | Tape | None] = {}
+
+    def __call__(self, x: Tensor, *told: Tensor | None) -> Tensor:
+        """What the method answers."""
+        given = x, *told
+        if not self._pays(x):
+            return self._method(*given)
+        key = tuple(None if each is None else _kind(each) for each in given)
+        known = self._calls.get(key, 0)
+        if isinstance(known, Tape):
+            return known(*given)
+        answer = self._method(*given)
+        if known is not None:
+            following = known + 1 if known < _PATIENCE else self._written(given, answer)
+            others = [item for item in self._calls.items() if item[0] != key][1 - _SHAPES :]
+            self._calls = dict([*others, (key, following)])  # at once, for other threads' sake
+        return answer
+
+    def _pays(self, x: Tensor) -> bool:
+        places = x.shape[0] * x.shape[2] * x.shape[3]
+        return self._weights * places <= _SMALL and not torch.is_autocast_enabled("cpu")
+
+    def _written(self, given: Sequence[Tensor | None], answer: Tensor) -> Tape | None:
+        """The tape of a call, written down of other numbers; None where it answers otherwise."""
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                tape = Tape(self._method, [_other(each) for each in given])
+        except Unwritable:
+            return None
+        again = tape(*given)  # pyright: ignore[reportArgumentType]
+        return tape if torch.equal(again, answer) else None
+
+
+class ReplayedUNet:
+    """A U-Net that is replayed where it is told no more than x, times and texts.
+
+    Args:
+        module: it never changes.
+        weights: how many it has.
+    """
+
+    def __init__(self, module: nn.Module, weights: int) -> None:
+        self._orig_mod = module  # the name that `torch.compile` gives it
+        self._replaying = Replaying(module, weights)
 
     def __call__(
         self,
@@ -266,31 +308,21 @@ class Replayed:
     ) -> Tensor:
         """See `latentdiff.models.cross_attention_unet.CrossAttentionUNet.forward`."""
         given = sample, timestep, encoder_hidden_states, encoder_attention_mask
-        if any(each is not None for each in more.values()) or not self._pays(sample):
+        if any(each is not None for each in more.values()):
             return self._orig_mod(*given, **more)
-        key = tuple(None if each is None else _kind(each) for each in given)
-        known = self._calls.get(key, 0)
-        if isinstance(known, Tape):
-            return known(*given)
-        answer = self._orig_mod(*given)
-        if known is not None:
-            following = known + 1 if known < _PATIENCE else self._written(given, answer)
-            others = [item for item in self._calls.items() if item[0] != key][1 - _SHAPES :]
-            self._calls = dict([*others, (key, following)])  # at once, for other threads' sake
-        return answer
+        return self._replaying(*given)
 
-    def _pays(self, x: Tensor) -> bool:
-        places = x.shape[0] * x.shape[2] * x.shape[3]
-        return self._weights * places <= _SMALL and not torch.is_autocast_enabled("cpu")
 
-    def _written(self, given: tuple[Any, ...], answer: Tensor) -> Tape | None:
-        """The tape of a call, written down of other numbers; None where it answers otherwise."""
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                tape = Tape(self._orig_mod, tuple(map(_other, given)))  # pyright: ignore[reportArgumentType]
-        except Unwritable:
-            return None
-        return tape if torch.equal(tape(*given), answer) else None
+def replay_decoding(twin: Any, weights: int) -> None:
+    """Have a `KLAutoencoder` that never changes replay its `decode`."""
+    decode = weakref.WeakMethod(twin.decode)  # else it would hold itself
+
+    def method(latents: Tensor) -> Tensor:
+        known = decode()
+        assert known is not None
+        return known(latents)
+
+    twin.decode = Replaying(method, weights)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
