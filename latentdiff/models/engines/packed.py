@@ -39,9 +39,9 @@ from latentdiff.models.network import Network
 from latentdiff.models.perturbation import Perturbation, perturbable
 
 _CHECKED = 8  # side in latents of what is compared of an autoencoder
-# Weights of a linear layer in float32 up to which packing them gains nothing; beyond, it takes
-# 0.6 to 0.9 of the time, measured on a CPU with AVX-512.
-_SMALL = 2**16
+# Weights of a linear layer in float32 up to which BLAS multiplies faster: on a CPU of AMD's with
+# AVX-512, where beyond oneDNN takes 0.6 to 0.9 of its time, and on one of Intel's with AMX.
+_SMALL, _SMALL_WITH_AMX = 2**16, 2**18
 # Places of a map and channels of a group up to which a norm of bfloat16 pays in float32.
 _FEW, _NARROW = 1024, 20
 # Shapes that a convolution keeps packed weights for: of a run that is guided in part of its steps.
@@ -171,6 +171,21 @@ class PackedLinear(_Packed):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class SmallLinear(_Packed):
+    """A linear layer that BLAS computes, with its weights [inside, outside] as they are read."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", layer.weight.detach().t().contiguous())
+        let_go_of_pages(layer.weight.data_ptr(), layer.weight.nbytes)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, weight = x.reshape(-1, x.shape[-1]), self.get_buffer("weight")
+        y = torch.mm(rows, weight) if self.bias is None else torch.addmm(self.bias, rows, weight)
+        return y.view(*x.shape[:-1], -1)
+
+
 class Pointwise(nn.Module):
     """A 1 x 1 convolution, which is a linear layer over the channels."""
 
@@ -250,9 +265,40 @@ class PackedResnet(ResnetBlock2D):
 
 
 def _packed_linear(layer: nn.Linear) -> nn.Module:
-    """In float32 a small layer itself: BLAS packs as it goes, and is as fast."""
-    small = layer.weight.numel() <= _SMALL and layer.weight.dtype == torch.float32
-    return layer if small else PackedLinear(layer)
+    most = _SMALL_WITH_AMX if torch.cpu._is_amx_tile_supported() else _SMALL
+    small = layer.weight.numel() <= most and layer.weight.dtype == torch.float32
+    return SmallLinear(layer) if small else PackedLinear(layer)
+
+
+class SelfAttention:
+    """An attention processor that computes queries, keys and values of a small layer at once.
+
+    Those are taken apart where a processor around it asks the layer for some.
+    """
+
+    def __init__(self, attn: AttentionLayer) -> None:
+        parts = attn.to_q, attn.to_k, attn.to_v
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        layer: Any = nn.Linear(attn.width, 3 * attn.width, device="meta")
+        weights = torch.cat([part.weight.detach() for part in parts])
+        layer.weight = nn.Parameter(weights, requires_grad=False)
+        layer.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        self._layer = _packed_linear(layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # see `CrossAttention`
+
+    def __call__(
+        self,
+        attn: Any,
+        x: Tensor,
+        states: Tensor | None = None,
+        mask: Tensor | None = None,
+        shown: Shown = (),
+    ) -> Tensor:
+        """See `latentdiff.models.attention.sdpa`."""
+        q, k, v = self._layer(x).unflatten(2, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        return attn.to_out[0](fused(attn, q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class CrossAttention:
@@ -413,7 +459,7 @@ def _packed(module: nn.Module) -> nn.Module:
     for name, layer in list(twin.named_modules()):
         parent, _, last = name.rpartition(".")
         new: nn.Module | None = None
-        if isinstance(twin.get_submodule(parent), PackedGEGLU | PackedUpsample):
+        if isinstance(twin.get_submodule(parent), _Packed):
             continue  # it has its layer already
         if isinstance(layer, nn.Conv2d):
             new = Pointwise(layer) if layer.kernel_size == (1, 1) else PackedConv(layer)
@@ -427,10 +473,11 @@ def _packed(module: nn.Module) -> nn.Module:
             new = PackedUpsample(layer.conv)
         elif isinstance(layer, nn.Linear) and not name.startswith("time_"):
             new = _packed_linear(layer)
-        elif isinstance(layer, AttentionLayer) and layer.is_cross_attention:
-            layer.processor = (
-                CrossAttention() if layer.processor in (auto, sdpa) else layer.processor
-            )
+        elif isinstance(layer, AttentionLayer) and layer.processor in (auto, sdpa):
+            if layer.is_cross_attention:
+                layer.processor = CrossAttention()
+            elif 3 * layer.width**2 <= _SMALL_WITH_AMX:
+                layer.processor = SelfAttention(layer)
         if new is not None:
             setattr(twin.get_submodule(parent), last, new)
     return twin
