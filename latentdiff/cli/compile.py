@@ -52,9 +52,9 @@ def compile_model(
     bundle = pipe.bundle
     height, width = (size, size) if size else bundle.size
     sizes = {"height": height, "width": width, "guidance_scale": guidance_scale}
-    with compiling(bundle.network, bundle.autoencoder, _say) as (network, autoencoder):
-        _say("this takes a minute or more for each network, much more for a large one")
-        pipe.bundle = replace(bundle, network=network, autoencoder=autoencoder)
+    with compiling(bundle.network, _say) as network:
+        _say("this takes a minute or more, much more for a large network")
+        pipe.bundle = replace(bundle, network=network)
         pipe(["a picture"] * batch, num_inference_steps=1, seed=0, progress=False, **sizes)
     _say("done: latentdiff generate draws with it by itself")
 

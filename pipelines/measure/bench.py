@@ -7,7 +7,7 @@ ratio is the median over rounds of the first contestant's seconds to another's. 
 draws 20 steps of DPM-Solver++(2M) with guidance 4; the networks of Stable Diffusion's size have
 random weights; whole commands start a process each. The engine compiled draws pictures where
 `latentdiff compile` was run before, with `--dtype bfloat16` for that precision, too; `--compile`
-makes code of the networks of Stable Diffusion's size for this run alone, which takes minutes and
+makes code of the U-Net of Stable Diffusion's size for this run alone, which takes minutes and
 gigabytes. The engine openvino takes part where its library is installed, bfloat16 where the
 processor computes in it. Prints the command, and tables for docs/benchmarks.md.
 """
@@ -40,7 +40,6 @@ from latentdiff.models.engines import (
     OpenVinoNetwork,
     PackedAutoencoder,
     PackedNetwork,
-    Pair,
     cannot_convert,
     cannot_pack,
 )
@@ -72,7 +71,7 @@ def main() -> None:
         action="store_true",
         help="processor seconds, where other work goes on; not of whole commands",
     )
-    parser.add_argument("--compile", action="store_true", help="the large networks, too")
+    parser.add_argument("--compile", action="store_true", help="the large U-Net, too")
     parser.add_argument("--rounds", type=int, default=10, help="of each comparison")
     parser.add_argument(
         "--only", nargs="+", choices=ROWS, default=list(ROWS), help="the comparisons to make"
@@ -225,7 +224,7 @@ def _unet(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
         sides |= _theirs(theirs, lambda network: network(x, t, states))
     engines: dict[str, Network] = {"eager": eager, "packed": packed}
     if compiles:
-        with _compiling(eager, DiffusersAutoencoder(KLAutoencoder(SMALL))) as (fast, _):
+        with _compiling(eager) as fast:
             fast(x, t, condition)
         engines["compiled"] = fast
     if not cannot_convert(module):
@@ -236,14 +235,14 @@ def _unet(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
 
 
 @contextmanager
-def _compiling(network: Network, autoencoder: Autoencoder) -> Iterator[Pair]:
+def _compiling(network: Network) -> Iterator[Network]:
     """See `compiling`; what is made outlives its file."""
     with TemporaryDirectory() as cache, torch.no_grad():
         before = os.environ.get("XDG_CACHE_HOME")
         os.environ["XDG_CACHE_HOME"] = cache
         try:
-            with compiling(network, autoencoder, partial(print, file=sys.stderr)) as both:
-                yield both
+            with compiling(network, partial(print, file=sys.stderr)) as fast:
+                yield fast
         finally:
             del os.environ["XDG_CACHE_HOME"]
             if before is not None:
@@ -262,12 +261,12 @@ def _theirs(network: Any, call: Callable[[Any], object]) -> Sides:
 def autoencoders(folder: Path, peers: bool, compiles: bool) -> Rows:
     """One picture of 256 pixels decoded by an autoencoder of Stable Diffusion's size."""
     return {
-        f"VAE of SD, 256 px, {_name(dtype)}": partial(_autoencoder, dtype, peers, compiles)
+        f"VAE of SD, 256 px, {_name(dtype)}": partial(_autoencoder, dtype, peers)
         for dtype in precisions()
     }
 
 
-def _autoencoder(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
+def _autoencoder(dtype: torch.dtype, peers: bool) -> Sides:
     module = KLAutoencoder(VAE).to(dtype).eval().requires_grad_(False)
     latents = torch.randn(1, 4, 32, 32, dtype=dtype)
     eager = DiffusersAutoencoder(module)
@@ -280,12 +279,6 @@ def _autoencoder(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
         theirs.load_state_dict(module.state_dict(), assign=True)
         sides |= _theirs(theirs, lambda network: network.decode(latents))
     engines: dict[str, Autoencoder] = {"eager": eager, "packed": packed}
-    if compiles:
-        config = {"block_out_channels": [32] * 4, "cross_attention_dim": 8, "sample_size": 8}
-        small = CrossAttentionUNet(config)
-        with _compiling(DiffusersUNet(small, 4), eager) as (_, fast):
-            fast.decode(latents)
-        engines["compiled"] = fast
     if not cannot_convert(module):
         engines["openvino"] = OpenVinoAutoencoder.of(eager, packed)
     for name, decoder in engines.items():

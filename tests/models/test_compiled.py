@@ -26,7 +26,6 @@ from latentdiff.cli import main
 from latentdiff.diffusion.condition import Condition
 from latentdiff.lora import add_lora, attach_lora, detach_lora, lora_of
 from latentdiff.models.engines import (
-    CompiledAutoencoder,
     CompiledNetwork,
     PackedNetwork,
     with_engine,
@@ -314,7 +313,7 @@ def test_a_network_of_diffusers_is_not_compiled() -> None:
     bundle = tiny_bundle()
     with (
         pytest.raises(UserError, match=r"cannot be compiled: .*UNet2DConditionModel"),
-        compiling(bundle.network, bundle.autoencoder, print),
+        compiling(bundle.network, print),
     ):
         pass
 
@@ -323,7 +322,7 @@ def test_a_network_of_diffusers_is_not_compiled() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["t5, masked", "inpainting", "bfloat16"])
 def test_any_call_is_compiled(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks and further channels; and the decoder."""
+    """Masks and further channels, and in bfloat16."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bundle = with_own_networks(
         tiny_bundle(
@@ -333,24 +332,17 @@ def test_any_call_is_compiled(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     )
     if kind == "bfloat16":
         bundle.network.module.bfloat16()
-        bundle.autoencoder.module.bfloat16()
     condition = bundle.conditioner.encode(CAPTIONS[:3], (16, 16)).condition
     random = torch.Generator().manual_seed(0)
     if kind == "inpainting":
         condition = replace(condition, beside=torch.randn(3, 5, 8, 8, generator=random))
     given = torch.randn(3, 4, 8, 8, generator=random), torch.linspace(20, 980, 3), condition
-    latents = torch.randn(2, 4, 8, 8, generator=random)
     said: list[str] = []
-    with compiling(bundle.network, bundle.autoencoder, said.append) as (network, autoencoder):
+    with compiling(bundle.network, said.append) as network:
         network(*given)
-        autoencoder.decode(latents)
-    assert sum(line.startswith("compiling") for line in said) == 2
-    fast, decoder = with_engine(bundle.network, bundle.autoencoder, "compiled")
+    assert sum(line.startswith("compiling") for line in said) == 1
+    fast, _ = with_engine(bundle.network, bundle.autoencoder, "compiled")
     assert isinstance(fast, CompiledNetwork)
-    assert isinstance(decoder, CompiledAutoencoder)
     within = 1.5e-2 if kind == "bfloat16" else 1e-5
-    for one, other in (
-        (fast.fast(*given), bundle.network(*given)),
-        (decoder.fast.decode(latents), bundle.autoencoder.decode(latents)),
-    ):
-        assert (one - other).abs().max() <= within * other.abs().max()
+    expected = bundle.network(*given)
+    assert (fast.fast(*given) - expected).abs().max() <= within * expected.abs().max()

@@ -10,7 +10,7 @@ import torch
 
 from latentdiff.errors import UserError, warn
 from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
-from latentdiff.models.engines.compiled import CompiledAutoencoder, CompiledNetwork
+from latentdiff.models.engines.compiled import CompiledNetwork
 from latentdiff.models.engines.native import (
     NativeAutoencoder,
     NativeNetwork,
@@ -69,7 +69,7 @@ def with_code(itself: Pair, inner: Pair, *, tells: bool = False) -> Pair:
         inner: what computes them where there is no code.
         tells: whether the first such call warns.
     """
-    network, autoencoder = itself
+    network, _ = itself
     if cannot_compile(network.module):
         return inner
     fast = CompiledNetwork.of(network, inner[0], tells=tells)
@@ -78,10 +78,6 @@ def with_code(itself: Pair, inner: Pair, *, tells: bool = False) -> Pair:
     if reason := distrust(cache_folder()):
         warn(f"compiled code is not used: {reason}")
         return inner
-    if can_compile(autoencoder):
-        decoder = CompiledAutoencoder.of(autoencoder, inner[1])
-        if decoder.code.at_hand():
-            return fast, decoder
     return fast, inner[1]
 
 
@@ -122,8 +118,7 @@ def engine_of(network: Network, autoencoder: Autoencoder) -> Engine:
 
 def _name(noun: Network | Autoencoder) -> Engine:
     if isinstance(noun, NativeNetwork | NativeAutoencoder):
-        compiled = isinstance(noun, CompiledNetwork | CompiledAutoencoder)
-        native = "compiled" if compiled else "openvino"
+        native = "compiled" if isinstance(noun, CompiledNetwork) else "openvino"
         return native if noun.code.used else _name(noun.inner)
     packed = isinstance(noun, PackedNetwork | PackedAutoencoder) and noun.packing.works
     return "packed" if packed else "eager"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import warn
-from latentdiff.models.autoencoder import Autoencoder, DiffusersAutoencoder
-from latentdiff.models.engines.native import Call, Missing, NativeAutoencoder, NativeNetwork
+from latentdiff.models.engines.native import Call, Missing, NativeNetwork
 from latentdiff.models.engines.packages import (
     cache_folder,
     call_key,
@@ -28,24 +27,23 @@ from latentdiff.models.network import Network
 _Runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu  # pyright: ignore[reportAttributeAccessIssue]
 
 
-Maker = Callable[[Callable[..., Tensor], Call, str], None]
+Maker = Callable[[nn.Module, Call, str], None]
 """Compiles what is called, with its arguments, and keeps the package under a name."""
 
 
 class Compiled:
-    """A method of a network, called through its packages.
+    """A network, called through its packages.
 
     Args:
         module: the network.
-        what: the name of the method.
         make: makes a package where there is none; None: such calls are `Missing`.
         tells: whether the first such call warns.
     """
 
     def __init__(
-        self, module: nn.Module, what: str, make: Maker | None = None, *, tells: bool = False
+        self, module: nn.Module, make: Maker | None = None, *, tells: bool = False
     ) -> None:
-        self._module, self._what, self._make, self._tells = module, what, make, tells
+        self._module, self._make, self._tells = module, make, tells
         self._lock = threading.Lock()
         self._watched = Watched(module)
         self._name: str | None = None  # of its packages, up to the call
@@ -53,7 +51,7 @@ class Compiled:
 
     def at_hand(self) -> bool:
         """True where there are packages of the network with its weights as they are."""
-        known = packages(network_key(self._module, self._what))
+        known = packages(network_key(self._module))
         if known:  # else its weights, which take long to read, need no name
             with self._lock:
                 self._look()
@@ -79,7 +77,7 @@ class Compiled:
 
     def of(self, module: nn.Module) -> Self:
         """See `Code.of`."""
-        return type(self)(module, self._what)
+        return type(self)(module)
 
     def left(self, what: str) -> None:
         """See `Code.left`."""
@@ -94,7 +92,7 @@ class Compiled:
         """Forget what was of other weights."""
         if self._watched.changed():
             self._runners = {}
-            network = network_key(self._module, self._what)
+            network = network_key(self._module)
             adapted = any(map(is_adapted, self._module.modules()))
             wanted = not adapted and (self._make is not None or packages(network))
             self._name = f"{network}-{weights_key(self._module)}" if wanted else None
@@ -104,9 +102,9 @@ class Compiled:
         if self._name is None:
             return None
         key = call_key(call.arranged, call.tensors)
-        name, slow = f"{self._name}-{key}", getattr(self._module, self._what)
+        name = f"{self._name}-{key}"
         if self._make is not None and name not in packages(name):
-            self._make(slow, call, name)
+            self._make(self._module, call, name)
         path = packages(name).get(name)
         if path is None:
             return None
@@ -120,8 +118,8 @@ class Compiled:
             return None
         args, kwargs = call.arguments(call.tensors)
         checks = Checks(self._module, "compiled code is not used")
-        run, compute = lambda: runner.run(call.tensors)[0], lambda: slow(*args, **kwargs)
-        return runner if checks.passes(self._what, run, compute) else None
+        run, compute = lambda: runner.run(call.tensors)[0], lambda: self._module(*args, **kwargs)
+        return runner if checks.passes("predict", run, compute) else None
 
 
 class CompiledNetwork(NativeNetwork):
@@ -138,17 +136,4 @@ class CompiledNetwork(NativeNetwork):
         cls, network: Network, inner: Network, make: Maker | None = None, *, tells: bool = False
     ) -> Self:
         """This engine around another of a network; see `Compiled`."""
-        return cls.around(network, inner, Compiled(network.module, "forward", make, tells=tells))
-
-
-class CompiledAutoencoder(NativeAutoencoder):
-    """An autoencoder that decodes with compiled code."""
-
-    code: Compiled
-
-    @classmethod
-    def of(
-        cls, autoencoder: DiffusersAutoencoder, inner: Autoencoder, make: Maker | None = None
-    ) -> Self:
-        """This engine around another of an autoencoder; see `Compiled`."""
-        return cls.around(autoencoder, inner, Compiled(autoencoder.module, "decode", make))
+        return cls.around(network, inner, Compiled(network.module, make, tells=tells))

@@ -3,35 +3,31 @@
 import atexit
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.errors import UserError
 from latentdiff.files import scratch_folder
-from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.engines.compiled import CompiledAutoencoder, CompiledNetwork, Maker
-from latentdiff.models.engines.native import Call, Method, can_compile, cannot_compile
-from latentdiff.models.engines.packages import keep
+from latentdiff.models.engines.compiled import CompiledNetwork, Maker
+from latentdiff.models.engines.native import Call, Method, cannot_compile
+from latentdiff.models.engines.packages import SETTINGS, keep
 from latentdiff.models.network import Network
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
-_NAMES = {"forward": "the U-Net", "decode": "the decoder"}
 
 
 @contextmanager
-def compiling(
-    network: Network, autoencoder: Autoencoder, say: Callable[[str], None]
-) -> Iterator[tuple[Network, Autoencoder]]:
-    """Both, which in the block compile whatever they are called for that the cache does not have.
+def compiling(network: Network, say: Callable[[str], None]) -> Iterator[Network]:
+    """The network, which in the block compiles whatever it is called for that the cache lacks.
 
     Args:
         network: itself, in no engine.
-        autoencoder: likewise; what cannot be compiled stays as it is.
         say: is told of each step; a package takes a minute or more.
 
     Raises:
@@ -41,10 +37,7 @@ def compiling(
         raise UserError(f"this model cannot be compiled: {reason}.")
     with scratch_folder() as folder, _cache_in(folder):
         check_compiler()
-        make = _maker(say)
-        if can_compile(autoencoder):
-            autoencoder = CompiledAutoencoder.of(autoencoder, autoencoder, make)
-        yield CompiledNetwork.of(network, network, make), autoencoder
+        yield CompiledNetwork.of(network, network, _maker(say))
 
 
 def training_code(network: nn.Module) -> nn.Module:
@@ -86,17 +79,17 @@ def check_compiler() -> None:
 def _maker(say: Callable[[str], None]) -> Maker:
     """What compiles packages and keeps them in the user's cache."""
 
-    def make(method: Callable[..., Tensor], call: Call, name: str) -> None:
-        say(f"compiling {_NAMES[method.__name__]} for {call}")
+    def make(module: nn.Module, call: Call, name: str) -> None:
+        say(f"compiling the U-Net for {call}")
         start = time.monotonic()
-        path = keep(_library(method, call), name)
+        path = keep(_library(module, call), name)
         say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {time.monotonic() - start:.0f} seconds")
 
     return make
 
 
-def _library(method: Callable[..., Tensor], call: Call) -> Path:
-    """Compile a method for the shapes of a call.
+def _library(module: nn.Module, call: Call) -> Path:
+    """Compile a network for the shapes of a call.
 
     Raises:
         UserError: the compiler failed.
@@ -106,9 +99,11 @@ def _library(method: Callable[..., Tensor], call: Call) -> Path:
 
     given = tuple(call.tensors)
     try:
-        # Of `torch.compile` and `aot_compile` the option has no effect: it must stand globally.
-        with torch.no_grad(), settings.patch(freezing=True):
-            graph: Any = torch.export.export(Method(method, call).eval(), given).module()
+        # Of `torch.compile` and `aot_compile` these have no effect: they must stand globally.
+        with torch.no_grad(), settings.patch(**SETTINGS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TypedStorage")  # torch's own use of it
+            method = Method(module.forward, call).eval()
+            graph: Any = torch.export.export(method, given).module()
             return Path(str(aot_compile(graph, given)))
     except Exception as error:  # compilers raise anything
         told = " ".join(str(error).split())
