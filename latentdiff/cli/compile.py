@@ -1,4 +1,4 @@
-"""`latentdiff compile`: native code of a model's networks, for the engine `compiled`."""
+"""`latentdiff compile`: native code of a model's U-Net, for the engine `compiled`."""
 
 import sys
 from dataclasses import replace

@@ -137,10 +137,7 @@ def _products(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
     scale = q.shape[-1] ** -0.5
     q_, k_ = (q.float(), k.float()) if attn.upcast else (q, k)
     if mask is None:
-        start, beta = (
-            torch.empty(len(q), q.shape[1], k.shape[1], dtype=q_.dtype, device=q.device),
-            0,
-        )
+        start, beta = q_.new_empty(len(q), q.shape[1], k.shape[1]), 0
     else:
         start, beta = mask.squeeze(1).repeat_interleave(attn.heads, dim=0).to(q_.dtype), 1
     scores = torch.baddbmm(start, q_, k_.transpose(1, 2), beta=beta, alpha=scale)

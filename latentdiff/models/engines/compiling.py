@@ -98,9 +98,10 @@ def _library(module: nn.Module, call: Call) -> Path:
     from torch._inductor import aot_compile
 
     given = tuple(call.tensors)
+    known = {key: value for key, value in SETTINGS.items() if hasattr(settings, key)}
     try:
         # Of `torch.compile` and `aot_compile` these have no effect: they must stand globally.
-        with torch.no_grad(), settings.patch(**SETTINGS), warnings.catch_warnings():
+        with torch.no_grad(), settings.patch(**known), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TypedStorage")  # torch's own use of it
             method = Method(module.forward, call).eval()
             graph: Any = torch.export.export(method, given).module()

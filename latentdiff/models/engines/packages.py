@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.files import make_folder, writing
-from latentdiff.models import attention, blocks, cross_attention_unet, kl_autoencoder
+from latentdiff.models import attention, blocks, cross_attention_unet
 from latentdiff.models.identity import weights_hash
 
 _LETTERS = 24  # of each of the three hashes in a name: 96 bits
 # What a graph is traced from: a change of the sources makes other packages.
-_SOURCES = attention, blocks, cross_attention_unet, kl_autoencoder
+_SOURCES = attention, blocks, cross_attention_unet
 SETTINGS: dict[str, Any] = {
     "freezing": True,
     "max_autotune": True,
@@ -32,9 +32,9 @@ SETTINGS: dict[str, Any] = {
     "autotune_num_choices_displayed": 0,
     "max_autotune_report_choices_stats": False,
 }
-"""What is set for the compiler: weights are part of the code, and of matrix products oneDNN's and
-ones written for their shapes are tried, silently. In bfloat16 on a CPU with AMX a call of the
-bundled U-Net takes 0.7 of the time so; in float32 it takes the same."""
+"""What is set for the compiler, as far as this torch knows it: weights are part of the code, and of
+matrix products oneDNN's and ones written for their shapes are tried, silently. In bfloat16 on a CPU
+with AMX a call of the bundled U-Net takes 0.7 of the time so; in float32 it takes the same."""
 
 
 def cache_folder() -> Path:

@@ -23,9 +23,11 @@ from latentdiff.models.attention import (
     Shown,
     auto,
     by_heads,
+    explicit,
     fused,
     sdpa,
     with_shown,
+    xformers,
 )
 from latentdiff.models.autoencoder import DiffusersAutoencoder
 from latentdiff.models.blocks import GEGLU, ResnetBlock2D, Upsample
@@ -44,7 +46,8 @@ _CHECKED = 8  # side in latents of what is compared of an autoencoder
 _SMALL, _SMALL_WITH_AMX = 2**16, 2**18
 # Places of a map and channels of a group up to which a norm of bfloat16 pays in float32.
 _FEW, _NARROW = 1024, 20
-# Shapes that a convolution keeps packed weights for: of a run that is guided in part of its steps.
+# Shapes that a convolution keeps packed weights for, beside those of tapes: of a run that is guided
+# in part of its steps.
 _SHAPES = 2
 
 
@@ -244,7 +247,7 @@ class PackedNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         narrow = self.num_channels <= _NARROW * self.num_groups
-        if narrow and input[0, 0].numel() < _FEW:
+        if narrow and input.shape[2:].numel() < _FEW:
             return super().forward(input.float()).to(input.dtype)
         return super().forward(input)
 
@@ -377,7 +380,7 @@ class Packing:
                 self._twin = None  # before the next one takes memory
                 self._computing = None, None
                 self._twin = _packed(self._module)
-                if isinstance(self._twin, KLAutoencoder):
+                if isinstance(self._twin, KLAutoencoder) and _replayable(self._twin):
                     replay_decoding(self._twin, self._weights)
             return self._twin
 
@@ -388,10 +391,9 @@ class Packing:
             return None
         made, of = self._computing
         if made is None or made.module is not twin or of is not network:
-            replayed: Any = ReplayedUNet(
-                twin, self._weights
-            )  # which networks take as what `torch.compile` makes
-            made = network.with_module(replayed)
+            # Networks take what replays it as what `torch.compile` makes.
+            module: Any = ReplayedUNet(twin, self._weights) if _replayable(twin) else twin
+            made = network.with_module(module)
             self._computing = made, network
         return made
 
@@ -481,6 +483,16 @@ def _packed(module: nn.Module) -> nn.Module:
         if new is not None:
             setattr(twin.get_submodule(parent), last, new)
     return twin
+
+
+def _replayable(twin: nn.Module) -> bool:
+    """True where attention is of processors that keep no count of their calls."""
+    layers = (part for part in twin.modules() if isinstance(part, AttentionLayer))
+    ours = SelfAttention | CrossAttention
+    return all(
+        isinstance(layer.processor, ours) or layer.processor in (auto, sdpa, explicit, xformers)
+        for layer in layers
+    )
 
 
 def _join_time(unet: CrossAttentionUNet) -> None:

@@ -38,6 +38,10 @@ class Watched:
     def forget(self) -> None:
         """Let go of all that is held; the next look finds a change."""
         self._parts: list[nn.Module] = []
+        self._branches: list[dict[str, nn.Module | None]] = []
+        self._leaves: list[dict[str, nn.Parameter | None]] = []
+        self._attending: list[AttentionLayer] = []
+        self._adapted: list[Any] = []
         self._held: list[Tensor] = []
         self._facts: list[object] | None = None
 
@@ -51,7 +55,7 @@ class Watched:
         self._branches = [part._modules for part in self._parts]
         self._leaves = [part._parameters for part in self._parts]
         self._attending = [part for part in self._parts if isinstance(part, AttentionLayer)]
-        self._adapted: list[Any] = [part for part in self._parts if is_adapted(part)]
+        self._adapted = [part for part in self._parts if is_adapted(part)]
         self._facts = self._look()
         # A tensor may get other memory: what it has now is held beside it.
         self._held = [each for p in self._tensors() for each in (p, p.detach())]

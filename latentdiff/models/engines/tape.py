@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _PATIENCE = 3
 # Shapes whose operations are kept, and times of which what depends on them is.
 _SHAPES, _TIMES = 4, 64
-# Weights times places up to which Python takes a part of a call that is worth it.
-_SMALL = 2**34
+# Weights times places up to which Python takes a part of a call that is worth it, and bytes of all
+# that a call computes: while it is written down nothing of it is let go.
+_SMALL, _BYTES = 2**34, 2**27
 
 # What a value depends on: a sum of these.
 _X, _TIME, _TEXT = 1, 2, 4
@@ -74,6 +75,7 @@ class _Writing(TorchDispatchMode):
         self.needs: list[int] = []
         self._numbers: dict[int, int] = {}
         self._memory: dict[int, int] = {}  # what the first value there needs
+        self._bytes = 0
         for tensor, needs in inputs:
             self.value(tensor, needs)
         self._given = len(self.tensors)
@@ -89,8 +91,14 @@ class _Writing(TorchDispatchMode):
             self.tensors.append(tensor)
             self.needs.append(needs)
             if not tensor.is_mkldnn:  # packed weights, whose memory is oneDNN's
-                self._memory.setdefault(tensor.untyped_storage().data_ptr(), needs)
+                self._remember(tensor, needs)
         return _Value(self._numbers[id(tensor)])
+
+    def _remember(self, tensor: Tensor, needs: int) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._memory:
+            self._memory[address] = needs
+            self._bytes += tensor.nbytes if needs else 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -125,6 +133,8 @@ class _Writing(TorchDispatchMode):
         return [v for v in used if _part(self.needs[v.number]) == part and v.number not in given]
 
     def _check(self, function: Any, args: Sequence[Any], needs: int) -> None:
+        if self._bytes > _BYTES:
+            raise Unwritable("it is too large")
         if function._schema.is_mutable:
             owner = self._memory[args[0].untyped_storage().data_ptr()]
             if _part(owner) != _part(needs) or owner == 0:
@@ -210,11 +220,12 @@ class Tape:
             source.function(_X, every, [result]),
         ]
         exec("\n".join(text), source.names)
+        # Taken out of the names, which they hold: so all goes with the last of them.
         self._of_time, self._of_text, self._of_call = (
-            source.names[f"part_{part}"] for part in (_TIME, _TEXT, _X)
+            source.names.pop(f"part_{part}") for part in (_TIME, _TEXT, _X)
         )
         self._times: dict[tuple[float, ...], tuple[Tensor, ...]] = {}
-        self._texts: dict[tuple[int, int, int], tuple[Tensor | None, tuple[Tensor, ...]]] = {}
+        self._texts: dict[int, tuple[list[int], Tensor | None, tuple[Tensor, ...]]] = {}
 
     def __call__(self, x: Tensor, *told: Tensor | None) -> Tensor:
         """What the network answers."""
@@ -228,31 +239,40 @@ class Tape:
 
     def _timed(self, t: Tensor) -> tuple[Tensor, ...]:
         key = tuple(t.tolist())
-        if key not in self._times:
+        known = self._times.get(key)
+        if known is None:
+            known = self._of_time(t)
             others = list(self._times.items())[1 - _TIMES :]
-            self._times = dict([*others, (key, self._of_time(t))])
-        return self._times[key]
+            self._times = dict([*others, (key, known)])  # of which another thread may drop some
+        return known
 
     def _read(self, told: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        """What depends on states and mask; the last of each states is kept until these go."""
         states = told[0]
-        key = id(states), 0 if states.is_inference() else states._version, id(mask)
-        if key not in self._texts:
-            # The mask is held, so that no other one gets its id; all goes when the states go.
-            self._texts[key] = mask, self._of_text(*told)
-            weakref.finalize(states, self._texts.pop, key, None)
-        return self._texts[key][1]
+        versions = [0 if each.is_inference() else each._version for each in told]
+        known = self._texts.get(id(states))
+        if known is None:
+            weakref.finalize(states, self._texts.pop, id(states), None)
+        if known is None or known[0] != versions or known[1] is not mask:
+            known = versions, mask, self._of_text(*told)
+            self._texts[id(states)] = known
+        return known[2]
 
 
 class Replaying:
     """A method of a network, which is replayed where that pays, and called where not.
 
     Args:
-        method: what a `Tape` takes, of a network that never changes; no gradients are asked for.
+        method: what a `Tape` takes; no gradients are asked for.
+        module: the network, which never changes, but that it may get hooks.
         weights: how many it has.
     """
 
-    def __init__(self, method: Callable[..., Tensor], weights: int) -> None:
+    def __init__(self, method: Callable[..., Tensor], module: nn.Module, weights: int) -> None:
         self._method, self._weights = method, weights
+        parts = list(module.modules())
+        self._hooks = [part._forward_pre_hooks for part in parts]
+        self._hooks += [part._forward_hooks for part in parts]
         self._calls: dict[Any, int | Tape | None] = {}
 
     def __call__(self, x: Tensor, *told: Tensor | None) -> Tensor:
@@ -273,7 +293,8 @@ class Replaying:
 
     def _pays(self, x: Tensor) -> bool:
         places = x.shape[0] * x.shape[2] * x.shape[3]
-        return self._weights * places <= _SMALL and not torch.is_autocast_enabled("cpu")
+        small = self._weights * places <= _SMALL
+        return small and not any(self._hooks) and not torch.is_autocast_enabled("cpu")
 
     def _written(self, given: Sequence[Tensor | None], answer: Tensor) -> Tape | None:
         """The tape of a call, written down of other numbers; None where it answers otherwise."""
@@ -296,7 +317,7 @@ class ReplayedUNet:
 
     def __init__(self, module: nn.Module, weights: int) -> None:
         self._orig_mod = module  # the name that `torch.compile` gives it
-        self._replaying = Replaying(module, weights)
+        self._replaying = Replaying(module, module, weights)
 
     def __call__(
         self,
@@ -308,7 +329,8 @@ class ReplayedUNet:
     ) -> Tensor:
         """See `latentdiff.models.cross_attention_unet.CrossAttentionUNet.forward`."""
         given = sample, timestep, encoder_hidden_states, encoder_attention_mask
-        if any(each is not None for each in more.values()):
+        alone = isinstance(timestep, Tensor) and timestep.ndim == 1
+        if not alone or any(each is not None for each in more.values()):
             return self._orig_mod(*given, **more)
         return self._replaying(*given)
 
@@ -322,7 +344,7 @@ def replay_decoding(twin: Any, weights: int) -> None:
         assert known is not None
         return known(latents)
 
-    twin.decode = Replaying(method, weights)
+    twin.decode = Replaying(method, twin, weights)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
