@@ -73,6 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="the large U-Net, too")
     parser.add_argument("--rounds", type=int, default=10, help="of each comparison")
+    parser.add_argument("--pixels", type=int, default=256, help="a side, of the large networks")
     parser.add_argument(
         "--only", nargs="+", choices=ROWS, default=list(ROWS), help="the comparisons to make"
     )
@@ -88,7 +89,7 @@ def main() -> None:
     print(shlex.join(["python", *sys.argv]), machine(), "", sep="\n")
     print("| what | how | seconds | ratio |", "|---|---|---|---|", sep="\n")
     for row in given.only:
-        for name, make in ROWS[row](folder, given.peers, given.compile).items():
+        for name, make in ROWS[row](folder, given.peers, given.compile, given.pixels).items():
             report(name, compare(make(), given.rounds, clock))
 
 
@@ -133,7 +134,7 @@ def report(what: str, times: Mapping[str, list[float]]) -> None:
         print(f"| {what} | {how} | {statistics.median(taken):.3f} | {ratio:.2f} |", flush=True)
 
 
-def pictures(folder: Path, peers: bool, compiles: bool) -> Rows:
+def pictures(folder: Path, peers: bool, compiles: bool, pixels: int) -> Rows:
     """One picture of a whole model, after loading."""
     return {
         f"one picture, {_name(dtype)}": partial(_pictures, folder, dtype, peers)
@@ -175,7 +176,7 @@ def _their_pictures(folder: Path, dtype: torch.dtype) -> Sides:
     return sides
 
 
-def few(folder: Path, peers: bool, compiles: bool) -> Rows:
+def few(folder: Path, peers: bool, compiles: bool, pixels: int) -> Rows:
     """One picture by the default run, and in few calls of the model's LoRA for that."""
     if not (folder / FOLDER).is_dir():
         print(f"few calls, left out: {folder.name} has no LoRA for that", file=sys.stderr)
@@ -199,18 +200,20 @@ def _few(folder: Path, dtype: torch.dtype) -> Sides:
     return sides
 
 
-def unets(folder: Path, peers: bool, compiles: bool) -> Rows:
-    """One call of a U-Net of Stable Diffusion 1's size, at 256 pixels, under guidance."""
+def unets(folder: Path, peers: bool, compiles: bool, pixels: int) -> Rows:
+    """One call of a U-Net of Stable Diffusion 1's size, under guidance."""
     return {
-        f"U-Net of SD 1, 256 px, {_name(dtype)}": partial(_unet, dtype, peers, compiles)
+        f"U-Net of SD 1, {pixels} px, {_name(dtype)}": partial(
+            _unet, dtype, peers, compiles, pixels // 8
+        )
         for dtype in precisions()
     }
 
 
-def _unet(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
+def _unet(dtype: torch.dtype, peers: bool, compiles: bool, side: int) -> Sides:
     config = {"cross_attention_dim": 768, "sample_size": 64}
     module = CrossAttentionUNet(config).to(dtype).eval().requires_grad_(False)
-    x, states = torch.randn(2, 4, 32, 32, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
+    x, states = torch.randn(2, 4, side, side, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
     t, condition = torch.full((2,), 500.0), Condition(states=states)
     eager = DiffusersUNet(module, 4)
     packed = PackedNetwork.of(eager)
@@ -222,6 +225,9 @@ def _unet(dtype: torch.dtype, peers: bool, compiles: bool) -> Sides:
             theirs: Any = UNet2DConditionModel(cross_attention_dim=768)
         theirs.load_state_dict(module.state_dict(), assign=True)
         sides |= _theirs(theirs, lambda network: network(x, t, states))
+        if dtype != torch.float32:
+            whole: Any = copy.deepcopy(theirs).float()
+            sides["diffusers, float32"] = lambda: whole(x.float(), t, states.float())
     engines: dict[str, Network] = {"eager": eager, "packed": packed}
     if compiles:
         with _compiling(eager) as fast:
@@ -258,17 +264,17 @@ def _theirs(network: Any, call: Callable[[Any], object]) -> Sides:
     }
 
 
-def autoencoders(folder: Path, peers: bool, compiles: bool) -> Rows:
-    """One picture of 256 pixels decoded by an autoencoder of Stable Diffusion's size."""
+def autoencoders(folder: Path, peers: bool, compiles: bool, pixels: int) -> Rows:
+    """One picture decoded by an autoencoder of Stable Diffusion's size."""
     return {
-        f"VAE of SD, 256 px, {_name(dtype)}": partial(_autoencoder, dtype, peers)
+        f"VAE of SD, {pixels} px, {_name(dtype)}": partial(_autoencoder, dtype, peers, pixels // 8)
         for dtype in precisions()
     }
 
 
-def _autoencoder(dtype: torch.dtype, peers: bool) -> Sides:
+def _autoencoder(dtype: torch.dtype, peers: bool, side: int) -> Sides:
     module = KLAutoencoder(VAE).to(dtype).eval().requires_grad_(False)
-    latents = torch.randn(1, 4, 32, 32, dtype=dtype)
+    latents = torch.randn(1, 4, side, side, dtype=dtype)
     eager = DiffusersAutoencoder(module)
     packed = PackedAutoencoder.of(eager)
     sides: Sides = {}
@@ -286,7 +292,7 @@ def _autoencoder(dtype: torch.dtype, peers: bool) -> Sides:
     return sides
 
 
-def commands(folder: Path, peers: bool, compiles: bool) -> Rows:
+def commands(folder: Path, peers: bool, compiles: bool, pixels: int) -> Rows:
     """Whole commands; `import torch` alone is what none can save."""
     run = "import sys; from latentdiff.cli import run; sys.exit(run())"
 

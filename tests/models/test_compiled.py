@@ -3,7 +3,10 @@
 One tiny U-Net is compiled here by the real compiler, without what makes code fast.
 """
 
+import contextlib
 import gc
+import io
+import re
 import shutil
 import warnings
 import weakref
@@ -68,7 +71,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     model = one_level().save(folder / "model")
     with pytest.MonkeyPatch.context() as patch, config.patch(QUICKLY):
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        assert main(["compile", str(model), "--size", "16", "--batch", "1"]) == 0
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert main(["compile", str(model), "--size", "16", "--batch", "1"]) == 0
+        assert re.search(
+            r"4 steps take [0-9.]+ seconds with it, and [0-9.]+ packed", said.getvalue()
+        )
         yield World(model, folder / "cache/latentdiff/compiled")
 
 
