@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from latentdiff.data.captions import phrase, with_article
 from latentdiff.data.held_out import has_synonym
 from latentdiff.data.wordnet import WordNet
+
+if TYPE_CHECKING:
+    import numpy as np  # whose random numbers take a while to import
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 
@@ -56,7 +58,7 @@ class Naming:
     also: tuple[str, ...]
     broader: tuple[str, ...]
 
-    def any(self, random: np.random.Generator, other: float) -> str:
+    def any(self, random: "np.random.Generator", other: float) -> str:
         """The name, or with the probability `other` one of the other words for it."""
         if self.also and random.random() < other:
             return self.also[random.integers(len(self.also))]
@@ -109,7 +111,7 @@ def is_plural(name: str) -> bool:
     return head.endswith("s") and not head.endswith(("ss", "us", "is"))
 
 
-def styled(described: str, style: str | None, random: np.random.Generator) -> str:
+def styled(described: str, style: str | None, random: "np.random.Generator") -> str:
     """A caption of a description that has its article, with the words of a style or without."""
     templates = STYLES.get(style or "", PLAIN)  # of other styles nothing is said
     bare = described
