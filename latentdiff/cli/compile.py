@@ -15,8 +15,8 @@ from latentdiff.cli.models import ModelOptions
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from latentdiff import LatentDiffusionPipeline
     from latentdiff.bundle import Bundle
+    from latentdiff.pipeline import LatentDiffusionPipeline
 
 
 def compile_model(
