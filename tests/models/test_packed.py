@@ -20,7 +20,12 @@ from latentdiff.lora import add_lora, attach_lora, detach_lora, lora_of, scale_l
 from latentdiff.models.attention import explicit, set_attention
 from latentdiff.models.blocks import Upsample
 from latentdiff.models.engines import PackedAutoencoder, PackedNetwork, with_engine
-from latentdiff.models.engines.packed import PackedConv, PackedLinear, PackedUpsample, Pointwise
+from latentdiff.models.engines.packed_layers import (
+    PackedConv,
+    PackedLinear,
+    PackedUpsample,
+    Pointwise,
+)
 
 
 @pytest.fixture(autouse=True)
