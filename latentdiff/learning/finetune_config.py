@@ -44,7 +44,7 @@ class LoraConfig(Strict):
 
 
 class CaptionsConfig(Strict):
-    """How captions are read: the words of the style, which they end in, and tags between commas.
+    """Reading of captions: the words of the style, which they end in, and tags between commas.
 
     `style_dropout` is the share of draws without the style's words, `content_dropout` that of the
     style's words alone. Tags are shuffled and each dropped with a probability, but the first

@@ -150,7 +150,7 @@ class HeldOut:
             _put(before, parameters)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
-        """What a checkpoint holds of it."""
+        """State for a checkpoint."""
         return {"best": self.weights} if self.weights else {}, {"best": self.best}
 
     def load_state(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, object]) -> None:

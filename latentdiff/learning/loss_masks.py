@@ -1,4 +1,4 @@
-"""How much each place of a picture counts in the loss: masks beside pictures, or their alpha."""
+"""Weights of the places of a picture in the loss: masks beside pictures, or their alpha."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +61,7 @@ class LossMasks:
             self.masks.append(shares)
 
     def of(self, chosen: Sequence[tuple[int, int]], shape: torch.Size) -> Tensor:
-        """Those of these pictures and variants [B, 1, h, w]; ones for pictures that have none.
+        """Masks of these pictures and variants [B, 1, h, w]; ones for pictures that have none.
 
         Args:
             shape: of the latents, [B, C, h, w].

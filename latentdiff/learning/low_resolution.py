@@ -49,7 +49,7 @@ class Pairs:
         return to_range(self.large[list(samples)])
 
     def residuals(self, samples: Sequence[int]) -> Tensor:
-        """What the small ones, enlarged by Lanczos's filter, lack [B, 3, H, W]."""
+        """Details that the small ones, enlarged by Lanczos's filter, lack [B, 3, H, W]."""
         large, small = self.pictures(samples), to_range(self.small[list(samples)])
         side = large.shape[-1]
         return large - enlarged(small, (side, side))
@@ -63,7 +63,7 @@ class Pairs:
         samples: Sequence[int],
         size: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """What the network sees of the small ones, and how much noise is in it.
+        """Inputs of the network: what it sees of the small ones, and how much noise is in it.
 
         Conditioning augmentation, Ho et al. 2022 (CDM), section 4.2: a level for each picture,
         uniform from 0 to the highest; level and noise are functions of (seed, step, place).

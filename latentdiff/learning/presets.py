@@ -1,4 +1,4 @@
-"""What a fine-tune of each kind of model begins with: rates, steps, what it must not unlearn."""
+"""Presets of a fine-tune for each kind of model: rates, steps, what it must not unlearn."""
 
 from importlib.resources import files
 from typing import Literal

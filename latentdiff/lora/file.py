@@ -282,7 +282,7 @@ def _read(stored: WeightFiles, name: str) -> Tensor:
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether a file or folder holds nothing but tensors of a LoRA, by their names."""
+    """Tell whether a file or folder holds nothing but tensors of a LoRA, by their names."""
     try:
         recognise(_find(expanded(path)))
     except UserError:

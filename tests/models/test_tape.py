@@ -136,12 +136,14 @@ def test_a_tape_follows_its_network() -> None:
     assert same(t[0])
     assert same(t.long())
     assert len(tapes()) == 2
-    gc.disable()
     gone, _ = (weakref.ref(each._of_call) for each in tapes())
-    module.conv_in.weight.mul_(1.5)
-    assert same()
-    assert gone() is None
-    gc.enable()
+    gc.disable()
+    try:
+        module.conv_in.weight.mul_(1.5)
+        assert same()
+        assert gone() is None
+    finally:
+        gc.enable()
     hook = module.mid_block.register_forward_hook(lambda part, told, out: out * 0)
     assert same()
     hook.remove()

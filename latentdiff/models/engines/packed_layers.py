@@ -29,6 +29,8 @@ from latentdiff.models.engines.winograd import pays, transformed, winograd
 _SMALL, _SMALL_WITH_AMX = 2**16, 2**18
 # Places of a map and channels of a group up to which a norm of bfloat16 pays in float32.
 _FEW, _NARROW = 1024, 20
+# Weights of queries, keys and values up to which a layer holds them joined, too.
+_JOINED = 2**18
 # Shapes that a convolution keeps packed weights for, beside those of tapes: of a run that is guided
 # in part of its steps.
 _SHAPES = 2
@@ -338,7 +340,7 @@ def packed(module: nn.Module) -> nn.Module:
         elif isinstance(layer, AttentionLayer) and layer.processor in (auto, sdpa):
             if layer.is_cross_attention:
                 layer.processor = CrossAttention()
-            elif 3 * layer.width**2 <= _SMALL_WITH_AMX:
+            elif 3 * layer.width**2 <= _JOINED:
                 layer.processor = SelfAttention(layer)
         if new is not None:
             setattr(twin.get_submodule(parent), last, new)

@@ -126,7 +126,7 @@ class _Writing(TorchDispatchMode):
         return type(given)(self._met(each, met, needs) for each in given) if _many(given) else given
 
     def crossing(self, part: int) -> list[_Value]:
-        """What the function of every call is told by another part; what is given it knows."""
+        """Values of another part that the function of every call needs; what is given it has."""
         steps = [step for step in self.steps if _part(step.needs) == _X]
         used = dict.fromkeys(value for step in steps for value in step.values)
         given = range(self._given)
@@ -173,7 +173,7 @@ class _Source:
         return f"{name}({', '.join([*map(self.told, step.args), *named])})"
 
     def told(self, given: Any) -> str:
-        """What stands for a value, a list or any other argument."""
+        """Name a value, a list or any other argument."""
         if type(given) is _Value:
             name = f"v{given.number}"
             if self._writing.needs[given.number] == 0:
@@ -192,7 +192,7 @@ class _Source:
 
 
 class Tape:
-    """What a network computes for one shape.
+    """A recording of what a network computes for one shape.
 
     Args:
         network: (x, t, states, mask), or x alone -> a tensor.
@@ -228,7 +228,7 @@ class Tape:
         self._texts: dict[int, tuple[list[int], Tensor | None, tuple[Tensor, ...]]] = {}
 
     def __call__(self, x: Tensor, *told: Tensor | None) -> Tensor:
-        """What the network answers."""
+        """Answer as the network does."""
         if not told:
             return self._of_call(x)[0]
         t, states, mask = told
@@ -247,7 +247,7 @@ class Tape:
         return known
 
     def _read(self, told: list[Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-        """What depends on states and mask; the last of each states is kept until these go."""
+        """Values of states and mask; the last of each states are kept until these go."""
         states = told[0]
         versions = [0 if each.is_inference() else each._version for each in told]
         known = self._texts.get(id(states))
@@ -276,7 +276,7 @@ class Replaying:
         self._calls: dict[Any, int | Tape | None] = {}
 
     def __call__(self, x: Tensor, *told: Tensor | None) -> Tensor:
-        """What the method answers."""
+        """Answer as the method does."""
         given = x, *told
         if not self._pays(x):
             return self._method(*given)
